@@ -1,0 +1,130 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The options that modules which make overlays share, and what they mean."""
+
+from __future__ import annotations
+
+import contextlib
+import grp
+import os
+import pwd
+import signal
+import stat
+import typing as t
+
+from ansible.module_utils.basic import AnsibleModule
+
+from ._errors import Qcow2Error
+from ._overlays import Outcome, Settings
+from ._plan import Creation
+from ._publish import Ownership
+
+BACKING_FORMATS = ["qcow2", "raw"]
+
+
+class Interrupted(BaseException):
+    """A signal asks this run to end; no except clause on the way may mistake it for a failure of one VM."""
+
+
+def creation_spec(defaults: bool) -> dict[str, t.Any]:
+    """Return the argument spec of the creation options, for a task with defaults, for an item of a list without."""
+    spec: dict[str, dict[str, t.Any]] = {
+        "relative": {"type": "bool", "default": False},
+        "cluster_size": {"type": "bytes", "default": "64K"},
+        "extended_l2": {"type": "bool", "default": False},
+        "lazy_refcounts": {"type": "bool", "default": False},
+        "refcount_bits": {"type": "int", "default": 16},
+        "compression_type": {"type": "str", "choices": ["zlib", "zstd"], "default": "zlib"},
+    }
+    if defaults:
+        return spec
+    return {name: {key: option[key] for key in option if key != "default"} for name, option in spec.items()}
+
+
+def ownership_spec() -> dict[str, t.Any]:
+    """Return the argument spec of the file options."""
+    strings = ("owner", "group", "seuser", "serole", "setype", "selevel")
+    return {**{name: {"type": "str"} for name in strings}, "mode": {"type": "raw"}}
+
+
+def creation_from(params: dict[str, t.Any]) -> Creation:
+    """Return the creation options of one overlay."""
+    return Creation(**{name: params[name] for name in Creation._fields})
+
+
+def settings_from(module: AnsibleModule) -> Settings:
+    """Return what holds for all overlays of the call; Qcow2Error for an owner, group or mode that cannot be."""
+    return Settings(
+        check_mode=module.check_mode,
+        seconds=float(module.params["timeout"]),
+        find_program=module.get_bin_path,
+        ownership=_ownership_from(module.params),
+    )
+
+
+def _ownership_from(params: dict[str, t.Any]) -> Ownership:
+    """Return who may use the new overlays."""
+    return Ownership(
+        uid=_number("owner", params["owner"], lambda name: pwd.getpwnam(name).pw_uid),
+        gid=_number("group", params["group"], lambda name: grp.getgrnam(name).gr_gid),
+        mode=_mode(params["mode"]),
+        context=(params["seuser"], params["serole"], params["setype"], params["selevel"]),
+    )
+
+
+def _number(option: str, name: str | None, look_up: t.Callable[[str], int]) -> int | None:
+    """Return the number of a user or group that is given by name or number."""
+    if name is None:
+        return None
+    try:
+        return int(name) if name.isdigit() else look_up(name)
+    except KeyError as exc:
+        raise Qcow2Error(f"{option}={name}: this host knows no such {option}.") from exc
+
+
+def _mode(wanted: t.Any) -> t.Callable[[int], int] | None:
+    """Return how the wanted mode comes from ACTIVE's, for an octal number, its text, or a symbolic mode."""
+    if wanted is None:
+        return None
+
+    def resulting(current: int) -> int:
+        if isinstance(wanted, int):
+            return wanted
+        if all(character in "01234567" for character in wanted):
+            return int(wanted, 8)
+        status = os.stat_result((stat.S_IFREG | current, *[0] * 9))
+        return int(AnsibleModule._symbolic_mode_to_octal(status, wanted))
+
+    try:
+        resulting(0)
+    except Exception as exc:
+        raise Qcow2Error(f"mode={wanted}: is neither an octal number nor a symbolic mode such as u=rw,g=r.") from exc
+    return resulting
+
+
+@contextlib.contextmanager
+def ending_cleanly() -> t.Iterator[None]:
+    """Turn the signals that end a run into an exception, so that what is half-made is removed first."""
+
+    def end(number: int, _frame: t.Any) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one must not disturb the cleaning up
+        raise Interrupted(signal.Signals(number).name)
+
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    previous = {number: signal.signal(number, end) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def exit_with(module: AnsibleModule, outcome: Outcome) -> None:
+    """End the module with the result of making overlays."""
+    for warning in outcome.warnings:
+        module.warn(warning)
+    failures = outcome.failures
+    if failures:
+        module.fail_json(msg="\n".join(failures), **outcome.as_result())
+    module.exit_json(**outcome.as_result())

@@ -1,0 +1,127 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Act: what QEMU is told, to look at ACTIVE once more and to fill the overlay's file.
+
+QEMU is never given a file name: it opens the very files that are open here, through /proc/PID/fd. So nobody can swap
+a file between the check and the use, no name can be taken for a protocol, and the backing file is not opened at all.
+"""
+
+from __future__ import annotations
+
+import os
+import typing as t
+
+from ._errors import Qcow2Error
+from ._image import Image
+from ._plan import Verdict
+from ._qmp import Monitor
+
+_ACTIVE = "active"
+_FILE = "overlay-file"
+_OVERLAY = "overlay"
+
+# What one step may take longer for each bitmap and for each byte of bitmap data, on slow storage.
+_SECONDS_PER_BITMAP = 0.1
+_MAX_BITMAPS_PER_TRANSACTION = 10_000  # QEMU's JSON parser takes a message of up to 2 million tokens and 64 MiB
+
+
+class _Seen(t.NamedTuple):
+    """A bitmap in QEMU's eyes."""
+
+    name: str
+    granularity: int  # bytes
+    recording: bool
+    inconsistent: bool
+
+
+def cross_check(monitor: Monitor, fd: int, path: str, image: Image) -> None:
+    """Raise when QEMU sees other bitmaps in the open ACTIVE than were read from it."""
+    node: dict[str, t.Any] = {
+        "driver": "qcow2",
+        "node-name": _ACTIVE,
+        "read-only": True,
+        # The locks are held already, through the very same open file; see _locks.
+        "force-share": True,
+        "backing": None,
+        "file": {"driver": _file_driver(fd), "filename": _name_for_qemu(fd), "locking": "off"},
+    }
+    if image.has_data_file:  # the data plays no part here, so it stays closed
+        node["data-file"] = {"driver": "null-co", "size": image.virtual_size}
+    try:
+        monitor.command("blockdev-add", node, _extra_seconds(len(image.bitmaps)))
+    except Qcow2Error as exc:
+        raise Qcow2Error(f"{path}: QEMU cannot open it. {exc}") from exc
+    seen = {
+        _Seen(entry["name"], entry["granularity"], entry["recording"], entry.get("inconsistent", False))
+        for entry in _query(monitor, _ACTIVE).get("dirty-bitmaps", ())
+    }
+    monitor.command("blockdev-del", {"node-name": _ACTIVE})
+    # A bitmap that is inconsistent never records, whatever its flag says.
+    read = {_Seen(b.name, b.granularity, b.recording and not b.inconsistent, b.inconsistent) for b in image.bitmaps}
+    if seen != read:
+        names = ", ".join(repr(name) for name in sorted({entry.name for entry in seen ^ read}))
+        raise Qcow2Error(
+            f"{path}: QEMU sees other bitmaps in it than this module reads ({names}). Nothing was made. Please report "
+            "this with the output of 'qemu-img info'."
+        )
+
+
+def fill(monitor: Monitor, fd: int, verdict: Verdict, backing_file: str) -> None:
+    """Make the open, empty file the overlay of the verdict; what became of it must be read back."""
+    monitor.command("blockdev-add", {"driver": "file", "node-name": _FILE, "filename": _name_for_qemu(fd)})
+    creation = verdict.wanted.creation
+    options: dict[str, t.Any] = {
+        "driver": "qcow2",
+        "file": _FILE,
+        "version": "v3",
+        "size": verdict.virtual_size,
+        "backing-file": backing_file,
+        "backing-fmt": verdict.wanted.backing_format,
+        "cluster-size": creation.cluster_size,
+        "extended-l2": creation.extended_l2,
+        "lazy-refcounts": creation.lazy_refcounts,
+        "refcount-bits": creation.refcount_bits,
+        "compression-type": creation.compression_type,
+    }
+    monitor.run_job("blockdev-create", "create", {"options": options})
+    if verdict.bitmaps:
+        _add_bitmaps(monitor, verdict)
+    monitor.command("blockdev-del", {"node-name": _FILE})
+
+
+def _add_bitmaps(monitor: Monitor, verdict: Verdict) -> None:
+    """Add the bitmaps in one transaction and have QEMU store them, which happens when the node goes away."""
+    monitor.command("blockdev-add", {"driver": "qcow2", "node-name": _OVERLAY, "file": _FILE, "backing": None})
+    actions = [
+        {
+            "type": "block-dirty-bitmap-add",
+            "data": {"node": _OVERLAY, "name": bitmap.name, "granularity": bitmap.granularity, "persistent": True},
+        }
+        for bitmap in verdict.bitmaps
+    ]
+    for start in range(0, len(actions), _MAX_BITMAPS_PER_TRANSACTION):
+        some = actions[start : start + _MAX_BITMAPS_PER_TRANSACTION]
+        monitor.command("transaction", {"actions": some}, _extra_seconds(len(actions)))
+    monitor.command("blockdev-del", {"node-name": _OVERLAY}, _extra_seconds(len(actions)))
+
+
+def _query(monitor: Monitor, name: str) -> dict[str, t.Any]:
+    """Return what QEMU says of a node."""
+    nodes = monitor.command("query-named-block-nodes", {"flat": True})
+    return t.cast("dict[str, t.Any]", next(node for node in nodes if node["node-name"] == name))
+
+
+def _extra_seconds(bitmaps: int) -> float:
+    """Return what a step with so many bitmaps may take longer than one without."""
+    return bitmaps * _SECONDS_PER_BITMAP
+
+
+def _file_driver(fd: int) -> str:
+    """Return the name of QEMU's driver for the open file or block device."""
+    return "host_device" if os.fstat(fd).st_rdev else "file"
+
+
+def _name_for_qemu(fd: int) -> str:
+    """Return a file name under which QEMU, our child, opens the very file that is open here."""
+    return f"/proc/{os.getpid()}/fd/{fd}"

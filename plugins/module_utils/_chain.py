@@ -1,0 +1,91 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Read: follow the backing files of an image down to its base, without ever probing a format for use."""
+
+from __future__ import annotations
+
+import os
+import stat
+import typing as t
+
+from ._errors import Qcow2Error
+from ._image import SECTOR, Image, is_qcow2, length_of, open_image, read_image
+
+MAX_LAYERS = 200  # libvirt follows no chain further either
+
+
+class Layer(t.NamedTuple):
+    """One image of a backing chain."""
+
+    path: str  # resolved: no symlinks, absolute
+    identity: tuple[int, int]  # device and inode: two names of one file are one layer
+    format: str | None  # as the layer above records it; None when it does not
+    virtual_size: int  # bytes
+    image: Image | None  # None when the layer is not qcow2
+
+
+def has_protocol(name: str) -> bool:
+    """Whether QEMU would take this file name for a protocol (json:…, nbd:…); a colon after a slash is harmless."""
+    return ":" in name.split("/", 1)[0]
+
+
+def identity_of(status: os.stat_result) -> tuple[int, int]:
+    """Return what tells a file from all others: of a block device the device itself, else device and inode."""
+    if stat.S_ISBLK(status.st_mode):
+        return (-1, status.st_rdev)
+    return (status.st_dev, status.st_ino)
+
+
+def resolve_backing(image_path: str, backing_file: str) -> str:
+    """Return the real path of a backing file that the image records; a relative one lies beside the image."""
+    return os.path.realpath(os.path.join(os.path.dirname(os.path.realpath(image_path)), backing_file))
+
+
+def read_layer(fd: int, path: str, image_format: str | None) -> Layer:
+    """Return the open image as a layer; a format that is not recorded is looked up, for reading only."""
+    as_qcow2 = image_format == "qcow2" or (image_format is None and is_qcow2(fd))
+    image = read_image(fd, path) if as_qcow2 else None
+    virtual_size = image.virtual_size if image else (length_of(fd) + SECTOR - 1) // SECTOR * SECTOR
+    return Layer(os.path.realpath(path), identity_of(os.fstat(fd)), image_format, virtual_size, image)
+
+
+def read_chain(top_fd: int, path: str, image_format: str | None) -> tuple[Layer, ...]:
+    """Return the layers from the open image down to its base; Qcow2Error when one is missing, odd or in a loop."""
+    layers = [read_layer(top_fd, path, image_format)]
+    seen = {layers[0].identity}
+    while True:
+        above = layers[-1]
+        if above.image is None or above.image.backing_file is None:
+            return tuple(layers)
+        layer = _read_below(above, above.image.backing_file, above.image.backing_format)
+        if layer.identity in seen:
+            raise Qcow2Error(
+                f"{above.path}: its backing file {layer.path} is already part of the chain above it: the chain is a "
+                "loop. Correct the backing file with 'qemu-img rebase -u'."
+            )
+        seen.add(layer.identity)
+        layers.append(layer)
+        if len(layers) > MAX_LAYERS:
+            raise Qcow2Error(
+                f"{path}: its backing chain has more than {MAX_LAYERS} images. Merge some with 'qemu-img commit'."
+            )
+
+
+def _read_below(above: Layer, backing_file: str, backing_format: str | None) -> Layer:
+    """Return the layer that the image above records as its backing file."""
+    if has_protocol(backing_file):
+        raise Qcow2Error(
+            f"{above.path}: its backing file {backing_file!r} is a protocol for QEMU, not a file. This collection "
+            "works with local files and block devices only. If it is meant as a file, 'qemu-img rebase -u -b' can record "
+            "its absolute path."
+        )
+    path = resolve_backing(above.path, backing_file)
+    try:
+        fd = open_image(path)
+    except Qcow2Error as exc:
+        raise Qcow2Error(f"{exc} It is the backing file of {above.path}.") from exc
+    try:
+        return read_layer(fd, path, backing_format)
+    finally:
+        os.close(fd)

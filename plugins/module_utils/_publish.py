@@ -1,0 +1,216 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Publish: temporary files beside their place, then all of them put into place, or none.
+
+Everything is done through open descriptors of the folder and of the file, so that in a folder that others may write
+to nobody can slip us another file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import secrets
+import stat
+import typing as t
+
+from . import _locks
+from ._errors import Qcow2Error
+from ._observe import Target
+
+_PREFIX = ".qcow2_overlay-"
+_SUFFIX = ".tmp"
+_RENAME_NOREPLACE = 1
+_COPIED_ATTRIBUTES = ("security.selinux", "system.posix_acl_access")
+_NO_ATTRIBUTE = (errno.ENODATA, errno.ENOTSUP)
+_NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
+_SELINUX = "security.selinux"
+
+
+class Ownership(t.NamedTuple):
+    """Who may use the new overlays; None means as ACTIVE."""
+
+    uid: int | None = None
+    gid: int | None = None
+    mode: t.Callable[[int], int] | None = None  # from ACTIVE's permission bits to the wanted ones
+    context: tuple[str | None, str | None, str | None, str | None] = (None, None, None, None)  # user, role, type, level
+
+
+class StagedFile:
+    """A file of ours beside its place, not yet published; gone again when the block ends without publishing."""
+
+    def __init__(self, target: Target) -> None:
+        """Create the empty file, readable and writable for us alone."""
+        self.target = target
+        self.folder_fd = os.open(target.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self.name, self.fd = _new_file(self.folder_fd)
+        except OSError:
+            os.close(self.folder_fd)
+            raise
+
+    def __enter__(self) -> StagedFile:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(self.name, dir_fd=self.folder_fd)
+        os.close(self.fd)
+        os.close(self.folder_fd)
+
+    @property
+    def place(self) -> str:
+        """The name of the overlay within its folder."""
+        return os.path.basename(self.target.path)
+
+    def publish(self) -> None:
+        """Put the file into its place, where nothing may stand."""
+        try:
+            # Not by name: the name could have been made another file's. AT_SYMLINK_FOLLOW needs a dir_fd here.
+            os.link(f"/proc/self/fd/{self.fd}", self.place, dst_dir_fd=self.folder_fd, follow_symlinks=True)
+        except FileExistsError as exc:
+            raise _appeared(self.target.path) from exc
+        except OSError as exc:
+            if exc.errno not in _NO_HARD_LINKS:
+                raise
+            _rename_without_replacing(self.folder_fd, self.name, self.place, self.target.path)
+
+    def retract(self) -> None:
+        """Take the published file away again, if it is still ours."""
+        with contextlib.suppress(OSError):
+            status = os.stat(self.place, dir_fd=self.folder_fd, follow_symlinks=False)
+            if os.path.samestat(status, os.fstat(self.fd)):
+                os.unlink(self.place, dir_fd=self.folder_fd)
+                os.fsync(self.folder_fd)
+
+
+def _new_file(folder_fd: int) -> tuple[str, int]:
+    """Return name and descriptor of a new file in the folder that is marked as in work."""
+    while True:
+        name = f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
+        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=folder_fd)
+        _locks.claim(fd)
+        if os.fstat(fd).st_nlink:
+            return name, fd
+        os.close(fd)  # another run took it for a leftover before it was marked
+
+
+def publish_together(staged: t.Sequence[StagedFile]) -> None:
+    """Publish all of these files, finished and on stable storage, or none."""
+    with contextlib.ExitStack() as on_failure:
+        for file in staged:
+            # No VM may start on the first overlay while the second can still fail.
+            _locks.hold_off_writers(file.fd, file.target.path)
+            _locks.hold_off_everybody(file.fd, file.target.path)
+        for file in staged:
+            on_failure.callback(file.retract)
+            file.publish()
+        for file in staged:
+            with contextlib.suppress(FileNotFoundError):  # renamed, where there are no hard links
+                os.unlink(file.name, dir_fd=file.folder_fd)
+        for file in {file.target.folder: file for file in staged}.values():
+            os.fsync(file.folder_fd)
+        on_failure.pop_all()
+
+
+def dress(fd: int, active_fd: int, ownership: Ownership, path: str) -> None:
+    """Give the overlay's file the owner, mode, ACL and context that were asked for, or those of ACTIVE."""
+    active = os.fstat(active_fd)
+    uid = active.st_uid if ownership.uid is None else ownership.uid
+    gid = active.st_gid if ownership.gid is None else ownership.gid
+    # A template is often read-only, but an overlay that its owner cannot write to is of no use.
+    mode = (stat.S_IMODE(active.st_mode) & 0o777) | stat.S_IRUSR | stat.S_IWUSR
+    if ownership.mode is not None:
+        mode = ownership.mode(mode)
+    try:
+        own = os.fstat(fd)
+        if (own.st_uid, own.st_gid) != (uid, gid):
+            os.fchown(fd, uid, gid)
+        os.fchmod(fd, mode)
+        _copy_attributes(fd, active_fd, ownership)
+    except OSError as exc:
+        raise Qcow2Error(
+            f"{path}: cannot be given owner {uid}, group {gid}, mode {mode:04o} and the security attributes of ACTIVE: "
+            f"{exc.strerror}. Run with become, or ask for others with owner, group and mode."
+        ) from exc
+
+
+def find_leftovers(folder: str, remove: bool) -> list[str]:
+    """Return the paths of the files in the folder that killed runs have left, removed if so wanted."""
+    found = []
+    try:
+        folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return []
+    try:
+        for name in os.listdir(folder_fd):
+            if name.startswith(_PREFIX) and name.endswith(_SUFFIX) and _is_abandoned(name, folder_fd):
+                with contextlib.suppress(OSError):
+                    if remove:
+                        os.unlink(name, dir_fd=folder_fd)
+                    found.append(os.path.join(folder, name))
+    finally:
+        os.close(folder_fd)
+    return sorted(found)
+
+
+def _is_abandoned(name: str, folder_fd: int) -> bool:
+    """Whether no run is at work on this temporary file any more."""
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder_fd)
+    except OSError:
+        return False
+    try:
+        return stat.S_ISREG(os.fstat(fd).st_mode) and not _locks.is_held(fd, _locks.OURS, name)
+    except Qcow2Error:
+        return False
+    finally:
+        os.close(fd)
+
+
+def _copy_attributes(fd: int, active_fd: int, ownership: Ownership) -> None:
+    """Copy ACL and SELinux context; a device's own do not fit a file, and an asked mode goes before the ACL."""
+    on_device = stat.S_ISBLK(os.fstat(active_fd).st_mode)
+    for attribute in _COPIED_ATTRIBUTES:
+        if on_device or (attribute != _SELINUX and ownership.mode is not None):
+            continue
+        with _ignoring(*_NO_ATTRIBUTE):
+            os.setxattr(fd, attribute, os.getxattr(active_fd, attribute))
+    if any(ownership.context):
+        current = os.getxattr(fd, _SELINUX).rstrip(b"\0").decode().split(":", 3)
+        parts = [asked or own for asked, own in zip(ownership.context, [*current, "s0"])]
+        os.setxattr(fd, _SELINUX, ":".join(parts).encode() + b"\0")
+
+
+@contextlib.contextmanager
+def _ignoring(*numbers: int) -> t.Iterator[None]:
+    """Ignore the OSErrors of these numbers."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno not in numbers:
+            raise
+
+
+def _rename_without_replacing(folder_fd: int, name: str, place: str, path: str) -> None:
+    """Rename within a folder and fail where something stands, for file systems without hard links."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(folder_fd, os.fsencode(name), folder_fd, os.fsencode(place), _RENAME_NOREPLACE) == 0:
+        return
+    number = ctypes.get_errno()
+    if number == errno.EEXIST:
+        raise _appeared(path)
+    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        raise Qcow2Error(
+            f"{path}: its file system has neither hard links nor renaming without replacing, so the overlay cannot be "
+            "published safely there. Choose a folder on another file system."
+        )
+    raise OSError(number, os.strerror(number))
+
+
+def _appeared(path: str) -> Qcow2Error:
+    """Return the error for a target that somebody else made in the meantime."""
+    return Qcow2Error(f"{path}: has appeared while the overlay was being made; it was left alone. Run this again.")

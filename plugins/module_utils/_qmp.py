@@ -1,0 +1,180 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Act: one QEMU process that has no VM, spoken to in QMP over its standard input and output."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import typing as t
+
+from ._errors import Qcow2Error
+
+OLDEST_QEMU = (5, 2)  # the oldest that the whole sequence was run on
+_PR_SET_PDEATHSIG = 1
+_SHOWN_STDERR = 2000  # characters
+
+
+class _TimeOverError(Exception):
+    """The time limit of a step is over."""
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> t.Iterator[None]:
+    """Raise _TimeOverError in the block when it takes longer."""
+
+    def end(_signal: int, _frame: t.Any) -> None:
+        raise _TimeOverError
+
+    previous = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def find_qemu(find: t.Callable[[str], str | None]) -> list[str]:
+    """Return the command of the QEMU process; find returns the full path of a program or None."""
+    daemon = find("qemu-storage-daemon")
+    if daemon:
+        return [daemon, "--chardev", "stdio,id=monitor", "--monitor", "monitor"]
+    emulators = (f"qemu-system-{os.uname().machine}", "qemu-system-x86_64", "qemu-kvm", "/usr/libexec/qemu-kvm")
+    for emulator in filter(None, map(find, emulators)):
+        return [emulator, "-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-qmp", "stdio"]
+    raise Qcow2Error(
+        "no QEMU found: neither qemu-storage-daemon nor a system emulator is in the PATH of this host. Install "
+        "qemu-system-common and qemu-utils (Debian, Ubuntu) or qemu-kvm-core (Fedora, EL)."
+    )
+
+
+def _dying_with(parent: int) -> t.Callable[[], None]:
+    """Return what has the kernel kill the child when its parent dies, or a killed run would leave a QEMU behind."""
+    prctl = ctypes.CDLL(None).prctl
+
+    def in_child() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the line above
+            os._exit(1)
+
+    return in_child
+
+
+class Monitor:
+    """A running QEMU process and its monitor. Every failure of it ends it and raises Qcow2Error."""
+
+    def __init__(self, command: list[str], seconds: float) -> None:
+        """Start the process; seconds is what it may take for one step, before the size of the step is added."""
+        self._seconds = seconds
+        self._stderr = tempfile.TemporaryFile()
+        self._events: list[dict[str, t.Any]] = []
+        self._program = os.path.basename(command[0])
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._stderr,
+                cwd="/",
+                env={**os.environ, "LC_ALL": "C"},
+                preexec_fn=_dying_with(os.getpid()),  # noqa: PLW1509  a module has one thread
+            )
+        except OSError as exc:
+            self._stderr.close()
+            raise Qcow2Error(f"{command[0]}: cannot be started: {exc.strerror}.") from exc
+        try:
+            self._greet()
+        except BaseException:
+            self.close()
+            raise
+
+    def _greet(self) -> None:
+        """Read the greeting, check the version, leave the negotiation mode."""
+        greeting = self._talk(b"", lambda message: "QMP" in message, 0.0)
+        version = greeting["QMP"]["version"]["qemu"]
+        if (version["major"], version["minor"]) < OLDEST_QEMU:
+            raise Qcow2Error(
+                f"{self._program}: is version {version['major']}.{version['minor']}, too old. "
+                f"At least {OLDEST_QEMU[0]}.{OLDEST_QEMU[1]} is needed."
+            )
+        self.command("qmp_capabilities")
+
+    def command(self, name: str, arguments: dict[str, t.Any] | None = None, more_seconds: float = 0.0) -> t.Any:
+        """Run a QMP command and return what it returns; Qcow2Error with QEMU's own words when it fails."""
+        line = json.dumps({"execute": name, "arguments": arguments or {}}).encode("ascii") + b"\n"
+        answer = self._talk(line, lambda message: "return" in message or "error" in message, more_seconds)
+        if "error" in answer:
+            raise Qcow2Error(f"QEMU says: {answer['error']['desc']}")
+        return answer["return"]
+
+    def run_job(self, name: str, job: str, arguments: dict[str, t.Any]) -> None:
+        """Run a QMP command that is a job, to its end."""
+        self._events.clear()
+        self.command(name, {"job-id": job, **arguments})
+        # The event may have come before the answer to the command.
+        if not any(_has_concluded(event, job) for event in self._events):
+            self._talk(b"", lambda message: _has_concluded(message, job), 0.0)
+        status = next(entry for entry in self.command("query-jobs") if entry["id"] == job)
+        self.command("job-dismiss", {"id": job})
+        if "error" in status:
+            raise Qcow2Error(f"QEMU says: {status['error']}")
+
+    def stderr(self) -> str:
+        """Return the end of what QEMU wrote to its standard error; some failures show only there."""
+        self._stderr.seek(0, os.SEEK_END)
+        self._stderr.seek(max(0, self._stderr.tell() - _SHOWN_STDERR))
+        return self._stderr.read().decode("utf-8", "replace").strip()
+
+    def close(self) -> None:
+        """End the process, by force where it has to be."""
+        if self._process.poll() is None:
+            with contextlib.suppress(Qcow2Error):
+                self.command("quit")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(min(5.0, self._seconds))
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(OSError):
+                t.cast("t.IO[bytes]", stream).close()
+        self._stderr.close()
+
+    def _talk(self, line: bytes, wanted: t.Callable[[dict[str, t.Any]], bool], more_seconds: float) -> dict[str, t.Any]:
+        """Send a line and return the first message that is wanted; kill a QEMU that dies, hangs or babbles."""
+        seconds = self._seconds + more_seconds
+        stdin, stdout = t.cast("t.IO[bytes]", self._process.stdin), t.cast("t.IO[bytes]", self._process.stdout)
+        try:
+            with _time_limit(seconds):
+                stdin.write(line)
+                stdin.flush()
+                for answer in stdout:
+                    message = json.loads(answer)
+                    if wanted(message):
+                        return t.cast("dict[str, t.Any]", message)
+                    if "event" in message:
+                        self._events.append(message)
+                status = self._process.wait()
+            raise self._lost(f"ended with status {status}")
+        except _TimeOverError:
+            raise self._lost(f"gave no answer for {seconds:.0f} s and was killed") from None
+        except (OSError, ValueError) as exc:
+            raise self._lost(f"could not be talked to ({exc})") from exc
+
+    def _lost(self, what: str) -> Qcow2Error:
+        """Kill the process and return the error that says so."""
+        self._process.kill()
+        self._process.wait()
+        words = self.stderr()
+        return Qcow2Error(f"{self._program} {what}." + (f" It says: {words}" if words else ""))
+
+
+def _has_concluded(message: dict[str, t.Any], job: str) -> bool:
+    """Whether the message is the event that the job has come to its end."""
+    return message.get("event") == "JOB_STATUS_CHANGE" and message["data"] == {"id": job, "status": "concluded"}
