@@ -77,8 +77,8 @@ def _read_below(above: Layer, backing_file: str, backing_format: str | None) -> 
     if has_protocol(backing_file):
         raise Qcow2Error(
             f"{above.path}: its backing file {backing_file!r} is a protocol for QEMU, not a file. This collection "
-            "works with local files and block devices only. If it is meant as a file, 'qemu-img rebase -u -b' can record "
-            "its absolute path."
+            "works with local files and block devices only. If it is meant as a file, record its absolute path with "
+            "'qemu-img rebase -u -b'."
         )
     path = resolve_backing(above.path, backing_file)
     try:

@@ -1,0 +1,14 @@
+# The commands of this collection's developers. Each says what it installs before it does; see README.md.
+.PHONY: demo test lint units integration bench clean
+
+demo:
+	tests/demo.sh
+
+test:
+	tests/run.sh build lint sanity units integration
+
+lint units integration bench:
+	tests/run.sh $@
+
+clean:
+	rm -rf .cache

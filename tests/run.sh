@@ -1,0 +1,159 @@
+#!/usr/bin/env bash
+# run.sh STEP...: build, lint, sanity, units, integration or bench, in the order given; what is missing is installed.
+# All that it makes lies in .cache: virtual environments, a copy of the collection at the path that Ansible wants.
+# Integration tests mount small file systems and change owners, so they run as root, by sudo if need be.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+project=$PWD cache=$PWD/.cache
+copy=$cache/collections/ansible_collections/kvmfleet/qcow2
+
+say() { printf '\n== %s\n' "$*"; }
+
+# The matrix: ansible-core, the controller's Python, the managed host's Python. Oldest and newest that are supported.
+legs=("2.18 3.11 3.9" "2.21 3.13 3.13")
+
+find_python() {  # find_python X.Y: print the path of that Python, of the system or of pyenv
+  local path
+  for path in "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$1".*/bin/python /usr/bin/python"$1" /usr/local/bin/python"$1"; do
+    [ -x "$path" ] && "$path" -c 'import venv, ensurepip' 2> /dev/null && { echo "$path"; return; }
+  done
+  return 1
+}
+
+make_venv() {  # make_venv NAME PYTHON REQUIREMENT...: a virtual environment in the cache, made once
+  local name=$1 python=$2 mark
+  shift 2
+  mark=$(printf '%s\n' "$python" "$@" | sha256sum)
+  [ "$(cat "$cache/venv/$name/.mark" 2> /dev/null)" = "$mark" ] && return
+  echo "Installing with pip into .cache/venv/$name: $*"
+  rm -rf "$cache/venv/$name"
+  "$python" -m venv "$cache/venv/$name"
+  "$cache/venv/$name/bin/pip" install --quiet "$@" 2>&1 | { grep -v '^WARNING: Location' || true; }
+  echo "$mark" > "$cache/venv/$name/.mark"
+}
+
+prepare() {
+  say "prepare"
+  tests/install.sh qemu-img=qemu-utils qemu-storage-daemon=qemu-system-common qemu-system-x86_64=qemu-system-x86 \
+    shellcheck=shellcheck jq=jq gcc=gcc mkfs.ext4=e2fsprogs setfacl=acl mount.exfat-fuse=exfat-fuse mkfs.exfat=exfatprogs
+  usable=()
+  local leg core controller host
+  for leg in "${legs[@]}"; do
+    read -r core controller host <<< "$leg"
+    local python target
+    if python=$(find_python "$controller") && target=$(find_python "$host"); then
+      make_venv "core-$core" "$python" "ansible-core==$core.*" -r tests/unit/requirements.txt
+      # Only to run module code and its unit tests in: the Python of a managed host needs no Ansible.
+      make_venv "host-$host" "$target" -r tests/unit/requirements.txt
+      usable+=("$leg")
+    else
+      echo "MISSING: Python $controller or $host, so ansible-core $core is not tested here." >&2
+      [ -z "${CI:-}" ] || exit 1
+    fi
+  done
+  [ "${#usable[@]}" -gt 0 ] || fall_back_on_system_python
+}
+
+fall_back_on_system_python() {  # a machine with one Python only, such as a fresh Debian
+  local version
+  version=$(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+  [[ "$version" = 3.1[1-3] ]] || { echo "Needs Python 3.11, 3.12 or 3.13." >&2; exit 1; }
+  tests/install.sh ensurepip-of-this-python=python3-venv
+  local core=2.19
+  make_venv "core-$core" "$(find_python "$version")" "ansible-core==$core.*" -r tests/unit/requirements.txt
+  make_venv "host-$version" "$(find_python "$version")" -r tests/unit/requirements.txt
+  usable=("$core $version $version")
+}
+
+copy_collection() {  # ansible-test wants the collection below ansible_collections, and no symlink
+  rm -rf "$copy"
+  mkdir -p "$copy"
+  git ls-files -z --cached --others --exclude-standard | tar --null --files-from=- --ignore-failed-read -cf - | tar -xf - -C "$copy"
+  # ansible-test asks git which files belong to the collection.
+  git -C "$copy" init -q
+  git -C "$copy" add -A
+}
+
+ansible_test() {  # ansible_test CORE ARGUMENT...: with a home of its own, so that nothing of the user's is touched
+  local core=$1
+  shift
+  mkdir -p "$cache/home"
+  HOME=$cache/home "$cache/venv/core-$core/bin/python" tests/seed_pip.py
+  (cd "$copy" && HOME=$cache/home PATH="$cache/venv/core-$core/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin" \
+    ansible-test "$@")
+}
+
+each_leg() {  # each_leg FUNCTION: call it with core, controller Python and host Python
+  local leg
+  for leg in "${usable[@]}"; do
+    # shellcheck disable=SC2086  # three words
+    "$1" $leg
+  done
+}
+
+build() {
+  say "build: the archive builds, and installs from the archive and from a folder"
+  local core=${usable[-1]%% *} out=$cache/build galaxy
+  galaxy="$cache/venv/core-$core/bin/ansible-galaxy"
+  rm -rf "$out"
+  mkdir -p "$out"
+  export HOME=$cache/home
+  (cd "$copy" && "$galaxy" collection build --output-path "$out")
+  "$galaxy" collection install --offline -p "$out/from-archive" "$out"/kvmfleet-qcow2-*.tar.gz
+  "$galaxy" collection install --offline -p "$out/from-folder" "$copy"
+  for installed in from-archive from-folder; do
+    ANSIBLE_COLLECTIONS_PATH=$out/$installed "$cache/venv/core-$core/bin/ansible-doc" kvmfleet.qcow2.qcow2_overlay > /dev/null
+  done
+}
+
+lint() {
+  say "lint: ruff, mypy, shellcheck, ansible-lint"
+  local core=${usable[-1]%% *} bin=$cache/venv/lint/bin
+  make_venv lint "$(readlink -f "$cache/venv/core-$core/bin/python")" "ansible-core==$core.*" -r tests/requirements-lint.txt
+  "$bin/ruff" check .
+  "$bin/ruff" format --check .
+  (cd "$cache/collections" && "$bin/mypy" --config-file "$project/pyproject.toml" -p ansible_collections.kvmfleet.qcow2.plugins)
+  shellcheck tests/*.sh .ci/run
+  (cd "$copy" && HOME=$cache/home PATH=$bin:$PATH ANSIBLE_COLLECTIONS_PATH=$cache/collections "$bin/ansible-lint" --offline --profile production)
+}
+
+sanity_leg() { say "sanity: ansible-core $1"; ansible_test "$1" sanity --local --python "$2"; }
+sanity() { each_leg sanity_leg; }
+
+units_leg() {
+  say "units: ansible-core $1, Python $3"
+  ansible_test "$1" units --local --python "$3" --python-interpreter "$cache/venv/host-$3/bin/python"
+}
+units() { each_leg units_leg; }
+
+integration_leg() {
+  say "integration: ansible-core $1 on Python $2, managed host on Python $3"
+  echo "ansible_python_interpreter: $cache/venv/host-$3/bin/python" > "$copy/tests/integration/integration_config.yml"
+  ansible_test "$1" integration --local --python "$2" --allow-root --allow-destructive
+}
+
+integration() {
+  if [ "$(id -u)" -ne 0 ]; then
+    echo "The integration tests run as root: by sudo."
+    sudo --preserve-env=CI env "PYENV_ROOT=${PYENV_ROOT:-$HOME/.pyenv}" "$project/tests/run.sh" integration
+    return
+  fi
+  each_leg integration_leg
+}
+
+bench() {
+  say "bench"
+  local core=${usable[-1]%% *}
+  "$cache/venv/core-$core/bin/python" tests/benchmarks/overlay.py
+}
+
+[ "$#" -gt 0 ] || { sed -n '2,4s/^# //p' "$0"; exit 2; }
+mkdir -p "$cache/home"
+prepare
+copy_collection
+for step in "$@"; do
+  case $step in
+    build | lint | sanity | units | integration | bench) "$step" ;;
+    *) echo "unknown step: $step" >&2; exit 2 ;;
+  esac
+done
