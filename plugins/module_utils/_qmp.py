@@ -77,7 +77,7 @@ class Monitor:
         self._events: list[dict[str, t.Any]] = []
         self._program = os.path.basename(command[0])
         try:
-            self._process = subprocess.Popen(
+            self._process = subprocess.Popen(  # pylint: disable=ansible-bad-function  # a dialogue, not one command
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

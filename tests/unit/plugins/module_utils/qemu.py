@@ -1,0 +1,138 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Images made by the real QEMU, and what QEMU itself says of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import struct
+import subprocess
+import typing as t
+
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._image import Bitmap, Image, open_image, read_image
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qmp import Monitor, find_qemu
+
+SECONDS = 60.0
+
+
+def qemu_img(*arguments: str) -> str:
+    """Run qemu-img and return what it prints."""
+    return subprocess.run(["qemu-img", *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def info(path: t.Any) -> dict[str, t.Any]:
+    """Return what qemu-img says of an image, without its chain."""
+    return t.cast("dict[str, t.Any]", json.loads(qemu_img("info", "--output=json", str(path))))
+
+
+def bitmaps_of(path: t.Any) -> set[tuple[str, int, bool, bool]]:
+    """Return name, granularity, recording, inconsistent of each bitmap, as qemu-img tells them."""
+    entries = info(path)["format-specific"]["data"].get("bitmaps", ())
+    return {(e["name"], e["granularity"], "auto" in e["flags"], "in-use" in e["flags"]) for e in entries}
+
+
+def create(path: t.Any, size: t.Any = "64M", *options: str) -> str:
+    """Make an image; options are arguments of qemu-img create."""
+    qemu_img("create", "-q", "-f", "qcow2", *options, str(path), str(size))
+    return str(path)
+
+
+@contextlib.contextmanager
+def storage_daemon() -> t.Iterator[Monitor]:
+    """Run a QEMU process for the block."""
+    monitor = Monitor(find_qemu(shutil.which), SECONDS)
+    try:
+        yield monitor
+    finally:
+        monitor.close()
+
+
+def add_bitmaps(path: t.Any, bitmaps: t.Sequence[Bitmap]) -> None:
+    """Add bitmaps as they are described; the inconsistent ones by a process that has the image open and is killed."""
+    inconsistent = [bitmap for bitmap in bitmaps if bitmap.inconsistent]
+    consistent = [bitmap for bitmap in bitmaps if not bitmap.inconsistent]
+    if inconsistent:
+        with storage_daemon() as monitor:
+            _add(monitor, path, inconsistent)
+            monitor.command("blockdev-del", {"node-name": "image"})
+            _open(monitor, path)
+            # Before its first write, QEMU marks every bitmap on the disk as in use.
+            monitor.command("block-dirty-bitmap-add", {"node": "image", "name": "touch", "persistent": True})
+            monitor._process.kill()
+    if consistent:
+        with storage_daemon() as monitor:
+            _add(monitor, path, consistent)
+            monitor.command("blockdev-del", {"node-name": "image"})
+
+
+def _open(monitor: Monitor, path: t.Any) -> None:
+    """Open the image for writing, alone, with its data file if it has one."""
+    node: dict[str, t.Any] = {"driver": "file", "filename": str(path)}
+    monitor.command("blockdev-add", {"driver": "qcow2", "node-name": "image", "file": node, "backing": None})
+
+
+def _add(monitor: Monitor, path: t.Any, bitmaps: t.Sequence[Bitmap]) -> None:
+    """Open the image and add the bitmaps in one transaction."""
+    _open(monitor, path)
+    actions = [
+        {
+            "type": "block-dirty-bitmap-add",
+            "data": {
+                "node": "image",
+                "name": bitmap.name,
+                "granularity": bitmap.granularity,
+                "persistent": True,
+                "disabled": not bitmap.recording,
+            },
+        }
+        for bitmap in bitmaps
+    ]
+    monitor.command("transaction", {"actions": actions}, len(actions) / 10)
+
+
+@contextlib.contextmanager
+def opened_for_writing(path: t.Any) -> t.Iterator[None]:
+    """Have another process hold the image open for writing, with its chain, as a VM does."""
+    command = ["qemu-io", "-f", "qcow2", str(path)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    stdin, stdout = t.cast("t.IO[bytes]", process.stdin), t.cast("t.IO[bytes]", process.stdout)
+    try:
+        stdin.write(b"length\n")
+        seen = b""
+        while b"MiB" not in seen and b"GiB" not in seen:
+            piece = stdout.read(4096)
+            assert piece, f"qemu-io could not open {path}"
+            seen += piece
+        yield
+    finally:
+        stdin.write(b"quit\n")
+        process.communicate()
+
+
+def read(path: t.Any) -> Image:
+    """Return what our reader says of an image."""
+    fd = open_image(str(path))
+    try:
+        return read_image(fd, str(path))
+    finally:
+        os.close(fd)
+
+
+def patch(path: t.Any, offset: int, data: bytes) -> None:
+    """Overwrite bytes of an image."""
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def directory_of(path: t.Any) -> tuple[int, int]:
+    """Return offset and length in bytes of the bitmap directory; the image is known to have one."""
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    place = head.index(struct.pack(">II", 0x23852875, 24)) + 8
+    _count, _reserved, length, offset = struct.unpack_from(">IIQQ", head, place)
+    return offset, length
