@@ -139,13 +139,14 @@ def read_image(fd: int, path: str) -> Image:
     end = header.backing_offset or header.cluster_size
     area = os.pread(fd, header.cluster_size, 0)
     extensions = _read_extensions(area[: min(end, len(area))], header, path)
+    backing_file = _backing_file(area, header, path)
     return Image(
         version=header.version,
         virtual_size=header.virtual_size // SECTOR * SECTOR,
         cluster_size=header.cluster_size,
         refcount_bits=1 << header.refcount_order,
-        backing_file=_backing_file(area, header, path),
-        backing_format=_text(extensions.get(_EXT_BACKING_FORMAT)),
+        backing_file=backing_file,
+        backing_format=_text(extensions.get(_EXT_BACKING_FORMAT)) if backing_file is not None else None,
         encrypted=header.crypt_method != 0,
         dirty=bool(header.incompatible & _INCOMPATIBLE_DIRTY),
         corrupt=bool(header.incompatible & _INCOMPATIBLE_CORRUPT),

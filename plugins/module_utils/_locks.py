@@ -48,6 +48,16 @@ def is_held(fd: int, byte: int, path: str) -> bool:
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 
+def is_used(fd: int, byte: int, path: str) -> bool:
+    """Whether a VM or a tool holds a lock on this byte; what another run of this collection holds is not counted.
+
+    Such a run holds OURS before, during and after it holds the other bytes.
+    """
+    if is_held(fd, OURS, path):
+        return False
+    return is_held(fd, byte, path) and not is_held(fd, OURS, path)
+
+
 def hold_off_writers(fd: int, path: str) -> None:
     """Keep everybody from opening the image for writing; allow that running VMs have it as a backing file."""
     _hold(fd, path, WRITE_UNSHARED)

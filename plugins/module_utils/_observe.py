@@ -56,8 +56,8 @@ def observe_active(fd: int, path: str, backing_format: str) -> Active:
     return Active(
         path=path,
         chain=read_chain(fd, path, backing_format),
-        open_for_writing=_locks.is_held(fd, _locks.WRITE, path),
-        below_running_vm=_locks.is_held(fd, _locks.WRITE_UNSHARED, path),
+        open_for_writing=_locks.is_used(fd, _locks.WRITE, path),
+        below_running_vm=_locks.is_used(fd, _locks.WRITE_UNSHARED, path),
         disguised=backing_format == "raw" and is_qcow2(fd),
     )
 

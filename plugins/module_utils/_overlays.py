@@ -173,8 +173,8 @@ def _make_one(
 ) -> Verdict:
     """Judge one overlay again, now under the lock of its ACTIVE, and build it if it is still missing."""
     wanted = verdict.wanted
-    target = observe_target(wanted.path)
     active_fd = guards.lock(wanted.backing_file)
+    target = observe_target(wanted.path)
     active = observe_active(active_fd, wanted.backing_file, wanted.backing_format)
     verdict = _plan.decide(wanted, active, target)
     if verdict.state != CREATED:

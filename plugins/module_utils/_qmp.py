@@ -158,7 +158,7 @@ class Monitor:
                     message = json.loads(answer)
                     if wanted(message):
                         return t.cast("dict[str, t.Any]", message)
-                    if "event" in message:
+                    if message.get("event") == "JOB_STATUS_CHANGE":
                         self._events.append(message)
                 status = self._process.wait()
             raise self._lost(f"ended with status {status}")

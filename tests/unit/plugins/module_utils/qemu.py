@@ -136,3 +136,25 @@ def directory_of(path: t.Any) -> tuple[int, int]:
     place = head.index(struct.pack(">II", 0x23852875, 24)) + 8
     _count, _reserved, length, offset = struct.unpack_from(">IIQQ", head, place)
     return offset, length
+
+
+def as_qemu_says(image: Image) -> dict[str, object]:
+    """Return what our reader says, in the words and with the omissions of qemu-img info."""
+    said: dict[str, object] = {
+        "virtual-size": image.virtual_size,
+        "cluster-size": image.cluster_size,
+        "backing-filename": image.backing_file,
+        "backing-filename-format": image.backing_format,
+        "compat": {2: "0.10", 3: "1.1"}[image.version],
+        "refcount-bits": image.refcount_bits,
+        "compression-type": image.compression_type,
+        "data-file": image.data_file,
+        "dirty-flag": image.dirty,
+    }
+    if image.version == 3:
+        said["lazy-refcounts"] = image.lazy_refcounts
+        said["extended-l2"] = image.extended_l2
+        said["corrupt"] = image.corrupt
+    if image.has_data_file:
+        said["data-file-raw"] = image.data_file_raw
+    return {name: value for name, value in said.items() if value is not None}

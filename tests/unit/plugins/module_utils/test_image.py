@@ -14,7 +14,7 @@ import time
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._errors import Qcow2Error
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._image import Bitmap, Image, open_image, read_image
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._image import Bitmap, open_image, read_image
 
 from . import qemu
 
@@ -60,28 +60,6 @@ def random_bitmaps(dice: random.Random) -> list[Bitmap]:
     ]
 
 
-def as_qemu_says(image: Image) -> dict[str, object]:
-    """Return what our reader says, in the words and with the omissions of qemu-img info."""
-    said: dict[str, object] = {
-        "virtual-size": image.virtual_size,
-        "cluster-size": image.cluster_size,
-        "backing-filename": image.backing_file,
-        "backing-filename-format": image.backing_format,
-        "compat": {2: "0.10", 3: "1.1"}[image.version],
-        "refcount-bits": image.refcount_bits,
-        "compression-type": image.compression_type,
-        "data-file": image.data_file,
-        "dirty-flag": image.dirty,
-    }
-    if image.version == 3:
-        said["lazy-refcounts"] = image.lazy_refcounts
-        said["extended-l2"] = image.extended_l2
-        said["corrupt"] = image.corrupt
-    if image.has_data_file:
-        said["data-file-raw"] = image.data_file_raw
-    return {name: value for name, value in said.items() if value is not None}
-
-
 @pytest.mark.parametrize("seed", range(COMBINATIONS))
 def test_reader_and_qemu_agree(tmp_path, seed):
     dice = random.Random(seed)
@@ -101,7 +79,7 @@ def test_reader_and_qemu_agree(tmp_path, seed):
         qemu.add_bitmaps(path, bitmaps)
     said, image = qemu.info(path), qemu.read(path)
     flat = {**said, **said["format-specific"]["data"]}
-    ours = as_qemu_says(image)
+    ours = qemu.as_qemu_says(image)
     assert {name: flat[name] for name in ours} == ours
     assert {(b.name, b.granularity, b.recording, b.inconsistent) for b in image.bitmaps} == qemu.bitmaps_of(path)
     assert ("backing-filename" in flat, "data-file" in flat) == (image.backing_file is not None, image.has_data_file)
@@ -119,6 +97,30 @@ def test_bitmaps_that_a_program_has_made_worthless_are_not_trusted(image_with_bi
     image = qemu.read(image_with_bitmaps)
     assert (image.bitmaps, image.lost_bitmaps) == ((), 5)
     assert qemu.bitmaps_of(image_with_bitmaps) == set()
+
+
+def test_an_image_that_was_not_closed_is_dirty(tmp_path):
+    path = qemu.create(tmp_path / "crashed.qcow2", "1M", "-o", "lazy_refcounts=on")
+    subprocess.run(["qemu-io", "-c", "write 0 64k", "-c", "abort", path], check=False, stdout=subprocess.DEVNULL)
+    assert qemu.read(path).dirty
+    assert qemu.info(path)["dirty-flag"]
+
+
+def test_an_entry_too_many_in_the_header_is_refused(image_with_bitmaps):
+    with open(image_with_bitmaps, "rb") as file:
+        place = file.read(4096).index(struct.pack(">II", 0x23852875, 24)) + 8
+    qemu.patch(image_with_bitmaps, place, struct.pack(">I", 6))
+    with pytest.raises(Qcow2Error, match="has 5 entries, its header says 6"):
+        qemu.read(image_with_bitmaps)
+
+
+def test_a_backing_file_name_with_a_nul_byte_is_refused(image_with_bitmaps):
+    name = qemu.read(image_with_bitmaps).backing_file.encode()
+    with open(image_with_bitmaps, "rb") as file:
+        place = file.read(4096).index(name)
+    qemu.patch(image_with_bitmaps, place + 4, b"\0")
+    with pytest.raises(Qcow2Error, match="NUL byte"):
+        qemu.read(image_with_bitmaps)
 
 
 HEADER_DAMAGE = {

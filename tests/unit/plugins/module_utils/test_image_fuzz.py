@@ -1,7 +1,7 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Mutated headers and directories: an image or Qcow2Error, never anything else; and where QEMU too can read it, the same.
+"""Mutated headers and directories: an image or Qcow2Error, never anything else; where QEMU can read it, the same.
 
 FUZZ_EXAMPLES in the environment sets how many mutations are tried.
 """
@@ -94,19 +94,21 @@ def compare_with_qemu(path):
     try:
         image = qemu.read(path)
     except Qcow2Error as exc:
-        assert path in str(exc)
+        refusal = str(exc)
+    else:
+        refusal = None
+    if refusal is not None:
+        assert path in refusal
         return
-    result = subprocess.run(
-        ["qemu-img", "info", "--output=json", path],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=60,
-    )
+    command = ["qemu-img", "info", "--output=json", path]
+    result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
     if result.returncode == 0:
         said = json.loads(result.stdout)
-        own = {(b.granularity, b.recording, b.inconsistent) for b in image.bitmaps}
+        flat, ours = {**said, **said["format-specific"]["data"]}, qemu.as_qemu_says(image)
+        # Names that are no valid text, in the eyes of JSON, come mangled out of QEMU.
+        ours = {name: value for name, value in ours.items() if not isinstance(value, str) or value.isprintable()}
+        assert {name: flat.get(name) for name in ours} == ours
         theirs = said["format-specific"]["data"].get("bitmaps", ())
-        assert said["virtual-size"] == image.virtual_size
-        assert len(theirs) == len(image.bitmaps)
-        assert own == {(e["granularity"], "auto" in e["flags"], "in-use" in e["flags"]) for e in theirs}
+        assert sorted((b.granularity, b.recording, b.inconsistent) for b in image.bitmaps) == sorted(
+            (e["granularity"], "auto" in e["flags"], "in-use" in e["flags"]) for e in theirs
+        )

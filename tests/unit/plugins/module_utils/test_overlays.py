@@ -1,0 +1,251 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The whole way on real images with real QEMU, without Ansible around it."""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils import _overlays, _plan
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._errors import Qcow2Error
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._image import Bitmap
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._overlays import Settings, make_overlays
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._plan import Creation, Wanted
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._publish import Ownership
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qmp import Monitor
+
+from . import qemu
+
+SETTINGS = Settings(check_mode=False, seconds=60, find_program=shutil.which, ownership=Ownership())
+BITMAPS = [
+    Bitmap("fine", 65536, True, False),
+    Bitmap("coarse", 1 << 21, True, False),
+    Bitmap("disabled", 65536, False, False),
+    Bitmap("broken", 65536, True, True),
+]
+CARRIED = {("fine", 65536, True, False), ("coarse", 1 << 21, True, False)}
+
+
+@pytest.fixture(name="disk")
+def fixture_disk(tmp_path):
+    path = qemu.create(tmp_path / "active.qcow2", "1G")
+    qemu.add_bitmaps(path, BITMAPS)
+    return path
+
+
+def digest(path):
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+def states(outcome):
+    return [verdict.state for verdict in outcome.verdicts]
+
+
+@pytest.mark.parametrize("program", ["qemu-storage-daemon", "qemu-system-x86_64"])
+def test_check_do_check_again_do_again(tmp_path, disk, program):
+    settings = SETTINGS._replace(find_program=lambda name: shutil.which(name) if name == program else None)
+    wanted = [Wanted(str(tmp_path / "over"), disk)]
+    before = digest(disk)
+    predicted = make_overlays(wanted, settings._replace(check_mode=True))
+    assert os.listdir(tmp_path) == ["active.qcow2"]
+    done = make_overlays(wanted, settings)
+    assert done.as_result() == predicted.as_result()
+    assert states(done) == ["created"]
+    assert qemu.bitmaps_of(tmp_path / "over") == CARRIED
+    without_qemu = settings._replace(find_program=lambda _name: None)
+    for check_mode in (True, False):
+        again = make_overlays(wanted, without_qemu._replace(check_mode=check_mode))
+        assert states(again) == ["present"]
+        assert not again.as_result()["changed"]
+    assert digest(disk) == before
+    assert sorted(os.listdir(tmp_path)) == ["active.qcow2", "over"]
+
+
+def test_the_guest_writes_and_both_bitmaps_record(tmp_path, disk):
+    make_overlays([Wanted(str(tmp_path / "over"), disk)], SETTINGS)
+    subprocess.run(["qemu-io", "-c", "write 1M 64k", str(tmp_path / "over")], check=True, stdout=subprocess.DEVNULL)
+    with qemu.storage_daemon() as monitor:
+        node = {"driver": "qcow2", "node-name": "o", "read-only": True, "backing": None}
+        monitor.command("blockdev-add", {**node, "file": {"driver": "file", "filename": str(tmp_path / "over")}})
+        nodes = monitor.command("query-named-block-nodes", {"flat": True})
+        counts = {b["name"]: b["count"] for n in nodes if n["node-name"] == "o" for b in n["dirty-bitmaps"]}
+        monitor.command("blockdev-del", {"node-name": "o"})
+    assert counts == {"fine": 65536, "coarse": 1 << 21}
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_needed_space_is_a_lower_bound_and_creation_options_are_kept(tmp_path, seed):
+    dice = random.Random(seed)
+    cluster_size = 1 << dice.randint(12, 21)
+    creation = Creation(
+        cluster_size,
+        cluster_size >= 16384 and dice.random() < 0.5,
+        dice.random() < 0.5,
+        1 << dice.randint(0, 6),
+        dice.choice(("zlib", "zstd")),
+    )
+    active = qemu.create(tmp_path / "active", dice.choice(("1M", "10G", "1T")))
+    bitmaps = [Bitmap(f"b{i}", 1 << dice.randint(16, 31), True, False) for i in range(dice.choice((0, 1, 9, 70)))]
+    qemu.add_bitmaps(active, bitmaps)
+    outcome = make_overlays([Wanted(str(tmp_path / "over"), active, creation=creation)], SETTINGS)
+    assert states(outcome) == ["created"]
+    said = qemu.info(tmp_path / "over")
+    data = said["format-specific"]["data"]
+    assert (said["cluster-size"], data["extended-l2"], data["lazy-refcounts"], data["refcount-bits"]) == creation[:4]
+    assert data["compression-type"] == creation.compression_type
+    assert qemu.bitmaps_of(tmp_path / "over") == {tuple(bitmap) for bitmap in bitmaps}
+    taken = os.stat(tmp_path / "over").st_blocks * 512
+    assert 0.7 * taken <= _plan.needed_bytes(outcome.verdicts[0]) <= taken
+
+
+def test_one_vm_fails_whole_and_the_other_is_made(tmp_path, disk):
+    (tmp_path / "taken").write_text("theirs")
+    wanted = [
+        Wanted(str(tmp_path / "a1"), disk, vm="a"),
+        Wanted(str(tmp_path / "b1"), disk, vm="b"),
+        Wanted(str(tmp_path / "taken"), disk, vm="a"),
+    ]
+    predicted = make_overlays(wanted, SETTINGS._replace(check_mode=True))
+    outcome = make_overlays(wanted, SETTINGS)
+    assert states(outcome) == states(predicted) == ["failed", "created", "failed"]
+    assert outcome.as_result() == predicted.as_result()
+    assert sorted(os.listdir(tmp_path)) == ["active.qcow2", "b1", "taken"]
+
+
+@pytest.mark.parametrize("step", ["fill", "cross_check", "dress", "_read_back", "publish_together"])
+@pytest.mark.parametrize("error", [Qcow2Error("/x: because"), OSError(28, "No space left on device")])
+def test_a_failure_at_any_step_leaves_nothing_and_does_not_stop_other_vms(tmp_path, disk, monkeypatch, step, error):
+    where = _overlays._build if step in ("fill", "cross_check") else _overlays
+    real, calls = getattr(where, step), []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == (1 if step == "publish_together" else 2):
+            raise error
+        return real(*args)
+
+    monkeypatch.setattr(where, step, failing)
+    wanted = [Wanted(str(tmp_path / name), disk, vm=name[0]) for name in ("a1", "a2", "b1", "b2")]
+    outcome = make_overlays(wanted, SETTINGS)
+    assert states(outcome) == ["failed", "failed", "created", "created"]
+    assert sorted(os.listdir(tmp_path)) == ["active.qcow2", "b1", "b2"]
+    assert "because" in outcome.failures[-1] or "No space" in outcome.failures[-1]
+
+
+@pytest.mark.parametrize("command", ["blockdev-add", "blockdev-create", "transaction", "blockdev-del", "query-jobs"])
+def test_a_qemu_that_is_killed_fails_that_vm_only(tmp_path, disk, monkeypatch, command):
+    real, calls = Monitor.command, []
+
+    def killing(self, name, *args):
+        if name == command and not calls:
+            calls.append(name)
+            self._process.kill()
+        return real(self, name, *args)
+
+    monkeypatch.setattr(Monitor, "command", killing)
+    wanted = [Wanted(str(tmp_path / name), disk, vm=name) for name in ("a", "b")]
+    outcome = make_overlays(wanted, SETTINGS)
+    assert states(outcome) == ["failed", "created"]
+    assert "ended with status -9" in outcome.failures[0] or "could not be talked to" in outcome.failures[0]
+    assert sorted(os.listdir(tmp_path)) == ["active.qcow2", "b"]
+
+
+def test_bitmaps_that_qemu_loses_silently_are_noticed(tmp_path, disk, monkeypatch):
+    real = Monitor.command
+
+    def losing(self, name, arguments=None, *args):
+        if name == "transaction":
+            arguments = {"actions": arguments["actions"][:-1]}
+        return real(self, name, arguments, *args)
+
+    monkeypatch.setattr(Monitor, "command", losing)
+    outcome = make_overlays([Wanted(str(tmp_path / "over"), disk)], SETTINGS)
+    assert states(outcome) == ["failed"]
+    assert "bitmap 'coarse' is missing" in outcome.failures[0] or "bitmap 'fine' is missing" in outcome.failures[0]
+    assert os.listdir(tmp_path) == ["active.qcow2"]
+
+
+def test_what_qemu_and_the_reader_see_differently_is_refused(tmp_path, disk, monkeypatch):
+    real = Monitor.command
+
+    def lying(self, name, *args):
+        answer = real(self, name, *args)
+        for node in answer if name == "query-named-block-nodes" else ():
+            node["dirty-bitmaps"] = node.get("dirty-bitmaps", [])[1:]
+        return answer
+
+    monkeypatch.setattr(Monitor, "command", lying)
+    outcome = make_overlays([Wanted(str(tmp_path / "over"), disk)], SETTINGS)
+    assert "QEMU sees other bitmaps" in outcome.failures[0]
+    assert os.listdir(tmp_path) == ["active.qcow2"]
+
+
+def test_an_active_that_is_replaced_meanwhile_is_noticed(tmp_path, disk, monkeypatch):
+    real = _overlays._build.fill
+
+    def replacing(*args):
+        os.rename(disk, tmp_path / "old")
+        shutil.copy(tmp_path / "old", disk)
+        real(*args)
+
+    monkeypatch.setattr(_overlays._build, "fill", replacing)
+    outcome = make_overlays([Wanted(str(tmp_path / "over"), disk)], SETTINGS)
+    assert "was replaced by another file" in outcome.failures[0]
+    assert sorted(os.listdir(tmp_path)) == ["active.qcow2", "old"]
+
+
+RUN = """
+import shutil, sys
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._overlays import Settings, make_overlays
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._plan import Wanted
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._publish import Ownership
+settings = Settings(False, 60, shutil.which, Ownership())
+outcome = make_overlays([Wanted(path, sys.argv[1]) for path in sys.argv[2:]], settings)
+print(" ".join(verdict.state for verdict in outcome.verdicts), *outcome.failures)
+"""
+
+
+def start_run(active, *paths):
+    """Start a run in a process, and a process group, of its own."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", RUN, active, *map(str, paths)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def test_of_runs_that_race_one_creates_and_the_others_find_it(tmp_path, disk):
+    for attempt in range(8):
+        path = tmp_path / f"over-{attempt}"
+        runs = [start_run(disk, path) for _ in range(3)]
+        said = collections.Counter(run.communicate()[0].strip() for run in runs)
+        assert said == {"created": 1, "present": 2}
+    assert len(os.listdir(tmp_path)) == 9
+
+
+@pytest.mark.parametrize("whole_group", [True, False], ids=["with its QEMU", "alone"])
+def test_a_killed_run_leaves_all_or_nothing_and_the_next_completes(tmp_path, disk, whole_group):
+    dice, before = random.Random(7), digest(disk)
+    paths = [tmp_path / f"over-{number}" for number in range(3)]
+    for _ in range(25):
+        run = start_run(disk, *paths)
+        time.sleep(dice.uniform(0.0, 0.25))
+        (os.killpg if whole_group else os.kill)(run.pid, signal.SIGKILL)
+        run.communicate()
+        for path in paths:
+            assert not path.exists() or qemu.bitmaps_of(path) == CARRIED
+        start_run(disk, *paths).communicate()
+        assert sorted(os.listdir(tmp_path)) == ["active.qcow2", "over-0", "over-1", "over-2"]
+        for path in paths:
+            assert qemu.bitmaps_of(path) == CARRIED
+            path.unlink()
+    assert digest(disk) == before

@@ -1,0 +1,160 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Publishing on a real file system: never replaces, all or none, and dressed as asked."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils import _locks, _publish
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._errors import Qcow2Error
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._observe import observe_target
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._publish import (
+    Ownership,
+    StagedFile,
+    dress,
+    find_leftovers,
+    publish_together,
+)
+
+from . import qemu
+
+
+def staged(path, content=b"ours"):
+    file = StagedFile(observe_target(str(path)))
+    os.write(file.fd, content)
+    return file
+
+
+def no_hard_links(*_args, **_kwargs):
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+
+@pytest.fixture(name="links", params=["hard links", "no hard links"])
+def fixture_links(request, monkeypatch):
+    if request.param == "no hard links":
+        monkeypatch.setattr(_publish.os, "link", no_hard_links)
+
+
+@pytest.mark.usefixtures("links")
+def test_files_are_private_until_they_are_published(tmp_path):
+    with staged(tmp_path / "a") as first, staged(tmp_path / "b") as second:
+        names = os.listdir(tmp_path)
+        assert sorted(names) == sorted([first.name, second.name])
+        assert all(stat.S_IMODE(os.stat(tmp_path / name).st_mode) == 0o600 for name in names)
+        publish_together([first, second])
+        assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+    assert os.stat(tmp_path / "a").st_nlink == 1
+
+
+@pytest.mark.usefixtures("links")
+@pytest.mark.parametrize("obstacle", ["file", "folder", "dangling symlink"])
+def test_nothing_is_ever_replaced_and_the_first_is_taken_back(tmp_path, obstacle):
+    with staged(tmp_path / "a") as first, staged(tmp_path / "b") as second:
+        if obstacle == "file":
+            (tmp_path / "b").write_text("theirs")
+        elif obstacle == "folder":
+            (tmp_path / "b").mkdir()
+        else:
+            (tmp_path / "b").symlink_to("nowhere")
+        with pytest.raises(Qcow2Error, match="has appeared"):
+            publish_together([first, second])
+    assert os.listdir(tmp_path) == ["b"]
+    if obstacle == "file":
+        assert (tmp_path / "b").read_text() == "theirs"
+
+
+def test_a_file_slipped_in_under_the_temporary_name_is_not_published(tmp_path):
+    with staged(tmp_path / "a") as file:
+        os.unlink(tmp_path / file.name)
+        (tmp_path / file.name).write_text("theirs")
+        with pytest.raises(OSError, match="No such file"):
+            publish_together([file])
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_failing_fsync_of_the_folder_takes_everything_back(tmp_path, monkeypatch):
+    with staged(tmp_path / "a") as file:
+        calls = []
+
+        def fsync(fd):
+            calls.append(fd)
+            if len(calls) == 1:
+                raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(_publish.os, "fsync", fsync)
+        with pytest.raises(OSError, match="Input/output"):
+            publish_together([file])
+    assert os.listdir(tmp_path) == []
+
+
+def test_no_vm_can_start_on_an_overlay_before_all_are_published(tmp_path, monkeypatch):
+    path = qemu.create(tmp_path / "image", "1M")
+    with staged(tmp_path / "a", open(path, "rb").read()) as file:
+        held = []
+
+        def publish(self):
+            fd = os.open(os.path.join(self.target.folder, self.name), os.O_RDONLY)
+            held.append((_locks.is_held(fd, _locks.WRITE, ""), _locks.is_held(fd, _locks.WRITE_UNSHARED, "")))
+            os.close(fd)
+
+        monkeypatch.setattr(StagedFile, "publish", publish)
+        publish_together([file])
+    assert held == [(True, True)]
+
+
+def test_only_what_killed_runs_have_left_is_removed(tmp_path):
+    (tmp_path / "other.tmp").touch()
+    (tmp_path / ".qcow2_overlay-folder.tmp").mkdir()
+    (tmp_path / ".qcow2_overlay-link.tmp").symlink_to("other.tmp")
+    abandoned = tmp_path / ".qcow2_overlay-0123456789abcdef.tmp"
+    abandoned.touch()
+    with staged(tmp_path / "a") as alive:
+        assert find_leftovers(str(tmp_path), remove=False) == [str(abandoned)]
+        assert abandoned.exists()
+        assert find_leftovers(str(tmp_path), remove=True) == [str(abandoned)]
+        assert find_leftovers(str(tmp_path), remove=True) == []
+        assert alive.name in os.listdir(tmp_path)
+    assert len(os.listdir(tmp_path)) == 3
+    assert find_leftovers(str(tmp_path / "absent"), remove=True) == []
+
+
+def dressed(tmp_path, active_mode, ownership):
+    """Return mode, owner and context of an overlay of an ACTIVE with this mode."""
+    active = tmp_path / "active"
+    active.touch()
+    active.chmod(active_mode)
+    active_fd = os.open(active, os.O_RDONLY)
+    with staged(tmp_path / "a") as file:
+        dress(file.fd, active_fd, ownership, str(tmp_path / "a"))
+        status = os.fstat(file.fd)
+    os.close(active_fd)
+    return stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid
+
+
+@pytest.mark.parametrize(
+    "active_mode, asked, expected",
+    [
+        (0o640, None, 0o640),
+        (0o444, None, 0o644),
+        (0o4755, None, 0o755),
+        (0o640, lambda _current: 0o600, 0o600),
+        (0o444, lambda current: current | 0o020, 0o664),
+    ],
+)
+def test_modes(tmp_path, active_mode, asked, expected):
+    assert dressed(tmp_path, active_mode, Ownership(mode=asked)) == (expected, os.getuid(), os.getgid())
+
+
+def test_an_owner_that_cannot_be_given_is_named_with_a_way_out(tmp_path, monkeypatch):
+    def refuse(*_args):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(_publish.os, "fchown", refuse)
+    with pytest.raises(Qcow2Error, match="cannot be given owner 4242.*Run with become"):
+        dressed(tmp_path, 0o640, Ownership(uid=4242))
