@@ -144,7 +144,7 @@ integration() {
 bench() {
   say "bench"
   local core=${usable[-1]%% *}
-  "$cache/venv/core-$core/bin/python" tests/benchmarks/overlay.py
+  PYTHONPATH=$cache/collections "$cache/venv/core-$core/bin/python" tests/benchmarks/overlay.py
 }
 
 [ "$#" -gt 0 ] || { sed -n '2,4s/^# //p' "$0"; exit 2; }

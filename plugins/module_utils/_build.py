@@ -17,9 +17,10 @@ from ._image import Image
 from ._plan import Verdict
 from ._qmp import Monitor
 
-_ACTIVE = "active"
-_FILE = "overlay-file"
-_OVERLAY = "overlay"
+# Node names; short, because the overlay's is sent once for each bitmap.
+_ACTIVE = "a"
+_FILE = "f"
+_OVERLAY = "o"
 
 # What one step may take longer for each bitmap and for each byte of bitmap data, on slow storage.
 _SECONDS_PER_BITMAP = 0.1

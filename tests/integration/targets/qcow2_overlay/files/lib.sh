@@ -11,7 +11,7 @@ mkdir -p "$run" "$1"
 cd "$1"
 
 image() { # image FILE [OPTION...]: of 64 MiB
-  local file=$1
+  local file=$PWD/$1 # or a name such as nbd:x would be a protocol
   shift
   qemu-img create -q -f qcow2 "$@" -- "$file" 64M
 }
@@ -23,6 +23,7 @@ overlay() { # overlay FILE BACKING_FILE [FORMAT]: as qemu-img makes it, without 
 bitmap() { # bitmap FILE NAME [GRANULARITY [--disable]]
   local file=$1 name=$2 granularity=${3:-65536}
   shift "$(($# < 3 ? $# : 3))"
+  [[ "$file" = /* ]] || file=$PWD/$file
   qemu-img bitmap --add -g "$granularity" "$@" -- "$file" "$name"
 }
 
