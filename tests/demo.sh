@@ -26,7 +26,7 @@ say "A disk with bitmaps: ACTIVE"
 qemu-img create -q -f qcow2 "$active" 10G
 qemu-img bitmap --add "$active" crashed
 # A VM that dies leaves the bitmaps it was recording to marked as in use.
-qemu-io -c 'write 0 64k' -c abort "$active" > /dev/null 2>&1 || true
+(qemu-io -c 'write 0 64k' -c abort "$active" || true) > /dev/null 2>&1
 qemu-img bitmap --add -g 4k "$active" monday
 qemu-img bitmap --add "$active" tuesday
 qemu-img bitmap --add -g 1M "$active" "wednesday, noon"

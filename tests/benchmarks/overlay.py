@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
@@ -95,7 +94,7 @@ def one_overlay(folder: pathlib.Path, bitmaps: int) -> None:
     """Compare both sides for one overlay of a disk with so many bitmaps."""
     active = make_disk(folder / "active", bitmaps)
     seconds: dict[str, list[float]] = {"shell": [], "ours": []}
-    for _ in range(ROUNDS):
+    for _round in range(ROUNDS):
         seconds["shell"].append(shell(active, folder / "shell"))
         seconds["ours"].append(ours([(active, folder / "ours")])[0])
         assert bitmaps_of(folder / "shell") == bitmaps_of(folder / "ours") == bitmaps_of(active)
@@ -115,7 +114,7 @@ def many_disks(folder: pathlib.Path, disks: int, bitmaps: int) -> None:
         pairs.append((folder / f"disk{number}", folder / f"disk{number}.snap"))
         shutil.copy(template, pairs[-1][0])
     first, again = [], []
-    for _ in range(ROUNDS):
+    for _round in range(ROUNDS):
         first.append(ours(pairs)[0])
         again.append(ours(pairs, "present")[0])
         for _active, path in pairs:
@@ -132,7 +131,7 @@ def growth(folder: pathlib.Path) -> None:
     for bitmaps in (250, 500, 1000, 2000):
         active = make_disk(folder / f"active{bitmaps}", bitmaps)
         figures = []
-        for _ in range(ROUNDS):
+        for _round in range(ROUNDS):
             figures.append(ours([(active, folder / "over")]))
             (folder / "over").unlink()
         seconds, memory = statistics.median(f[0] for f in figures), max(f[1] for f in figures)

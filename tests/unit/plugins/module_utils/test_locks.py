@@ -84,7 +84,7 @@ def test_runs_take_turns(chain):
     inside, most, done = [], [], []
 
     def run():
-        for _ in range(20):
+        for _round in range(20):
             with opened(base) as fd:
                 _locks.take_turn(fd, base, 60)
                 inside.append(1)
@@ -92,7 +92,7 @@ def test_runs_take_turns(chain):
                 inside.pop()
                 done.append(1)
 
-    threads = [threading.Thread(target=run) for _ in range(4)]
+    threads = [threading.Thread(target=run) for _round in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

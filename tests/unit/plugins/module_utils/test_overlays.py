@@ -226,7 +226,7 @@ def start_run(active, *paths):
 def test_of_runs_that_race_one_creates_and_the_others_find_it(tmp_path, disk):
     for attempt in range(8):
         path = tmp_path / f"over-{attempt}"
-        runs = [start_run(disk, path) for _ in range(3)]
+        runs = [start_run(disk, path) for _round in range(3)]
         said = collections.Counter(run.communicate()[0].strip() for run in runs)
         assert said == {"created": 1, "present": 2}
     assert len(os.listdir(tmp_path)) == 9
@@ -236,7 +236,7 @@ def test_of_runs_that_race_one_creates_and_the_others_find_it(tmp_path, disk):
 def test_a_killed_run_leaves_all_or_nothing_and_the_next_completes(tmp_path, disk, whole_group):
     dice, before = random.Random(7), digest(disk)
     paths = [tmp_path / f"over-{number}" for number in range(3)]
-    for _ in range(25):
+    for _round in range(25):
         run = start_run(disk, *paths)
         time.sleep(dice.uniform(0.0, 0.25))
         (os.killpg if whole_group else os.kill)(run.pid, signal.SIGKILL)
