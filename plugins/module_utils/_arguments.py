@@ -15,16 +15,14 @@ import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ._errors import Qcow2Error
+from ._errors import Interrupted, Qcow2Error
 from ._overlays import Outcome, Settings
 from ._plan import Creation
 from ._publish import Ownership
 
 BACKING_FORMATS = ["qcow2", "raw"]
-
-
-class Interrupted(BaseException):
-    """A signal asks this run to end; no except clause on the way may mistake it for a failure of one VM."""
+_LONGEST_TIMEOUT = 86400  # seconds
+_LARGEST_ID = (1 << 32) - 2  # the number above means "leave it" to chown
 
 
 def creation_spec(defaults: bool) -> dict[str, t.Any]:
@@ -54,7 +52,9 @@ def creation_from(params: dict[str, t.Any]) -> Creation:
 
 
 def settings_from(module: AnsibleModule) -> Settings:
-    """Return what holds for all overlays of the call; Qcow2Error for an owner, group or mode that cannot be."""
+    """Return what holds for all overlays of the call; Qcow2Error for a value that cannot be."""
+    if not 1 <= module.params["timeout"] <= _LONGEST_TIMEOUT:
+        raise Qcow2Error(f"timeout={module.params['timeout']}: must be from 1 to {_LONGEST_TIMEOUT} seconds.")
     return Settings(
         check_mode=module.check_mode,
         seconds=float(module.params["timeout"]),
@@ -78,9 +78,12 @@ def _number(option: str, name: str | None, look_up: t.Callable[[str], int]) -> i
     if name is None:
         return None
     try:
-        return int(name) if name.isdigit() else look_up(name)
-    except KeyError as exc:
-        raise Qcow2Error(f"{option}={name}: this host knows no such {option}.") from exc
+        number = int(name) if name.isascii() and name.isdigit() else look_up(name)
+    except (KeyError, ValueError) as exc:
+        raise Qcow2Error(f"{option}={name}: this host knows no such {option}. Give another, or its number.") from exc
+    if number > _LARGEST_ID:
+        raise Qcow2Error(f"{option}={name}: is too large a number; at most {_LARGEST_ID} is possible.")
+    return number
 
 
 def _mode(wanted: t.Any) -> t.Callable[[int], int] | None:
@@ -97,10 +100,16 @@ def _mode(wanted: t.Any) -> t.Callable[[int], int] | None:
         return int(AnsibleModule._symbolic_mode_to_octal(status, wanted))
 
     try:
-        resulting(0)
-    except Exception as exc:
-        raise Qcow2Error(f"mode={wanted}: is neither an octal number nor a symbolic mode such as u=rw,g=r.") from exc
-    return resulting
+        if 0 <= resulting(0o600) <= 0o7777:
+            return resulting
+    except Exception as exc:  # what the private parser of Ansible raises is not said anywhere
+        raise _no_mode(wanted) from exc
+    raise _no_mode(wanted)
+
+
+def _no_mode(wanted: t.Any) -> Qcow2Error:
+    """Return the error for a mode that is none."""
+    return Qcow2Error(f"mode={wanted}: is neither an octal number up to 7777 nor a symbolic mode such as u=rw,g=r.")
 
 
 @contextlib.contextmanager
@@ -111,13 +120,15 @@ def ending_cleanly() -> t.Iterator[None]:
         signal.signal(number, signal.SIG_IGN)  # a second one must not disturb the cleaning up
         raise Interrupted(signal.Signals(number).name)
 
-    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-    previous = {number: signal.signal(number, end) for number in numbers}
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    changed = [number for number, handler in previous.items() if handler != signal.SIG_IGN]  # ignored under nohup
+    for number in changed:
+        signal.signal(number, end)
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number in changed:
+            signal.signal(number, previous[number] or signal.SIG_DFL)
 
 
 def exit_with(module: AnsibleModule, outcome: Outcome) -> None:

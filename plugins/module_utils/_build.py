@@ -22,9 +22,7 @@ _ACTIVE = "a"
 _FILE = "f"
 _OVERLAY = "o"
 
-# What one step may take longer for each bitmap and for each byte of bitmap data, on slow storage.
-_SECONDS_PER_BITMAP = 0.1
-_MAX_BITMAPS_PER_TRANSACTION = 10_000  # QEMU's JSON parser takes a message of up to 2 million tokens and 64 MiB
+_SECONDS_PER_BITMAP = 0.1  # that a step may take longer, on slow storage
 
 
 class _Seen(t.NamedTuple):
@@ -61,7 +59,7 @@ def cross_check(monitor: Monitor, fd: int, path: str, image: Image) -> None:
     # A bitmap that is inconsistent never records, whatever its flag says.
     read = {_Seen(b.name, b.granularity, b.recording and not b.inconsistent, b.inconsistent) for b in image.bitmaps}
     if seen != read:
-        names = ", ".join(repr(name) for name in sorted({entry.name for entry in seen ^ read}))
+        names = ", ".join(repr(name) for name in sorted({entry.name for entry in seen ^ read})[:5])
         raise Qcow2Error(
             f"{path}: QEMU sees other bitmaps in it than this module reads ({names}). Nothing was made. Please report "
             "this with the output of 'qemu-img info'."
@@ -101,9 +99,7 @@ def _add_bitmaps(monitor: Monitor, verdict: Verdict) -> None:
         }
         for bitmap in verdict.bitmaps
     ]
-    for start in range(0, len(actions), _MAX_BITMAPS_PER_TRANSACTION):
-        some = actions[start : start + _MAX_BITMAPS_PER_TRANSACTION]
-        monitor.command("transaction", {"actions": some}, _extra_seconds(len(actions)))
+    monitor.command("transaction", {"actions": actions}, _extra_seconds(len(actions)))
     monitor.command("blockdev-del", {"node-name": _OVERLAY}, _extra_seconds(len(actions)))
 
 
@@ -125,4 +121,13 @@ def _file_driver(fd: int) -> str:
 
 def _name_for_qemu(fd: int) -> str:
     """Return a file name under which QEMU, our child, opens the very file that is open here."""
-    return f"/proc/{os.getpid()}/fd/{fd}"
+    name = f"/proc/{os.getpid()}/fd/{fd}"
+    try:
+        is_ours = os.path.samestat(os.stat(name), os.fstat(fd))
+    except OSError:
+        is_ours = False
+    if not is_ours:  # another namespace's /proc would show the files of a stranger that has our number there
+        raise Qcow2Error(
+            "/proc: is missing, or not that of this process's PID namespace. Mount a proc file system there."
+        )
+    return name

@@ -18,11 +18,12 @@ MAX_LAYERS = 200  # libvirt follows no chain further either
 class Layer(t.NamedTuple):
     """One image of a backing chain."""
 
-    path: str  # resolved: no symlinks, absolute
+    path: str  # the name under which QEMU would open it, which is what a relative backing file is relative to
+    real_path: str  # no symlinks
     identity: tuple[int, int]  # device and inode: two names of one file are one layer
     format: str | None  # as the layer above records it; None when it does not
     virtual_size: int  # bytes
-    image: Image | None  # None when the layer is not qcow2
+    image: Image | None  # None when the layer is not qcow2; below the top without its bitmaps
 
 
 def has_protocol(name: str) -> bool:
@@ -37,22 +38,17 @@ def identity_of(status: os.stat_result) -> tuple[int, int]:
     return (status.st_dev, status.st_ino)
 
 
-def resolve_backing(image_path: str, backing_file: str) -> str:
-    """Return the real path of a backing file that the image records; a relative one lies beside the image."""
-    return os.path.realpath(os.path.join(os.path.dirname(os.path.realpath(image_path)), backing_file))
-
-
-def read_layer(fd: int, path: str, image_format: str | None) -> Layer:
-    """Return the open image as a layer; a format that is not recorded is looked up, for reading only."""
-    as_qcow2 = image_format == "qcow2" or (image_format is None and is_qcow2(fd))
-    image = read_image(fd, path) if as_qcow2 else None
-    virtual_size = image.virtual_size if image else (length_of(fd) + SECTOR - 1) // SECTOR * SECTOR
-    return Layer(os.path.realpath(path), identity_of(os.fstat(fd)), image_format, virtual_size, image)
+def resolve_name(image_path: str, name: str) -> str:
+    """Return the path of a file that an image records; a relative one lies beside the name the image was opened by."""
+    return os.path.join(os.path.dirname(image_path), name)
 
 
 def read_chain(top_fd: int, path: str, image_format: str | None) -> tuple[Layer, ...]:
-    """Return the layers from the open image down to its base; Qcow2Error when one is missing, odd or in a loop."""
-    layers = [read_layer(top_fd, path, image_format)]
+    """Return the layers from the open image down to its base; Qcow2Error when one is missing, odd or in a loop.
+
+    Only the topmost image comes with its bitmaps.
+    """
+    layers = [_read_layer(top_fd, path, image_format, with_bitmaps=True)]
     seen = {layers[0].identity}
     while True:
         above = layers[-1]
@@ -72,6 +68,18 @@ def read_chain(top_fd: int, path: str, image_format: str | None) -> tuple[Layer,
             )
 
 
+def _read_layer(fd: int, path: str, image_format: str | None, with_bitmaps: bool) -> Layer:
+    """Return the open image as a layer; a format that is not recorded is looked up, for reading only."""
+    as_qcow2 = image_format == "qcow2" or (image_format is None and is_qcow2(fd))
+    image = read_image(fd, path, with_bitmaps) if as_qcow2 else None
+    virtual_size = image.virtual_size if image else (length_of(fd) + SECTOR - 1) // SECTOR * SECTOR
+    if image is not None and image.data_file is not None and not has_protocol(image.data_file):
+        data_file = resolve_name(path, image.data_file)
+        if not os.path.exists(data_file):
+            raise Qcow2Error(f"{path}: its external data file {data_file} does not exist. Put it back in its place.")
+    return Layer(path, os.path.realpath(path), identity_of(os.fstat(fd)), image_format, virtual_size, image)
+
+
 def _read_below(above: Layer, backing_file: str, backing_format: str | None) -> Layer:
     """Return the layer that the image above records as its backing file."""
     if has_protocol(backing_file):
@@ -80,12 +88,12 @@ def _read_below(above: Layer, backing_file: str, backing_format: str | None) -> 
             "works with local files and block devices only. If it is meant as a file, record its absolute path with "
             "'qemu-img rebase -u -b'."
         )
-    path = resolve_backing(above.path, backing_file)
+    path = resolve_name(above.path, backing_file)
     try:
         fd = open_image(path)
     except Qcow2Error as exc:
         raise Qcow2Error(f"{exc} It is the backing file of {above.path}.") from exc
     try:
-        return read_layer(fd, path, backing_format)
+        return _read_layer(fd, path, backing_format, with_bitmaps=False)
     finally:
         os.close(fd)

@@ -1,10 +1,35 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The one exception for failures that are expected."""
+"""The exceptions that are expected, and the texts that more than one room needs."""
 
 from __future__ import annotations
 
 
 class Qcow2Error(Exception):
     """An expected failure. Its text names the file, the rule and the way out, and is shown to the user as it is."""
+
+
+class QemuError(Qcow2Error):
+    """A failure of QEMU, in its own words; whoever knows the file puts its name in front."""
+
+
+class Interrupted(BaseException):
+    """A signal asks this run to end; no except clause on the way may mistake it for a failure of one VM."""
+
+
+def in_use(path: str) -> Qcow2Error:
+    """Return the error for an ACTIVE that a process has open for writing."""
+    return Qcow2Error(
+        f"{path}: is open for writing in another process, most likely a running VM. "
+        "Only images of VMs that are shut off can be worked on; shut it down and run this again."
+    )
+
+
+def below_running_vm(path: str) -> Qcow2Error:
+    """Return the error for an ACTIVE that is not the top of its VM's chain any more."""
+    return Qcow2Error(
+        f"{path}: is the backing file of a running VM, or is being read by a tool such as qemu-img convert, and has "
+        "bitmaps that are recording. It is most likely not the topmost image of that VM any more: name the image "
+        "that is (virsh domblklist), and shut the VM down."
+    )

@@ -133,7 +133,7 @@ def is_qcow2(fd: int) -> bool:
     return os.pread(fd, len(MAGIC), 0) == MAGIC
 
 
-def read_image(fd: int, path: str) -> Image:
+def read_image(fd: int, path: str, with_bitmaps: bool = True) -> Image:
     """Return what the open qcow2 image says of itself; Qcow2Error when it is none, or damaged."""
     header = _read_header(fd, path)
     end = header.backing_offset or header.cluster_size
@@ -156,7 +156,7 @@ def read_image(fd: int, path: str) -> Image:
         has_data_file=bool(header.incompatible & _INCOMPATIBLE_DATA_FILE),
         data_file=_text(extensions.get(_EXT_DATA_FILE)) if header.incompatible & _INCOMPATIBLE_DATA_FILE else None,
         data_file_raw=bool(header.autoclear & _AUTOCLEAR_DATA_FILE_RAW),
-        **_read_bitmaps(fd, extensions.get(_EXT_BITMAPS), header, path),
+        **_read_bitmaps(fd, extensions.get(_EXT_BITMAPS) if with_bitmaps else None, header, path),
     )
 
 
@@ -166,8 +166,11 @@ def _damaged(path: str, what: str) -> Qcow2Error:
 
 
 def _text(data: bytes | None) -> str | None:
-    """Return a name of the image as Python holds file names; bytes that are not UTF-8 survive as surrogates."""
-    return data.decode("utf-8", "surrogateescape") if data else None
+    """Return a name of the image as Python holds file names, up to a NUL byte, as QEMU takes it; None when empty.
+
+    Bytes that are not UTF-8 survive as surrogates.
+    """
+    return data.split(b"\0", 1)[0].decode("utf-8", "surrogateescape") or None if data else None
 
 
 def _read_header(fd: int, path: str) -> _Header:

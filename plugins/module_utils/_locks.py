@@ -21,10 +21,9 @@ import random
 import struct
 import time
 
-from ._errors import Qcow2Error
+from ._errors import Qcow2Error, below_running_vm, in_use
 
-# Linux, fcntl(2), "Open file description locks"; Python's fcntl module has no names for them before 3.9 and
-# only where the C library's headers show them.
+# Linux, fcntl(2), "Open file description locks"; not every build of Python has names for them.
 _F_OFD_GETLK = 36
 _F_OFD_SETLK = 37
 _FLOCK = struct.Struct("@hhqqi4x")  # struct flock: type, whence, start, length, pid
@@ -89,26 +88,15 @@ def take_turn(fd: int, path: str, seconds: float) -> None:
         time.sleep(random.uniform(0.005, 0.05))
 
 
-def claim(fd: int) -> None:
-    """Mark a file of ours, open for writing, as in work; the mark is gone when this process is."""
-    _set_lock(fd, OURS, fcntl.F_WRLCK)
-
-
-def in_use(path: str) -> Qcow2Error:
-    """Return the error for an ACTIVE that a process has open for writing."""
-    return Qcow2Error(
-        f"{path}: is open for writing in another process, most likely a running VM. "
-        "Only images of VMs that are shut off can be worked on; shut it down and run this again."
-    )
-
-
-def below_running_vm(path: str) -> Qcow2Error:
-    """Return the error for an ACTIVE that is not the top of its VM's chain any more."""
-    return Qcow2Error(
-        f"{path}: is the backing file of a running VM, or is being read by a tool such as qemu-img convert, and has "
-        "bitmaps that are recording. It is most likely not the topmost image of that VM any more: name the image "
-        "that is (virsh domblklist), and shut the VM down."
-    )
+def claim(fd: int, path: str) -> bool:
+    """Mark a file of ours, open for writing, as in work, unless somebody else has; the mark goes with the process."""
+    try:
+        _set_lock(fd, OURS, fcntl.F_WRLCK)
+    except OSError as exc:
+        if exc.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        raise _no_locks(path, exc) from exc
+    return True
 
 
 def _hold(fd: int, path: str, byte: int) -> None:

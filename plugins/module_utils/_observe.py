@@ -5,15 +5,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
+import time
 import typing as t
 
 from . import _locks
-from ._chain import Layer, has_protocol, identity_of, read_chain, resolve_backing
+from ._chain import Layer, has_protocol, identity_of, read_chain, resolve_name
 from ._errors import Qcow2Error
 from ._image import Image, is_qcow2, open_image, read_image
+
+_LOOKS = 20  # at an image whose header is being changed, 10 ms apart
 
 
 class Active(t.NamedTuple):
@@ -44,26 +48,29 @@ class Target(t.NamedTuple):
     problem: str | None = None  # why nothing can be made here
     image: Image | None = None  # the qcow2 image that stands there; None when nothing does
     identity: tuple[int, int] | None = None
-    backing_path: str | None = None  # resolved, of that image
+    backing_path: str | None = None  # of that image, resolved
     backing_identity: tuple[int, int] | None = None
     open_for_writing: bool = False
     device: int = 0  # of the folder's file system
     free_bytes: int | None = None  # of the folder's file system; None when it does not say
 
 
-def observe_active(fd: int, path: str, backing_format: str) -> Active:
+def observe_active(fd: int, path: str, backing_format: str, relative: bool) -> Active:
     """Return what the open ACTIVE and the chain below it are; Qcow2Error when something there is unusable."""
+    written_before = _is_written(fd, path)
+    # An overlay that records ACTIVE relative to its own folder records its real path.
+    chain = read_chain(fd, os.path.realpath(path) if relative else path, backing_format)
     return Active(
         path=path,
-        chain=read_chain(fd, path, backing_format),
-        open_for_writing=_locks.is_used(fd, _locks.WRITE, path),
+        chain=chain,
+        open_for_writing=written_before or _is_written(fd, path),
         below_running_vm=_locks.is_used(fd, _locks.WRITE_UNSHARED, path),
         disguised=backing_format == "raw" and is_qcow2(fd),
     )
 
 
 def observe_target(path: str) -> Target:
-    """Return what stands at the place for an overlay; never raises, what is wrong is in the answer."""
+    """Return what stands at the place for an overlay; what is wrong there is in the answer."""
     try:
         return _observe_target(path)
     except Qcow2Error as exc:
@@ -71,6 +78,33 @@ def observe_target(path: str) -> Target:
     except OSError as exc:
         problem = f"{path}: cannot be looked at: {exc.strerror}. Check the path and its permissions."
         return Target(path, os.path.dirname(path), problem=problem)
+
+
+def _is_written(fd: int, path: str) -> bool:
+    """Whether a VM or a tool has the open image open for writing."""
+    if _locks.is_used(fd, _locks.WRITE, path):
+        return True
+    status = os.fstat(fd)
+    # Of a device there can be several nodes, each with locks of its own: libvirt gives every VM a /dev of its own.
+    return stat.S_ISBLK(status.st_mode) and _device_is_written(status.st_rdev)
+
+
+def _device_is_written(device: int) -> bool:
+    """Whether any process has a node of this block device open for writing, as far as this user may see."""
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # it has ended, or is not ours to see
+            for number in os.listdir(f"/proc/{process}/fd"):
+                status = os.stat(f"/proc/{process}/fd/{number}")
+                if stat.S_ISBLK(status.st_mode) and status.st_rdev == device and _is_writable(process, number):
+                    return True
+    return False
+
+
+def _is_writable(process: str, number: str) -> bool:
+    """Whether a process has this descriptor open for writing (proc_pid_fdinfo(5), flags)."""
+    with open(f"/proc/{process}/fdinfo/{number}", encoding="ascii") as file:
+        flags = next(int(line.split()[1], 8) for line in file if line.startswith("flags:"))
+    return flags & os.O_ACCMODE != os.O_RDONLY
 
 
 def _observe_target(path: str) -> Target:
@@ -85,12 +119,12 @@ def _observe_target(path: str) -> Target:
     except (FileNotFoundError, NotADirectoryError) as exc:
         raise Qcow2Error(f"{path}: its folder {folder} does not exist. Create it first.") from exc
     if not stat.S_ISDIR(folder_status.st_mode):
-        raise Qcow2Error(f"{path}: {folder} is not a folder.")
+        raise Qcow2Error(f"{path}: {folder} is not a folder. Give another path.")
     try:
         status = os.lstat(target.path)
     except FileNotFoundError:
         return _observe_folder(target, folder_status)
-    return _observe_occupied(target, status)
+    return _observe_occupied(target, status, path)
 
 
 def _observe_folder(target: Target, status: os.stat_result) -> Target:
@@ -106,8 +140,8 @@ def _observe_folder(target: Target, status: os.stat_result) -> Target:
     return target._replace(device=status.st_dev, free_bytes=free)
 
 
-def _observe_occupied(target: Target, status: os.stat_result) -> Target:
-    """Return a target at which something stands."""
+def _observe_occupied(target: Target, status: os.stat_result, path: str) -> Target:
+    """Return a target at which something stands; path is its name as asked for."""
     if stat.S_ISLNK(status.st_mode):
         real = os.path.realpath(target.path)
         try:
@@ -125,29 +159,68 @@ def _observe_occupied(target: Target, status: os.stat_result) -> Target:
         )
     fd = open_image(target.path)
     try:
-        return _observe_image(fd, target)
+        return _observe_image(fd, target, path)
     finally:
         os.close(fd)
 
 
-def _observe_image(fd: int, target: Target) -> Target:
-    """Return a target at which the open file stands."""
+def _observe_image(fd: int, target: Target, path: str) -> Target:
+    """Return a target at which the open file stands; path is its name as asked for."""
     if not is_qcow2(fd):
         raise Qcow2Error(
             f"{target.path}: exists already and is not a qcow2 image. Nothing is ever replaced: remove it, or choose "
             "another path."
         )
-    image = read_image(fd, target.path)
-    target = target._replace(
-        image=image,
-        identity=identity_of(os.fstat(fd)),
-        open_for_writing=_locks.is_held(fd, _locks.WRITE, target.path),
-    )
+    image, live = _read_settled(fd, target.path)
+    target = target._replace(image=image, identity=identity_of(os.fstat(fd)), open_for_writing=live)
     if image.backing_file is None or has_protocol(image.backing_file):
         return target._replace(backing_path=image.backing_file)
-    backing_path = resolve_backing(target.path, image.backing_file)
-    try:
-        backing_identity = identity_of(os.stat(backing_path))
-    except OSError:
-        backing_identity = None
-    return target._replace(backing_path=backing_path, backing_identity=backing_identity)
+    backing = resolve_name(path, image.backing_file)
+    target = target._replace(backing_path=os.path.realpath(backing))
+    with contextlib.suppress(OSError):
+        target = target._replace(backing_identity=identity_of(os.stat(backing)))
+    return target
+
+
+class _Look(t.NamedTuple):
+    """What one look at an image shows."""
+
+    image: Image
+    live_before: bool  # a process had it open for writing before it was read
+    live_after: bool
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing hints at somebody who is opening or closing the image just now."""
+        bitmaps_fit = self.live_after or not any(bitmap.inconsistent for bitmap in self.image.bitmaps)
+        return self.live_before == self.live_after and bitmaps_fit and not self.image.lost_bitmaps
+
+
+def _look(fd: int, path: str) -> _Look:
+    """Read the image between two questions for its locks."""
+    live_before = _locks.is_held(fd, _locks.WRITE, path)
+    image = read_image(fd, path)
+    return _Look(image, live_before, _locks.is_held(fd, _locks.WRITE, path))
+
+
+def _read_settled(fd: int, path: str) -> tuple[Image, bool]:
+    """Return the open image and whether a process has it open for writing, from a moment when nothing changes in it.
+
+    While a QEMU opens or closes an image it declares the bitmaps worthless for a moment, and then writes them anew.
+    """
+    seen: _Look | None = None
+    error: Qcow2Error | None = None
+    for _attempt in range(_LOOKS):
+        previous = seen
+        try:
+            seen, error = _look(fd, path), None
+        except Qcow2Error as exc:
+            seen, error = None, exc
+            if not _locks.is_held(fd, _locks.WRITE, path):
+                raise
+        if seen is not None and (seen.is_plain or (seen == previous and not seen.live_after)):
+            break
+        time.sleep(0.01)
+    if seen is None:
+        raise error or Qcow2Error(f"{path}: cannot be read.")
+    return seen.image, seen.live_before or seen.live_after

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import typing as t
 
 from . import _build, _locks, _plan
 from ._chain import identity_of
-from ._errors import Qcow2Error
-from ._image import Image, open_image, read_image
-from ._observe import Target, observe_active, observe_target
-from ._plan import CREATED, FAILED, Verdict, Wanted
-from ._publish import Ownership, StagedFile, dress, find_leftovers, publish_together
+from ._errors import Interrupted, Qcow2Error, QemuError
+from ._image import open_image, read_image
+from ._observe import Active, Target, observe_active, observe_target
+from ._plan import CREATED, FAILED, Verdict, Wanted, printable
+from ._publish import Ownership, StagedFile, choose_attire, dress, find_leftovers, publish_together
 from ._qmp import Monitor, find_qemu
 
 
@@ -74,24 +75,42 @@ class _Engine:
 
 def make_overlays(wanted: t.Sequence[Wanted], settings: Settings) -> Outcome:
     """Make what is missing, VM by VM; in check mode only find out what a run would do."""
-    targets = [observe_target(item.path) for item in wanted]
-    verdicts = _first_look(wanted, targets)
+    _allow_many_open_files()
+    warnings = _leftovers(wanted, settings)
     groups = _groups(wanted)
-    free: dict[int, int] = {}
-    for group in groups:
-        _store(verdicts, group, _plan.all_or_none([verdicts[i] for i in group]))
-        some = _plan.within_space([verdicts[i] for i in group], [targets[i] for i in group], free)
-        _store(verdicts, group, some)
-    leftovers = _leftovers(targets, settings)
+    verdicts = _first_look(wanted, groups)
     engine = _Engine(settings)
+    to_do = [group for group in groups if any(verdicts[index].state == CREATED for index in group)]
     try:
-        for group in groups:
-            if any(verdicts[i].state == CREATED for i in group):
-                _store(verdicts, group, _make_group([verdicts[i] for i in group], engine, settings))
+        for number, group in enumerate(to_do):
+            try:
+                _store(verdicts, group, _make_group([verdicts[index] for index in group], engine, settings))
+            except Interrupted as exc:
+                for index in (index for group in to_do[number:] for index in group):
+                    verdicts[index] = _interrupted(verdicts[index], exc)
+                break
     finally:
         engine.stop()
-    warnings = [warning for verdict in verdicts for warning in verdict.warnings]
-    return Outcome(verdicts, list(dict.fromkeys(leftovers + warnings)))
+    warnings += [printable(warning) for verdict in verdicts for warning in verdict.warnings]
+    return Outcome(verdicts, list(dict.fromkeys(warnings)))
+
+
+def _allow_many_open_files() -> None:
+    """Raise the soft limit of open files to the hard one: each overlay of a VM takes three while it is made."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _leftovers(wanted: t.Sequence[Wanted], settings: Settings) -> list[str]:
+    """Remove what killed runs have left in the folders of this call; return a warning for each."""
+    usable = [item for item in wanted if not _plan.request_problems(item)]
+    folders = dict.fromkeys(os.path.realpath(os.path.dirname(item.path)) for item in usable)
+    return [
+        printable(f"{path}: is left over from a run that was killed. It is of no use; a run removes it.")
+        for folder in folders
+        for path in find_leftovers(folder, remove=not settings.check_mode)
+    ]
 
 
 def _groups(wanted: t.Sequence[Wanted]) -> list[list[int]]:
@@ -108,125 +127,137 @@ def _store(verdicts: list[Verdict], group: t.Sequence[int], some: t.Sequence[Ver
         verdicts[index] = verdict
 
 
-def _first_look(wanted: t.Sequence[Wanted], targets: t.Sequence[Target]) -> list[Verdict]:
+def _first_look(wanted: t.Sequence[Wanted], groups: list[list[int]]) -> list[Verdict]:
     """Return what each overlay would become, judged without any lock."""
-    actives = [os.path.realpath(item.backing_file) for item in wanted]
-    repeated = _plan.repeated_problems([target.path for target in targets], actives)
-    return [_judge(*each) for each in zip(wanted, targets, repeated)]
+    verdicts = [Verdict(item, CREATED).with_problems(_plan.request_problems(item)) for item in wanted]
+    sound = [index for index, verdict in enumerate(verdicts) if verdict.state != FAILED]
+    targets = {index: observe_target(wanted[index].path) for index in sound}
+    actives = [os.path.realpath(wanted[index].backing_file) for index in sound]
+    repeated = _plan.repeated_problems([targets[index].path for index in sound], actives)
+    for index, problem in zip(sound, repeated):
+        verdicts[index] = verdicts[index].failed(problem) if problem else _judge(wanted[index], targets[index])
+    free: dict[int, int] = {}
+    for group in groups:
+        some = _plan.all_or_none([verdicts[index] for index in group])
+        if all(index in targets for index in group):
+            some = _plan.within_space(some, [targets[index] for index in group], free)
+        _store(verdicts, group, some)
+    return verdicts
 
 
-def _judge(wanted: Wanted, target: Target, repeated: str | None) -> Verdict:
+def _judge(wanted: Wanted, target: Target) -> Verdict:
     """Return what the overlay would become."""
-    verdict = Verdict(wanted, FAILED)
-    problems = _plan.request_problems(wanted) or ([repeated] if repeated else [])
-    if problems:
-        return verdict._replace(problems=tuple(problems))
     try:
         fd = open_image(wanted.backing_file)
-    except Qcow2Error as exc:
-        return verdict.failed(str(exc))
-    try:
-        return _judge_open(fd, wanted, target)
-    finally:
-        os.close(fd)
+        try:
+            return _plan.decide(wanted, _observe(fd, wanted), target)
+        finally:
+            os.close(fd)
+    except (Qcow2Error, OSError) as exc:
+        return _failed(Verdict(wanted, CREATED), exc)
 
 
-def _judge_open(fd: int, wanted: Wanted, target: Target) -> Verdict:
-    """Return what the overlay on the open ACTIVE would become."""
-    try:
-        active = observe_active(fd, wanted.backing_file, wanted.backing_format)
-    except Qcow2Error as exc:
-        return Verdict(wanted, FAILED).failed(str(exc))
-    return _plan.decide(wanted, active, target)
+def _observe(fd: int, wanted: Wanted) -> Active:
+    """Return what the open ACTIVE of an overlay is."""
+    return observe_active(fd, wanted.backing_file, wanted.backing_format, wanted.relative)
 
 
 def _make_group(verdicts: list[Verdict], engine: _Engine, settings: Settings) -> list[Verdict]:
     """Make the missing overlays of one VM, all or none, while every ACTIVE is locked."""
     with contextlib.ExitStack() as held:
-        guards = _Guards(held, settings)
-        staged: list[StagedFile] = []
-        for index, verdict in enumerate(verdicts):
-            if verdict.state != CREATED:
-                continue
-            try:
-                verdicts[index] = _make_one(verdict, guards, engine, settings, held, staged)
-            except (Qcow2Error, OSError) as exc:
-                verdicts[index] = _failed(verdict, exc)
-            if verdicts[index].state == FAILED:
-                engine.stop()
-                return _plan.all_or_none(verdicts)
+        work = _Work(held, engine, settings)
         try:
-            guards.check()
-            publish_together(staged)
+            work.lock(verdicts)
+        except (Qcow2Error, OSError) as exc:
+            return [_failed(verdict, exc) if verdict.state == CREATED else verdict for verdict in verdicts]
+        for step in (work.judge, work.build):
+            for index, verdict in enumerate(verdicts):
+                if verdict.state == CREATED:
+                    verdicts[index] = _attempt(step, verdict)
+                if verdicts[index].state == FAILED:
+                    engine.stop()
+                    return _plan.all_or_none(verdicts)
+        try:
+            work.publish()
         except (Qcow2Error, OSError) as exc:
             return [_failed(verdict, exc) if verdict.state == CREATED else verdict for verdict in verdicts]
     return verdicts
 
 
-def _make_one(
-    verdict: Verdict,
-    guards: _Guards,
-    engine: _Engine,
-    settings: Settings,
-    held: contextlib.ExitStack,
-    staged: list[StagedFile],
-) -> Verdict:
-    """Judge one overlay again, now under the lock of its ACTIVE, and build it if it is still missing."""
-    wanted = verdict.wanted
-    active_fd = guards.lock(wanted.backing_file)
-    target = observe_target(wanted.path)
-    active = observe_active(active_fd, wanted.backing_file, wanted.backing_format)
-    verdict = _plan.decide(wanted, active, target)
-    if verdict.state != CREATED:
-        return verdict
-    monitor = engine.monitor()
-    if active.image is not None:
-        guards.tighten(active_fd, wanted.backing_file, active.image)
-        _build.cross_check(monitor, active_fd, wanted.backing_file, active.image)
-    if not settings.check_mode:
-        file = held.enter_context(StagedFile(target))
-        backing_file = _plan.recorded_backing_file(wanted, active, target)
-        _build.fill(monitor, file.fd, verdict, backing_file)
-        dress(file.fd, active_fd, settings.ownership, wanted.path)
-        os.fsync(file.fd)
-        _read_back(file, verdict, backing_file, monitor)
-        staged.append(file)
-    return verdict
+def _attempt(step: t.Callable[[Verdict], Verdict], verdict: Verdict) -> Verdict:
+    """Return what becomes of an overlay in this step."""
+    try:
+        return step(verdict)
+    except (Qcow2Error, OSError) as exc:
+        return _failed(verdict, exc)
 
 
-class _Guards:
-    """The locks on every ACTIVE of one VM, each taken once and held until the overlays are published."""
+class _Work:
+    """What is held while the overlays of one VM are made: locked ACTIVEs, then finished files."""
 
-    def __init__(self, held: contextlib.ExitStack, settings: Settings) -> None:
+    def __init__(self, held: contextlib.ExitStack, engine: _Engine, settings: Settings) -> None:
         self._held = held
+        self._engine = engine
         self._settings = settings
-        self._fds: dict[tuple[int, int], int] = {}
-        self._paths: dict[str, tuple[int, int]] = {}
+        self._actives: dict[str, int] = {}  # descriptors by path
+        self._staged: list[StagedFile] = []
 
-    def lock(self, path: str) -> int:
-        """Return the descriptor through which this ACTIVE is locked against writers and against other runs."""
-        fd = open_image(path)
-        self._held.callback(os.close, fd)
+    def lock(self, verdicts: t.Sequence[Verdict]) -> None:
+        """Lock every ACTIVE against writers and against other runs of this collection."""
+        for path in {verdict.wanted.backing_file for verdict in verdicts if verdict.state == CREATED}:
+            self._actives[path] = open_image(path)
+            self._held.callback(os.close, self._actives[path])
         if self._settings.check_mode:  # no lock, or a VM that starts just now would fail because of a mere question
-            return fd
-        identity = identity_of(os.fstat(fd))
-        self._paths[path] = identity
-        if identity not in self._fds:
+            return
+        # In an order that all runs share, or two could wait for each other; and a file with two names once.
+        distinct = {identity_of(os.fstat(fd)): (path, fd) for path, fd in self._actives.items()}
+        for _identity, (path, fd) in sorted(distinct.items()):
             _locks.take_turn(fd, path, self._settings.seconds)
             _locks.hold_off_writers(fd, path)
-            self._fds[identity] = fd
-        return self._fds[identity]
+        for path, fd in self._actives.items():
+            self._actives[path] = distinct[identity_of(os.fstat(fd))][1]
 
-    def tighten(self, fd: int, path: str, image: Image) -> None:
-        """Lock an ACTIVE that has recording bitmaps, so is no template, also against VMs that read it."""
-        if any(bitmap.recording for bitmap in image.bitmaps) and not self._settings.check_mode:
-            _locks.hold_off_everybody(fd, path)
+    def judge(self, verdict: Verdict) -> Verdict:
+        """Decide again, now that nobody can change ACTIVE, and with QEMU as a second witness."""
+        wanted, fd = verdict.wanted, self._actives[verdict.wanted.backing_file]
+        active = _observe(fd, wanted)
+        verdict = _plan.decide(wanted, active, observe_target(wanted.path))
+        if verdict.state != CREATED:
+            return verdict
+        choose_attire(fd, self._settings.ownership, wanted.path)
+        monitor = self._engine.monitor()
+        if active.image is not None:
+            # One that has recording bitmaps is no template, so no VM may have it below its top image either.
+            if any(bitmap.recording for bitmap in active.image.bitmaps) and not self._settings.check_mode:
+                _locks.hold_off_everybody(fd, wanted.backing_file)
+            _build.cross_check(monitor, fd, wanted.backing_file, active.image)
+        return verdict
 
-    def check(self) -> None:
-        """Raise when the name of an ACTIVE has become another file's since it was locked."""
-        for path, identity in self._paths.items():
-            if identity_of(os.stat(path)) != identity:
-                raise Qcow2Error(f"{path}: was replaced by another file while the overlay was being made. Run again.")
+    def build(self, verdict: Verdict) -> Verdict:
+        """Make the overlay in a file of ours, and read back what became of it; in check mode nothing is made."""
+        if self._settings.check_mode:
+            return verdict
+        wanted, active_fd = verdict.wanted, self._actives[verdict.wanted.backing_file]
+        target = observe_target(wanted.path)
+        backing_file = _plan.recorded_backing_file(wanted, _observe(active_fd, wanted), target)
+        file = self._held.enter_context(StagedFile(target))
+        _build.fill(self._engine.monitor(), file.fd, verdict, backing_file)
+        dress(file.fd, choose_attire(active_fd, self._settings.ownership, wanted.path), wanted.path)
+        os.fsync(file.fd)
+        _read_back(file, verdict, backing_file, self._engine.monitor())
+        self._staged.append(file)
+        return verdict
+
+    def publish(self) -> None:
+        """Put all files into place, if every ACTIVE still is what it was."""
+        for path, fd in self._actives.items():
+            try:
+                is_same = identity_of(os.stat(path)) == identity_of(os.fstat(fd))
+            except OSError:
+                is_same = False
+            if not is_same:
+                raise Qcow2Error(f"{path}: was moved or replaced while the overlay was being made. Run this again.")
+        publish_together(self._staged)
 
 
 def _read_back(file: StagedFile, verdict: Verdict, backing_file: str, monitor: Monitor) -> None:
@@ -244,18 +275,14 @@ def _failed(verdict: Verdict, exc: Exception) -> Verdict:
     """Return the verdict failed by an exception that is expected."""
     if isinstance(exc, OSError):
         return verdict.failed(f"{verdict.wanted.path}: cannot be made: {exc.strerror}. Nothing was left behind.")
-    message = str(exc)
-    return verdict.failed(message if message.startswith("/") else f"{verdict.wanted.path}: {message}")
+    return verdict.failed(f"{verdict.wanted.path}: {exc}" if isinstance(exc, QemuError) else str(exc))
 
 
-def _leftovers(targets: t.Sequence[Target], settings: Settings) -> list[str]:
-    """Remove what killed runs have left in the folders of this call; return a warning for each."""
-    folders = dict.fromkeys(target.folder for target in targets if target.problem is None)
-    return [
-        f"{path}: is left over from a run that was killed; it is removed."
-        for folder in folders
-        for path in find_leftovers(folder, remove=not settings.check_mode)
-    ]
+def _interrupted(verdict: Verdict, exc: Interrupted) -> Verdict:
+    """Return the verdict of an overlay that was not made because the run was told to end."""
+    if verdict.state != CREATED:
+        return verdict
+    return verdict.failed(f"{verdict.wanted.path}: not made, because the run was ended by {exc}. Run this again.")
 
 
 def _as_diff(verdict: Verdict) -> dict[str, t.Any]:

@@ -8,11 +8,13 @@ Pure: values in, verdicts out. The same verdicts feed the prediction of check mo
 
 from __future__ import annotations
 
+import collections
 import os
+import sys
 import typing as t
 
-from . import _locks
-from ._chain import has_protocol
+from ._chain import MAX_LAYERS, has_protocol
+from ._errors import below_running_vm, in_use
 from ._image import MAX_BACKING_FILE_NAME, MAX_BITMAP_DATA, Bitmap, Image
 from ._observe import Active, Target
 
@@ -20,7 +22,11 @@ CREATED = "created"
 PRESENT = "present"
 FAILED = "failed"
 
+MAX_BITMAPS_CARRIED = 4096  # of one ACTIVE; QEMU's time grows with the square of them
+MAX_ALL_BITMAP_DATA = 4 * 1024 * 1024 * 1024  # bytes of memory that QEMU needs to have all bitmaps of ACTIVE open
 _MAX_L1_TABLE = 32 * 1024 * 1024  # bytes; QEMU's QCOW_MAX_L1_SIZE
+_HEADER_ROOM = 168  # bytes that an overlay's header and extensions take, beside the name of the backing file
+_SHOWN = 5  # bitmaps that a message names
 
 
 class Creation(t.NamedTuple):
@@ -65,12 +71,17 @@ class Verdict(t.NamedTuple):
 
     def failed(self, problem: str) -> Verdict:
         """Return this verdict as a failure."""
-        return Verdict(self.wanted, FAILED, (*self.problems, problem), warnings=self.warnings)
+        return self.with_problems((*self.problems, problem))
+
+    def with_problems(self, problems: t.Iterable[str]) -> Verdict:
+        """Return this verdict, failed if there are problems."""
+        found = tuple(problems)
+        return Verdict(self.wanted, FAILED, found, warnings=self.warnings) if found else self
 
     @property
     def message(self) -> str:
         """Why it failed, in one text."""
-        return " ".join(self.problems)
+        return printable(" ".join(self.problems))
 
     def as_result(self) -> dict[str, t.Any]:
         """Return the verdict in the form in which the module returns it."""
@@ -91,11 +102,16 @@ def request_problems(wanted: Wanted) -> list[str]:
     problems = []
     for option, path in (("path", wanted.path), ("backing_file", wanted.backing_file)):
         if not path.startswith("/"):
-            problems.append(f"{path}: {option} must be an absolute path, one that begins with a slash.")
+            problems.append(f"{path!r}: {option} must be an absolute path, one that begins with a slash.")
         if "\0" in path:
-            problems.append(f"{path!r}: {option} has a NUL byte in it, which no file name can have.")
-    if not _is_utf8(wanted.backing_file):
-        problems.append(f"{wanted.backing_file}: is not UTF-8, so QEMU's monitor cannot be given it. Rename ACTIVE.")
+            problems.append(f"{path!r}: {option} has a NUL byte in it, which no file name can have. Correct it.")
+        elif not _is_expressible(path):
+            problems.append(
+                f"{path!r}: {option} is not UTF-8, or has code points that are no characters, so Ansible or QEMU's "
+                "monitor cannot be given it. Rename the file."
+            )
+        elif not path.isascii() and sys.getfilesystemencoding() != "utf-8":
+            problems.append(f"{path!r}: {option} is not ASCII, and the locale is not UTF-8. Set LC_ALL=C.UTF-8.")
     return problems + _creation_problems(wanted)
 
 
@@ -115,10 +131,11 @@ def _creation_problems(wanted: Wanted) -> list[str]:
 def repeated_problems(targets: t.Sequence[str], actives: t.Sequence[str]) -> list[str | None]:
     """Return for each of the resolved overlay paths of one call what is wrong with it beside the others."""
     problems: list[str | None] = []
+    times, lower = collections.Counter(targets), set(actives)
     for path in targets:
-        if targets.count(path) > 1:
+        if times[path] > 1:
             problems.append(f"{path}: is asked for more than once in this call, perhaps through a symlink.")
-        elif path in actives:
+        elif path in lower:
             problems.append(
                 f"{path}: is the overlay of one item of this call and the backing file of another. Make one per "
                 "call, the lower one first."
@@ -132,21 +149,18 @@ def recorded_backing_file(wanted: Wanted, active: Active, target: Target) -> str
     """Return the name under which the overlay records ACTIVE."""
     if not wanted.relative:
         return wanted.backing_file
-    name = os.path.relpath(active.chain[0].path, target.folder)
+    name = os.path.relpath(active.chain[0].real_path, target.folder)
     return f"./{name}" if has_protocol(name) else name
 
 
 def decide(wanted: Wanted, active: Active, target: Target) -> Verdict:
     """Return what must become of one overlay: it is to be created, is present already, or is refused."""
-    verdict = _promise(wanted, active, target)
     problems = [*_active_problems(active), *_place_problems(wanted, active, target)]
     if not problems and target.image is None:
         problems = _new_problems(wanted, active, target)
     elif not problems and target.image is not None:
         problems = _drift_problems(wanted, active, target, target.image)
-    for problem in problems:
-        verdict = verdict.failed(problem)
-    return verdict
+    return _promise(wanted, active, target).with_problems(problems)
 
 
 def _promise(wanted: Wanted, active: Active, target: Target) -> Verdict:
@@ -164,7 +178,7 @@ def _promise(wanted: Wanted, active: Active, target: Target) -> Verdict:
     there = {bitmap.name: bitmap for bitmap in target.image.bitmaps}
     present = tuple(there[bitmap.name] for bitmap in carried if bitmap.name in there)
     warnings += [
-        f"{target.path}: bitmap {there[b.name].name!r} has a granularity of {there[b.name].granularity} bytes, in "
+        f"{target.path}: bitmap {b.name!r} has a granularity of {there[b.name].granularity} bytes, in "
         f"ACTIVE it has {b.granularity}. Backups stay right; they copy in steps of the coarser one."
         for b in carried
         if b.name in there and there[b.name].granularity != b.granularity
@@ -192,7 +206,7 @@ def _active_problems(active: Active) -> list[str]:
     """Return why nothing can be put on top of this ACTIVE."""
     problems = []
     if active.open_for_writing:
-        problems.append(str(_locks.in_use(active.path)))
+        problems.append(str(in_use(active.path)))
     image = active.image
     if image is None:
         return problems
@@ -212,12 +226,38 @@ def _active_problems(active: Active) -> list[str]:
             f"{active.path}: its external data file {image.data_file!r} is a protocol for QEMU, not a file. Refused: "
             "such an image can make QEMU open whatever its author wants."
         )
-    return problems + [
-        f"{active.path}: the bitmap name {bitmap.name!r} cannot be passed to QEMU's monitor (it is not UTF-8, or has "
-        "code points that are no characters). Remove the bitmap with 'qemu-img bitmap --remove'."
-        for bitmap in image.bitmaps
-        if not _is_expressible(bitmap.name)
-    ]
+    return problems + _bitmap_problems(active, image)
+
+
+def _bitmap_problems(active: Active, image: Image) -> list[str]:
+    """Return why the bitmaps of this ACTIVE are more, or other, than can be handled."""
+    if len(image.bitmaps) > MAX_BITMAPS_CARRIED:
+        return [
+            f"{active.path}: has {len(image.bitmaps)} bitmaps, more than the {MAX_BITMAPS_CARRIED} that can be handled "
+            "in reasonable time. Remove those that no backup needs with 'qemu-img bitmap --remove'."
+        ]
+    problems = []
+    odd = [bitmap for bitmap in image.bitmaps if not _is_expressible(bitmap.name)]
+    if odd:
+        problems.append(
+            f"{active.path}: the bitmap name {_names(odd)} cannot be passed to QEMU's monitor (it is not UTF-8, or has "
+            "code points that are no characters). Remove the bitmap with 'qemu-img bitmap --remove'."
+        )
+    carried = [bitmap for bitmap in image.bitmaps if bitmap.carries_over]
+    large = [bitmap for bitmap in carried if _bitmap_bytes(bitmap, image.virtual_size) > MAX_BITMAP_DATA]
+    whole = sum(_bitmap_bytes(bitmap, image.virtual_size) for bitmap in image.bitmaps if not bitmap.inconsistent)
+    if large:
+        problems.append(
+            f"{active.path}: the granularity of the bitmap {_names(large)} is so fine that it needs more than "
+            f"{MAX_BITMAP_DATA >> 20} MiB for {image.virtual_size} bytes. QEMU stores no larger one: remove it and "
+            "make a full backup with a coarser bitmap."
+        )
+    elif whole > MAX_ALL_BITMAP_DATA:
+        problems.append(
+            f"{active.path}: its {len(image.bitmaps)} bitmaps need {whole >> 20} MiB of memory to be opened; at most "
+            f"{MAX_ALL_BITMAP_DATA >> 20} MiB is given. Remove those that no backup needs."
+        )
+    return problems
 
 
 def _place_problems(wanted: Wanted, active: Active, target: Target) -> list[str]:
@@ -225,7 +265,7 @@ def _place_problems(wanted: Wanted, active: Active, target: Target) -> list[str]
     if target.problem is not None:
         return [target.problem]
     for depth, layer in enumerate(active.chain):
-        if target.path == layer.path or (target.identity is not None and target.identity == layer.identity):
+        if target.path == layer.real_path or (target.identity is not None and target.identity == layer.identity):
             if depth == 0:
                 return [f"{wanted.path}: is ACTIVE itself. An overlay needs a name of its own."]
             return [
@@ -238,31 +278,33 @@ def _place_problems(wanted: Wanted, active: Active, target: Target) -> list[str]
 def _new_problems(wanted: Wanted, active: Active, target: Target) -> list[str]:
     """Return why this overlay cannot be made where nothing stands yet."""
     problems = []
+    if len(active.chain) >= MAX_LAYERS:
+        problems.append(
+            f"{wanted.path}: its backing chain would have more than {MAX_LAYERS} images. Merge some with "
+            "'qemu-img commit'."
+        )
     if active.below_running_vm and active.image and any(bitmap.recording for bitmap in active.image.bitmaps):
-        problems.append(str(_locks.below_running_vm(active.path)))
+        problems.append(str(below_running_vm(active.path)))
     name = recorded_backing_file(wanted, active, target)
     if len(os.fsencode(name)) > MAX_BACKING_FILE_NAME:
-        problems.append(f"{name}: is longer than the {MAX_BACKING_FILE_NAME} bytes that qcow2 can record.")
+        problems.append(f"{name}: is longer than the {MAX_BACKING_FILE_NAME} bytes that qcow2 records. Shorten it.")
+    elif len(os.fsencode(name)) + _HEADER_ROOM > wanted.creation.cluster_size:
+        problems.append(
+            f"{name}: does not fit into a header of {wanted.creation.cluster_size} bytes. Use a larger cluster_size."
+        )
     if _l1_bytes(wanted.creation, active.virtual_size) > _MAX_L1_TABLE:
         problems.append(
             f"{wanted.path}: ACTIVE's {active.virtual_size} bytes are too many for a cluster_size of "
             f"{wanted.creation.cluster_size}. Use a larger cluster_size."
         )
-    carried = [bitmap for bitmap in active.image.bitmaps if bitmap.carries_over] if active.image else []
-    return problems + [
-        f"{active.path}: bitmap {bitmap.name!r} has a granularity of {bitmap.granularity} bytes, which needs more "
-        f"than {MAX_BITMAP_DATA >> 20} MiB for {active.virtual_size} bytes. QEMU stores no larger one: remove it "
-        "and make a full backup with a coarser bitmap."
-        for bitmap in carried
-        if _bitmap_bytes(bitmap, active.virtual_size) > MAX_BITMAP_DATA
-    ]
+    return problems
 
 
 def _drift_problems(wanted: Wanted, active: Active, target: Target, image: Image) -> list[str]:
     """Return how the image that stands there differs from the overlay that was asked for."""
     drift = []
-    if target.backing_path != active.chain[0].path and target.backing_identity != active.chain[0].identity:
-        drift.append(f"its backing file is {target.backing_path or 'none'}, not {active.chain[0].path}")
+    if target.backing_path != active.chain[0].real_path and target.backing_identity != active.chain[0].identity:
+        drift.append(f"its backing file is {target.backing_path or 'none'}, not {active.chain[0].real_path}")
     elif image.backing_format != wanted.backing_format:
         drift.append(f"it records the backing format {image.backing_format or 'none'}, not {wanted.backing_format}")
     if image.virtual_size < active.virtual_size:
@@ -282,18 +324,14 @@ def _drift_problems(wanted: Wanted, active: Active, target: Target, image: Image
 def _bitmap_drift(active: Active, image: Image, live: bool) -> list[str]:
     """Return which bitmaps the overlay should be recording and is not; in a live one in-use means nothing."""
     there = {bitmap.name: bitmap for bitmap in image.bitmaps}
-    drift = []
-    for bitmap in active.image.bitmaps if active.image else ():
-        if not bitmap.carries_over:
-            continue
-        own = there.get(bitmap.name)
-        if own is None:
-            drift.append(f"it lacks the bitmap {bitmap.name!r}")
-        elif not own.recording:
-            drift.append(f"its bitmap {bitmap.name!r} is not recording")
-        elif own.inconsistent and not live:
-            drift.append(f"its bitmap {bitmap.name!r} is inconsistent")
-    return drift
+    wanted = [bitmap for bitmap in active.image.bitmaps if bitmap.carries_over] if active.image else []
+    own = [there[bitmap.name] for bitmap in wanted if bitmap.name in there]
+    found = {
+        "it lacks the bitmap": [bitmap for bitmap in wanted if bitmap.name not in there],
+        "not recording is its bitmap": [bitmap for bitmap in own if not bitmap.recording],
+        "inconsistent is its bitmap": [bitmap for bitmap in own if bitmap.inconsistent and not live],
+    }
+    return [f"{what} {_names(bitmaps)}" for what, bitmaps in found.items() if bitmaps]
 
 
 def verify(verdict: Verdict, backing_file: str, image: Image) -> list[str]:
@@ -314,12 +352,11 @@ def verify(verdict: Verdict, backing_file: str, image: Image) -> list[str]:
     wrong = [f"{name} is {getattr(image, name)!r}, not {value!r}" for name, value in expected.items()
              if getattr(image, name) != value]  # fmt: skip
     there, wanted = set(image.bitmaps), set(verdict.bitmaps)
-    wrong += [
-        f"the bitmap {bitmap.name!r} is missing or different" for bitmap in verdict.bitmaps if bitmap not in there
-    ]
-    return wrong + [
-        f"there is an unexpected bitmap {bitmap.name!r}" for bitmap in image.bitmaps if bitmap not in wanted
-    ]
+    if wanted - there:
+        wrong.append(f"missing or different is the bitmap {_names(sorted(wanted - there))}")
+    if there - wanted:
+        wrong.append(f"unexpected is the bitmap {_names(sorted(there - wanted))}")
+    return wrong
 
 
 def all_or_none(verdicts: t.Sequence[Verdict]) -> list[Verdict]:
@@ -380,17 +417,20 @@ def _is_power_of_two(number: int, low: int, high: int) -> bool:
     return low <= number <= high and number & (number - 1) == 0
 
 
-def _is_utf8(text: str) -> bool:
-    """Whether the text can be encoded, so has no surrogates that stand for bytes that are not UTF-8."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+def printable(text: str) -> str:
+    """Return the text with what stands for bytes that are not UTF-8 spelt out; Ansible would reject the result."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _is_expressible(name: str) -> bool:
-    """Whether QEMU's JSON parser takes the name: it refuses the code points that Unicode calls noncharacters."""
-    return _is_utf8(name) and not any(
-        0xFDD0 <= ord(character) <= 0xFDEF or ord(character) & 0xFFFE == 0xFFFE for character in name
+    """Whether QEMU's JSON parser takes the name: it refuses bytes that are not UTF-8, and Unicode's noncharacters."""
+    return not any(
+        0xD800 <= ord(character) <= 0xDFFF or 0xFDD0 <= ord(character) <= 0xFDEF or ord(character) & 0xFFFE == 0xFFFE
+        for character in name
     )
+
+
+def _names(bitmaps: t.Sequence[Bitmap]) -> str:
+    """Return the names for a message; where they are many or long, the first of them."""
+    shown = [repr(b.name if len(b.name) <= 100 else f"{b.name[:100]}…") for b in bitmaps[:_SHOWN]]
+    return ", ".join(shown) + (f" and {len(bitmaps) - _SHOWN} more" if len(bitmaps) > _SHOWN else "")

@@ -24,10 +24,9 @@ from ._observe import Target
 _PREFIX = ".qcow2_overlay-"
 _SUFFIX = ".tmp"
 _RENAME_NOREPLACE = 1
-_COPIED_ATTRIBUTES = ("security.selinux", "system.posix_acl_access")
-_NO_ATTRIBUTE = (errno.ENODATA, errno.ENOTSUP)
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
 _SELINUX = "security.selinux"
+_ACL = "system.posix_acl_access"
 
 
 class Ownership(t.NamedTuple):
@@ -48,7 +47,7 @@ class StagedFile:
         self.folder_fd = os.open(target.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             self.name, self.fd = _new_file(self.folder_fd)
-        except OSError:
+        except BaseException:
             os.close(self.folder_fd)
             raise
 
@@ -78,6 +77,18 @@ class StagedFile:
                 raise
             _rename_without_replacing(self.folder_fd, self.name, self.place, self.target.path)
 
+    def check_place(self) -> None:
+        """Raise when the published file cannot be found under the path that was asked for."""
+        try:
+            found = os.path.samestat(os.stat(self.target.path), os.fstat(self.fd))
+        except OSError:
+            found = False
+        if not found:
+            raise Qcow2Error(
+                f"{self.target.path}: its folder was moved or mounted over while the overlay was being made, which was "
+                "removed again. Run this again."
+            )
+
     def retract(self) -> None:
         """Take the published file away again, if it is still ours."""
         with contextlib.suppress(OSError):
@@ -92,10 +103,15 @@ def _new_file(folder_fd: int) -> tuple[str, int]:
     while True:
         name = f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
         fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=folder_fd)
-        _locks.claim(fd)
-        if os.fstat(fd).st_nlink:
-            return name, fd
-        os.close(fd)  # another run took it for a leftover before it was marked
+        try:
+            # Not ours any more if another run took it for a leftover before it was marked.
+            if _locks.claim(fd, name) and os.fstat(fd).st_nlink:
+                return name, fd
+        except BaseException:
+            os.unlink(name, dir_fd=folder_fd)
+            os.close(fd)
+            raise
+        os.close(fd)
 
 
 def publish_together(staged: t.Sequence[StagedFile]) -> None:
@@ -108,6 +124,7 @@ def publish_together(staged: t.Sequence[StagedFile]) -> None:
         for file in staged:
             on_failure.callback(file.retract)
             file.publish()
+            file.check_place()
         for file in staged:
             with contextlib.suppress(FileNotFoundError):  # renamed, where there are no hard links
                 os.unlink(file.name, dir_fd=file.folder_fd)
@@ -116,73 +133,95 @@ def publish_together(staged: t.Sequence[StagedFile]) -> None:
         on_failure.pop_all()
 
 
-def dress(fd: int, active_fd: int, ownership: Ownership, path: str) -> None:
-    """Give the overlay's file the owner, mode, ACL and context that were asked for, or those of ACTIVE."""
+class Attire(t.NamedTuple):
+    """What a new overlay is given."""
+
+    uid: int
+    gid: int
+    mode: int
+    attributes: dict[str, bytes]  # extended attributes: ACL and SELinux context
+
+
+def choose_attire(active_fd: int, ownership: Ownership, path: str) -> Attire:
+    """Return the owner, mode, ACL and context that were asked for, or ACTIVE's; Qcow2Error for what cannot be given."""
     active = os.fstat(active_fd)
     uid = active.st_uid if ownership.uid is None else ownership.uid
     gid = active.st_gid if ownership.gid is None else ownership.gid
+    if os.geteuid() != 0 and (uid != os.geteuid() or gid not in (os.getegid(), *os.getgroups())):
+        raise _not_permitted(path, f"owner {uid} and group {gid}", os.strerror(errno.EPERM))
     # A template is often read-only, but an overlay that its owner cannot write to is of no use.
     mode = (stat.S_IMODE(active.st_mode) & 0o777) | stat.S_IRUSR | stat.S_IWUSR
-    if ownership.mode is not None:
-        mode = ownership.mode(mode)
+    attributes = {}
+    if not stat.S_ISBLK(active.st_mode):  # those of a device do not fit a file
+        for name in (_SELINUX, _ACL) if ownership.mode is None else (_SELINUX,):
+            with _ignoring(errno.ENODATA, errno.ENOTSUP):
+                attributes[name] = os.getxattr(active_fd, name)
+    if any(ownership.context):
+        attributes[_SELINUX] = _context(attributes.get(_SELINUX), ownership, path)
+    return Attire(uid, gid, mode if ownership.mode is None else ownership.mode(mode), attributes)
+
+
+def _context(of_active: bytes | None, ownership: Ownership, path: str) -> bytes:
+    """Return ACTIVE's SELinux context with the parts that were asked for."""
+    if of_active is None:
+        raise Qcow2Error(f"{path}: ACTIVE has no SELinux context of which parts could be changed. Leave out se*.")
+    own = of_active.rstrip(b"\0").decode().split(":", 3)
+    parts = [asked or current for asked, current in zip(ownership.context, [*own, "s0"])]
+    return ":".join(parts).encode() + b"\0"
+
+
+def dress(fd: int, attire: Attire, path: str) -> None:
+    """Give the overlay's file its owner, mode, ACL and context."""
     try:
         own = os.fstat(fd)
-        if (own.st_uid, own.st_gid) != (uid, gid):
-            os.fchown(fd, uid, gid)
-        os.fchmod(fd, mode)
-        _copy_attributes(fd, active_fd, ownership)
+        if (own.st_uid, own.st_gid) != (attire.uid, attire.gid):
+            os.fchown(fd, attire.uid, attire.gid)
+        for name, value in attire.attributes.items():
+            with _ignoring(errno.ENOTSUP):  # another file system than ACTIVE's
+                os.setxattr(fd, name, value)
+        os.fchmod(fd, attire.mode)  # last, since an ACL sets the mode too
     except OSError as exc:
-        raise Qcow2Error(
-            f"{path}: cannot be given owner {uid}, group {gid}, mode {mode:04o} and the security attributes of ACTIVE: "
-            f"{exc.strerror}. Run with become, or ask for others with owner, group and mode."
-        ) from exc
+        what = f"owner {attire.uid}, group {attire.gid}, mode {attire.mode:04o} and the security attributes of ACTIVE"
+        raise _not_permitted(path, what, exc.strerror) from exc
+
+
+def _not_permitted(path: str, what: str, why: str | None) -> Qcow2Error:
+    """Return the error for an owner or the like that cannot be given."""
+    return Qcow2Error(
+        f"{path}: cannot be given {what}: {why}. Run with become, or ask for others with owner, group and mode."
+    )
 
 
 def find_leftovers(folder: str, remove: bool) -> list[str]:
     """Return the paths of the files in the folder that killed runs have left, removed if so wanted."""
-    found = []
     try:
         folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
         return []
     try:
-        for name in os.listdir(folder_fd):
-            if name.startswith(_PREFIX) and name.endswith(_SUFFIX) and _is_abandoned(name, folder_fd):
-                with contextlib.suppress(OSError):
-                    if remove:
-                        os.unlink(name, dir_fd=folder_fd)
-                    found.append(os.path.join(folder, name))
+        names = [name for name in os.listdir(folder_fd) if name.startswith(_PREFIX) and name.endswith(_SUFFIX)]
+        return sorted(os.path.join(folder, name) for name in names if _is_abandoned(name, folder_fd, remove))
     finally:
         os.close(folder_fd)
-    return sorted(found)
 
 
-def _is_abandoned(name: str, folder_fd: int) -> bool:
-    """Whether no run is at work on this temporary file any more."""
+def _is_abandoned(name: str, folder_fd: int, remove: bool) -> bool:
+    """Whether no run is at work on this temporary file any more; it is removed, if so wanted, while nobody can be."""
     try:
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder_fd)
+        fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder_fd)
     except OSError:
         return False
     try:
-        return stat.S_ISREG(os.fstat(fd).st_mode) and not _locks.is_held(fd, _locks.OURS, name)
-    except Qcow2Error:
+        abandoned = stat.S_ISREG(os.fstat(fd).st_mode) and not _locks.is_held(fd, _locks.OURS, name)
+        if abandoned and remove:
+            abandoned = _locks.claim(fd, name)
+            if abandoned:
+                os.unlink(name, dir_fd=folder_fd)
+    except (OSError, Qcow2Error):
         return False
     finally:
         os.close(fd)
-
-
-def _copy_attributes(fd: int, active_fd: int, ownership: Ownership) -> None:
-    """Copy ACL and SELinux context; a device's own do not fit a file, and an asked mode goes before the ACL."""
-    on_device = stat.S_ISBLK(os.fstat(active_fd).st_mode)
-    for attribute in _COPIED_ATTRIBUTES:
-        if on_device or (attribute != _SELINUX and ownership.mode is not None):
-            continue
-        with _ignoring(*_NO_ATTRIBUTE):
-            os.setxattr(fd, attribute, os.getxattr(active_fd, attribute))
-    if any(ownership.context):
-        current = os.getxattr(fd, _SELINUX).rstrip(b"\0").decode().split(":", 3)
-        parts = [asked or own for asked, own in zip(ownership.context, [*current, "s0"])]
-        os.setxattr(fd, _SELINUX, ":".join(parts).encode() + b"\0")
+    return abandoned
 
 
 @contextlib.contextmanager

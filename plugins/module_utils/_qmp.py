@@ -14,11 +14,13 @@ import subprocess
 import tempfile
 import typing as t
 
-from ._errors import Qcow2Error
+from ._errors import QemuError
 
 OLDEST_QEMU = (5, 2)  # the oldest that the whole sequence was run on
 _PR_SET_PDEATHSIG = 1
 _SHOWN_STDERR = 2000  # characters
+_LONGEST_ANSWER = 64 * 1024 * 1024  # bytes
+_SECONDS_TO_DIE = 5.0
 
 
 class _TimeOverError(Exception):
@@ -33,6 +35,7 @@ def _time_limit(seconds: float) -> t.Iterator[None]:
         raise _TimeOverError
 
     previous = signal.signal(signal.SIGALRM, end)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})  # a mask is inherited
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
@@ -49,7 +52,7 @@ def find_qemu(find: t.Callable[[str], str | None]) -> list[str]:
     emulators = (f"qemu-system-{os.uname().machine}", "qemu-system-x86_64", "qemu-kvm", "/usr/libexec/qemu-kvm")
     for emulator in filter(None, map(find, emulators)):
         return [emulator, "-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-qmp", "stdio"]
-    raise Qcow2Error(
+    raise QemuError(
         "no QEMU found: neither qemu-storage-daemon nor a system emulator is in the PATH of this host. Install "
         "qemu-system-common and qemu-utils (Debian, Ubuntu) or qemu-kvm-core (Fedora, EL)."
     )
@@ -68,7 +71,7 @@ def _dying_with(parent: int) -> t.Callable[[], None]:
 
 
 class Monitor:
-    """A running QEMU process and its monitor. Every failure of it ends it and raises Qcow2Error."""
+    """A running QEMU process and its monitor. Every failure of it ends it and raises QemuError."""
 
     def __init__(self, command: list[str], seconds: float) -> None:
         """Start the process; seconds is what it may take for one step, before the size of the step is added."""
@@ -88,7 +91,7 @@ class Monitor:
             )
         except OSError as exc:
             self._stderr.close()
-            raise Qcow2Error(f"{command[0]}: cannot be started: {exc.strerror}.") from exc
+            raise QemuError(f"{command[0]}: cannot be started: {exc.strerror}.") from exc
         try:
             self._greet()
         except BaseException:
@@ -98,21 +101,25 @@ class Monitor:
     def _greet(self) -> None:
         """Read the greeting, check the version, leave the negotiation mode."""
         greeting = self._talk(b"", lambda message: "QMP" in message, 0.0)
-        version = greeting["QMP"]["version"]["qemu"]
-        if (version["major"], version["minor"]) < OLDEST_QEMU:
-            raise Qcow2Error(
+        try:
+            version = greeting["QMP"]["version"]["qemu"]
+            is_too_old = (version["major"], version["minor"]) < OLDEST_QEMU
+        except (TypeError, KeyError) as exc:
+            raise self._lost("greets in a way that no QEMU does") from exc
+        if is_too_old:
+            raise QemuError(
                 f"{self._program}: is version {version['major']}.{version['minor']}, too old. "
                 f"At least {OLDEST_QEMU[0]}.{OLDEST_QEMU[1]} is needed."
             )
         self.command("qmp_capabilities")
 
     def command(self, name: str, arguments: dict[str, t.Any] | None = None, more_seconds: float = 0.0) -> t.Any:
-        """Run a QMP command and return what it returns; Qcow2Error with QEMU's own words when it fails."""
+        """Run a QMP command and return what it returns; QemuError with QEMU's own words when it fails."""
         # Compact, since QEMU's monitor reads its input byte by byte, and 64 bitmaps are thousands of bytes.
         line = json.dumps({"execute": name, "arguments": arguments or {}}, separators=(",", ":")).encode("ascii")
         answer = self._talk(line + b"\n", lambda message: "return" in message or "error" in message, more_seconds)
         if "error" in answer:
-            raise Qcow2Error(f"QEMU says: {answer['error']['desc']}")
+            raise QemuError(f"QEMU says: {answer['error'].get('desc')}")
         return answer["return"]
 
     def run_job(self, name: str, job: str, arguments: dict[str, t.Any]) -> None:
@@ -125,7 +132,7 @@ class Monitor:
         status = next(entry for entry in self.command("query-jobs") if entry["id"] == job)
         self.command("job-dismiss", {"id": job})
         if "error" in status:
-            raise Qcow2Error(f"QEMU says: {status['error']}")
+            raise QemuError(f"QEMU says: {status['error']}")
 
     def stderr(self) -> str:
         """Return the end of what QEMU wrote to its standard error; some failures show only there."""
@@ -135,12 +142,17 @@ class Monitor:
 
     def close(self) -> None:
         """End the process. By force: what is finished is closed already, and what is not will be thrown away."""
-        self._process.kill()
-        self._process.wait()
+        self._kill()
         for stream in (self._process.stdin, self._process.stdout):
             with contextlib.suppress(OSError):
                 t.cast("t.IO[bytes]", stream).close()
         self._stderr.close()
+
+    def _kill(self) -> None:
+        """Kill the process; one that hangs in the kernel, on storage that is gone, is not waited for for ever."""
+        self._process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_SECONDS_TO_DIE)
 
     def _talk(self, line: bytes, wanted: t.Callable[[dict[str, t.Any]], bool], more_seconds: float) -> dict[str, t.Any]:
         """Send a line and return the first message that is wanted; kill a QEMU that dies, hangs or babbles."""
@@ -150,7 +162,7 @@ class Monitor:
             with _time_limit(seconds):
                 stdin.write(line)
                 stdin.flush()
-                for answer in stdout:
+                while answer := stdout.readline(_LONGEST_ANSWER):
                     message = json.loads(answer)
                     if wanted(message):
                         return t.cast("dict[str, t.Any]", message)
@@ -160,15 +172,14 @@ class Monitor:
             raise self._lost(f"ended with status {status}")
         except _TimeOverError:
             raise self._lost(f"gave no answer for {seconds:.0f} s and was killed") from None
-        except (OSError, ValueError) as exc:
+        except (OSError, ValueError, TypeError, AttributeError) as exc:
             raise self._lost(f"could not be talked to ({exc})") from exc
 
-    def _lost(self, what: str) -> Qcow2Error:
+    def _lost(self, what: str) -> QemuError:
         """Kill the process and return the error that says so."""
-        self._process.kill()
-        self._process.wait()
+        self._kill()
         words = self.stderr()
-        return Qcow2Error(f"{self._program} {what}." + (f" It says: {words}" if words else ""))
+        return QemuError(f"{self._program} {what}." + (f" It says: {words}" if words else ""))
 
 
 def _has_concluded(message: dict[str, t.Any], job: str) -> bool:

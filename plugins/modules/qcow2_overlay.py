@@ -261,7 +261,6 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils._arguments import (
     BACKING_FORMATS,
-    Interrupted,
     creation_from,
     creation_spec,
     ending_cleanly,
@@ -269,7 +268,7 @@ from ..module_utils._arguments import (
     ownership_spec,
     settings_from,
 )
-from ..module_utils._errors import Qcow2Error
+from ..module_utils._errors import Interrupted, Qcow2Error
 from ..module_utils._overlays import make_overlays
 from ..module_utils._plan import Wanted
 
@@ -321,13 +320,15 @@ def main() -> None:
         required_together=[("path", "backing_file")],
         supports_check_mode=True,
     )
+    if module.params["overlays"] is None and None in (module.params["path"], module.params["backing_file"]):
+        module.fail_json(msg="path and backing_file, or overlays, must have a value that is not null.")
     try:
         with ending_cleanly():
             outcome = make_overlays(wanted_overlays(module.params), settings_from(module))
     except Qcow2Error as exc:
         module.fail_json(msg=str(exc))
     except Interrupted as exc:
-        module.fail_json(msg=f"Ended by {exc} before all was done. Nothing half-made was left; run this again.")
+        module.fail_json(msg=f"Ended by {exc} before anything was made. Run this again.")
     exit_with(module, outcome)
 
 

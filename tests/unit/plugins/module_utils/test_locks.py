@@ -116,7 +116,7 @@ def test_a_file_in_work_is_known_as_such(tmp_path):
     ours = os.open(path, os.O_RDWR | os.O_CREAT)
     with opened(path) as fd:
         assert not _locks.is_held(fd, _locks.OURS, path)
-        _locks.claim(ours)
+        assert _locks.claim(ours, path)
         assert _locks.is_held(fd, _locks.OURS, path)
         os.close(ours)
         assert not _locks.is_held(fd, _locks.OURS, path)

@@ -55,7 +55,7 @@ ABSENT = Target("/srv/over.qcow2", "/srv", device=1, free_bytes=GIB)
 def active(**changes):
     """Return an ACTIVE whose header has these fields."""
     image = IMAGE._replace(**changes)
-    layer = Layer("/srv/active.qcow2", ACTIVE_ID, "qcow2", image.virtual_size, image)
+    layer = Layer("/srv/active.qcow2", "/srv/active.qcow2", ACTIVE_ID, "qcow2", image.virtual_size, image)
     return Active("/srv/active.qcow2", (layer,), open_for_writing=False, below_running_vm=False, disguised=False)
 
 
@@ -167,7 +167,7 @@ def test_only_a_template_may_back_running_vms(recording, refused):
 
 
 def test_active_itself_and_its_chain_are_no_places_for_the_overlay():
-    base = Layer("/srv/base.qcow2", OTHER_ID, "raw", GIB, None)
+    base = Layer("/srv/base.qcow2", "/srv/base.qcow2", OTHER_ID, "raw", GIB, None)
     chained = active()
     chained = chained._replace(chain=(*chained.chain, base))
     for identity, path, expected in (
@@ -199,8 +199,9 @@ def test_limits_of_qemu_are_known_before_it_is_asked():
         ({"path": ""}, "path must be an absolute path"),
         ({"backing_file": "active.qcow2"}, "backing_file must be an absolute path"),
         ({"path": "/srv/\0"}, "NUL byte"),
-        ({"backing_file": "/srv/\udce9"}, "is not UTF-8"),
-        ({"path": "/srv/\udce9"}, None),
+        ({"backing_file": "/srv/\udce9"}, "backing_file is not UTF-8"),
+        ({"path": "/srv/\udce9"}, "path is not UTF-8"),
+        ({"backing_file": "/srv/\ufffe"}, "no characters"),
         ({"creation": Creation(cluster_size=1000)}, "cluster_size must be a power of two"),
         ({"creation": Creation(cluster_size=4 << 20)}, "cluster_size must be a power of two"),
         ({"creation": Creation(cluster_size=0)}, "cluster_size must be a power of two"),
@@ -235,7 +236,7 @@ def test_one_place_is_asked_for_once():
 )
 def test_recorded_backing_file(relative, active_path, folder, recorded):
     there = active()
-    there = there._replace(chain=(there.chain[0]._replace(path=active_path),))
+    there = there._replace(chain=(there.chain[0]._replace(real_path=active_path),))
     target = ABSENT._replace(folder=folder)
     assert recorded_backing_file(WANTED._replace(relative=relative), there, target) == recorded
 
@@ -267,11 +268,11 @@ RIGHT = IMAGE._replace(backing_file="/srv/active.qcow2", backing_format="qcow2",
     [
         ({}, None),
         ({"bitmaps": RIGHT.bitmaps[::-1]}, None),
-        ({"bitmaps": RIGHT.bitmaps[:1]}, "the bitmap 'c' is missing"),
-        ({"bitmaps": (bitmap(granularity=512), RIGHT.bitmaps[1])}, "the bitmap 'b' is missing or different"),
-        ({"bitmaps": (bitmap(recording=False), RIGHT.bitmaps[1])}, "the bitmap 'b' is missing or different"),
-        ({"bitmaps": (bitmap(inconsistent=True), RIGHT.bitmaps[1])}, "the bitmap 'b' is missing or different"),
-        ({"bitmaps": (*RIGHT.bitmaps, bitmap(name="d"))}, "unexpected bitmap 'd'"),
+        ({"bitmaps": RIGHT.bitmaps[:1]}, "missing or different is the bitmap 'c'"),
+        ({"bitmaps": (bitmap(granularity=512), RIGHT.bitmaps[1])}, "missing or different is the bitmap 'b'"),
+        ({"bitmaps": (bitmap(recording=False), RIGHT.bitmaps[1])}, "missing or different is the bitmap 'b'"),
+        ({"bitmaps": (bitmap(inconsistent=True), RIGHT.bitmaps[1])}, "missing or different is the bitmap 'b'"),
+        ({"bitmaps": (*RIGHT.bitmaps, bitmap(name="d"))}, "unexpected is the bitmap 'd'"),
         ({"bitmaps": (), "lost_bitmaps": 2}, "lost_bitmaps is 2"),
         ({"virtual_size": GIB + 512}, "virtual_size"),
         ({"backing_file": "/srv/other"}, "backing_file"),

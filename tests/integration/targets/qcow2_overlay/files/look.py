@@ -62,7 +62,7 @@ def describe(path: str) -> dict[str, t.Any]:
 
 def tool(*command: str) -> subprocess.CompletedProcess[str]:
     """Run a tool of QEMU and return how it ended and what it printed."""
-    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def inspect(path: str) -> dict[str, t.Any]:
