@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._chain import MAX_LAYERS, has_protocol, read_chain
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._errors import Qcow2Error
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._image import open_image
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._image import Bitmap, open_image
 
 from . import qemu
 
@@ -104,3 +105,44 @@ def test_protocols_in_the_chain_are_refused_without_being_opened(tmp_path, name)
     top = qemu.create(tmp_path / "top", "1M", "-u", "-b", name, "-F", "raw")
     with pytest.raises(Qcow2Error, match="is a protocol"):
         chain_of(top)
+
+
+@pytest.mark.parametrize("place, opens", [("real", False), ("link", True)])
+def test_a_relative_backing_file_lies_beside_the_name_that_is_used(tmp_path, place, opens):
+    for folder in ("real", "link"):
+        (tmp_path / folder).mkdir()
+    qemu.create(tmp_path / place / "base", "1M")
+    qemu.create(tmp_path / "real" / "top", "1M", "-u", "-b", "base", "-F", "qcow2")
+    (tmp_path / "link" / "top").symlink_to(tmp_path / "real" / "top")
+    command = ["qemu-img", "info", "--backing-chain", str(tmp_path / "link" / "top")]
+    assert (subprocess.run(command, check=False, capture_output=True).returncode == 0) == opens
+    if opens:
+        assert len(chain_of(tmp_path / "link" / "top")) == 2
+    else:
+        with pytest.raises(Qcow2Error, match="does not exist"):
+            chain_of(tmp_path / "link" / "top")
+
+
+def test_a_missing_data_file_is_named(tmp_path):
+    data = tmp_path / "data"
+    top = qemu.create(tmp_path / "top", "1M", "-o", f"data_file={data}")
+    assert len(chain_of(top)) == 1
+    data.unlink()
+    with pytest.raises(Qcow2Error, match=f"external data file {data} does not exist"):
+        chain_of(top)
+
+
+def test_padding_of_the_backing_format_does_not_end_the_chain(tmp_path):
+    base = qemu.create(tmp_path / "base", "1M")
+    top = qemu.create(tmp_path / "top", "1M", "-b", base, "-F", "qcow2")
+    with open(top, "rb") as file:
+        place = file.read(4096).index(bytes.fromhex("e2792aca"))
+    qemu.patch(top, place + 7, b"\6")
+    assert chain_of(top) == [("top", "qcow2"), ("base", "qcow2")]
+
+
+def test_bitmap_directories_further_down_are_not_read(tmp_path):
+    base = qemu.create(tmp_path / "base", "1M")
+    qemu.add_bitmaps(base, [Bitmap("b", 65536, True, False)])
+    qemu.patch(base, qemu.directory_of(base)[0], bytes(24))
+    assert len(chain_of(qemu.create(tmp_path / "top", "1M", "-u", "-b", base, "-F", "qcow2"))) == 2

@@ -9,15 +9,17 @@ import collections
 import hashlib
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils import _overlays, _plan
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._errors import Qcow2Error
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._errors import Interrupted, Qcow2Error
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._image import Bitmap
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._overlays import Settings, make_overlays
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._plan import Creation, Wanted
@@ -249,3 +251,83 @@ def test_a_killed_run_leaves_all_or_nothing_and_the_next_completes(tmp_path, dis
             assert qemu.bitmaps_of(path) == CARRIED
             path.unlink()
     assert digest(disk) == before
+
+
+def test_runs_that_want_the_same_disks_in_another_order_do_not_wait_for_each_other(tmp_path, disk):
+    other = qemu.create(tmp_path / "other.qcow2", "1G")
+    for attempt in range(5):
+        first = start_run_pairs(disk, tmp_path / f"a{attempt}", other, tmp_path / f"b{attempt}")
+        second = start_run_pairs(other, tmp_path / f"c{attempt}", disk, tmp_path / f"d{attempt}")
+        assert [run.communicate()[0].strip() for run in (first, second)] == ["created created"] * 2
+
+
+def start_run_pairs(*pairs):
+    """Start a run for pairs of ACTIVE and OVERLAY."""
+    script = RUN.replace("[Wanted(path, sys.argv[1]) for path in sys.argv[2:]]", "[Wanted(b, a) for a, b in pairs]")
+    script = script.replace("settings =", "pairs = list(zip(sys.argv[1::2], sys.argv[2::2]))\nsettings =")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", script, *map(str, pairs)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def test_an_overlay_is_present_also_while_a_vm_opens_and_closes_it(tmp_path, disk):
+    wanted = [Wanted(str(tmp_path / "over"), disk)]
+    make_overlays(wanted, SETTINGS)
+    loop = f"while :; do qemu-io -f qcow2 -c 'write 0 64k' {tmp_path}/over; done"
+    vm = subprocess.Popen(["sh", "-c", loop], stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        end = time.monotonic() + 4
+        looks = []
+        while time.monotonic() < end:
+            looks.append(tuple(make_overlays(wanted, SETTINGS).failures))
+    finally:
+        os.killpg(vm.pid, signal.SIGKILL)
+        vm.wait()
+    assert len(looks) > 100
+    assert set(looks) == {()}
+
+
+def test_a_relative_overlay_of_a_symlinked_active_opens(tmp_path, disk):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "active").symlink_to(disk)
+    wanted = Wanted(str(tmp_path / "links" / "over"), str(tmp_path / "links" / "active"), relative=True)
+    assert states(make_overlays([wanted], SETTINGS)) == ["created"]
+    assert qemu.info(tmp_path / "links" / "over")["backing-filename"] == "../active.qcow2"
+    qemu.qemu_img("info", "--backing-chain", str(tmp_path / "links" / "over"))
+    assert states(make_overlays([wanted], SETTINGS)) == ["present"]
+
+
+def test_a_proc_of_another_namespace_is_not_trusted(tmp_path, disk, monkeypatch):
+    monkeypatch.setattr(_overlays._build, "os", types.SimpleNamespace(**{**vars(os), "getpid": lambda: 1}))
+    outcome = make_overlays([Wanted(str(tmp_path / "over"), disk)], SETTINGS)
+    assert "/proc: is missing, or not that of" in outcome.failures[0]
+
+
+def test_a_run_that_is_told_to_end_says_what_it_has_made(tmp_path, disk, monkeypatch):
+    real, calls = _overlays.publish_together, []
+
+    def interrupted(staged):
+        calls.append(staged)
+        if len(calls) == 2:
+            raise Interrupted("SIGTERM")
+        real(staged)
+
+    monkeypatch.setattr(_overlays, "publish_together", interrupted)
+    outcome = make_overlays([Wanted(str(tmp_path / name), disk, vm=name) for name in "abc"], SETTINGS)
+    assert states(outcome) == ["created", "failed", "failed"]
+    assert outcome.as_result()["changed"]
+    assert "was ended by SIGTERM" in outcome.failures[0]
+    assert sorted(os.listdir(tmp_path)) == ["a", "active.qcow2"]
+
+
+def test_hundreds_of_disks_fit_into_one_call(tmp_path, monkeypatch):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    try:
+        wanted = []
+        for number in range(40):
+            active = qemu.create(tmp_path / f"active{number}", "1M")
+            wanted.append(Wanted(str(tmp_path / f"over{number}"), active))
+        assert set(states(make_overlays(wanted, SETTINGS))) == {"created"}
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

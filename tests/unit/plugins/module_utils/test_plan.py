@@ -286,3 +286,35 @@ def test_a_finished_overlay_is_verified(changes, expected):
     verdict = decide(WANTED, active(bitmaps=RIGHT.bitmaps), ABSENT)
     wrong = "; ".join(verify(verdict, "/srv/active.qcow2", RIGHT._replace(**changes)))
     assert expected in wrong if expected else not wrong
+
+
+def test_more_than_qemu_can_hold_is_refused():
+    terabytes = active(virtual_size=16 << 40, bitmaps=tuple(bitmap(granularity=4096, name=str(i)) for i in range(8)))
+    assert decide(WANTED, terabytes, ABSENT).state == CREATED
+    more = active(virtual_size=16 << 40, bitmaps=tuple(bitmap(granularity=4096, name=str(i)) for i in range(9)))
+    assert "9 bitmaps need 4608 MiB of memory" in decide(WANTED, more, ABSENT).message
+    many = active(bitmaps=tuple(bitmap(name=str(i)) for i in range(4097)))
+    assert "has 4097 bitmaps, more than the 4096" in decide(WANTED, many, ABSENT).message
+
+
+def test_messages_stay_readable():
+    odd = active(bitmaps=tuple(bitmap(name=f"{i}\udcff" + "x" * 1000) for i in range(4000)))
+    message = decide(WANTED, odd, ABSENT).message
+    assert len(message) < 2000
+    assert "and 3995 more" in message
+    message.encode("utf-8")
+    missing = active(bitmaps=tuple(bitmap(name="y" * 1000 + str(i)) for i in range(4000)))
+    assert len(decide(WANTED, missing, overlay()).message) < 2000
+
+
+def test_a_small_header_holds_a_short_name_only():
+    small = WANTED._replace(creation=Creation(cluster_size=512), backing_file="/" + "x" * 343)
+    assert decide(small, active(), ABSENT).state == CREATED
+    long = small._replace(backing_file="/" + "x" * 344)
+    assert "does not fit into a header of 512 bytes" in decide(long, active(), ABSENT).message
+
+
+def test_the_chain_has_room_for_one_more():
+    chain = active().chain
+    assert decide(WANTED, active()._replace(chain=chain * 199), ABSENT).state == CREATED
+    assert "more than 200 images" in decide(WANTED, active()._replace(chain=chain * 200), ABSENT).message

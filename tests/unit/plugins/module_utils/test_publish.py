@@ -161,3 +161,52 @@ def test_an_owner_that_cannot_be_given_is_named_with_a_way_out(tmp_path, monkeyp
     monkeypatch.setattr(_publish.os, "fchown", refuse)
     with pytest.raises(Qcow2Error, match="cannot be given owner 4242.*Run with become"):
         dressed(tmp_path, 0o640, Ownership(uid=4242))
+
+
+def test_a_folder_that_is_moved_away_meanwhile_is_noticed(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with staged(tmp_path / "folder" / "a") as file:
+        (tmp_path / "folder").rename(tmp_path / "moved")
+        (tmp_path / "folder").mkdir()
+        with pytest.raises(Qcow2Error, match="moved or mounted over"):
+            publish_together([file])
+    assert os.listdir(tmp_path / "folder") == os.listdir(tmp_path / "moved") == []
+
+
+def test_a_temporary_file_that_is_taken_for_a_leftover_is_made_anew(tmp_path, monkeypatch):
+    real, removed = _locks.claim, []
+
+    def slow_claim(fd, path):
+        if not removed:
+            removed.append(path)
+            os.unlink(tmp_path / path)
+        return real(fd, path)
+
+    monkeypatch.setattr(_locks, "claim", slow_claim)
+    with staged(tmp_path / "a") as file:
+        assert file.name != removed[0]
+        publish_together([file])
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_file_that_cannot_be_marked_is_not_left_behind(tmp_path, monkeypatch):
+    def refuse(fd, path):
+        raise Qcow2Error(f"{path}: no locks here")
+
+    monkeypatch.setattr(_locks, "claim", refuse)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(Qcow2Error, match="no locks"):
+        StagedFile(observe_target(str(tmp_path / "a")))
+    assert os.listdir(tmp_path) == []
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_who_may_not_give_files_away_is_told_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(_publish.os, "geteuid", lambda: 4242)
+    with pytest.raises(Qcow2Error, match="cannot be given owner 0 and group 0.*Run with become"):
+        dressed(tmp_path, 0o640, Ownership(uid=0, gid=0))
+
+
+def test_a_context_needs_one_to_begin_with(tmp_path):
+    with pytest.raises(Qcow2Error, match="no SELinux context"):
+        dressed(tmp_path, 0o640, Ownership(context=(None, None, "virt_image_t", None)))
