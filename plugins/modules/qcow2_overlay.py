@@ -28,7 +28,7 @@ options:
   backing_file:
     description:
       - ACTIVE, the topmost image of the disk's chain, a file or a block device, as an absolute path. It is recorded in
-        the overlay just as it is given here.
+        the overlay just as it is given here, and a relative backing file of its own is looked for beside this name.
       - Required with O(path).
     type: str
   overlays:
@@ -136,6 +136,7 @@ options:
       - Seconds that QEMU may take for one step before it is ended and the overlay reported as failed. A tenth of a
         second is added for each bitmap.
       - Also the seconds to wait while another run of this module works on the same ACTIVE.
+      - From 1 to 86400.
     type: int
     default: 60
 notes:
@@ -148,6 +149,11 @@ notes:
   - Refused is an ACTIVE that a running VM has open, or, if it has recording bitmaps, that a running VM has as a backing
     file. QEMU's own locks tell, so this works on local file systems and on network file systems with locks. While
     overlays are made, no VM can start on their ACTIVE.
+  - Of an ACTIVE on a block device, the processes of the host are looked through as well, since libvirt gives each VM
+    device nodes, and so locks, of its own. There a VM that starts in the very moment of the run is not kept from it.
+  - Handled are up to 4096 bitmaps of an image, up to 4 GiB of bitmap data together, and chains of up to 200 images.
+  - The overlays of one VM are put into place within a millisecond, but one after the other. If the run is killed by
+    SIGKILL or a power loss just then, some of them are there, each complete, and the next run makes the others.
   - Without a bitmap to carry over, the overlay is made all the same.
 seealso:
   - name: Incremental backup internals of libvirt
