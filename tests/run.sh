@@ -36,6 +36,7 @@ prepare() {
   say "prepare"
   tests/install.sh qemu-img=qemu-utils qemu-storage-daemon=qemu-system-common qemu-system-x86_64=qemu-system-x86 \
     shellcheck=shellcheck jq=jq gcc=gcc mkfs.ext4=e2fsprogs setfacl=acl mount.exfat-fuse=exfat-fuse mkfs.exfat=exfatprogs
+  python3 -c 'import ensurepip' 2> /dev/null || tests/install.sh no-ensurepip-yet=python3-venv
   usable=()
   local leg core controller host
   for leg in "${legs[@]}"; do
@@ -58,7 +59,6 @@ fall_back_on_system_python() {  # a machine with one Python only, such as a fres
   local version
   version=$(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
   [[ "$version" = 3.1[1-3] ]] || { echo "Needs Python 3.11, 3.12 or 3.13." >&2; exit 1; }
-  tests/install.sh ensurepip-of-this-python=python3-venv
   local core=2.19
   make_venv "core-$core" "$(find_python "$version")" "ansible-core==$core.*" -r tests/unit/requirements.txt
   make_venv "host-$version" "$(find_python "$version")" -r tests/unit/requirements.txt
@@ -135,8 +135,10 @@ integration_leg() {
 integration() {
   if [ "$(id -u)" -ne 0 ]; then
     echo "The integration tests run as root: by sudo."
-    sudo --preserve-env=CI env "PYENV_ROOT=${PYENV_ROOT:-$HOME/.pyenv}" "$project/tests/run.sh" integration
-    return
+    local status=0
+    sudo --preserve-env=CI env "PYENV_ROOT=${PYENV_ROOT:-$HOME/.pyenv}" "$project/tests/run.sh" integration || status=$?
+    sudo chown -R "$(id -u):$(id -g)" "$cache"  # or the next run could not remove what root has made
+    return "$status"
   fi
   each_leg integration_leg
 }

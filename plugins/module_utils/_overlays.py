@@ -16,7 +16,7 @@ from ._errors import Interrupted, Qcow2Error, QemuError
 from ._image import open_image, read_image
 from ._observe import Active, Target, observe_active, observe_target
 from ._plan import CREATED, FAILED, Verdict, Wanted, printable
-from ._publish import Ownership, StagedFile, choose_attire, dress, find_leftovers, publish_together
+from ._publish import Attire, Ownership, StagedFile, choose_attire, dress, find_leftovers, publish_together
 from ._qmp import Monitor, find_qemu
 
 
@@ -192,6 +192,14 @@ def _attempt(step: t.Callable[[Verdict], Verdict], verdict: Verdict) -> Verdict:
         return _failed(verdict, exc)
 
 
+class _Site(t.NamedTuple):
+    """Where and as what one overlay is to be built, as found out under the lock of its ACTIVE."""
+
+    target: Target
+    backing_file: str  # as the overlay records it
+    attire: Attire
+
+
 class _Work:
     """What is held while the overlays of one VM are made: locked ACTIVEs, then finished files."""
 
@@ -200,6 +208,7 @@ class _Work:
         self._engine = engine
         self._settings = settings
         self._actives: dict[str, int] = {}  # descriptors by path
+        self._sites: dict[str, _Site] = {}  # by path
         self._staged: list[StagedFile] = []
 
     def lock(self, verdicts: t.Sequence[Verdict]) -> None:
@@ -220,11 +229,12 @@ class _Work:
     def judge(self, verdict: Verdict) -> Verdict:
         """Decide again, now that nobody can change ACTIVE, and with QEMU as a second witness."""
         wanted, fd = verdict.wanted, self._actives[verdict.wanted.backing_file]
-        active = _observe(fd, wanted)
-        verdict = _plan.decide(wanted, active, observe_target(wanted.path))
+        active, target = _observe(fd, wanted), observe_target(wanted.path)
+        verdict = _plan.decide(wanted, active, target)
         if verdict.state != CREATED:
             return verdict
-        choose_attire(fd, self._settings.ownership, wanted.path)
+        attire = choose_attire(fd, self._settings.ownership, wanted.path)
+        self._sites[wanted.path] = _Site(target, _plan.recorded_backing_file(wanted, active, target), attire)
         monitor = self._engine.monitor()
         if active.image is not None:
             # One that has recording bitmaps is no template, so no VM may have it below its top image either.
@@ -237,14 +247,12 @@ class _Work:
         """Make the overlay in a file of ours, and read back what became of it; in check mode nothing is made."""
         if self._settings.check_mode:
             return verdict
-        wanted, active_fd = verdict.wanted, self._actives[verdict.wanted.backing_file]
-        target = observe_target(wanted.path)
-        backing_file = _plan.recorded_backing_file(wanted, _observe(active_fd, wanted), target)
-        file = self._held.enter_context(StagedFile(target))
-        _build.fill(self._engine.monitor(), file.fd, verdict, backing_file)
-        dress(file.fd, choose_attire(active_fd, self._settings.ownership, wanted.path), wanted.path)
+        site, monitor = self._sites[verdict.wanted.path], self._engine.monitor()
+        file = self._held.enter_context(StagedFile(site.target))
+        _build.fill(monitor, file.fd, verdict, site.backing_file)
+        dress(file.fd, site.attire, verdict.wanted.path)
         os.fsync(file.fd)
-        _read_back(file, verdict, backing_file, self._engine.monitor())
+        _read_back(file, verdict, site.backing_file, monitor)
         self._staged.append(file)
         return verdict
 

@@ -102,7 +102,7 @@ def request_problems(wanted: Wanted) -> list[str]:
     problems = []
     for option, path in (("path", wanted.path), ("backing_file", wanted.backing_file)):
         if not path.startswith("/"):
-            problems.append(f"{path!r}: {option} must be an absolute path, one that begins with a slash.")
+            problems.append(f"{path or repr(path)}: {option} must be an absolute path, one that begins with a slash.")
         if "\0" in path:
             problems.append(f"{path!r}: {option} has a NUL byte in it, which no file name can have. Correct it.")
         elif not _is_expressible(path):
@@ -131,11 +131,11 @@ def _creation_problems(wanted: Wanted) -> list[str]:
 def repeated_problems(targets: t.Sequence[str], actives: t.Sequence[str]) -> list[str | None]:
     """Return for each of the resolved overlay paths of one call what is wrong with it beside the others."""
     problems: list[str | None] = []
-    times, lower = collections.Counter(targets), set(actives)
-    for path in targets:
+    times, lower = collections.Counter(targets), collections.Counter(actives)
+    for path, active in zip(targets, actives):
         if times[path] > 1:
             problems.append(f"{path}: is asked for more than once in this call, perhaps through a symlink.")
-        elif path in lower:
+        elif lower[path] > (path == active):  # an item of which it is the own ACTIVE is another matter
             problems.append(
                 f"{path}: is the overlay of one item of this call and the backing file of another. Make one per "
                 "call, the lower one first."
@@ -327,11 +327,11 @@ def _bitmap_drift(active: Active, image: Image, live: bool) -> list[str]:
     wanted = [bitmap for bitmap in active.image.bitmaps if bitmap.carries_over] if active.image else []
     own = [there[bitmap.name] for bitmap in wanted if bitmap.name in there]
     found = {
-        "it lacks the bitmap": [bitmap for bitmap in wanted if bitmap.name not in there],
-        "not recording is its bitmap": [bitmap for bitmap in own if not bitmap.recording],
-        "inconsistent is its bitmap": [bitmap for bitmap in own if bitmap.inconsistent and not live],
+        "it lacks the bitmap {}": [bitmap for bitmap in wanted if bitmap.name not in there],
+        "its bitmap {} is not recording": [bitmap for bitmap in own if not bitmap.recording],
+        "its bitmap {} is inconsistent": [bitmap for bitmap in own if bitmap.inconsistent and not live],
     }
-    return [f"{what} {_names(bitmaps)}" for what, bitmaps in found.items() if bitmaps]
+    return [what.format(_names(bitmaps)) for what, bitmaps in found.items() if bitmaps]
 
 
 def verify(verdict: Verdict, backing_file: str, image: Image) -> list[str]:
@@ -353,9 +353,9 @@ def verify(verdict: Verdict, backing_file: str, image: Image) -> list[str]:
              if getattr(image, name) != value]  # fmt: skip
     there, wanted = set(image.bitmaps), set(verdict.bitmaps)
     if wanted - there:
-        wrong.append(f"missing or different is the bitmap {_names(sorted(wanted - there))}")
+        wrong.append(f"the bitmap {_names(sorted(wanted - there))} is missing or different")
     if there - wanted:
-        wrong.append(f"unexpected is the bitmap {_names(sorted(there - wanted))}")
+        wrong.append(f"there is an unexpected bitmap {_names(sorted(there - wanted))}")
     return wrong
 
 

@@ -174,7 +174,7 @@ def test_bitmaps_that_qemu_loses_silently_are_noticed(tmp_path, disk, monkeypatc
     monkeypatch.setattr(Monitor, "command", losing)
     outcome = make_overlays([Wanted(str(tmp_path / "over"), disk)], SETTINGS)
     assert states(outcome) == ["failed"]
-    assert "missing or different is the bitmap" in outcome.failures[0]
+    assert "is missing or different" in outcome.failures[0]
     assert os.listdir(tmp_path) == ["active.qcow2"]
 
 

@@ -215,11 +215,12 @@ def test_requests(changes, expected):
 
 
 def test_one_place_is_asked_for_once():
-    problems = repeated_problems(["/a", "/b", "/a", "/c"], ["/x", "/x", "/x", "/b"])
+    problems = repeated_problems(["/a", "/b", "/a", "/c", "/d"], ["/x", "/x", "/x", "/b", "/d"])
     assert [problem and problem.split(": ")[1][:12] for problem in problems] == [
         "is asked for",
         "is the overl",
         "is asked for",
+        None,
         None,
     ]
 
@@ -268,11 +269,11 @@ RIGHT = IMAGE._replace(backing_file="/srv/active.qcow2", backing_format="qcow2",
     [
         ({}, None),
         ({"bitmaps": RIGHT.bitmaps[::-1]}, None),
-        ({"bitmaps": RIGHT.bitmaps[:1]}, "missing or different is the bitmap 'c'"),
-        ({"bitmaps": (bitmap(granularity=512), RIGHT.bitmaps[1])}, "missing or different is the bitmap 'b'"),
-        ({"bitmaps": (bitmap(recording=False), RIGHT.bitmaps[1])}, "missing or different is the bitmap 'b'"),
-        ({"bitmaps": (bitmap(inconsistent=True), RIGHT.bitmaps[1])}, "missing or different is the bitmap 'b'"),
-        ({"bitmaps": (*RIGHT.bitmaps, bitmap(name="d"))}, "unexpected is the bitmap 'd'"),
+        ({"bitmaps": RIGHT.bitmaps[:1]}, "the bitmap 'c' is missing or different"),
+        ({"bitmaps": (bitmap(granularity=512), RIGHT.bitmaps[1])}, "the bitmap 'b' is missing or different"),
+        ({"bitmaps": (bitmap(recording=False), RIGHT.bitmaps[1])}, "the bitmap 'b' is missing or different"),
+        ({"bitmaps": (bitmap(inconsistent=True), RIGHT.bitmaps[1])}, "the bitmap 'b' is missing or different"),
+        ({"bitmaps": (*RIGHT.bitmaps, bitmap(name="d"))}, "there is an unexpected bitmap 'd'"),
         ({"bitmaps": (), "lost_bitmaps": 2}, "lost_bitmaps is 2"),
         ({"virtual_size": GIB + 512}, "virtual_size"),
         ({"backing_file": "/srv/other"}, "backing_file"),
