@@ -57,13 +57,13 @@ class Target(t.NamedTuple):
 
 def observe_active(fd: int, path: str, backing_format: str, relative: bool) -> Active:
     """Return what the open ACTIVE and the chain below it are; Qcow2Error when something there is unusable."""
-    written_before = _is_written(fd, path)
+    written_before = is_written(fd, path)
     # An overlay that records ACTIVE relative to its own folder records its real path.
     chain = read_chain(fd, os.path.realpath(path) if relative else path, backing_format)
     return Active(
         path=path,
         chain=chain,
-        open_for_writing=written_before or _is_written(fd, path),
+        open_for_writing=written_before or is_written(fd, path),
         below_running_vm=_locks.is_used(fd, _locks.WRITE_UNSHARED, path),
         disguised=backing_format == "raw" and is_qcow2(fd),
     )
@@ -80,7 +80,7 @@ def observe_target(path: str) -> Target:
         return Target(path, os.path.dirname(path), problem=problem)
 
 
-def _is_written(fd: int, path: str) -> bool:
+def is_written(fd: int, path: str) -> bool:
     """Whether a VM or a tool has the open image open for writing."""
     if _locks.is_used(fd, _locks.WRITE, path):
         return True

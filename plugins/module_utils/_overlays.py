@@ -12,9 +12,9 @@ import typing as t
 
 from . import _build, _locks, _plan
 from ._chain import identity_of
-from ._errors import Interrupted, Qcow2Error, QemuError
+from ._errors import Interrupted, Qcow2Error, QemuError, in_use
 from ._image import open_image, read_image
-from ._observe import Active, Target, observe_active, observe_target
+from ._observe import Active, Target, is_written, observe_active, observe_target
 from ._plan import CREATED, FAILED, Verdict, Wanted, printable
 from ._publish import Attire, Ownership, StagedFile, choose_attire, dress, find_leftovers, publish_together
 from ._qmp import Monitor, find_qemu
@@ -265,6 +265,8 @@ class _Work:
                 is_same = False
             if not is_same:
                 raise Qcow2Error(f"{path}: was moved or replaced while the overlay was being made. Run this again.")
+            if is_written(fd, path):  # through another node of its device, where our lock does not reach
+                raise in_use(path)
         publish_together(self._staged)
 
 
