@@ -57,7 +57,7 @@ class Target(t.NamedTuple):
 
 def observe_active(fd: int, path: str, backing_format: str, relative: bool) -> Active:
     """Return what the open ACTIVE and the chain below it are; Qcow2Error when something there is unusable."""
-    written_before = is_written(fd, path)
+    written_before = _locks.is_used(fd, _locks.WRITE, path)
     # An overlay that records ACTIVE relative to its own folder records its real path.
     chain = read_chain(fd, os.path.realpath(path) if relative else path, backing_format)
     return Active(
