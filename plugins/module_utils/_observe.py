@@ -39,6 +39,11 @@ class Active(t.NamedTuple):
         """ACTIVE's virtual size in bytes."""
         return self.chain[0].virtual_size
 
+    @property
+    def is_recording(self) -> bool:
+        """Whether any bitmap records, so that it is no template, which running VMs may share."""
+        return self.image is not None and any(bitmap.recording for bitmap in self.image.bitmaps)
+
 
 class Target(t.NamedTuple):
     """What stands where OVERLAY is to be."""

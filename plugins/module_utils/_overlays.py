@@ -237,8 +237,7 @@ class _Work:
         self._sites[wanted.path] = _Site(target, _plan.recorded_backing_file(wanted, active, target), attire)
         monitor = self._engine.monitor()
         if active.image is not None:
-            # One that has recording bitmaps is no template, so no VM may have it below its top image either.
-            if any(bitmap.recording for bitmap in active.image.bitmaps) and not self._settings.check_mode:
+            if active.is_recording and not self._settings.check_mode:
                 _locks.hold_off_everybody(fd, wanted.backing_file)
             _build.cross_check(monitor, fd, wanted.backing_file, active.image)
         return verdict

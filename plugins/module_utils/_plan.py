@@ -283,7 +283,7 @@ def _new_problems(wanted: Wanted, active: Active, target: Target) -> list[str]:
             f"{wanted.path}: its backing chain would have more than {MAX_LAYERS} images. Merge some with "
             "'qemu-img commit'."
         )
-    if active.below_running_vm and active.image and any(bitmap.recording for bitmap in active.image.bitmaps):
+    if active.below_running_vm and active.is_recording:
         problems.append(str(below_running_vm(active.path)))
     name = recorded_backing_file(wanted, active, target)
     if len(os.fsencode(name)) > MAX_BACKING_FILE_NAME:

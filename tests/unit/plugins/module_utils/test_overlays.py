@@ -213,15 +213,21 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._overlays import Se
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._plan import Wanted
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._publish import Ownership
 settings = Settings(False, 60, shutil.which, Ownership())
-outcome = make_overlays([Wanted(path, sys.argv[1]) for path in sys.argv[2:]], settings)
+pairs = zip(sys.argv[1::2], sys.argv[2::2])
+outcome = make_overlays([Wanted(path, active) for active, path in pairs], settings)
 print(" ".join(verdict.state for verdict in outcome.verdicts), *outcome.failures)
 """
 
 
 def start_run(active, *paths):
-    """Start a run in a process, and a process group, of its own."""
+    """Start a run for overlays of one ACTIVE."""
+    return start_run_pairs(*(word for path in paths for word in (active, path)))
+
+
+def start_run_pairs(*pairs):
+    """Start a run for pairs of ACTIVE and OVERLAY in a process, and a process group, of its own."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", RUN, active, *map(str, paths)]
+    command = [sys.executable, "-c", RUN, *map(str, pairs)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -259,15 +265,6 @@ def test_runs_that_want_the_same_disks_in_another_order_do_not_wait_for_each_oth
         first = start_run_pairs(disk, tmp_path / f"a{attempt}", other, tmp_path / f"b{attempt}")
         second = start_run_pairs(other, tmp_path / f"c{attempt}", disk, tmp_path / f"d{attempt}")
         assert [run.communicate()[0].strip() for run in (first, second)] == ["created created"] * 2
-
-
-def start_run_pairs(*pairs):
-    """Start a run for pairs of ACTIVE and OVERLAY."""
-    script = RUN.replace("[Wanted(path, sys.argv[1]) for path in sys.argv[2:]]", "[Wanted(b, a) for a, b in pairs]")
-    script = script.replace("settings =", "pairs = list(zip(sys.argv[1::2], sys.argv[2::2]))\nsettings =")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", script, *map(str, pairs)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
 def test_an_overlay_is_present_also_while_a_vm_opens_and_closes_it(tmp_path, disk):
