@@ -34,8 +34,22 @@ class _Seen(t.NamedTuple):
     inconsistent: bool
 
 
-def cross_check(monitor: Monitor, fd: int, path: str, image: Image) -> None:
+class Witnessed(t.NamedTuple):
+    """An open ACTIVE and what was read from it, which QEMU is to confirm."""
+
+    fd: int
+    path: str
+    image: Image
+
+
+def cross_check(monitor: Monitor, active: Witnessed) -> None:
     """Raise when QEMU sees other bitmaps in the open ACTIVE than were read from it."""
+    _ask_for_bitmaps(monitor, active)
+    _compare_bitmaps(monitor, active)
+
+
+def _ask_for_bitmaps(monitor: Monitor, active: Witnessed) -> None:
+    """Have QEMU open ACTIVE, say what it sees, and close it."""
     node: dict[str, t.Any] = {
         "driver": "qcow2",
         "node-name": _ACTIVE,
@@ -43,19 +57,28 @@ def cross_check(monitor: Monitor, fd: int, path: str, image: Image) -> None:
         # The locks are held already, through the very same open file; see _locks.
         "force-share": True,
         "backing": None,
-        "file": {"driver": _file_driver(fd), "filename": _name_for_qemu(fd), "locking": "off"},
+        "file": {"driver": _file_driver(active.fd), "filename": _name_for_qemu(active.fd), "locking": "off"},
     }
-    if image.has_data_file:  # the data plays no part here, so it stays closed
-        node["data-file"] = {"driver": "null-co", "size": image.virtual_size}
+    if active.image.has_data_file:  # the data plays no part here, so it stays closed
+        node["data-file"] = {"driver": "null-co", "size": active.image.virtual_size}
+    monitor.send("blockdev-add", node)
+    monitor.send("query-named-block-nodes", {"flat": True})
+    monitor.send("blockdev-del", {"node-name": _ACTIVE})
+
+
+def _compare_bitmaps(monitor: Monitor, active: Witnessed) -> None:
+    """Receive QEMU's answers and raise when it sees other bitmaps than were read."""
+    _fd, path, image = active
     try:
-        monitor.command("blockdev-add", node, _extra_seconds(len(image.bitmaps)))
+        monitor.receive(_extra_seconds(len(image.bitmaps)))
     except Qcow2Error as exc:
         raise Qcow2Error(f"{path}: QEMU cannot open it. {exc}") from exc
+    node = next(node for node in monitor.receive() if node["node-name"] == _ACTIVE)
     seen = {
         _Seen(entry["name"], entry["granularity"], entry["recording"], entry.get("inconsistent", False))
-        for entry in _query(monitor, _ACTIVE).get("dirty-bitmaps", ())
+        for entry in node.get("dirty-bitmaps", ())
     }
-    monitor.command("blockdev-del", {"node-name": _ACTIVE})
+    monitor.receive()
     # A bitmap that is inconsistent never records, whatever its flag says.
     read = {_Seen(b.name, b.granularity, b.recording and not b.inconsistent, b.inconsistent) for b in image.bitmaps}
     if seen != read:
@@ -66,11 +89,14 @@ def cross_check(monitor: Monitor, fd: int, path: str, image: Image) -> None:
         )
 
 
-def fill(monitor: Monitor, fd: int, verdict: Verdict, backing_file: str) -> None:
-    """Make the open, empty file the overlay of the verdict; what became of it must be read back."""
+def fill(monitor: Monitor, fd: int, verdict: Verdict, backing_file: str, active: Witnessed | None) -> None:
+    """Make the open, empty file the overlay of the verdict, and cross-check ACTIVE if it has a format of bitmaps.
+
+    What became of the file must be read back.
+    """
     # QEMU need not flush: the file is ours alone, and gets its one fsync before it is published.
     node = {"driver": "file", "node-name": _FILE, "filename": _name_for_qemu(fd), "cache": {"no-flush": True}}
-    monitor.command("blockdev-add", node)
+    monitor.send("blockdev-add", node)
     creation = verdict.wanted.creation
     options: dict[str, t.Any] = {
         "driver": "qcow2",
@@ -86,14 +112,20 @@ def fill(monitor: Monitor, fd: int, verdict: Verdict, backing_file: str) -> None
         "compression-type": creation.compression_type,
     }
     monitor.run_job("blockdev-create", "create", {"options": options})
+    # QEMU opens ACTIVE while its monitor is still reading the bitmaps, so all is sent before the answers are awaited.
+    if active is not None:
+        _ask_for_bitmaps(monitor, active)
     if verdict.bitmaps:
-        _add_bitmaps(monitor, verdict)
-    monitor.command("blockdev-del", {"node-name": _FILE})
+        _send_bitmaps(monitor, verdict)
+    monitor.send("blockdev-del", {"node-name": _FILE})
+    if active is not None:
+        _compare_bitmaps(monitor, active)
+    monitor.receive_rest(_extra_seconds(len(verdict.bitmaps)))
 
 
-def _add_bitmaps(monitor: Monitor, verdict: Verdict) -> None:
-    """Add the bitmaps in one transaction and have QEMU store them, which happens when the node goes away."""
-    monitor.command("blockdev-add", {"driver": "qcow2", "node-name": _OVERLAY, "file": _FILE, "backing": None})
+def _send_bitmaps(monitor: Monitor, verdict: Verdict) -> None:
+    """Have QEMU add the bitmaps in one transaction and store them, which happens when the node goes away."""
+    monitor.send("blockdev-add", {"driver": "qcow2", "node-name": _OVERLAY, "file": _FILE, "backing": None})
     actions = [
         {
             "type": "block-dirty-bitmap-add",
@@ -101,14 +133,8 @@ def _add_bitmaps(monitor: Monitor, verdict: Verdict) -> None:
         }
         for bitmap in verdict.bitmaps
     ]
-    monitor.command("transaction", {"actions": actions}, _extra_seconds(len(actions)))
-    monitor.command("blockdev-del", {"node-name": _OVERLAY}, _extra_seconds(len(actions)))
-
-
-def _query(monitor: Monitor, name: str) -> dict[str, t.Any]:
-    """Return what QEMU says of a node."""
-    nodes = monitor.command("query-named-block-nodes", {"flat": True})
-    return t.cast("dict[str, t.Any]", next(node for node in nodes if node["node-name"] == name))
+    monitor.send("transaction", {"actions": actions}, _extra_seconds(len(actions)))
+    monitor.send("blockdev-del", {"node-name": _OVERLAY})
 
 
 def _extra_seconds(bitmaps: int) -> float:

@@ -198,6 +198,7 @@ class _Site(t.NamedTuple):
     target: Target
     backing_file: str  # as the overlay records it
     attire: Attire
+    active: _build.Witnessed | None  # None if it is raw
 
 
 class _Work:
@@ -227,28 +228,34 @@ class _Work:
             self._actives[path] = distinct[identity_of(os.fstat(fd))][1]
 
     def judge(self, verdict: Verdict) -> Verdict:
-        """Decide again, now that nobody can change ACTIVE, and with QEMU as a second witness."""
+        """Decide again, now that nobody can change ACTIVE."""
         wanted, fd = verdict.wanted, self._actives[verdict.wanted.backing_file]
         active, target = _observe(fd, wanted), observe_target(wanted.path)
         verdict = _plan.decide(wanted, active, target)
         if verdict.state != CREATED:
             return verdict
-        attire = choose_attire(fd, self._settings.ownership, wanted.path)
-        self._sites[wanted.path] = _Site(target, _plan.recorded_backing_file(wanted, active, target), attire)
-        monitor = self._engine.monitor()
-        if active.image is not None:
-            if active.is_recording and not self._settings.check_mode:
-                _locks.hold_off_everybody(fd, wanted.backing_file)
-            _build.cross_check(monitor, fd, wanted.backing_file, active.image)
+        if active.image is not None and active.is_recording and not self._settings.check_mode:
+            _locks.hold_off_everybody(fd, wanted.backing_file)
+        self._sites[wanted.path] = _Site(
+            target,
+            _plan.recorded_backing_file(wanted, active, target),
+            choose_attire(fd, self._settings.ownership, wanted.path),
+            _build.Witnessed(fd, wanted.backing_file, active.image) if active.image is not None else None,
+        )
         return verdict
 
     def build(self, verdict: Verdict) -> Verdict:
-        """Make the overlay in a file of ours, and read back what became of it; in check mode nothing is made."""
-        if self._settings.check_mode:
-            return verdict
+        """Make the overlay in a file of ours, with QEMU as second witness of ACTIVE, and read back what became of it.
+
+        In check mode QEMU is only the witness.
+        """
         site, monitor = self._sites[verdict.wanted.path], self._engine.monitor()
+        if self._settings.check_mode:
+            if site.active is not None:
+                _build.cross_check(monitor, site.active)
+            return verdict
         file = self._held.enter_context(StagedFile(site.target))
-        _build.fill(monitor, file.fd, verdict, site.backing_file)
+        _build.fill(monitor, file.fd, verdict, site.backing_file, site.active)
         dress(file.fd, site.attire, verdict.wanted.path)
         os.fsync(file.fd)
         _read_back(file, verdict, site.backing_file, monitor)

@@ -78,6 +78,7 @@ class Monitor:
         self._seconds = seconds
         self._stderr = tempfile.TemporaryFile()
         self._events: list[dict[str, t.Any]] = []
+        self._awaited = 0  # answers
         self._program = os.path.basename(command[0])
         try:
             self._process = subprocess.Popen(  # pylint: disable=ansible-bad-function  # a dialogue, not one command
@@ -100,7 +101,7 @@ class Monitor:
 
     def _greet(self) -> None:
         """Read the greeting, check the version, leave the negotiation mode."""
-        greeting = self._talk(b"", lambda message: "QMP" in message, 0.0)
+        greeting = self._read(lambda message: "QMP" in message)
         try:
             version = greeting["QMP"]["version"]["qemu"]
             is_too_old = (version["major"], version["minor"]) < OLDEST_QEMU
@@ -111,26 +112,50 @@ class Monitor:
                 f"{self._program}: is version {version['major']}.{version['minor']}, too old. "
                 f"At least {OLDEST_QEMU[0]}.{OLDEST_QEMU[1]} is needed."
             )
-        self.command("qmp_capabilities")
+        # With it, QEMU reads up to eight commands ahead while it executes one. Without, everything works too.
+        reads_ahead = "oob" in greeting["QMP"].get("capabilities", ())
+        self.command("qmp_capabilities", {"enable": ["oob"]} if reads_ahead else None)
 
     def command(self, name: str, arguments: dict[str, t.Any] | None = None, more_seconds: float = 0.0) -> t.Any:
         """Run a QMP command and return what it returns; QemuError with QEMU's own words when it fails."""
+        self.send(name, arguments, more_seconds)
+        return self.receive(more_seconds)
+
+    def send(self, name: str, arguments: dict[str, t.Any] | None = None, more_seconds: float = 0.0) -> None:
+        """Give QEMU a command to execute after those that were sent before; receive() returns the answers in turn."""
         # Compact, since QEMU's monitor reads its input byte by byte, and 64 bitmaps are thousands of bytes.
         line = json.dumps({"execute": name, "arguments": arguments or {}}, separators=(",", ":")).encode("ascii")
-        answer = self._talk(line + b"\n", lambda message: "return" in message or "error" in message, more_seconds)
+        stdin = t.cast("t.IO[bytes]", self._process.stdin)
+        with self._in_time(more_seconds):
+            stdin.write(line + b"\n")
+            stdin.flush()
+        self._awaited += 1
+
+    def receive(self, more_seconds: float = 0.0) -> t.Any:
+        """Return what the first command returned whose answer was not received yet; QemuError when it failed."""
+        answer = self._read(lambda message: "return" in message or "error" in message, more_seconds)
+        self._awaited -= 1
         if "error" in answer:
             raise QemuError(f"QEMU says: {answer['error'].get('desc')}")
         return answer["return"]
 
+    def receive_rest(self, more_seconds: float = 0.0) -> None:
+        """Receive all answers that were not received yet; QemuError when one of the commands failed."""
+        while self._awaited:
+            self.receive(more_seconds)
+
     def run_job(self, name: str, job: str, arguments: dict[str, t.Any]) -> None:
-        """Run a QMP command that is a job, to its end."""
+        """Run a QMP command that is a job, after those that were sent before, to its end."""
         self._events.clear()
-        self.command(name, {"job-id": job, **arguments})
+        self.send(name, {"job-id": job, **arguments})
+        self.receive_rest()
         # The event may have come before the answer to the command.
         if not any(_has_concluded(event, job) for event in self._events):
-            self._talk(b"", lambda message: _has_concluded(message, job), 0.0)
-        status = next(entry for entry in self.command("query-jobs") if entry["id"] == job)
-        self.command("job-dismiss", {"id": job})
+            self._read(lambda message: _has_concluded(message, job))
+        self.send("query-jobs")
+        self.send("job-dismiss", {"id": job})
+        status = next(entry for entry in self.receive() if entry["id"] == job)
+        self.receive()
         if "error" in status:
             raise QemuError(f"QEMU says: {status['error']}")
 
@@ -154,22 +179,26 @@ class Monitor:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_SECONDS_TO_DIE)
 
-    def _talk(self, line: bytes, wanted: t.Callable[[dict[str, t.Any]], bool], more_seconds: float) -> dict[str, t.Any]:
-        """Send a line and return the first message that is wanted; kill a QEMU that dies, hangs or babbles."""
+    def _read(self, wanted: t.Callable[[dict[str, t.Any]], bool], more_seconds: float = 0.0) -> dict[str, t.Any]:
+        """Return the next message that is wanted."""
+        stdout = t.cast("t.IO[bytes]", self._process.stdout)
+        with self._in_time(more_seconds):
+            while answer := stdout.readline(_LONGEST_ANSWER):
+                message = json.loads(answer)
+                if wanted(message):
+                    return t.cast("dict[str, t.Any]", message)
+                if message.get("event") == "JOB_STATUS_CHANGE":
+                    self._events.append(message)
+            status = self._process.wait()
+        raise self._lost(f"ended with status {status}")
+
+    @contextlib.contextmanager
+    def _in_time(self, more_seconds: float) -> t.Iterator[None]:
+        """Kill a QEMU that dies, hangs or babbles in the block, and raise QemuError."""
         seconds = self._seconds + more_seconds
-        stdin, stdout = t.cast("t.IO[bytes]", self._process.stdin), t.cast("t.IO[bytes]", self._process.stdout)
         try:
             with _time_limit(seconds):
-                stdin.write(line)
-                stdin.flush()
-                while answer := stdout.readline(_LONGEST_ANSWER):
-                    message = json.loads(answer)
-                    if wanted(message):
-                        return t.cast("dict[str, t.Any]", message)
-                    if message.get("event") == "JOB_STATUS_CHANGE":
-                        self._events.append(message)
-                status = self._process.wait()
-            raise self._lost(f"ended with status {status}")
+                yield
         except _TimeOverError:
             raise self._lost(f"gave no answer for {seconds:.0f} s and was killed") from None
         except (OSError, ValueError, TypeError, AttributeError) as exc:

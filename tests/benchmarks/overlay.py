@@ -22,7 +22,7 @@ import typing as t
 
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qmp import Monitor, find_qemu
 
-ROUNDS = 5
+ROUNDS = 9
 
 SHELL_LOOP = """
 set -euo pipefail

@@ -41,6 +41,24 @@ def test_both_kinds_of_qemu_answer(program):
     assert monitor._process.returncode is not None
 
 
+def test_answers_come_in_the_order_of_the_commands_and_a_failed_one_does_not_stop_the_others():
+    monitor = Monitor(find_qemu(shutil.which), 30)
+    for number in range(20):
+        monitor.send("blockdev-add", {"driver": "null-co", "node-name": f"n{number}", "size": number})
+    monitor.send("blockdev-del", {"node-name": "nothing"})
+    monitor.send("query-named-block-nodes", {"flat": True})
+    for _number in range(20):
+        assert monitor.receive() == {}
+    with pytest.raises(Qcow2Error, match="nothing"):
+        monitor.receive()
+    assert len(monitor.receive()) == 20
+    monitor.send("blockdev-del", {"node-name": "nothing"})
+    with pytest.raises(Qcow2Error, match="nothing"):
+        monitor.receive_rest()
+    monitor.receive_rest()
+    monitor.close()
+
+
 def test_without_qemu_there_is_a_way_out():
     with pytest.raises(Qcow2Error, match="no QEMU found.*Install"):
         find_qemu(only())
