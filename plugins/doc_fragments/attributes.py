@@ -7,7 +7,7 @@ from __future__ import annotations
 
 
 class ModuleDocFragment:
-    """Attributes of modules that change something."""
+    """Attributes that all modules share."""
 
     DOCUMENTATION = r"""
 options: {}

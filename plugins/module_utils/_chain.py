@@ -48,27 +48,40 @@ def read_chain(top_fd: int, path: str, image_format: str | None) -> tuple[Layer,
 
     Only the topmost image comes with its bitmaps.
     """
-    layers = [_read_layer(top_fd, path, image_format, with_bitmaps=True)]
-    seen = {layers[0].identity}
-    while True:
-        above = layers[-1]
-        if above.image is None or above.image.backing_file is None:
-            return tuple(layers)
-        layer = _read_below(above, above.image.backing_file, above.image.backing_format)
-        if layer.identity in seen:
-            raise Qcow2Error(
-                f"{above.path}: its backing file {layer.path} is already part of the chain above it: the chain is a "
-                "loop. Correct the backing file with 'qemu-img rebase -u'."
-            )
-        seen.add(layer.identity)
-        layers.append(layer)
-        if len(layers) > MAX_LAYERS:
-            raise Qcow2Error(
-                f"{path}: its backing chain has more than {MAX_LAYERS} images. Merge some with 'qemu-img commit'."
-            )
+    return tuple(layer for layer, _fd in walk_chain(top_fd, path, image_format, with_bitmaps=True))
 
 
-def _read_layer(fd: int, path: str, image_format: str | None, with_bitmaps: bool) -> Layer:
+def walk_chain(
+    top_fd: int, path: str, image_format: str | None, with_bitmaps: bool
+) -> t.Generator[tuple[Layer, int], None, None]:
+    """Yield the layers from the open image down to its base, each with a descriptor that is open until the next step.
+
+    Raises as read_chain does, once the layers above the fault were yielded. Only the topmost image can come with its
+    bitmaps.
+    """
+    layer = _read_layer(top_fd, path, image_format, with_bitmaps)
+    yield layer, top_fd
+    seen = {layer.identity}
+    while layer.image is not None and layer.image.backing_file is not None:
+        above, fd = layer, _open_below(layer, layer.image.backing_file)
+        try:
+            layer = _read_layer(fd, resolve_name(above.path, layer.image.backing_file), layer.image.backing_format)
+            if layer.identity in seen:
+                raise Qcow2Error(
+                    f"{above.path}: its backing file {layer.path} is already part of the chain above it: the chain is "
+                    "a loop. Correct the backing file with 'qemu-img rebase -u'."
+                )
+            seen.add(layer.identity)
+            if len(seen) > MAX_LAYERS:
+                raise Qcow2Error(
+                    f"{path}: its backing chain has more than {MAX_LAYERS} images. Merge some with 'qemu-img commit'."
+                )
+            yield layer, fd
+        finally:
+            os.close(fd)
+
+
+def _read_layer(fd: int, path: str, image_format: str | None, with_bitmaps: bool = False) -> Layer:
     """Return the open image as a layer; a format that is not recorded is looked up, for reading only."""
     as_qcow2 = image_format == "qcow2" or (image_format is None and is_qcow2(fd))
     image = read_image(fd, path, with_bitmaps) if as_qcow2 else None
@@ -80,20 +93,15 @@ def _read_layer(fd: int, path: str, image_format: str | None, with_bitmaps: bool
     return Layer(path, os.path.realpath(path), identity_of(os.fstat(fd)), image_format, virtual_size, image)
 
 
-def _read_below(above: Layer, backing_file: str, backing_format: str | None) -> Layer:
-    """Return the layer that the image above records as its backing file."""
+def _open_below(above: Layer, backing_file: str) -> int:
+    """Open the file that the image above records as its backing file, and return the descriptor."""
     if has_protocol(backing_file):
         raise Qcow2Error(
             f"{above.path}: its backing file {backing_file!r} is a protocol for QEMU, not a file. This collection "
             "works with local files and block devices only. If it is meant as a file, record its absolute path with "
             "'qemu-img rebase -u -b'."
         )
-    path = resolve_name(above.path, backing_file)
     try:
-        fd = open_image(path)
+        return open_image(resolve_name(above.path, backing_file))
     except Qcow2Error as exc:
         raise Qcow2Error(f"{exc} It is the backing file of {above.path}.") from exc
-    try:
-        return _read_layer(fd, path, backing_format, with_bitmaps=False)
-    finally:
-        os.close(fd)

@@ -18,6 +18,11 @@ class Interrupted(BaseException):
     """A signal asks this run to end; no except clause on the way may mistake it for a failure of one VM."""
 
 
+def printable(text: str) -> str:
+    """Return the text with what stands for bytes that are not UTF-8 spelt out; Ansible would reject the result."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def in_use(path: str) -> Qcow2Error:
     """Return the error for an ACTIVE that a process has open for writing."""
     return Qcow2Error(

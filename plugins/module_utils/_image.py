@@ -25,7 +25,9 @@ MAX_BACKING_FORMAT_NAME = 15  # bytes; QEMU's BlockDriverState.backing_format
 MAX_BITMAPS = 65535  # QEMU's QCOW2_MAX_BITMAPS
 MAX_BITMAP_NAME = 1023  # bytes; QEMU's BME_MAX_NAME_SIZE
 MAX_BITMAP_DIRECTORY = 1024 * MAX_BITMAPS  # bytes; QEMU's QCOW2_MAX_BITMAP_DIRECTORY_SIZE
+TABLE_ENTRY_SIZE = 8  # bytes of an entry of a bitmap table
 MAX_BITMAP_DATA = 512 * 1024 * 1024  # bytes that one bitmap may take; QEMU's BME_MAX_PHYS_SIZE
+MAX_ALL_BITMAP_DATA = 4 * 1024 * 1024 * 1024  # bytes that all bitmaps together may take here, in memory or to be read
 
 _V2_HEADER = struct.Struct(">4sIQIIQIIQQIIQ")
 _V3_HEADER = struct.Struct(">QQQII")
@@ -67,6 +69,17 @@ class Bitmap(t.NamedTuple):
         """Whether an overlay must go on recording this bitmap."""
         return self.recording and not self.inconsistent
 
+    def data_bytes(self, virtual_size: int) -> int:
+        """Return how many bytes the bits take for an image of that virtual size in bytes."""
+        return -(-virtual_size // (self.granularity * 8))
+
+
+class BitmapTable(t.NamedTuple):
+    """Where the bitmap table of one bitmap lies (qcow2 spec, Bitmap table)."""
+
+    offset: int  # bytes
+    entries: int  # of eight bytes
+
 
 class Image(t.NamedTuple):
     """What the header of a qcow2 image says (qcow2 spec, Header and Header extensions)."""
@@ -87,6 +100,7 @@ class Image(t.NamedTuple):
     data_file: str | None  # as recorded; None too when the image has one but does not name it
     data_file_raw: bool
     bitmaps: tuple[Bitmap, ...]  # in the order of the directory
+    bitmap_tables: tuple[BitmapTable, ...]  # in the same order
     lost_bitmaps: int  # bitmaps that a program which does not know them has made worthless (autoclear bit 0)
 
 
@@ -160,7 +174,7 @@ def read_image(fd: int, path: str, with_bitmaps: bool = True) -> Image:
     )
 
 
-def _damaged(path: str, what: str) -> Qcow2Error:
+def damaged(path: str, what: str) -> Qcow2Error:
     """Return the error for an image that breaks the format."""
     return Qcow2Error(f"{path}: is damaged: {what}. Inspect it with 'qemu-img check', or restore it from a backup.")
 
@@ -182,12 +196,12 @@ def _read_header(fd: int, path: str) -> _Header:
             "Name the image that the VM writes to; if that one is raw, say so with backing_format=raw."
         )
     if len(data) < _V2_HEADER.size:
-        raise _damaged(path, f"the file ends within the header, after {len(data)} bytes")
+        raise damaged(path, f"the file ends within the header, after {len(data)} bytes")
     (_magic, version, backing_offset, backing_length, cluster_bits, size, crypt, *_rest) = _V2_HEADER.unpack_from(data)
     if version not in (2, 3):
         raise Qcow2Error(f"{path}: has qcow2 version {version}; only 2 and 3 are known. Is it really a qcow2 image?")
     if not 9 <= cluster_bits <= 21:
-        raise _damaged(path, f"cluster_bits is {cluster_bits}, allowed is 9 to 21")
+        raise damaged(path, f"cluster_bits is {cluster_bits}, allowed is 9 to 21")
     header = _Header(
         version, backing_offset, backing_length, 1 << cluster_bits, size, crypt, 0, 0, 0, 4, _V2_HEADER.size, 0
     )
@@ -200,7 +214,7 @@ def _read_header(fd: int, path: str) -> _Header:
 def _read_v3_fields(data: bytes, header: _Header, path: str) -> _Header:
     """Return the header completed by the fields that only version 3 has."""
     if len(data) < _V2_HEADER.size + _V3_HEADER.size:
-        raise _damaged(path, f"the file ends within the header, after {len(data)} bytes")
+        raise damaged(path, f"the file ends within the header, after {len(data)} bytes")
     incompatible, compatible, autoclear, refcount_order, length = _V3_HEADER.unpack_from(data, _V2_HEADER.size)
     compression_type = data[104] if length > 104 and len(data) > 104 else 0
     return header._replace(
@@ -222,17 +236,17 @@ def _check_header(header: _Header, path: str) -> None:
             "It was made by a newer program; nothing can be said safely about its bitmaps."
         )
     if header.version == 3 and not 104 <= header.length <= header.cluster_size:
-        raise _damaged(path, f"header_length is {header.length}, allowed is 104 to {header.cluster_size}")
+        raise damaged(path, f"header_length is {header.length}, allowed is 104 to {header.cluster_size}")
     if header.refcount_order > 6:
-        raise _damaged(path, f"refcount_order is {header.refcount_order}, allowed is 0 to 6")
+        raise damaged(path, f"refcount_order is {header.refcount_order}, allowed is 0 to 6")
     if header.crypt_method > 2:
-        raise _damaged(path, f"crypt_method is {header.crypt_method}, allowed is 0 to 2")
+        raise damaged(path, f"crypt_method is {header.crypt_method}, allowed is 0 to 2")
     if header.compression_type >= len(_COMPRESSION_TYPES):
-        raise _damaged(path, f"compression_type is {header.compression_type}, allowed is 0 to 1")
+        raise damaged(path, f"compression_type is {header.compression_type}, allowed is 0 to 1")
     if bool(header.incompatible & _INCOMPATIBLE_COMPRESSION) != (header.compression_type != 0):
-        raise _damaged(path, "its compression type and its compression feature bit contradict each other")
+        raise damaged(path, "its compression type and its compression feature bit contradict each other")
     if header.incompatible & _INCOMPATIBLE_EXTENDED_L2 and header.cluster_size < 16384:
-        raise _damaged(path, f"it has extended L2 entries with clusters of only {header.cluster_size} bytes")
+        raise damaged(path, f"it has extended L2 entries with clusters of only {header.cluster_size} bytes")
 
 
 def _backing_file(area: bytes, header: _Header, path: str) -> str | None:
@@ -241,14 +255,14 @@ def _backing_file(area: bytes, header: _Header, path: str) -> str | None:
     if not start:
         return None
     if start < header.length or start > header.cluster_size:
-        raise _damaged(path, f"its backing file name lies at offset {start}, outside the header cluster")
+        raise damaged(path, f"its backing file name lies at offset {start}, outside the header cluster")
     if length > min(MAX_BACKING_FILE_NAME, header.cluster_size - start):
-        raise _damaged(path, f"its backing file name is {length} bytes long")
+        raise damaged(path, f"its backing file name is {length} bytes long")
     if start + length > len(area):
-        raise _damaged(path, "the file ends within the name of its backing file")
+        raise damaged(path, "the file ends within the name of its backing file")
     name = area[start : start + length]
     if b"\0" in name:
-        raise _damaged(path, "its backing file name has a NUL byte in it")
+        raise damaged(path, "its backing file name has a NUL byte in it")
     return _text(name)
 
 
@@ -262,63 +276,64 @@ def _read_extensions(area: bytes, header: _Header, path: str) -> dict[int, bytes
             return extensions
         offset += _EXTENSION.size
         if length > len(area) - offset:
-            raise _damaged(path, f"header extension {kind:#010x} of {length} bytes reaches out of the header cluster")
+            raise damaged(path, f"header extension {kind:#010x} of {length} bytes reaches out of the header cluster")
         if kind in extensions and kind in (_EXT_BACKING_FORMAT, _EXT_BITMAPS, _EXT_DATA_FILE):
-            raise _damaged(path, f"header extension {kind:#010x} occurs twice")
+            raise damaged(path, f"header extension {kind:#010x} occurs twice")
         if kind == _EXT_BACKING_FORMAT and length > MAX_BACKING_FORMAT_NAME:
-            raise _damaged(path, f"the name of its backing format is {length} bytes long")
+            raise damaged(path, f"the name of its backing format is {length} bytes long")
         extensions[kind] = area[offset : offset + length]
         offset += (length + 7) // 8 * 8
     return extensions
 
 
 def _read_bitmaps(fd: int, extension: bytes | None, header: _Header, path: str) -> dict[str, t.Any]:
-    """Return the fields bitmaps and lost_bitmaps of the image (qcow2 spec, Bitmaps extension)."""
+    """Return the fields of the image that tell of bitmaps (qcow2 spec, Bitmaps extension)."""
     if extension is None or header.version == 2:
-        return {"bitmaps": (), "lost_bitmaps": 0}
+        return {"bitmaps": (), "bitmap_tables": (), "lost_bitmaps": 0}
     if len(extension) != _BITMAPS_EXTENSION.size:
-        raise _damaged(path, f"its bitmaps extension is {len(extension)} bytes long instead of 24")
+        raise damaged(path, f"its bitmaps extension is {len(extension)} bytes long instead of 24")
     count, reserved, size, offset = _BITMAPS_EXTENSION.unpack(extension)
     if not header.autoclear & _AUTOCLEAR_BITMAPS:
-        return {"bitmaps": (), "lost_bitmaps": count}
+        return {"bitmaps": (), "bitmap_tables": (), "lost_bitmaps": count}
     if reserved or not 1 <= count <= MAX_BITMAPS:
-        raise _damaged(path, f"its bitmaps extension announces {count} bitmaps; allowed is 1 to {MAX_BITMAPS}")
+        raise damaged(path, f"its bitmaps extension announces {count} bitmaps; allowed is 1 to {MAX_BITMAPS}")
     if not count * _BITMAP_ENTRY.size < size <= MAX_BITMAP_DIRECTORY:
-        raise _damaged(path, f"its bitmap directory of {count} entries has an impossible length of {size} bytes")
+        raise damaged(path, f"its bitmap directory of {count} entries has an impossible length of {size} bytes")
     if offset % header.cluster_size or offset < header.cluster_size or offset + size > length_of(fd):
-        raise _damaged(path, f"its bitmap directory lies at offset {offset}, outside the image")
+        raise damaged(path, f"its bitmap directory lies at offset {offset}, outside the image")
     directory = os.pread(fd, size, offset)
     if len(directory) != size:
-        raise _damaged(path, "the file ends within the bitmap directory")
+        raise damaged(path, "the file ends within the bitmap directory")
     bitmaps, tables = _parse_directory(directory, count, header, path)
-    _check_apart([(offset, size), *tables], length_of(fd), path)
-    return {"bitmaps": tuple(bitmaps), "lost_bitmaps": 0}
+    extents = [(offset, size), *((table.offset, table.entries * TABLE_ENTRY_SIZE) for table in tables)]
+    _check_apart(extents, length_of(fd), path)
+    return {"bitmaps": tuple(bitmaps), "bitmap_tables": tuple(tables), "lost_bitmaps": 0}
 
 
 def _parse_directory(
     directory: bytes, count: int, header: _Header, path: str
-) -> tuple[list[Bitmap], list[tuple[int, int]]]:
-    """Return the bitmaps and where their tables lie, as (offset, length) in bytes."""
+) -> tuple[list[Bitmap], list[BitmapTable]]:
+    """Return the bitmaps and where their tables lie."""
     bitmaps: list[Bitmap] = []
-    tables: list[tuple[int, int]] = []
+    tables: list[BitmapTable] = []
     names: set[str] = set()
     position = 0
     while position < len(directory):
         if position + _BITMAP_ENTRY.size > len(directory):
-            raise _damaged(path, "its bitmap directory ends within an entry")
+            raise damaged(path, "its bitmap directory ends within an entry")
         fields = _BITMAP_ENTRY.unpack_from(directory, position)
         table_offset, table_size, flags, _kind, granularity_bits, name_size, _extra = fields
         _check_entry(fields, header, path)
         start = position + _BITMAP_ENTRY.size
         name = directory[start : start + name_size].decode("utf-8", "surrogateescape")
         if start + name_size > len(directory) or "\0" in name or name in names:
-            raise _damaged(path, f"entry {len(bitmaps)} of its bitmap directory has an impossible name")
+            raise damaged(path, f"entry {len(bitmaps)} of its bitmap directory has an impossible name")
         names.add(name)
         bitmaps.append(Bitmap(name, 1 << granularity_bits, bool(flags & _FLAG_AUTO), bool(flags & _FLAG_IN_USE)))
-        tables.append((table_offset, table_size * 8))
+        tables.append(BitmapTable(table_offset, table_size))
         position = (start + name_size + 7) // 8 * 8
     if len(bitmaps) != count:
-        raise _damaged(path, f"its bitmap directory has {len(bitmaps)} entries, its header says {count}")
+        raise damaged(path, f"its bitmap directory has {len(bitmaps)} entries, its header says {count}")
     return bitmaps, tables
 
 
@@ -338,7 +353,7 @@ def _check_entry(fields: tuple[int, ...], header: _Header, path: str) -> None:
         or not 0 < data <= MAX_BITMAP_DATA
         or (not flags & _FLAG_IN_USE and covered < header.virtual_size // SECTOR * SECTOR)
     ):
-        raise _damaged(
+        raise damaged(
             path,
             "an entry of its bitmap directory breaks the format "
             f"(table {table_offset}+{table_size}, flags {flags:#x}, type {kind}, granularity bits {granularity_bits}, "
@@ -351,5 +366,5 @@ def _check_apart(extents: list[tuple[int, int]], end: int, path: str) -> None:
     previous_end = 0
     for offset, length in sorted(extents):
         if offset < previous_end or offset + length > end:
-            raise _damaged(path, f"the bitmap structure at offset {offset} overlaps another one or leaves the file")
+            raise damaged(path, f"the bitmap structure at offset {offset} overlaps another one or leaves the file")
         previous_end = offset + length

@@ -176,7 +176,7 @@ def _observe_image(fd: int, target: Target, path: str) -> Target:
             f"{target.path}: exists already and is not a qcow2 image. Nothing is ever replaced: remove it, or choose "
             "another path."
         )
-    image, live = _read_settled(fd, target.path)
+    image, live = read_settled(fd, target.path)
     target = target._replace(image=image, identity=identity_of(os.fstat(fd)), open_for_writing=live)
     if image.backing_file is None or has_protocol(image.backing_file):
         return target._replace(backing_path=image.backing_file)
@@ -208,7 +208,7 @@ def _look(fd: int, path: str) -> _Look:
     return _Look(image, live_before, _locks.is_held(fd, _locks.WRITE, path))
 
 
-def _read_settled(fd: int, path: str) -> tuple[Image, bool]:
+def read_settled(fd: int, path: str) -> tuple[Image, bool]:
     """Return the open image and whether a process has it open for writing, from a moment when nothing changes in it.
 
     While a QEMU opens or closes an image it declares the bitmaps worthless for a moment, and then writes them anew.

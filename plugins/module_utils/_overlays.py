@@ -12,10 +12,10 @@ import typing as t
 
 from . import _build, _locks, _plan
 from ._chain import identity_of
-from ._errors import Interrupted, Qcow2Error, QemuError, in_use
+from ._errors import Interrupted, Qcow2Error, QemuError, in_use, printable
 from ._image import open_image, read_image
 from ._observe import Active, Target, is_written, observe_active, observe_target
-from ._plan import CREATED, FAILED, Verdict, Wanted, printable
+from ._plan import CREATED, FAILED, Verdict, Wanted
 from ._publish import Attire, Ownership, StagedFile, choose_attire, dress, find_leftovers, publish_together
 from ._qmp import Monitor, find_qemu
 

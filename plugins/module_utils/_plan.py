@@ -14,8 +14,8 @@ import sys
 import typing as t
 
 from ._chain import MAX_LAYERS, has_protocol
-from ._errors import below_running_vm, in_use
-from ._image import MAX_BACKING_FILE_NAME, MAX_BITMAP_DATA, Bitmap, Image
+from ._errors import below_running_vm, in_use, printable
+from ._image import MAX_ALL_BITMAP_DATA, MAX_BACKING_FILE_NAME, MAX_BITMAP_DATA, Bitmap, Image
 from ._observe import Active, Target
 
 CREATED = "created"
@@ -23,7 +23,6 @@ PRESENT = "present"
 FAILED = "failed"
 
 MAX_BITMAPS_CARRIED = 4096  # of one ACTIVE; QEMU's time grows with the square of them
-MAX_ALL_BITMAP_DATA = 4 * 1024 * 1024 * 1024  # bytes of memory that QEMU needs to have all bitmaps of ACTIVE open
 _MAX_L1_TABLE = 32 * 1024 * 1024  # bytes; QEMU's QCOW_MAX_L1_SIZE
 _HEADER_ROOM = 168  # bytes that an overlay's header and extensions take, beside the name of the backing file
 _SHOWN = 5  # bitmaps that a message names
@@ -244,8 +243,8 @@ def _bitmap_problems(active: Active, image: Image) -> list[str]:
             "code points that are no characters). Remove the bitmap with 'qemu-img bitmap --remove'."
         )
     carried = [bitmap for bitmap in image.bitmaps if bitmap.carries_over]
-    large = [bitmap for bitmap in carried if _bitmap_bytes(bitmap, image.virtual_size) > MAX_BITMAP_DATA]
-    whole = sum(_bitmap_bytes(bitmap, image.virtual_size) for bitmap in image.bitmaps if not bitmap.inconsistent)
+    large = [bitmap for bitmap in carried if bitmap.data_bytes(image.virtual_size) > MAX_BITMAP_DATA]
+    whole = sum(bitmap.data_bytes(image.virtual_size) for bitmap in image.bitmaps if not bitmap.inconsistent)
     if large:
         problems.append(
             f"{active.path}: the granularity of the bitmap {_names(large)} is so fine that it needs more than "
@@ -375,7 +374,7 @@ def needed_bytes(verdict: Verdict) -> int:
     creation, size = verdict.wanted.creation, verdict.virtual_size or 0
     needed = 3 * creation.cluster_size + _l1_bytes(creation, size)  # header, refcount table, one refcount block
     for bitmap in verdict.bitmaps:
-        entries = -(-_bitmap_bytes(bitmap, size) // creation.cluster_size)
+        entries = -(-bitmap.data_bytes(size) // creation.cluster_size)
         needed += max(entries * 8, min(4096, creation.cluster_size))
     return needed
 
@@ -407,19 +406,9 @@ def _l1_bytes(creation: Creation, virtual_size: int) -> int:
     return -(-virtual_size // (l2_entries * creation.cluster_size)) * 8
 
 
-def _bitmap_bytes(bitmap: Bitmap, virtual_size: int) -> int:
-    """Return the bytes of a bitmap's data for an image of that size."""
-    return -(-virtual_size // (bitmap.granularity * 8))
-
-
 def _is_power_of_two(number: int, low: int, high: int) -> bool:
     """Whether the number is a power of two within the bounds."""
     return low <= number <= high and number & (number - 1) == 0
-
-
-def printable(text: str) -> str:
-    """Return the text with what stands for bytes that are not UTF-8 spelt out; Ansible would reject the result."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _is_expressible(name: str) -> bool:

@@ -1,0 +1,337 @@
+#!/usr/bin/python
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Tell whether the chains of disks are fit for the next incremental backup, and if not, why."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: qcow2_info
+short_description: Tell whether backing chains are fit for the next incremental backup, and if not, why
+version_added: 0.1.0
+description:
+  - Reads the backing chains of disks, with all dirty bitmaps, and tells for each checkpoint whether an incremental
+    backup since it is possible; if not, which image of the chain breaks which rule, and what to do.
+  - Tells how many bytes the next incremental backup since a checkpoint would copy, which C(qemu-img) cannot.
+  - Never writes, starts no process, and takes no lock, so it is safe to use while VMs run.
+options:
+  path:
+    description:
+      - The topmost image of one disk, a file or a block device, as an absolute path. C(~) and variables are not
+        expanded.
+      - Required unless O(paths) is given.
+    type: str
+  paths:
+    description:
+      - The topmost images of several disks, as a list, which is much faster than a loop. The result is in the same
+        order.
+      - It must be a real list, or the text of a list in JSON. Another text is refused, since it would have to be
+        split at commas, which file names may contain.
+    type: raw
+  chain:
+    description:
+      - Follow the backing files down to the base.
+      - Without it only the topmost image is read, which is rarely enough to tell that a checkpoint is valid.
+    type: bool
+    default: true
+  dirty_bytes:
+    description: Count the dirty bytes of each bitmap and each valid checkpoint, which reads the bitmaps' bits.
+    type: bool
+    default: true
+  fail_on:
+    description:
+      - When the task fails. Everything that could be read is returned in any case.
+      - V(error) if the chain of any disk cannot be read completely.
+      - V(invalid) also if any checkpoint of any disk is not valid. A checkpoint of a running VM, of which nothing can
+        be told, does not count.
+      - V(never) leaves the judgement to the playbook.
+    type: str
+    choices: [never, error, invalid]
+    default: error
+notes:
+  - Needs nothing on the managed host but Python 3.9 or newer with its standard library.
+  - The format of an image is the one that the image above it records. Of the topmost image, and where none is
+    recorded, the first bytes tell, which here decides only what is read and shown.
+  - Chains of up to 200 images are followed. Dirty bytes are counted in up to 4 GiB of bitmap data of one disk; beyond
+    that they are null, with a warning.
+seealso:
+  - module: kvmfleet.qcow2.qcow2_overlay
+  - name: Incremental backup internals of libvirt
+    description: The rules by which a checkpoint is valid.
+    link: https://libvirt.org/kbase/internals/incremental-backup.html
+extends_documentation_fragment:
+  - kvmfleet.qcow2.attributes
+attributes:
+  check_mode:
+    details: It only reads.
+  diff_mode:
+    support: none
+    details: It changes nothing.
+author:
+  - kvmfleet contributors (@kvmfleet)
+"""
+
+EXAMPLES = r"""
+- name: Go on to the backups only if the next increment of every disk is possible
+  kvmfleet.qcow2.qcow2_info:
+    paths:
+      - /srv/web.qcow2
+      - /srv/db.qcow2
+    dirty_bytes: false
+    fail_on: invalid
+
+- name: Find the images of a host
+  ansible.builtin.find:
+    paths: /srv
+    patterns: "*.qcow2"
+  register: found
+
+- name: Look at all of them
+  kvmfleet.qcow2.qcow2_info:
+    paths: "{{ found.files | map(attribute='path') | sort }}"
+    fail_on: never
+  register: chains
+
+- name: Show a table of them, with the state of each checkpoint
+  ansible.builtin.debug:
+    msg: |-
+      {% for disk in chains.disks %}
+      {{ disk.path }}: {{ disk.msg | default(disk.images | map(attribute='path') | join(' > ')) }}
+      {% for checkpoint in disk.checkpoints %}
+      {{ '  %-20s %-14s %15s' | format(checkpoint.name, checkpoint.problem or 'valid', checkpoint.dirty_bytes) }}
+      {% endfor %}
+      {% endfor %}
+
+- name: Tell how much the next increments since one checkpoint would copy, over all hosts of the play
+  ansible.builtin.debug:
+    msg: "{{ ansible_play_hosts | map('extract', hostvars, ['chains', 'disks']) | flatten
+      | map(attribute='checkpoints') | flatten | selectattr('name', 'equalto', 'monday')
+      | selectattr('valid', 'equalto', true) | map(attribute='dirty_bytes') | sum | human_readable }}"
+  run_once: true
+"""
+
+RETURN = r"""
+disks:
+  description:
+    - Every disk that was asked for, in that order. Always a list.
+    - Also returned when the task fails.
+  returned: always
+  type: list
+  elements: dict
+  contains:
+    path:
+      description: The topmost image, as it was asked for.
+      type: str
+      sample: /srv/web.snap.qcow2
+    in_use:
+      description: Whether a process, most likely a running VM, has it open for writing; null if it could not be opened.
+      type: bool
+      sample: false
+    images:
+      description: The images of the chain, from the top to the base, as far as they could be read.
+      type: list
+      elements: dict
+      contains:
+        path:
+          description: The name under which QEMU opens it.
+          type: str
+          sample: /srv/web.snap.qcow2
+        format:
+          description:
+            - Its format, as the image above it records. Of the topmost image, and where none is recorded, V(qcow2) or
+              V(raw). Only qcow2 is looked into.
+          type: str
+          sample: qcow2
+        virtual_size:
+          description: Virtual size in bytes.
+          type: int
+          sample: 10737418240
+        actual_size:
+          description: Bytes that it takes on its file system.
+          type: int
+          sample: 458752
+        in_use:
+          description: Whether a process has this image open for writing.
+          type: bool
+          sample: false
+        cluster_size:
+          description: Cluster size in bytes; null if not qcow2, as all below.
+          type: int
+          sample: 65536
+        compat:
+          description: Version of the format, as qemu-img names it, V(0.10) or V(1.1).
+          type: str
+          sample: "1.1"
+        backing_file:
+          description: The backing file as it is recorded; null if there is none.
+          type: str
+          sample: /srv/web.qcow2
+        backing_format:
+          description: Format of the backing file as it is recorded; null if it is not.
+          type: str
+          sample: qcow2
+        encrypted:
+          description: Whether it is encrypted.
+          type: bool
+          sample: false
+        corrupt:
+          description: Whether QEMU has marked it corrupt.
+          type: bool
+          sample: false
+        dirty:
+          description: Whether its reference counts were not saved properly, which QEMU mends when it opens it.
+          type: bool
+          sample: false
+        data_file:
+          description: Its external data file as it is recorded; null if there is none.
+          type: str
+          sample: null
+        lost_bitmaps:
+          description: Number of bitmaps that a program which does not know them has made worthless.
+          type: int
+          sample: 0
+        bitmaps:
+          description: The bitmaps that are stored in this image.
+          type: list
+          elements: dict
+          contains:
+            name:
+              description: Name of the bitmap, which libvirt calls a checkpoint.
+              type: str
+              sample: monday
+            granularity:
+              description: Bytes that one bit covers.
+              type: int
+              sample: 65536
+            recording:
+              description: Whether it is recording, which QEMU calls V(auto).
+              type: bool
+              sample: true
+            inconsistent:
+              description:
+                - Whether it was not saved properly, which QEMU calls V(in-use).
+                - Null while a process has the image open for writing, since then every bitmap is marked so.
+              type: bool
+              sample: false
+            persistent:
+              description: Whether it is kept when the VM is shut off, as every stored bitmap is.
+              type: bool
+              sample: true
+            dirty_bytes:
+              description: Bytes that are marked in this image; null if it was not, or cannot be, counted.
+              type: int
+              sample: 131072
+    checkpoints:
+      description: Every bitmap name found anywhere in the chain.
+      type: list
+      elements: dict
+      contains:
+        name:
+          description: Name of the checkpoint.
+          type: str
+          sample: monday
+        valid:
+          description:
+            - Whether an incremental backup since it is possible. The bitmap must be in the topmost image, and in all
+              below it down to the one where it begins, everywhere recording, nowhere inconsistent, and these images
+              must have one virtual size.
+            - Null if it cannot be told.
+          type: bool
+          sample: true
+        problem:
+          description:
+            - V(not_in_top), V(gap), V(not_recording), V(inconsistent) or V(different_size) if it is not valid.
+            - V(in_use) if it cannot be told because a process, most likely the running VM, has the image open for
+              writing. V(incomplete) if it cannot be told because not the whole chain was read.
+            - Null if it is valid.
+          type: str
+          sample: null
+        image:
+          description: The image at fault; null if it is valid.
+          type: str
+          sample: null
+        advice:
+          description: What it means and what to do; null if it is valid.
+          type: str
+          sample: null
+        dirty_bytes:
+          description:
+            - Bytes that the next incremental backup since this checkpoint would copy, in granules of the bitmap in the
+              topmost image. The bitmaps of all images are taken together, as a backup does.
+            - Null if it is not valid or was not counted.
+          type: int
+          sample: 196608
+    msg:
+      description: Why not everything could be read.
+      returned: when not everything could be read
+      type: str
+"""
+
+import json
+import typing as t
+
+from ansible.module_utils.basic import AnsibleModule
+
+from ..module_utils._disks import Disk, examine
+from ..module_utils._errors import Qcow2Error, printable
+
+
+def wanted_paths(params: dict[str, t.Any]) -> list[str]:
+    """Return the topmost images that the task asks for; Qcow2Error when their list is none."""
+    if params["path"] is not None:
+        return [params["path"]]
+    paths = params["paths"]
+    if isinstance(paths, str) and paths.lstrip().startswith("["):
+        try:
+            paths = json.loads(paths)
+        except ValueError as exc:
+            raise Qcow2Error(f"paths: begins like a list in JSON, but is none: {exc}. Correct it.") from exc
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+        raise Qcow2Error(
+            f"paths={paths}: must be a list of absolute paths, or such a list in JSON, as in "
+            "paths='[\"/srv/a.qcow2\"]'. A text is not split at commas, since file names may contain them. For one image "
+            "use path."
+        )
+    return paths
+
+
+def failures(disks: list[Disk], fail_on: str) -> list[str]:
+    """Return why the task is to fail."""
+    if fail_on == "never":
+        return []
+    problems = [printable(disk.problem) for disk in disks if disk.problem]
+    return problems + [fault for disk in disks for fault in disk.faults if fail_on == "invalid"]
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "path": {"type": "str"},
+            "paths": {"type": "raw"},
+            "chain": {"type": "bool", "default": True},
+            "dirty_bytes": {"type": "bool", "default": True},
+            "fail_on": {"type": "str", "choices": ["never", "error", "invalid"], "default": "error"},
+        },
+        mutually_exclusive=[("path", "paths")],
+        required_one_of=[("path", "paths")],
+        supports_check_mode=True,
+    )
+    try:
+        paths = wanted_paths(module.params)
+    except Qcow2Error as exc:
+        module.fail_json(msg=str(exc))
+    disks = [examine(path, module.params["chain"], module.params["dirty_bytes"]) for path in paths]
+    for disk in disks:
+        if disk.warning:
+            module.warn(disk.warning)
+    result = {"changed": False, "disks": [disk.as_result() for disk in disks]}
+    problems = failures(disks, module.params["fail_on"])
+    if problems:
+        module.fail_json(msg="\n".join(problems), **result)
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()
