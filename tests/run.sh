@@ -147,6 +147,7 @@ bench() {
   say "bench"
   local core=${usable[-1]%% *}
   PYTHONPATH=$cache/collections "$cache/venv/core-$core/bin/python" tests/benchmarks/overlay.py
+  PYTHONPATH=$cache/collections "$cache/venv/core-$core/bin/python" tests/benchmarks/info.py
 }
 
 [ "$#" -gt 0 ] || { sed -n '2,4s/^# //p' "$0"; exit 2; }

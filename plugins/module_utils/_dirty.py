@@ -53,7 +53,10 @@ class DirtyMap:
         if start >= end:
             return 0
         per_byte = self.granularity * 8
-        bits = int.from_bytes(self._data(start // per_byte, -(-end // per_byte)), "little")
+        first, last = start // per_byte, (end - 1) // per_byte
+        if not any(self._entries[first // self._cluster_size : last // self._cluster_size + 1]):
+            return 0  # as most of a disk is
+        bits = int.from_bytes(self._data(first, last + 1), "little")
         return bits & ((1 << -(-(end - start) // self.granularity)) - 1)
 
     def _data(self, first: int, end: int) -> bytes:
@@ -87,6 +90,8 @@ def dirty_bytes(maps: t.Sequence[DirtyMap], virtual_size: int) -> int:
         bits = 0
         for one in maps:
             bits |= _rescaled(one.bits(start, length), one.granularity, granularity)
+        if not bits:
+            continue
         here = min(length, virtual_size - start)  # bytes of the disk
         granules = -(-here // granularity)
         bits &= (1 << granules) - 1  # a coarser map marks some beyond the end of the disk

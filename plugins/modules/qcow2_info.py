@@ -95,7 +95,9 @@ EXAMPLES = r"""
 
 - name: Show a table of them, with the state of each checkpoint
   ansible.builtin.debug:
-    msg: |-
+    msg: "{{ table.splitlines() }}"
+  vars:
+    table: |-
       {% for disk in chains.disks %}
       {{ disk.path }}: {{ disk.msg | default(disk.images | map(attribute='path') | join(' > ')) }}
       {% for checkpoint in disk.checkpoints %}
