@@ -292,8 +292,8 @@ def wanted_paths(params: dict[str, t.Any]) -> list[str]:
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
         raise Qcow2Error(
             f"paths={paths}: must be a list of absolute paths, or such a list in JSON, as in "
-            "paths='[\"/srv/a.qcow2\"]'. A text is not split at commas, since file names may contain them. For one image "
-            "use path."
+            "paths='[\"/srv/a.qcow2\"]'. A text is not split at commas, since file names may contain them. For one "
+            "image use path."
         )
     return paths
 

@@ -129,7 +129,8 @@ def test_a_running_vm(chain):
     assert {(bitmap["inconsistent"], bitmap["dirty_bytes"]) for bitmap in top} == {(None, None)}
     assert dirty(result)[1] == {"monday": 65536, "tuesday": 131072}
     after = examine(chain, True, True).as_result()
-    assert checkpoints(after)["monday"] == (True, None, None, 3 * 65536) and after["in_use"] is False
+    assert checkpoints(after)["monday"] == (True, None, None, 3 * 65536)
+    assert after["in_use"] is False
 
 
 def test_a_vm_that_was_killed(chain):
@@ -224,7 +225,8 @@ def test_a_damaged_bitmap_table_costs_the_figures_only(chain):
 def test_more_bitmaps_than_can_be_counted_cost_the_figures_with_a_warning(chain, monkeypatch):
     monkeypatch.setattr(_disks, "MAX_ALL_BITMAP_DATA", 99)
     disk = examine(chain, True, True)
-    assert "dirty bytes are not counted" in disk.warning and disk.problem is None
+    assert "dirty bytes are not counted" in disk.warning
+    assert disk.problem is None
     assert checkpoints(disk.as_result())["monday"] == (True, None, None, None)
 
 
