@@ -14,6 +14,10 @@ class QemuError(Qcow2Error):
     """A failure of QEMU, in its own words; whoever knows the file puts its name in front."""
 
 
+class HalfDoneError(Qcow2Error):
+    """A failure after which the new overlays may be in use already, so that they must stay."""
+
+
 class Interrupted(BaseException):
     """A signal asks this run to end; no except clause on the way may mistake it for a failure of one VM."""
 

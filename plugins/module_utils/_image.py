@@ -25,12 +25,15 @@ MAX_BACKING_FORMAT_NAME = 15  # bytes; QEMU's BlockDriverState.backing_format
 MAX_BITMAPS = 65535  # QEMU's QCOW2_MAX_BITMAPS
 MAX_BITMAP_NAME = 1023  # bytes; QEMU's BME_MAX_NAME_SIZE
 MAX_BITMAP_DIRECTORY = 1024 * MAX_BITMAPS  # bytes; QEMU's QCOW2_MAX_BITMAP_DIRECTORY_SIZE
+MAX_L1_TABLE = 32 * 1024 * 1024  # bytes; QEMU's QCOW_MAX_L1_SIZE
 TABLE_ENTRY_SIZE = 8  # bytes of an entry of a bitmap table
 MAX_BITMAP_DATA = 512 * 1024 * 1024  # bytes that one bitmap may take; QEMU's BME_MAX_PHYS_SIZE
 MAX_ALL_BITMAP_DATA = 4 * 1024 * 1024 * 1024  # bytes that all bitmaps together may take here, in memory or to be read
 
 _V2_HEADER = struct.Struct(">4sIQIIQIIQQIIQ")
 _V3_HEADER = struct.Struct(">QQQII")
+_L1_FIELDS = struct.Struct(">IQ")  # number of entries, offset
+_L1_FIELDS_OFFSET = 36
 _EXTENSION = struct.Struct(">II")
 _BITMAPS_EXTENSION = struct.Struct(">IIQQ")
 _BITMAP_ENTRY = struct.Struct(">QIIBBHI")
@@ -172,6 +175,19 @@ def read_image(fd: int, path: str, with_bitmaps: bool = True) -> Image:
         data_file_raw=bool(header.autoclear & _AUTOCLEAR_DATA_FILE_RAW),
         **_read_bitmaps(fd, extensions.get(_EXT_BITMAPS) if with_bitmaps else None, header, path),
     )
+
+
+def holds_data(fd: int, path: str) -> bool:
+    """Whether the open qcow2 image has data clusters of its own (qcow2 spec, L1 table); Qcow2Error when damaged."""
+    header = _read_header(fd, path)
+    entries, offset = _L1_FIELDS.unpack(os.pread(fd, _L1_FIELDS.size, _L1_FIELDS_OFFSET))
+    size = entries * 8
+    if size > MAX_L1_TABLE or offset % header.cluster_size:
+        raise damaged(path, f"its L1 table has {entries} entries at offset {offset}")
+    table = os.pread(fd, size, offset)
+    if len(table) != size:
+        raise damaged(path, "the file ends within the L1 table")
+    return any(table)
 
 
 def damaged(path: str, what: str) -> Qcow2Error:

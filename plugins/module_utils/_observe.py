@@ -15,7 +15,7 @@ import typing as t
 from . import _locks
 from ._chain import Layer, has_protocol, identity_of, read_chain, resolve_name
 from ._errors import Qcow2Error
-from ._image import Image, is_qcow2, open_image, read_image
+from ._image import Image, holds_data, is_qcow2, open_image, read_image
 
 _LOOKS = 20  # at an image whose header is being changed, 10 ms apart
 
@@ -56,6 +56,7 @@ class Target(t.NamedTuple):
     backing_path: str | None = None  # of that image, resolved
     backing_identity: tuple[int, int] | None = None
     open_for_writing: bool = False
+    has_data: bool = False  # of its own, not in the images below
     device: int = 0  # of the folder's file system
     free_bytes: int | None = None  # of the folder's file system; None when it does not say
 
@@ -177,7 +178,12 @@ def _observe_image(fd: int, target: Target, path: str) -> Target:
             "another path."
         )
     image, live = read_settled(fd, target.path)
-    target = target._replace(image=image, identity=identity_of(os.fstat(fd)), open_for_writing=live)
+    target = target._replace(
+        image=image,
+        identity=identity_of(os.fstat(fd)),
+        open_for_writing=live,
+        has_data=holds_data(fd, target.path),
+    )
     if image.backing_file is None or has_protocol(image.backing_file):
         return target._replace(backing_path=image.backing_file)
     backing = resolve_name(path, image.backing_file)

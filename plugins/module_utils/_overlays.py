@@ -15,9 +15,11 @@ from ._chain import identity_of
 from ._errors import Interrupted, Qcow2Error, QemuError, in_use, printable
 from ._image import open_image, read_image
 from ._observe import Active, Target, is_written, observe_active, observe_target
-from ._plan import CREATED, FAILED, Verdict, Wanted
+from ._plan import CREATED, FAILED, PRESENT, Verdict, Wanted
 from ._publish import Attire, Ownership, StagedFile, choose_attire, dress, find_leftovers, publish_together
 from ._qmp import Monitor, find_qemu
+
+Finish = t.Mapping[str, t.Callable[[], None]]  # by VM; see make_overlays
 
 
 class Settings(t.NamedTuple):
@@ -73,18 +75,28 @@ class _Engine:
         self._monitor = None
 
 
-def make_overlays(wanted: t.Sequence[Wanted], settings: Settings) -> Outcome:
-    """Make what is missing, VM by VM; in check mode only find out what a run would do."""
+def make_overlays(wanted: t.Sequence[Wanted], settings: Settings, finish: Finish | None = None) -> Outcome:
+    """Make what is missing, VM by VM; in check mode only find out what a run would do.
+
+    finish has, by VM, what must succeed for its overlays to stay; it is called once all of them are there, the new and
+    the old ones, while no VM can start on any image. If it raises, the new ones are removed again.
+    """
     _allow_many_open_files()
     warnings = _leftovers(wanted, settings)
     groups = _groups(wanted)
     verdicts = _first_look(wanted, groups)
     engine = _Engine(settings)
-    to_do = [group for group in groups if any(verdicts[index].state == CREATED for index in group)]
+    to_do = [
+        group
+        for group in groups
+        if any(_is_pending(verdicts[index], finish or {}) for index in group)
+        and all(verdicts[index].state != FAILED for index in group)
+    ]
     try:
         for number, group in enumerate(to_do):
             try:
-                _store(verdicts, group, _make_group([verdicts[index] for index in group], engine, settings))
+                some = _make_group([verdicts[index] for index in group], engine, settings, finish or {})
+                _store(verdicts, group, some)
             except Interrupted as exc:
                 for index in (index for group in to_do[number:] for index in group):
                     verdicts[index] = _interrupted(verdicts[index], exc)
@@ -162,25 +174,30 @@ def _observe(fd: int, wanted: Wanted) -> Active:
     return observe_active(fd, wanted.backing_file, wanted.backing_format, wanted.relative)
 
 
-def _make_group(verdicts: list[Verdict], engine: _Engine, settings: Settings) -> list[Verdict]:
-    """Make the missing overlays of one VM, all or none, while every ACTIVE is locked."""
+def _is_pending(verdict: Verdict, finish: Finish) -> bool:
+    """Whether there is something to be done for the overlay, or for its VM now that the overlay is there."""
+    return verdict.state == CREATED or (verdict.state == PRESENT and verdict.wanted.vm in finish)
+
+
+def _make_group(verdicts: list[Verdict], engine: _Engine, settings: Settings, finish: Finish) -> list[Verdict]:
+    """Make the missing overlays of one VM and finish it, all or none, while every ACTIVE is locked."""
     with contextlib.ExitStack() as held:
         work = _Work(held, engine, settings)
         try:
-            work.lock(verdicts)
+            work.lock([verdict for verdict in verdicts if _is_pending(verdict, finish)])
         except (Qcow2Error, OSError) as exc:
-            return [_failed(verdict, exc) if verdict.state == CREATED else verdict for verdict in verdicts]
+            return [_failed(verdict, exc) if _is_pending(verdict, finish) else verdict for verdict in verdicts]
         for step in (work.judge, work.build):
             for index, verdict in enumerate(verdicts):
-                if verdict.state == CREATED:
+                if _is_pending(verdict, finish):
                     verdicts[index] = _attempt(step, verdict)
                 if verdicts[index].state == FAILED:
                     engine.stop()
                     return _plan.all_or_none(verdicts)
         try:
-            work.publish()
+            work.publish(finish.get(verdicts[0].wanted.vm or ""))
         except (Qcow2Error, OSError) as exc:
-            return [_failed(verdict, exc) if verdict.state == CREATED else verdict for verdict in verdicts]
+            return [_failed(verdict, exc) if _is_pending(verdict, finish) else verdict for verdict in verdicts]
     return verdicts
 
 
@@ -214,7 +231,7 @@ class _Work:
 
     def lock(self, verdicts: t.Sequence[Verdict]) -> None:
         """Lock every ACTIVE against writers and against other runs of this collection."""
-        for path in {verdict.wanted.backing_file for verdict in verdicts if verdict.state == CREATED}:
+        for path in {verdict.wanted.backing_file for verdict in verdicts}:
             self._actives[path] = open_image(path)
             self._held.callback(os.close, self._actives[path])
         if self._settings.check_mode:  # no lock, or a VM that starts just now would fail because of a mere question
@@ -245,10 +262,12 @@ class _Work:
         return verdict
 
     def build(self, verdict: Verdict) -> Verdict:
-        """Make the overlay in a file of ours, with QEMU as second witness of ACTIVE, and read back what became of it.
+        """Make a missing overlay in a file of ours, with QEMU as second witness of ACTIVE, and read it back.
 
         In check mode QEMU is only the witness.
         """
+        if verdict.state != CREATED:
+            return verdict
         site, monitor = self._sites[verdict.wanted.path], self._engine.monitor()
         if self._settings.check_mode:
             if site.active is not None:
@@ -262,8 +281,8 @@ class _Work:
         self._staged.append(file)
         return verdict
 
-    def publish(self) -> None:
-        """Put all files into place, if every ACTIVE still is what it was."""
+    def publish(self, finish: t.Callable[[], None] | None) -> None:
+        """Put all files into place and finish, if every ACTIVE still is what it was."""
         for path, fd in self._actives.items():
             try:
                 is_same = identity_of(os.stat(path)) == identity_of(os.fstat(fd))
@@ -273,7 +292,8 @@ class _Work:
                 raise Qcow2Error(f"{path}: was moved or replaced while the overlay was being made. Run this again.")
             if is_written(fd, path):  # through another node of its device, where our lock does not reach
                 raise in_use(path)
-        publish_together(self._staged)
+        if not self._settings.check_mode:
+            publish_together(self._staged, finish)
 
 
 def _read_back(file: StagedFile, verdict: Verdict, backing_file: str, monitor: Monitor) -> None:

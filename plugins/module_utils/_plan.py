@@ -15,7 +15,7 @@ import typing as t
 
 from ._chain import MAX_LAYERS, has_protocol
 from ._errors import below_running_vm, in_use, printable
-from ._image import MAX_ALL_BITMAP_DATA, MAX_BACKING_FILE_NAME, MAX_BITMAP_DATA, Bitmap, Image
+from ._image import MAX_ALL_BITMAP_DATA, MAX_BACKING_FILE_NAME, MAX_BITMAP_DATA, MAX_L1_TABLE, Bitmap, Image
 from ._observe import Active, Target
 
 CREATED = "created"
@@ -23,7 +23,6 @@ PRESENT = "present"
 FAILED = "failed"
 
 MAX_BITMAPS_CARRIED = 4096  # of one ACTIVE; QEMU's time grows with the square of them
-_MAX_L1_TABLE = 32 * 1024 * 1024  # bytes; QEMU's QCOW_MAX_L1_SIZE
 _HEADER_ROOM = 168  # bytes that an overlay's header and extensions take, beside the name of the backing file
 _SHOWN = 5  # bitmaps that a message names
 
@@ -47,6 +46,7 @@ class Wanted(t.NamedTuple):
     vm: str | None = None
     relative: bool = False
     creation: Creation = Creation()
+    unused: bool = False  # the VM is not on it yet, so one that exists already must hold no data
 
 
 class Skipped(t.NamedTuple):
@@ -291,7 +291,7 @@ def _new_problems(wanted: Wanted, active: Active, target: Target) -> list[str]:
         problems.append(
             f"{name}: does not fit into a header of {wanted.creation.cluster_size} bytes. Use a larger cluster_size."
         )
-    if _l1_bytes(wanted.creation, active.virtual_size) > _MAX_L1_TABLE:
+    if _l1_bytes(wanted.creation, active.virtual_size) > MAX_L1_TABLE:
         problems.append(
             f"{wanted.path}: ACTIVE's {active.virtual_size} bytes are too many for a cluster_size of "
             f"{wanted.creation.cluster_size}. Use a larger cluster_size."
@@ -310,6 +310,8 @@ def _drift_problems(wanted: Wanted, active: Active, target: Target, image: Image
         drift.append(f"its virtual size is {image.virtual_size}, smaller than ACTIVE's {active.virtual_size}")
     if image.corrupt:
         drift.append("it is marked corrupt")
+    if wanted.unused and target.has_data:
+        drift.append("it holds data, so a VM has run on it and was later put back to the image below")
     drift += _bitmap_drift(active, image, target.open_for_writing)
     if not drift:
         return []

@@ -14,11 +14,12 @@ import ctypes
 import errno
 import os
 import secrets
+import signal
 import stat
 import typing as t
 
 from . import _locks
-from ._errors import Qcow2Error
+from ._errors import HalfDoneError, Qcow2Error
 from ._observe import Target
 
 _PREFIX = ".qcow2_overlay-"
@@ -114,8 +115,11 @@ def _new_file(folder_fd: int) -> tuple[str, int]:
         os.close(fd)
 
 
-def publish_together(staged: t.Sequence[StagedFile]) -> None:
-    """Publish all of these files, finished and on stable storage, or none."""
+def publish_together(staged: t.Sequence[StagedFile], finish: t.Callable[[], None] | None = None) -> None:
+    """Publish all of these files, finished and on stable storage, or none.
+
+    finish is what must succeed for them to stay, such as pointing the VM at them; no VM can start on them before.
+    """
     with contextlib.ExitStack() as on_failure:
         for file in staged:
             # No VM may start on the first overlay while the second can still fail.
@@ -130,7 +134,24 @@ def publish_together(staged: t.Sequence[StagedFile]) -> None:
                 os.unlink(file.name, dir_fd=file.folder_fd)
         for file in {file.target.folder: file for file in staged}.values():
             os.fsync(file.folder_fd)
-        on_failure.pop_all()
+        with _signals_held():  # or one could have the files taken away after the VM was pointed at them
+            try:
+                if finish is not None:
+                    finish()
+            except HalfDoneError:
+                on_failure.pop_all()
+                raise
+            on_failure.pop_all()
+
+
+@contextlib.contextmanager
+def _signals_held() -> t.Iterator[None]:
+    """Let the signals that end a run wait until the block is over."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGHUP, signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 class Attire(t.NamedTuple):

@@ -19,7 +19,7 @@ import types
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils import _overlays, _plan
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._errors import Interrupted, Qcow2Error
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._errors import HalfDoneError, Interrupted, Qcow2Error
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._image import Bitmap
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._overlays import Settings, make_overlays
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._plan import Creation, Wanted
@@ -307,11 +307,11 @@ def test_a_proc_of_another_namespace_is_not_trusted(tmp_path, disk, monkeypatch)
 def test_a_run_that_is_told_to_end_says_what_it_has_made(tmp_path, disk, monkeypatch):
     real, calls = _overlays.publish_together, []
 
-    def interrupted(staged):
-        calls.append(staged)
+    def interrupted(*args):
+        calls.append(args)
         if len(calls) == 2:
             raise Interrupted("SIGTERM")
-        real(staged)
+        real(*args)
 
     monkeypatch.setattr(_overlays, "publish_together", interrupted)
     outcome = make_overlays([Wanted(str(tmp_path / name), disk, vm=name) for name in "abc"], SETTINGS)
@@ -332,3 +332,86 @@ def test_hundreds_of_disks_fit_into_one_call(tmp_path, monkeypatch):
         assert set(states(make_overlays(wanted, SETTINGS))) == {"created"}
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def finishing(tmp_path, done, error=None):
+    """Return what finishes a VM: it notes what is there, and that the VM cannot start meanwhile, and may fail."""
+
+    def finish():
+        done.append(sorted(name for name in os.listdir(tmp_path) if not name.startswith(".")))
+        active = tmp_path / "active.qcow2"
+        started = subprocess.run(["qemu-io", "-c", "quit", active], check=False, capture_output=True)
+        assert b'Failed to get "write" lock' in started.stderr
+        if error:
+            raise error
+
+    return finish
+
+
+def test_a_vm_is_finished_once_all_its_overlays_are_there_and_while_it_cannot_start(tmp_path, disk):
+    wanted = [Wanted(str(tmp_path / name), disk, vm=name[0]) for name in ("a1", "b1", "a2")]
+    done = []
+    finish = {"a": finishing(tmp_path, done)}
+    predicted = make_overlays(wanted, SETTINGS._replace(check_mode=True), finish)
+    assert done == []
+    outcome = make_overlays(wanted, SETTINGS, finish)
+    assert outcome.as_result() == predicted.as_result()
+    assert done[0] == ["a1", "a2", "active.qcow2"]
+    # Once more, since the VM may still have to be finished although its overlays are there: a run can be killed.
+    again = make_overlays(wanted, SETTINGS._replace(find_program=lambda _name: None), finish)
+    assert (states(again), len(done)) == (["present"] * 3, 2)
+
+
+def test_overlays_of_a_vm_that_cannot_be_finished_are_removed_again(tmp_path, disk):
+    wanted = [Wanted(str(tmp_path / name), disk, vm=name) for name in ("a", "b")]
+    outcome = make_overlays(wanted, SETTINGS, {"a": finishing(tmp_path, [], Qcow2Error("libvirt says no"))})
+    assert states(outcome) == ["failed", "created"]
+    assert outcome.failures == ["libvirt says no"]
+    assert sorted(os.listdir(tmp_path)) == ["active.qcow2", "b"]
+    # One that was there before stays.
+    outcome = make_overlays(wanted, SETTINGS, {"b": finishing(tmp_path, [], Qcow2Error("libvirt says no"))})
+    assert states(outcome) == ["created", "failed"]
+    assert sorted(os.listdir(tmp_path)) == ["a", "active.qcow2", "b"]
+
+
+def test_overlays_that_may_be_in_use_already_stay(tmp_path, disk):
+    finish = {"a": finishing(tmp_path, [], HalfDoneError("half done"))}
+    outcome = make_overlays([Wanted(str(tmp_path / "a"), disk, vm="a")], SETTINGS, finish)
+    assert (states(outcome), outcome.failures) == (["failed"], ["half done"])
+    assert sorted(os.listdir(tmp_path)) == ["a", "active.qcow2"]
+
+
+def test_a_vm_of_which_an_overlay_fails_is_not_finished(tmp_path, disk):
+    (tmp_path / "a2").write_text("theirs")
+    wanted = [Wanted(str(tmp_path / name), disk, vm="a") for name in ("a1", "a2")]
+    make_overlays(wanted[:1], SETTINGS)
+    done = []
+    outcome = make_overlays(wanted, SETTINGS, {"a": finishing(tmp_path, done)})
+    assert (states(outcome), done) == (["present", "failed"], [])
+
+
+def test_a_signal_waits_until_the_vm_is_finished(tmp_path, disk):
+    def finish():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+        (tmp_path / "finished").touch()
+
+    def end(_number, _frame):
+        raise Interrupted("SIGTERM")
+
+    previous = signal.signal(signal.SIGTERM, end)
+    try:
+        make_overlays([Wanted(str(tmp_path / "a"), disk, vm="a")], SETTINGS, {"a": finish})
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert sorted(os.listdir(tmp_path)) == ["a", "active.qcow2", "finished"]
+
+
+def test_an_overlay_that_a_vm_has_written_to_is_not_taken_for_a_new_one(tmp_path, disk):
+    wanted = Wanted(str(tmp_path / "over"), disk)
+    make_overlays([wanted], SETTINGS)
+    assert states(make_overlays([wanted._replace(unused=True)], SETTINGS)) == ["present"]
+    subprocess.run(["qemu-io", "-c", "write 0 512", wanted.path], check=True, stdout=subprocess.DEVNULL)
+    assert states(make_overlays([wanted], SETTINGS)) == ["present"]
+    outcome = make_overlays([wanted._replace(unused=True)], SETTINGS)
+    assert "it holds data, so a VM has run on it" in outcome.failures[0]

@@ -46,6 +46,7 @@ IMAGE = Image(
     data_file=None,
     data_file_raw=False,
     bitmaps=(),
+    bitmap_tables=(),
     lost_bitmaps=0,
 )
 WANTED = Wanted("/srv/over.qcow2", "/srv/active.qcow2")
