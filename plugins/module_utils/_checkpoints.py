@@ -23,6 +23,10 @@ IN_USE = "in_use"
 INCOMPLETE = "incomplete"
 
 _FULL = "Make a full backup with a new checkpoint, and delete this checkpoint."
+_REMAKE = (
+    "; if the VM has never run on it, remove it and make it again with kvmfleet.qcow2.qcow2_overlay or domain_overlay. "
+    "Else: "
+)
 _ASK_LIBVIRT = (
     "A process has the image open for writing, most likely the running VM, so what is stored tells nothing. libvirt "
     "knows more while the VM runs; or look again when it is shut off."
@@ -60,7 +64,7 @@ def judge(name: str, chain: t.Sequence[Link], complete: bool = True) -> Checkpoi
     """Return whether this checkpoint can be used, judged from the top of the chain downwards."""
     top = chain[0]
     if not top.in_use and name not in top.bitmaps:
-        return _without(name, NOT_IN_TOP, top, next(link for link in chain if name in link.bitmaps))
+        return _without(name, NOT_IN_TOP, top, next((link for link in chain if name in link.bitmaps), None))
     missing: Link | None = None  # the uppermost image that lacks the bitmap
     unknown: Link | None = None
     above: Link | None = None  # the image with the bitmap just above
@@ -84,21 +88,22 @@ def judge(name: str, chain: t.Sequence[Link], complete: bool = True) -> Checkpoi
     return Checkpoint(name, True)
 
 
-def _without(name: str, problem: str, missing: Link, below: Link) -> Checkpoint:
-    """Return that the bitmap ends at an image which lacks it, while one below has it."""
+def _without(name: str, problem: str, missing: Link, below: Link | None) -> Checkpoint:
+    """Return that an image lacks the bitmap, while one below has it, or none."""
+    has = f", while {below.path} below has it" if below is not None else ""
     if missing.lost_bitmaps:
         cause = "A program that does not know bitmaps has written to this image and made its bitmaps worthless. "
+    elif below is None:
+        cause = "No image of the chain has it: it was removed, or the VM died in the very run in which it was made. "
     else:
-        cause = (
-            "It was most likely made with qemu-img or by an offline snapshot, which drop the bitmaps; if the VM has "
-            "never run on it, remove it and make it again with kvmfleet.qcow2.qcow2_overlay. Else: "
-        )
+        cause = "It was most likely made with qemu-img or by an offline snapshot, which drop the bitmaps"
+        cause += _REMAKE if problem == NOT_IN_TOP else ". "
     return Checkpoint(
         name,
         False,
         problem,
         missing.path,
-        f"This image lacks the bitmap, while {below.path} below has it, so changes were not recorded. {cause}{_FULL}",
+        f"This image lacks the bitmap{has}, so changes were not recorded. {cause}{_FULL}",
     )
 
 

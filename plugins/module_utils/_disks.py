@@ -55,10 +55,16 @@ class Disk(t.NamedTuple):
 
     path: str  # as asked for
     members: list[_Member]  # top to base
+    is_complete: bool  # the members are the whole chain
     checkpoints: list[Checkpoint]
     dirty: dict[str, int]  # bytes by the name of the checkpoint, as far as they were counted
     problem: str | None  # why not everything could be read
     warning: str | None
+
+    @property
+    def links(self) -> list[Link]:
+        """What matters of the chain for a checkpoint."""
+        return [member.link() for member in self.members]
 
     @property
     def faults(self) -> list[str]:
@@ -104,7 +110,7 @@ def examine(path: str, follow: bool, count: bool) -> Disk:
         elif count:
             counting_problem = _attempt(path, lambda: _count(members, checkpoints, dirty))
             problem = problem or counting_problem
-    return Disk(path, members, checkpoints, dirty, problem, warning)
+    return Disk(path, members, complete, checkpoints, dirty, problem, warning)
 
 
 def _attempt(path: str, step: t.Callable[[], None]) -> str | None:

@@ -82,63 +82,6 @@ options:
     type: str
     choices: [qcow2, raw]
     default: qcow2
-  relative:
-    description: Record ACTIVE relative to the overlay's folder, for storage that is mounted at different places.
-    type: bool
-    default: false
-  cluster_size:
-    description: Cluster size of the overlay, a power of two from 512 to 2M, as a number of bytes or such as V(128K).
-    type: bytes
-    default: 64K
-  extended_l2:
-    description: Give the overlay extended L2 entries (subclusters). Needs a O(cluster_size) of at least 16K.
-    type: bool
-    default: false
-  lazy_refcounts:
-    description: Postpone refcount updates in the overlay.
-    type: bool
-    default: false
-  refcount_bits:
-    description: Width of a reference count in the overlay, a power of two from 1 to 64.
-    type: int
-    default: 16
-  compression_type:
-    description: How compressed clusters of the overlay would be compressed.
-    type: str
-    choices: [zlib, zstd]
-    default: zlib
-  owner:
-    description: User name or number that is to own a new overlay. By default the owner of ACTIVE.
-    type: str
-  group:
-    description: Group name or number of a new overlay. By default the group of ACTIVE.
-    type: str
-  mode:
-    description:
-      - Permissions of a new overlay, as in M(ansible.builtin.file), such as V('0660') or V(u=rw,g=r).
-      - By default those of ACTIVE, with its ACL, and made readable and writable for the owner, since templates are
-        often read-only.
-    type: raw
-  seuser:
-    description: The user part of the SELinux context of a new overlay. By default, as all parts, that of ACTIVE.
-    type: str
-  serole:
-    description: The role part of the SELinux context.
-    type: str
-  setype:
-    description: The type part of the SELinux context.
-    type: str
-  selevel:
-    description: The level part of the SELinux context.
-    type: str
-  timeout:
-    description:
-      - Seconds that QEMU may take for one step before it is ended and the overlay reported as failed. A tenth of a
-        second is added for each bitmap.
-      - Also the seconds to wait while another run of this module works on the same ACTIVE.
-      - From 1 to 86400.
-    type: int
-    default: 60
 notes:
   - Needs C(qemu-storage-daemon) or a QEMU system emulator on the managed host, version 5.2 or newer, and Python 3.9 or
     newer with its standard library.
@@ -161,6 +104,7 @@ seealso:
     link: https://libvirt.org/kbase/internals/incremental-backup.html
 extends_documentation_fragment:
   - kvmfleet.qcow2.attributes
+  - kvmfleet.qcow2.creation
 author:
   - kvmfleet contributors (@kvmfleet)
 """

@@ -1,0 +1,170 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Decide: what the definition of a libvirt domain says of its disks, and what it must become.
+
+Pure: XML in, values or XML out (libvirt, "Domain XML format", Hard drives, floppy disks, CDROMs). All that is not
+changed stays as it was, character by character.
+"""
+
+from __future__ import annotations
+
+import typing as t
+import xml.dom.minidom
+
+FORMATS = ("qcow2", "raw")  # that an image with an overlay on top can have here
+_SOURCE_ATTRIBUTES = {"file": "file", "block": "dev"}  # which attribute of <source> has the path, by type of the disk
+
+
+class StatedChain(t.NamedTuple):
+    """The backing chain that a definition states with <backingStore>, in place of what the images record."""
+
+    paths: tuple[str, ...]  # below the disk's own image; an image that is no local file shows as its type
+    is_complete: bool  # or else the last image tells what is below it
+
+
+class DomainDisk(t.NamedTuple):
+    """One disk of a definition."""
+
+    target: str
+    kind: str  # file, block, network, …
+    source: str | None  # path; None when it has none
+    format: str  # as <driver type> says
+    unfit: str | None  # why it can take no part in snapshots
+    stated_chain: StatedChain | None
+
+
+def disks_of(definition: str) -> list[DomainDisk]:
+    """Return the disks of a domain, in the order of its definition."""
+    return [_disk_from(element) for element in _disk_elements(_parse(definition))]
+
+
+def switched(definition: str, overlays: t.Mapping[str, str]) -> str:
+    """Return the definition with these targets switched to the overlays with these paths.
+
+    Only the path changes, and the format when it was raw. The stated backing chain goes: it would end at the wrong
+    image, and the overlay itself records what is below it.
+    """
+    document = _parse(definition)
+    for element in _disk_elements(document):
+        target = _target_of(element)
+        if target in overlays:
+            _switch(document, element, overlays[target])
+    return t.cast("str", document.documentElement.toxml()) + "\n"
+
+
+def parts_of(definition: str, targets: t.Container[str]) -> str:
+    """Return the elements of these disks only, for a diff."""
+    elements = [element for element in _disk_elements(_parse(definition)) if _target_of(element) in targets]
+    return "".join(f"    {element.toxml()}\n" for element in elements)
+
+
+def without(definition: str, targets: t.Container[str]) -> list[DomainDisk]:
+    """Return the other disks, which a switch must leave as they are."""
+    return [disk for disk in disks_of(definition) if disk.target not in targets]
+
+
+def bitmaps_of(checkpoint: str) -> dict[str, str]:
+    """Return the bitmaps of a checkpoint by target (libvirt, "Checkpoint XML format")."""
+    disks = _children(_children(_parse(checkpoint).documentElement, "disks")[0], "disk")
+    return {
+        disk.getAttribute("name"): disk.getAttribute("bitmap")
+        for disk in disks
+        if disk.getAttribute("checkpoint") == "bitmap"
+    }
+
+
+def _parse(text: str) -> t.Any:
+    """Return the document."""
+    return xml.dom.minidom.parseString(text)
+
+
+def _children(element: t.Any, name: str) -> list[t.Any]:
+    """Return the direct children of this name."""
+    return [child for child in element.childNodes if child.nodeName == name]
+
+
+def _disk_elements(document: t.Any) -> list[t.Any]:
+    """Return the elements of all disks."""
+    return [disk for devices in _children(document.documentElement, "devices") for disk in _children(devices, "disk")]
+
+
+def _target_of(disk: t.Any) -> str:
+    """Return the name of a disk in the guest, such as vda."""
+    return t.cast("str", _children(disk, "target")[0].getAttribute("dev"))
+
+
+def _source_of(element: t.Any, kind: str) -> str | None:
+    """Return the path of a local image, of a disk or of a <backingStore>."""
+    attribute = _SOURCE_ATTRIBUTES.get(kind)
+    paths = [source.getAttribute(attribute) for source in _children(element, "source")] if attribute else []
+    return paths[0] or None if paths else None
+
+
+def _disk_from(element: t.Any) -> DomainDisk:
+    """Return what one element says."""
+    kind = element.getAttribute("type") or "file"
+    drivers = [driver.getAttribute("type") for driver in _children(element, "driver")]
+    image_format = (drivers[0] if drivers else "") or "raw"
+    source = _source_of(element, kind)
+    stated = _children(element, "backingStore")
+    return DomainDisk(
+        target=_target_of(element),
+        kind=kind,
+        source=source,
+        format=image_format,
+        unfit=_unfit(element, kind, image_format, source),
+        stated_chain=_stated_chain(stated[0]) if stated else None,
+    )
+
+
+def _unfit(element: t.Any, kind: str, image_format: str, source: str | None) -> str | None:
+    """Return why a disk can take no part, or None."""
+    device = element.getAttribute("device") or "disk"
+    inner = [part for place in [element, *_children(element, "source")] for part in ("encryption", "slices")
+             if _children(place, part)]  # fmt: skip
+    rules = [
+        (device != "disk", device),
+        (bool(_children(element, "readonly")), "read-only"),
+        (bool(_children(element, "shareable")), "shareable"),
+        (bool(_children(element, "transient")), "transient"),
+        (kind not in _SOURCE_ATTRIBUTES, kind),
+        (source is None, "no source"),
+        ("encryption" in inner, "encrypted"),
+        ("slices" in inner, "slice of a file"),
+        (image_format not in FORMATS, f"format {image_format}"),
+    ]
+    return next((reason for applies, reason in rules if applies), None)
+
+
+def _stated_chain(element: t.Any) -> StatedChain:
+    """Return the chain that a <backingStore> states, which are nested; an empty one says that there is no more."""
+    paths: list[str] = []
+    while element.getAttribute("type") or _children(element, "source"):
+        kind = element.getAttribute("type") or "file"
+        paths.append(_source_of(element, kind) or kind)
+        inner = _children(element, "backingStore")
+        if not inner:
+            return StatedChain(tuple(paths), is_complete=False)
+        element = inner[0]
+    return StatedChain(tuple(paths), is_complete=True)
+
+
+def _switch(document: t.Any, disk: t.Any, path: str) -> None:
+    """Have a disk be the overlay."""
+    disk.setAttribute("type", "file")
+    source = _children(disk, "source")[0]
+    if source.hasAttribute("dev"):
+        source.removeAttribute("dev")
+    source.setAttribute("file", path)
+    drivers = _children(disk, "driver")
+    if not drivers:
+        drivers = [document.createElement("driver")]
+        drivers[0].setAttribute("name", "qemu")
+        disk.insertBefore(drivers[0], source)
+    drivers[0].setAttribute("type", "qcow2")
+    for stated in _children(disk, "backingStore"):
+        blank = stated.previousSibling
+        if blank is not None and blank.nodeType == blank.TEXT_NODE and not blank.data.strip():
+            disk.removeChild(blank)
+        disk.removeChild(stated)

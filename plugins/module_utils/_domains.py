@@ -1,0 +1,334 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Read, decide, act: overlays for the disks of libvirt domains, and the domains switched to them."""
+
+from __future__ import annotations
+
+import os
+import typing as t
+
+from ._chain import Layer, read_chain
+from ._checkpoints import Checkpoint, Link, judge
+from ._definition import DomainDisk, StatedChain, disks_of, parts_of, switched
+from ._disks import examine
+from ._errors import Qcow2Error, printable
+from ._image import Bitmap, open_image
+from ._libvirt import Domain, KnownCheckpoint, Libvirt, Unreadable
+from ._overlays import Settings, make_overlays
+from ._plan import CREATED, FAILED, PRESENT, Creation, Verdict, Wanted
+
+_EXTENSIONS = (".qcow2", ".qcow", ".img", ".raw")  # that are no part of an image's stem
+_NOT_ASKED_FOR = "not asked for"
+
+
+class Request(t.NamedTuple):
+    """What is wanted of every domain."""
+
+    snapshot: str
+    targets: list[str] | None  # None: all disks that can take part
+    directory: str | None  # None: beside each disk
+    relative: bool
+    creation: Creation
+
+
+class Skipped(t.NamedTuple):
+    """A disk that takes no part."""
+
+    target: str
+    reason: str
+
+
+class Plan(t.NamedTuple):
+    """What is to become of one domain."""
+
+    domain: Domain
+    wanted: dict[str, Wanted]  # by target; the overlays, those that are there already too
+    overlays: dict[str, str]  # path by target, of the disks that the definition does not have as overlays yet
+    skipped: list[Skipped]
+    problems: list[str]
+
+    @property
+    def definition(self) -> str:
+        """The definition that the domain is to get."""
+        return switched(self.domain.definition, self.overlays)
+
+
+class DomainOutcome(t.NamedTuple):
+    """What became of one domain."""
+
+    name: str
+    uuid: str | None
+    state: str  # created, present or failed
+    overlays: list[tuple[str, Verdict]]  # with the target
+    skipped: list[Skipped]
+    checkpoints: list[Checkpoint]
+    problems: list[str]
+    diff: tuple[str, str]  # the disks' elements before and after
+
+    def as_result(self) -> dict[str, t.Any]:
+        """Return the domain as the module returns it."""
+        result: dict[str, t.Any] = {
+            "name": self.name,
+            "uuid": self.uuid,
+            "state": self.state,
+            "overlays": [{"target": target, **verdict.as_result()} for target, verdict in self.overlays],
+            "skipped_disks": [disk._asdict() for disk in self.skipped],
+            "checkpoints": [
+                {key: printable(value) if isinstance(value, str) else value for key, value in one._asdict().items()}
+                for one in self.checkpoints
+            ],
+        }
+        return {**result, "msg": self.message} if self.problems else result
+
+    @property
+    def message(self) -> str:
+        """Why it failed, in one text."""
+        return printable(" ".join(self.problems))
+
+
+def overlay_domains(
+    libvirt: Libvirt, found: t.Sequence[Domain | Unreadable], request: Request, settings: Settings
+) -> tuple[list[DomainOutcome], list[str]]:
+    """Make the overlays of all domains and switch the domains, each all or none; return them, and warnings."""
+    plans = [plan_domain(domain, request) for domain in found if isinstance(domain, Domain)]
+    sound = [plan for plan in plans if not plan.problems]
+    switches = {plan.domain.uuid: _Switch(libvirt, plan) for plan in sound if plan.overlays}
+    wanted = [wanted for plan in sound for wanted in plan.wanted.values()]
+    outcome = make_overlays(wanted, settings, {uuid: switch.run for uuid, switch in switches.items()})
+    verdicts = {(verdict.wanted.vm, verdict.wanted.path): verdict for verdict in outcome.verdicts}
+    results = {
+        plan.domain.name: _conclude(plan, verdicts, switches.get(plan.domain.uuid), settings.check_mode)
+        for plan in plans
+    }
+    everything = [results.get(domain.name) or _unreadable(domain) for domain in found]
+    return everything, outcome.warnings
+
+
+class _Switch:
+    """The last step for a domain, which the engine takes once its overlays are there."""
+
+    def __init__(self, libvirt: Libvirt, plan: Plan) -> None:
+        self._libvirt = libvirt
+        self._plan = plan
+        self.problem: str | None = None
+        self.is_done = False
+
+    def run(self) -> None:
+        """Switch the domain to its overlays; Qcow2Error when that fails."""
+        try:
+            self._libvirt.switch(self._plan.domain, self._plan.definition, self._plan.overlays)
+        except Qcow2Error as exc:
+            self.problem = str(exc)
+            raise
+        self.is_done = True
+
+
+def plan_domain(domain: Domain, request: Request) -> Plan:
+    """Return what is to become of a domain, as far as that can be said without its images' bitmaps."""
+    plan = Plan(domain, {}, {}, [], [])
+    for disk in disks_of(domain.definition):
+        reason = _reason_to_skip(disk, request)
+        if reason is None:
+            _plan_disk(plan, disk, request)
+        else:
+            plan.skipped.append(Skipped(disk.target, reason))
+    skipped = {disk.target: disk.reason for disk in plan.skipped}
+    for target in request.targets or ():
+        if target not in plan.wanted:
+            why = skipped.get(target, "it has no such disk")
+            plan.problems.append(f"{domain.name}: its disk {target} cannot take part: {why}. Correct disks.")
+    if not plan.wanted and not plan.problems:
+        listed = ", ".join(f"{disk.target}: {disk.reason}" for disk in plan.skipped) or "it has no disks"
+        plan.problems.append(f"{domain.name}: none of its disks can take part ({listed}).")
+    plan.problems.extend(_state_problems(plan))
+    return plan
+
+
+def _reason_to_skip(disk: DomainDisk, request: Request) -> str | None:
+    """Return why a disk is left out, or None."""
+    if disk.unfit is not None:
+        return disk.unfit
+    if request.targets is not None and disk.target not in request.targets:
+        return _NOT_ASKED_FOR
+    if disk.kind == "block" and request.directory is None:
+        return "block device, beside which no overlay can be made; give a directory"
+    return None
+
+
+def _plan_disk(plan: Plan, disk: DomainDisk, request: Request) -> None:
+    """Add to the plan what is to become of a disk that takes part."""
+    source = t.cast("str", disk.source)
+    layers, problem = _layers_of(source, disk.format)
+    name = f"{stem_of([layer.path for layer in layers] or [source])}.{request.snapshot}.qcow2"
+    # Whoever is on that snapshot already, or above it, may have been given another directory then.
+    for above, below in zip(layers, layers[1:]):
+        if os.path.basename(above.path) == name:
+            plan.wanted[disk.target] = Wanted(above.path, below.path, below.format or "qcow2", vm=plan.domain.uuid)
+            break
+    else:
+        path = os.path.join(request.directory or os.path.dirname(source), name)
+        plan.overlays[disk.target] = path
+        plan.wanted[disk.target] = Wanted(
+            path=path,
+            backing_file=source,
+            backing_format=disk.format,
+            vm=plan.domain.uuid,
+            relative=request.relative,
+            creation=request.creation,
+            unused=True,
+        )
+    if problem is None and disk.stated_chain is not None:
+        problem = _stated_problem(plan.domain.name, disk, disk.stated_chain, layers)
+    if problem is not None:
+        plan.problems.append(problem)
+
+
+def _layers_of(source: str, image_format: str) -> tuple[list[Layer], str | None]:
+    """Return the chain of a disk's image, or why it cannot be read."""
+    try:
+        fd = open_image(source)
+        try:
+            return list(read_chain(fd, source, image_format)), None
+        finally:
+            os.close(fd)
+    except Qcow2Error as exc:
+        return [], str(exc)
+    except OSError as exc:
+        return [], f"{source}: cannot be read: {exc.strerror}. Check its storage."
+
+
+def stem_of(paths: t.Sequence[str]) -> str:
+    """Return what an overlay's name begins with, from the chain's paths, top to base.
+
+    It is the name of the topmost image without its extension, and without what snapshots have added to the name of
+    the image below: on top of web.qcow2 and web.monday.qcow2 it is still web.
+    """
+    stem = ""
+    for path in reversed(paths):
+        name = os.path.basename(path)
+        own = next((name[: -len(end)] for end in _EXTENSIONS if name.endswith(end) and name != end), name)
+        if not stem or not own.startswith(f"{stem}."):
+            stem = own
+    return stem
+
+
+def _stated_problem(name: str, disk: DomainDisk, stated: StatedChain, layers: t.Sequence[Layer]) -> str | None:
+    """Return how the chain that the definition states differs from the one that the images record."""
+    recorded = [layer.real_path for layer in layers[1:]]
+    paths = [os.path.realpath(path) for path in stated.paths]
+    unnamed = [layer.path for layer in layers[1:] if layer.format is None]
+    if paths != recorded[: len(paths)] or (stated.is_complete and len(paths) != len(recorded)):
+        return (
+            f"{name}: its definition states another backing chain for {disk.target} ({' > '.join(paths) or 'none'}) "
+            f"than the images record ({' > '.join(recorded) or 'none'}), so the guest may have been seeing other data "
+            "than an overlay would show. Find out which is right; then correct <backingStore> in the definition, or "
+            "the images with 'qemu-img rebase -u'."
+        )
+    if unnamed:
+        return (
+            f"{name}: the format of {unnamed[0]} is stated in the definition only, not in the image above it, which an "
+            "overlay needs. Record it with 'qemu-img rebase -u -b … -F …'."
+        )
+    return None
+
+
+def _state_problems(plan: Plan) -> list[str]:
+    """Return why the domain cannot be switched as it is just now."""
+    domain = plan.domain
+    if domain.running_definition is not None and not plan.overlays:
+        running = {disk.target: disk.source for disk in disks_of(domain.running_definition)}
+        defined = {disk.target: disk.source for disk in disks_of(domain.definition)}
+        if any(running.get(target) != defined[target] for target in plan.wanted):
+            return [f"{domain.name}: runs with other disks than its definition has. Shut it down and run this again."]
+    if not plan.overlays:
+        return []
+    if not domain.persistent:
+        return [f"{domain.name}: is transient: it has no definition that could be changed. Define it first."]
+    if domain.activity is not None:
+        return [
+            f"{domain.name}: is {domain.activity}. Shut it down and run this again; for a running domain, "
+            "'virsh snapshot-create-as --disk-only' does it all, bitmaps included."
+        ]
+    if domain.managed_save:
+        return [
+            f"{domain.name}: has a managed save, which would go on writing to the images below the overlays. Start it "
+            "and shut it down properly, or give up its saved state with 'virsh managedsave-remove'."
+        ]
+    return []
+
+
+def _conclude(
+    plan: Plan, verdicts: t.Mapping[tuple[str | None, str], Verdict], switch: _Switch | None, check_mode: bool
+) -> DomainOutcome:
+    """Return what became of a domain."""
+    own = [(target, verdicts.get((plan.domain.uuid, wanted.path))) for target, wanted in plan.wanted.items()]
+    overlays = [(target, verdict) for target, verdict in own if verdict is not None]
+    problems = list(plan.problems)
+    problems += [verdict.message for _target, verdict in overlays if verdict.state == FAILED]
+    if switch is not None and switch.problem is not None:
+        problems.append(switch.problem)
+    elif switch is not None and not problems and not switch.is_done and not check_mode:
+        problems.append(f"{plan.domain.name}: was not switched to its overlays. Run this again.")
+    changed = switch is not None or any(verdict.state == CREATED for _target, verdict in overlays)
+    is_fine = not problems
+    return DomainOutcome(
+        name=plan.domain.name,
+        uuid=plan.domain.uuid,
+        state=FAILED if problems else CREATED if changed else PRESENT,
+        overlays=overlays,
+        skipped=plan.skipped,
+        checkpoints=_judge_checkpoints(plan, dict(overlays) if is_fine else {}),
+        problems=list(dict.fromkeys(problems)),
+        diff=(_parts(plan.domain.definition, plan), _parts(plan.definition, plan)) if is_fine else ("", ""),
+    )
+
+
+def _parts(definition: str, plan: Plan) -> str:
+    """Return what a diff shows of a definition."""
+    return f"<domain> {plan.domain.name}\n{parts_of(definition, plan.overlays)}" if plan.overlays else ""
+
+
+def _unreadable(domain: Domain | Unreadable) -> DomainOutcome:
+    """Return the outcome for a domain of which nothing is known."""
+    problem = domain.problem if isinstance(domain, Unreadable) else f"{domain.name}: cannot be worked on."
+    return DomainOutcome(domain.name, None, FAILED, [], [], [], [problem], ("", ""))
+
+
+class _Chain(t.NamedTuple):
+    """The chain of a disk as it is, or will be, after the run."""
+
+    links: list[Link]
+    is_complete: bool
+
+
+def _judge_checkpoints(plan: Plan, overlays: t.Mapping[str, Verdict]) -> list[Checkpoint]:
+    """Return for each checkpoint that libvirt knows whether it can be used after the run."""
+    targets = {target for known in plan.domain.checkpoints for target in known.bitmaps}
+    chains = {
+        disk.target: _chain_after(disk, overlays.get(disk.target), plan)
+        for disk in disks_of(plan.domain.definition)
+        if disk.target in targets and disk.source is not None
+    }
+    return [_judge_checkpoint(known, chains) for known in plan.domain.checkpoints]
+
+
+def _chain_after(disk: DomainDisk, verdict: Verdict | None, plan: Plan) -> _Chain:
+    """Return the chain of a disk after the run; the overlay is taken as it was promised, so also in check mode."""
+    source = examine(t.cast("str", disk.source), follow=True, count=False)
+    if verdict is None or disk.target not in plan.overlays:
+        return _Chain(source.links, source.is_complete)
+    bitmaps = {b.name: Bitmap(b.name, b.granularity, recording=True, inconsistent=False) for b in verdict.bitmaps}
+    overlay = Link(verdict.wanted.path, verdict.virtual_size or 0, bitmaps)
+    return _Chain([overlay, *source.links], source.is_complete)
+
+
+def _judge_checkpoint(known: KnownCheckpoint, chains: t.Mapping[str, _Chain]) -> Checkpoint:
+    """Return the worst verdict of all disks of a checkpoint, since a backup needs all of them."""
+    verdicts = [
+        judge(bitmap, chains[target].links, chains[target].is_complete)
+        for target, bitmap in known.bitmaps.items()
+        if target in chains and chains[target].links
+    ]
+    worst = min(verdicts, key=lambda verdict: {False: 0, None: 1, True: 2}[verdict.valid], default=None)
+    return worst._replace(name=known.name) if worst else Checkpoint(known.name, None)

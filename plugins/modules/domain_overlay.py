@@ -1,0 +1,308 @@
+#!/usr/bin/python
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Put libvirt domains that are shut off on overlays that go on recording the incremental backups' bitmaps."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: domain_overlay
+short_description: Put libvirt domains that are shut off on overlays, and keep their checkpoints usable
+version_added: 0.1.0
+description:
+  - Makes an overlay (an external, disk-only snapshot) for every disk of a domain, or for none, and switches the
+    domain's definition to the overlays.
+  - Every dirty bitmap that is recording and not inconsistent goes on recording in the overlays, so that the domain's
+    checkpoints stay usable and incremental backups go on. libvirt itself refuses an offline snapshot as soon as a
+    domain has a checkpoint.
+  - In the definition only the path of each disk changes, and its format if it was raw. A C(<backingStore>) is dropped,
+    since it would end at the wrong image. The definition is read back; if it cannot be changed, the overlays are
+    removed again and the old definition stands.
+options:
+  name:
+    description:
+      - Names of domains, or patterns of names such as V(web*), as a list.
+      - A name that does not exist is a failure; a pattern that matches nothing is worth a warning.
+    type: list
+    elements: str
+    required: true
+  snapshot:
+    description:
+      - Name of the snapshot. The overlay of C(web.qcow2) is called C(web.SNAPSHOT.qcow2). The name of an earlier
+        snapshot is replaced, so names do not grow.
+      - A domain that is on the snapshot of this name already, or on one above it, is left as it is.
+    type: str
+    required: true
+  disks:
+    description:
+      - Targets of the disks to take, such as V(vda). By default all that can take part.
+      - A disk that is named and cannot take part is a failure.
+    type: list
+    elements: str
+  directory:
+    description:
+      - Where to make the overlays, as an absolute path of a folder. By default beside the image of each disk.
+      - Needed for disks on block devices.
+    type: str
+  uri:
+    description: The libvirt daemon to talk to, on the managed host.
+    type: str
+    default: qemu:///system
+requirements:
+  - python3-libvirt (libvirt-python) on the managed host
+notes:
+  - Besides python3-libvirt it needs what M(kvmfleet.qcow2.qcow2_overlay) needs, and refuses what that refuses.
+  - Refused is a domain that is running, paused or suspended, that has a managed save (which no lock shows and whose
+    restore would write below the overlays), that is transient, or whose definition states another backing chain than
+    the images record. Domains are independent of each other; the task fails at the end, with every result.
+  - Left out, and returned with the reason, are CD-ROM and floppy drives, disks that are read-only, shareable,
+    transient, encrypted, on the network or in a storage volume, and block devices unless O(directory) is given.
+  - For a B(running) domain libvirt itself is the better way. C(virsh snapshot-create-as --disk-only --no-metadata)
+    makes the overlays, and lets the bitmaps go on, without any help.
+  - Of a domain that is shut off libvirt alone can do it too, by starting it paused, taking a live snapshot, and
+    destroying it. That needs the memory, the network and all devices of the domain, takes seconds for each domain, and
+    skips bitmaps that are not valid without a word. It is the better way if this collection cannot be used on the host.
+  - No snapshot is added to C(virsh snapshot-list). To go back, switch the definition to the images below and remove the
+    overlays.
+  - If the host dies between the making of overlays and the switch of the definition, the next run finds the overlays
+    and completes the switch. Overlays of the same name that hold data are never taken for new ones.
+seealso:
+  - module: kvmfleet.qcow2.qcow2_overlay
+  - module: kvmfleet.qcow2.qcow2_info
+  - name: Incremental backup internals of libvirt
+    description: The algorithm that this module follows, in the section about offline snapshots with bitmaps.
+    link: https://libvirt.org/kbase/internals/incremental-backup.html
+extends_documentation_fragment:
+  - kvmfleet.qcow2.attributes
+  - kvmfleet.qcow2.creation
+author:
+  - kvmfleet contributors (@kvmfleet)
+"""
+
+EXAMPLES = r"""
+- name: Snapshot all web servers of the host before an upgrade
+  kvmfleet.qcow2.domain_overlay:
+    name: ["web*"]
+    snapshot: before-upgrade
+
+- name: Snapshot one disk of a domain, on faster storage
+  kvmfleet.qcow2.domain_overlay:
+    name: [db]
+    snapshot: monday
+    disks: [vda]
+    directory: /srv/fast
+  register: monday
+
+- name: Show which checkpoints can still be used
+  ansible.builtin.debug:
+    msg: "{{ monday.domains | map(attribute='checkpoints') | flatten | items2dict('name', 'valid') }}"
+"""
+
+RETURN = r"""
+domains:
+  description:
+    - Every domain that was asked for. Always a list, and the same in check mode.
+    - Also returned when the task fails.
+  returned: always
+  type: list
+  elements: dict
+  contains:
+    name:
+      description: Name of the domain.
+      type: str
+      sample: web
+    uuid:
+      description: UUID of the domain; null if there is no such domain.
+      type: str
+      sample: 4dea22b3-1d52-d8f3-2516-782e98ab3fa0
+    state:
+      description:
+        - V(created) if it was switched to overlays, V(present) if it was on them, or above them, already, or V(failed).
+      type: str
+      sample: created
+    overlays:
+      description: The overlay of each disk that takes part, as M(kvmfleet.qcow2.qcow2_overlay) returns it.
+      type: list
+      elements: dict
+      contains:
+        target:
+          description: The disk.
+          type: str
+          sample: vda
+        path:
+          description: The overlay.
+          type: str
+          sample: /srv/web.before-upgrade.qcow2
+        backing_file:
+          description: The image below it.
+          type: str
+          sample: /srv/web.qcow2
+        backing_format:
+          description: Format of the image below it.
+          type: str
+          sample: qcow2
+        virtual_size:
+          description: Virtual size of the overlay in bytes; null if it failed.
+          type: int
+          sample: 10737418240
+        state:
+          description: V(created), V(present) if it was there already, or V(failed).
+          type: str
+          sample: created
+        bitmaps:
+          description: The bitmaps that go on recording in the overlay.
+          type: list
+          elements: dict
+          contains:
+            name:
+              description: Name of the bitmap.
+              type: str
+              sample: monday
+            granularity:
+              description: Bytes that one bit covers, in the overlay.
+              type: int
+              sample: 65536
+        skipped_bitmaps:
+          description: The bitmaps of the image below that do not go on recording.
+          type: list
+          elements: dict
+          contains:
+            name:
+              description: Name of the bitmap.
+              type: str
+              sample: sunday
+            granularity:
+              description: Bytes that one bit covers.
+              type: int
+              sample: 65536
+            reason:
+              description: V(disabled) if it is not recording, V(inconsistent) if it was not saved properly.
+              type: str
+              sample: inconsistent
+        msg:
+          description: Why it failed.
+          returned: when RV(domains[].overlays[].state) is V(failed)
+          type: str
+    skipped_disks:
+      description: The disks that take no part.
+      type: list
+      elements: dict
+      contains:
+        target:
+          description: The disk.
+          type: str
+          sample: sda
+        reason:
+          description: Why it takes no part.
+          type: str
+          sample: cdrom
+    checkpoints:
+      description:
+        - The checkpoints that libvirt knows of the domain, and whether each can be used for the next incremental backup
+          after this task. See M(kvmfleet.qcow2.qcow2_info) for what the problems mean.
+      type: list
+      elements: dict
+      contains:
+        name:
+          description: Name of the checkpoint.
+          type: str
+          sample: monday
+        valid:
+          description: Whether an incremental backup since it is possible; null if that cannot be told.
+          type: bool
+          sample: true
+        problem:
+          description: Which rule is broken; null if it is valid.
+          type: str
+          sample: null
+        image:
+          description: The image at fault; null if it is valid.
+          type: str
+          sample: null
+        advice:
+          description: What it means and what to do; null if it is valid.
+          type: str
+          sample: null
+    msg:
+      description: Why it failed.
+      returned: when RV(domains[].state) is V(failed)
+      type: str
+"""
+
+import os
+import typing as t
+
+from ansible.module_utils.basic import AnsibleModule, missing_required_lib
+
+from ..module_utils._arguments import creation_from, creation_spec, ending_cleanly, ownership_spec, settings_from
+from ..module_utils._domains import DomainOutcome, Request, overlay_domains
+from ..module_utils._errors import Interrupted, Qcow2Error
+from ..module_utils._libvirt import LIBVIRT_IMPORT_ERROR, Libvirt
+from ..module_utils._overlays import Settings
+
+
+def argument_spec() -> dict[str, t.Any]:
+    """Return the options of the module."""
+    return {
+        "name": {"type": "list", "elements": "str", "required": True},
+        "snapshot": {"type": "str", "required": True},
+        "disks": {"type": "list", "elements": "str"},
+        "directory": {"type": "str"},
+        "uri": {"type": "str", "default": "qemu:///system"},
+        "timeout": {"type": "int", "default": 60},
+        **creation_spec(defaults=True),
+        **ownership_spec(),
+    }
+
+
+def request_from(params: dict[str, t.Any]) -> Request:
+    """Return what is wanted of every domain; Qcow2Error for what cannot be."""
+    snapshot, directory = params["snapshot"], params["directory"]
+    if not snapshot.strip(".") or "/" in snapshot or "\0" in snapshot:
+        raise Qcow2Error(f"snapshot={snapshot!r}: must be a part of a file name, so not empty and without a slash.")
+    if directory is not None and not os.path.isabs(directory):
+        raise Qcow2Error(f"directory={directory}: must be the absolute path of a folder.")
+    return Request(snapshot, params["disks"], directory, params["relative"], creation_from(params))
+
+
+def run(module: AnsibleModule, request: Request, settings: Settings) -> list[DomainOutcome]:
+    """Find the domains and put them on overlays."""
+    libvirt = Libvirt(module.params["uri"])
+    found, unmatched = libvirt.find(module.params["name"])
+    for pattern in unmatched:
+        module.warn(f"{pattern}: no domain of this host matches it.")
+    domains, warnings = overlay_domains(libvirt, found, request, settings)
+    for warning in warnings:
+        module.warn(warning)
+    return domains
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(argument_spec=argument_spec(), supports_check_mode=True)
+    if LIBVIRT_IMPORT_ERROR is not None:
+        module.fail_json(msg=missing_required_lib("libvirt-python"), exception=LIBVIRT_IMPORT_ERROR)
+    try:
+        with ending_cleanly():
+            domains = run(module, request_from(module.params), settings_from(module))
+    except Qcow2Error as exc:
+        module.fail_json(msg=str(exc))
+    except Interrupted as exc:
+        module.fail_json(msg=f"Ended by {exc} before anything was made. Run this again.")
+    result = {
+        "changed": any(domain.state == "created" for domain in domains),
+        "domains": [domain.as_result() for domain in domains],
+        "diff": {
+            "before": "".join(domain.diff[0] for domain in domains),
+            "after": "".join(domain.diff[1] for domain in domains),
+        },
+    }
+    failures = [domain.message for domain in domains if domain.problems]
+    if failures:
+        module.fail_json(msg="\n".join(failures), **result)
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()
