@@ -12,7 +12,7 @@ class ModuleDocFragment:
     DOCUMENTATION = r"""
 options:
   relative:
-    description: Record the image below relative to the overlay's folder, for storage that is mounted at different places.
+    description: Record the image below relative to the overlay's folder, for storage mounted at different places.
     type: bool
     default: false
   cluster_size:
@@ -45,11 +45,11 @@ options:
   mode:
     description:
       - Permissions of a new overlay, as in M(ansible.builtin.file), such as V('0660') or V(u=rw,g=r).
-      - By default those of the image below, with its ACL, and made readable and writable for the owner, since templates are
-        often read-only.
+      - By default those of the image below, with its ACL, and made readable and writable for the owner, since templates
+        are often read-only.
     type: raw
   seuser:
-    description: The user part of the SELinux context of a new overlay. By default, as all parts, that of the image below.
+    description: User part of the SELinux context of a new overlay. By default, as all parts, that of the image below.
     type: str
   serole:
     description: The role part of the SELinux context.
