@@ -109,7 +109,7 @@ class Libvirt:
         if disks_of(now) != disks_of(domain.definition):
             raise _half_done(domain, error)
         raise Qcow2Error(
-            f"{domain.name}: its definition could not be changed, so the old one stands and its overlays were removed "
+            f"{domain.name}: its definition could not be changed, so the old one stands and new overlays were removed "
             f"again. {error or 'libvirt took it, but made something else of it.'}"
         )
 

@@ -60,12 +60,13 @@ stop_daemon() {
 
 # define NAME DISK-ELEMENT...: define a domain with these disks; it needs no operating system.
 define() {
-  local name=$1 kind=qemu
+  local name=$1 kind=qemu uuid
   shift
+  uuid=$(virsh -q domuuid "$name" 2> /dev/null) || true  # it may be there already
   [ -w /dev/kvm ] && kind=kvm
   cat > "$lab/$name.xml" << XML
 <domain type='$kind'>
-  <name>$name</name>
+  <name>$name</name>${uuid:+<uuid>$uuid</uuid>}
   <memory unit='MiB'>64</memory>
   <vcpu>1</vcpu>
   <os><type arch='$(uname -m)'>hvm</type></os>
