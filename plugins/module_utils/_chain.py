@@ -31,6 +31,24 @@ def has_protocol(name: str) -> bool:
     return ":" in name.split("/", 1)[0]
 
 
+def unusable(path: str, image: Image) -> list[str]:
+    """Return why QEMU cannot, or must not, open the image for writing although it can be read here."""
+    problems = []
+    if image.corrupt:
+        problems.append(
+            f"{path}: is marked corrupt, by a QEMU that found its metadata damaged. Repair it with "
+            "'qemu-img check -r all', or restore it, first."
+        )
+    if image.has_data_file and image.data_file is None:
+        problems.append(f"{path}: keeps its data in an external data file but does not name it; not supported.")
+    elif image.data_file is not None and has_protocol(image.data_file):
+        problems.append(
+            f"{path}: its external data file {image.data_file!r} is a protocol for QEMU, not a file. Refused: such an "
+            "image can make QEMU open whatever its author wants."
+        )
+    return problems
+
+
 def identity_of(status: os.stat_result) -> tuple[int, int]:
     """Return what tells a file from all others: of a block device the device itself, else device and inode."""
     if stat.S_ISBLK(status.st_mode):
@@ -65,7 +83,11 @@ def walk_chain(
     while layer.image is not None and layer.image.backing_file is not None:
         above, fd = layer, _open_below(layer, layer.image.backing_file)
         try:
-            layer = _read_layer(fd, resolve_name(above.path, layer.image.backing_file), layer.image.backing_format)
+            name, image_format = resolve_name(above.path, layer.image.backing_file), layer.image.backing_format
+            try:
+                layer = _read_layer(fd, name, image_format)
+            except Qcow2Error as exc:
+                raise _below(exc, above) from exc
             if layer.identity in seen:
                 raise Qcow2Error(
                     f"{above.path}: its backing file {layer.path} is already part of the chain above it: the chain is "
@@ -104,4 +126,9 @@ def _open_below(above: Layer, backing_file: str) -> int:
     try:
         return open_image(resolve_name(above.path, backing_file))
     except Qcow2Error as exc:
-        raise Qcow2Error(f"{exc} It is the backing file of {above.path}.") from exc
+        raise _below(exc, above) from exc
+
+
+def _below(exc: Qcow2Error, above: Layer) -> Qcow2Error:
+    """Return the error with the name of the image above."""
+    return Qcow2Error(f"{exc} It is the backing file of {above.path}.")

@@ -30,13 +30,20 @@ class DirtyMap:
         self._path = path
         self._virtual_size = image.virtual_size
         self._cluster_size = image.cluster_size
-        count = -(-bitmap.data_bytes(image.virtual_size) // image.cluster_size)
-        data = os.pread(fd, count * TABLE_ENTRY_SIZE, table.offset)
-        if len(data) != count * TABLE_ENTRY_SIZE:
+        if table.entries != -(-bitmap.data_bytes(image.virtual_size) // image.cluster_size):
+            raise damaged(path, f"the table of the bitmap {bitmap.name!r} has {table.entries} entries")
+        data = os.pread(fd, table.entries * TABLE_ENTRY_SIZE, table.offset)
+        if len(data) != table.entries * TABLE_ENTRY_SIZE:
             raise damaged(path, f"the file ends within the table of the bitmap {bitmap.name!r}")
-        self._entries = struct.unpack(f">{count}Q", data)
+        self._entries = struct.unpack(f">{table.entries}Q", data)
         for entry in self._entries:
             self._check(entry, bitmap)
+
+    @property
+    def dirty_bits(self) -> int:
+        """How many bits may be set at most, without a look at them."""
+        clusters = sum(1 for entry in self._entries if entry)
+        return min(clusters * self._cluster_size * 8, -(-self._virtual_size // self.granularity))
 
     def _check(self, entry: int, bitmap: Bitmap) -> None:
         """Raise what QEMU too would refuse about an entry of the table."""
@@ -99,6 +106,12 @@ def dirty_bytes(maps: t.Sequence[DirtyMap], virtual_size: int) -> int:
         if bits >> (granules - 1):  # the last granule may reach beyond the end of the disk
             dirty -= -here % granularity
     return dirty
+
+
+def counting_cost(maps: t.Sequence[DirtyMap]) -> int:
+    """Return how many bits have to be looked at to count the dirty bytes of these maps together."""
+    finest = min(one.granularity for one in maps)
+    return sum(one.dirty_bits * (one.granularity // finest) for one in maps)
 
 
 def _rescaled(bits: int, granularity: int, wanted: int) -> int:

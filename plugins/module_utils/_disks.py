@@ -9,13 +9,17 @@ import contextlib
 import os
 import typing as t
 
-from ._chain import Layer, walk_chain
+from ._chain import Layer, unusable, walk_chain
 from ._checkpoints import Checkpoint, Link, judge_all
-from ._dirty import DirtyMap, dirty_bytes
+from ._dirty import DirtyMap, counting_cost, dirty_bytes
 from ._errors import Qcow2Error, printable
-from ._image import MAX_ALL_BITMAP_DATA, SECTOR, Bitmap, Image, open_image
+from ._image import SECTOR, Bitmap, Image, open_image
 from ._observe import is_written, read_settled
 
+MAX_BITMAPS_OF_CHAIN = 16384
+MAX_COUNTED_BITS = 1 << 33  # of one disk; looking at more takes minutes
+_ATTEMPTS = 3  # at a disk that changes while its dirty bytes are counted
+_SHOWN_FAULTS = 10  # of one disk
 _COMPAT = {2: "0.10", 3: "1.1"}  # as qemu-img names the versions
 
 
@@ -27,7 +31,15 @@ class _Member(t.NamedTuple):
     image: Image | None  # with its bitmaps; None when it is raw
     in_use: bool
     actual_size: int  # bytes on its file system
+    maps: dict[str, DirtyMap]  # by the name of the bitmap; of those that hold what is stored
     dirty: dict[str, int]  # bytes by the name of the bitmap, as far as they were counted
+
+    @property
+    def is_bottom(self) -> bool:
+        """Whether nothing is below it, as far as that can be known: what other formats say is not read."""
+        if self.image is not None:
+            return self.image.backing_file is None
+        return self.layer.format in (None, "raw")
 
     def link(self) -> Link:
         """Return what matters for the checkpoints."""
@@ -39,15 +51,19 @@ class _Member(t.NamedTuple):
             lost_bitmaps=self.image.lost_bitmaps if self.image else 0,
         )
 
-    def maps(self) -> dict[str, DirtyMap]:
-        """Return the bits of all bitmaps, by name, that hold what is stored; Qcow2Error when one is damaged."""
-        if self.image is None or self.in_use:
-            return {}
-        return {
-            bitmap.name: DirtyMap(self.fd, self.layer.path, self.image, bitmap, table)
-            for bitmap, table in zip(self.image.bitmaps, self.image.bitmap_tables)
-            if not bitmap.inconsistent
-        }
+    def map_all(self) -> None:
+        """Map all bitmaps that hold what is stored, which checks their tables; Qcow2Error when one is damaged."""
+        if self.image is not None and not self.in_use:
+            for bitmap, table in zip(self.image.bitmaps, self.image.bitmap_tables):
+                if not bitmap.inconsistent:
+                    self.maps[bitmap.name] = DirtyMap(self.fd, self.layer.path, self.image, bitmap, table)
+
+    def is_unchanged(self) -> bool:
+        """Whether the open image still is as it was read."""
+        if self.image is None:
+            return True
+        image, in_use = read_settled(self.fd, self.layer.path)
+        return (image, in_use or is_written(self.fd, self.layer.path)) == (self.image, self.in_use)
 
 
 class Disk(t.NamedTuple):
@@ -66,14 +82,26 @@ class Disk(t.NamedTuple):
         """What matters of the chain for a checkpoint."""
         return [member.link() for member in self.members]
 
-    @property
-    def faults(self) -> list[str]:
-        """Why incremental backups since some of the checkpoints are not possible."""
-        return [
-            printable(f"{self.path}: checkpoint {one.name!r} is not valid ({one.problem} in {one.image}). {one.advice}")
-            for one in self.checkpoints
-            if one.valid is False
+    def faults(self, name: str | None) -> list[str]:
+        """Return why incremental backups are not possible, since this checkpoint or since any of them."""
+        invalid = [one for one in self.checkpoints if one.valid is False and name in (None, one.name)]
+        faults = [
+            f"{self.path}: checkpoint {one.name!r} is not valid ({one.problem} in {one.image}). {one.advice}"
+            for one in invalid[:_SHOWN_FAULTS]
         ]
+        if len(invalid) > _SHOWN_FAULTS:
+            faults.append(f"{self.path}: {len(invalid) - _SHOWN_FAULTS} more checkpoints are not valid.")
+        lost = sum(member.image.lost_bitmaps for member in self.members if member.image)
+        if name is not None and all(one.name != name for one in self.checkpoints) and not self.problem:
+            faults.append(
+                f"{self.path}: no image of its chain has the checkpoint {name!r}. Make a full backup with it."
+            )
+        elif lost and not self.checkpoints:
+            faults.append(
+                f"{self.path}: its {lost} bitmaps are worthless, because a program that does not know bitmaps has "
+                "written to it. Make a full backup with a new checkpoint."
+            )
+        return [printable(fault) for fault in faults]
 
     def as_result(self) -> dict[str, t.Any]:
         """Return the disk as the module returns it."""
@@ -96,20 +124,32 @@ def examine(path: str, follow: bool, count: bool) -> Disk:
 
     follow: down to the base, not only the topmost image. count: the dirty bytes too.
     """
+    for _attempt_number in range(_ATTEMPTS):
+        with contextlib.ExitStack() as held:
+            disk = _examine(path, follow, count, held)
+            # A VM that starts and stops meanwhile moves its bitmaps, and the figures would be of nothing.
+            if not count or all(member.is_unchanged() for member in disk.members):
+                return disk
+    for member in disk.members:
+        member.dirty.clear()
+    disk.dirty.clear()
+    return disk._replace(warning=f"{path}: is being changed again and again, so dirty bytes are not counted.")
+
+
+def _examine(path: str, follow: bool, count: bool, held: contextlib.ExitStack) -> Disk:
+    """Return everything about the disk, with images that held closes."""
     members: list[_Member] = []
     dirty: dict[str, int] = {}
     warning: str | None = None
-    with contextlib.ExitStack() as held:
-        problem = _attempt(path, lambda: _read(path, follow, members, held))
-        last = members[-1].image if members else None
-        complete = problem is None and (last is None or last.backing_file is None)
-        checkpoints = judge_all([member.link() for member in members], complete)
-        if count and _too_much(members):
-            limit = MAX_ALL_BITMAP_DATA >> 20
-            warning = printable(f"{path}: has more than {limit} MiB of bitmaps, so dirty bytes are not counted.")
-        elif count:
-            counting_problem = _attempt(path, lambda: _count(members, checkpoints, dirty))
-            problem = problem or counting_problem
+    problem = _attempt(path, lambda: _read(path, follow, members, held))
+    complete = problem is None and members[-1].is_bottom
+    checkpoints = judge_all([member.link() for member in members], complete)
+    counted = [[own for member in members for own in [member.maps.get(one.name)] if own] for one in checkpoints]
+    if count and 2 * sum(counting_cost(maps) for maps in counted if maps) > MAX_COUNTED_BITS:
+        warning = f"{path}: has so many bits set in its bitmaps that dirty bytes are not counted."
+    elif count:
+        counting_problem = _attempt(path, lambda: _count(members, checkpoints, dirty))
+        problem = problem or counting_problem
     return Disk(path, members, complete, checkpoints, dirty, problem, warning)
 
 
@@ -126,48 +166,57 @@ def _attempt(path: str, step: t.Callable[[], None]) -> str | None:
 
 def _read(path: str, follow: bool, members: list[_Member], held: contextlib.ExitStack) -> None:
     """Add the images of the chain to members, top to base, with descriptors that held closes."""
-    if not os.path.isabs(path) or "\0" in path:
+    if not os.path.isabs(path):
         raise Qcow2Error(f"{path!r}: is not an absolute path. Give the full path of the topmost image.")
     top = open_image(path)
     held.callback(os.close, top)
     # Which format the topmost image has is recorded nowhere; here it decides only what is read and shown.
     chain = walk_chain(top, path, None, with_bitmaps=False)
     held.callback(chain.close)
+    bitmaps = 0
     for layer, fd in chain:
         own = os.dup(fd)
         held.callback(os.close, own)
-        members.append(_member(layer, own))
+        member = _member(layer, own)
+        bitmaps += len(member.image.bitmaps) if member.image else 0
+        if bitmaps > MAX_BITMAPS_OF_CHAIN:
+            raise Qcow2Error(
+                f"{layer.path}: with its bitmaps the chain has more than {MAX_BITMAPS_OF_CHAIN}, too many to report. "
+                "Remove those that no backup needs with 'qemu-img bitmap --remove'."
+            )
+        members.append(member)
+        member.map_all()
+        if member.image is not None and member is members[0]:
+            _check_usable(member.image, layer.path)
         if not follow:
             break
+
+
+def _check_usable(image: Image, path: str) -> None:
+    """Raise when no VM can start on the topmost image, whatever its bitmaps are."""
+    problems = unusable(path, image)
+    if problems:
+        raise Qcow2Error(" ".join(problems))
 
 
 def _member(layer: Layer, fd: int) -> _Member:
     """Return an open image with its bitmaps, from a moment when nobody is about to open or close it."""
     image, in_use = (None, False) if layer.image is None else read_settled(fd, layer.path)
     actual_size = os.fstat(fd).st_blocks * SECTOR
-    return _Member(layer, fd, image, in_use or is_written(fd, layer.path), actual_size, {})
-
-
-def _too_much(members: t.Sequence[_Member]) -> bool:
-    """Whether counting would take too long: as much as an image made to harm can demand."""
-    images = [member.image for member in members if member.image]
-    whole = sum(bitmap.data_bytes(image.virtual_size) for image in images for bitmap in image.bitmaps)
-    return whole > MAX_ALL_BITMAP_DATA
+    return _Member(layer, fd, image, in_use or is_written(fd, layer.path), actual_size, {}, {})
 
 
 def _count(members: t.Sequence[_Member], checkpoints: t.Sequence[Checkpoint], dirty: dict[str, int]) -> None:
     """Count the dirty bytes of each bitmap, and of each valid checkpoint into dirty."""
-    maps = [member.maps() for member in members]
-    for member, own in zip(members, maps):
-        for name, one in own.items():
-            member.dirty[name] = dirty_bytes([one], member.layer.virtual_size)
+    for member in members:
+        for name, own in member.maps.items():
+            member.dirty[name] = dirty_bytes([own], member.layer.virtual_size)
     for checkpoint in checkpoints:
         if checkpoint.valid:
             name = checkpoint.name
-            chain = [own[name] for own in maps if name in own]
-            dirty[name] = (
-                dirty_bytes(chain, members[0].layer.virtual_size) if len(chain) > 1 else members[0].dirty[name]
-            )
+            maps = [member.maps[name] for member in members if name in member.maps]
+            is_one = len(maps) == 1
+            dirty[name] = members[0].dirty[name] if is_one else dirty_bytes(maps, members[0].layer.virtual_size)
 
 
 def _image_as_result(member: _Member) -> dict[str, t.Any]:
@@ -176,7 +225,7 @@ def _image_as_result(member: _Member) -> dict[str, t.Any]:
     result: dict[str, t.Any] = {
         "path": member.layer.path,
         "format": "qcow2" if image else member.layer.format or "raw",
-        "virtual_size": member.layer.virtual_size,
+        "virtual_size": member.layer.virtual_size if image or member.layer.format in (None, "raw") else None,
         "actual_size": member.actual_size,
         "in_use": member.in_use,
         "cluster_size": image.cluster_size if image else None,

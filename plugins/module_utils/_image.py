@@ -26,14 +26,12 @@ MAX_BITMAPS = 65535  # QEMU's QCOW2_MAX_BITMAPS
 MAX_BITMAP_NAME = 1023  # bytes; QEMU's BME_MAX_NAME_SIZE
 MAX_BITMAP_DIRECTORY = 1024 * MAX_BITMAPS  # bytes; QEMU's QCOW2_MAX_BITMAP_DIRECTORY_SIZE
 MAX_L1_TABLE = 32 * 1024 * 1024  # bytes; QEMU's QCOW_MAX_L1_SIZE
+L1_ENTRY_SIZE = 8  # bytes
 TABLE_ENTRY_SIZE = 8  # bytes of an entry of a bitmap table
 MAX_BITMAP_DATA = 512 * 1024 * 1024  # bytes that one bitmap may take; QEMU's BME_MAX_PHYS_SIZE
-MAX_ALL_BITMAP_DATA = 4 * 1024 * 1024 * 1024  # bytes that all bitmaps together may take here, in memory or to be read
 
 _V2_HEADER = struct.Struct(">4sIQIIQIIQQIIQ")
 _V3_HEADER = struct.Struct(">QQQII")
-_L1_FIELDS = struct.Struct(">IQ")  # number of entries, offset
-_L1_FIELDS_OFFSET = 36
 _EXTENSION = struct.Struct(">II")
 _BITMAPS_EXTENSION = struct.Struct(">IIQQ")
 _BITMAP_ENTRY = struct.Struct(">QIIBBHI")
@@ -116,6 +114,8 @@ class _Header(t.NamedTuple):
     cluster_size: int  # bytes
     virtual_size: int  # bytes
     crypt_method: int
+    l1_entries: int
+    l1_offset: int  # bytes
     incompatible: int
     compatible: int
     autoclear: int
@@ -127,17 +127,21 @@ class _Header(t.NamedTuple):
 def open_image(path: str) -> int:
     """Open the file or block device for reading and return the descriptor; whoever calls closes it."""
     try:
-        # O_NONBLOCK, or a FIFO of that name would hang us before we could see what it is.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        # First without opening it really: of a FIFO that would hang us, of some devices it would start something.
+        place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        try:
+            mode = os.fstat(place).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+                raise Qcow2Error(f"{path}: is neither a file nor a block device, so it cannot be a disk image.")
+            return os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            os.close(place)
     except FileNotFoundError as exc:
         raise Qcow2Error(f"{path}: does not exist. Check the name, and that its storage is mounted.") from exc
     except OSError as exc:
         raise Qcow2Error(f"{path}: cannot be opened: {exc.strerror}. It must be readable for this task.") from exc
-    mode = os.fstat(fd).st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-        os.close(fd)
-        raise Qcow2Error(f"{path}: is neither a file nor a block device, so it cannot be a disk image.")
-    return fd
+    except ValueError as exc:  # a NUL byte, or characters that file names cannot have in this locale
+        raise Qcow2Error(f"{path!r}: is no name that a file can have here. Correct it.") from exc
 
 
 def length_of(fd: int) -> int:
@@ -180,14 +184,17 @@ def read_image(fd: int, path: str, with_bitmaps: bool = True) -> Image:
 def holds_data(fd: int, path: str) -> bool:
     """Whether the open qcow2 image has data clusters of its own (qcow2 spec, L1 table); Qcow2Error when damaged."""
     header = _read_header(fd, path)
-    entries, offset = _L1_FIELDS.unpack(os.pread(fd, _L1_FIELDS.size, _L1_FIELDS_OFFSET))
-    size = entries * 8
-    if size > MAX_L1_TABLE or offset % header.cluster_size:
-        raise damaged(path, f"its L1 table has {entries} entries at offset {offset}")
-    table = os.pread(fd, size, offset)
+    size = header.l1_entries * L1_ENTRY_SIZE
+    table = os.pread(fd, size, header.l1_offset)
     if len(table) != size:
         raise damaged(path, "the file ends within the L1 table")
     return any(table)
+
+
+def l1_bytes(virtual_size: int, cluster_size: int, extended_l2: bool) -> int:
+    """Return the size in bytes of the L1 table that an image of that virtual size in bytes needs."""
+    l2_entries = cluster_size // (16 if extended_l2 else 8)
+    return -(-virtual_size // (l2_entries * cluster_size)) * L1_ENTRY_SIZE
 
 
 def damaged(path: str, what: str) -> Qcow2Error:
@@ -208,18 +215,32 @@ def _read_header(fd: int, path: str) -> _Header:
     data = os.pread(fd, 112, 0)
     if not data.startswith(MAGIC):
         raise Qcow2Error(
-            f"{path}: is not a qcow2 image (it does not begin with QFI\\xfb). "
-            "Name the image that the VM writes to; if that one is raw, say so with backing_format=raw."
+            f"{path}: is not a qcow2 image (it does not begin with QFI\\xfb), but is used as one. If it is raw, say so "
+            "with backing_format=raw; of a backing file, have the image above record it by 'qemu-img rebase -u -F raw'."
         )
     if len(data) < _V2_HEADER.size:
         raise damaged(path, f"the file ends within the header, after {len(data)} bytes")
-    (_magic, version, backing_offset, backing_length, cluster_bits, size, crypt, *_rest) = _V2_HEADER.unpack_from(data)
+    fields = _V2_HEADER.unpack_from(data)
+    (_magic, version, backing_offset, backing_length, cluster_bits, size, crypt, l1_entries, l1_offset, *_rest) = fields
     if version not in (2, 3):
         raise Qcow2Error(f"{path}: has qcow2 version {version}; only 2 and 3 are known. Is it really a qcow2 image?")
     if not 9 <= cluster_bits <= 21:
         raise damaged(path, f"cluster_bits is {cluster_bits}, allowed is 9 to 21")
     header = _Header(
-        version, backing_offset, backing_length, 1 << cluster_bits, size, crypt, 0, 0, 0, 4, _V2_HEADER.size, 0
+        version=version,
+        backing_offset=backing_offset,
+        backing_length=backing_length,
+        cluster_size=1 << cluster_bits,
+        virtual_size=size,
+        crypt_method=crypt,
+        l1_entries=l1_entries,
+        l1_offset=l1_offset,
+        incompatible=0,
+        compatible=0,
+        autoclear=0,
+        refcount_order=4,
+        length=_V2_HEADER.size,
+        compression_type=0,
     )
     if version == 3:
         header = _read_v3_fields(data, header, path)
@@ -263,6 +284,18 @@ def _check_header(header: _Header, path: str) -> None:
         raise damaged(path, "its compression type and its compression feature bit contradict each other")
     if header.incompatible & _INCOMPATIBLE_EXTENDED_L2 and header.cluster_size < 16384:
         raise damaged(path, f"it has extended L2 entries with clusters of only {header.cluster_size} bytes")
+    extended = bool(header.incompatible & _INCOMPATIBLE_EXTENDED_L2)
+    size = header.l1_entries * L1_ENTRY_SIZE
+    if (
+        size < l1_bytes(header.virtual_size, header.cluster_size, extended)
+        or size > MAX_L1_TABLE
+        or header.l1_offset % header.cluster_size
+    ):
+        raise damaged(
+            path,
+            f"its L1 table of {header.l1_entries} entries at offset {header.l1_offset} does not fit its virtual size, "
+            f"{header.virtual_size} bytes",
+        )
 
 
 def _backing_file(area: bytes, header: _Header, path: str) -> str | None:

@@ -199,19 +199,22 @@ class _Look(t.NamedTuple):
     image: Image
     live_before: bool  # a process had it open for writing before it was read
     live_after: bool
+    at_work: bool  # a run of this collection has the image locked, which looks like a process that has it open
 
     @property
     def is_plain(self) -> bool:
         """Whether nothing hints at somebody who is opening or closing the image just now."""
         bitmaps_fit = self.live_after or not any(bitmap.inconsistent for bitmap in self.image.bitmaps)
-        return self.live_before == self.live_after and bitmaps_fit and not self.image.lost_bitmaps
+        is_still = self.live_before == self.live_after and not self.at_work
+        return is_still and bitmaps_fit and not self.image.lost_bitmaps
 
 
 def _look(fd: int, path: str) -> _Look:
     """Read the image between two questions for its locks."""
     live_before = _locks.is_held(fd, _locks.WRITE, path)
     image = read_image(fd, path)
-    return _Look(image, live_before, _locks.is_held(fd, _locks.WRITE, path))
+    live_after = _locks.is_held(fd, _locks.WRITE, path)
+    return _Look(image, live_before, live_after, (live_before or live_after) and _locks.is_held(fd, _locks.OURS, path))
 
 
 def read_settled(fd: int, path: str) -> tuple[Image, bool]:

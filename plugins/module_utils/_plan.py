@@ -13,9 +13,9 @@ import os
 import sys
 import typing as t
 
-from ._chain import MAX_LAYERS, has_protocol
+from ._chain import MAX_LAYERS, has_protocol, unusable
 from ._errors import below_running_vm, in_use, printable
-from ._image import MAX_ALL_BITMAP_DATA, MAX_BACKING_FILE_NAME, MAX_BITMAP_DATA, MAX_L1_TABLE, Bitmap, Image
+from ._image import MAX_BACKING_FILE_NAME, MAX_BITMAP_DATA, MAX_L1_TABLE, Bitmap, Image, l1_bytes
 from ._observe import Active, Target
 
 CREATED = "created"
@@ -23,6 +23,7 @@ PRESENT = "present"
 FAILED = "failed"
 
 MAX_BITMAPS_CARRIED = 4096  # of one ACTIVE; QEMU's time grows with the square of them
+MAX_ALL_BITMAP_DATA = 4 * 1024 * 1024 * 1024  # bytes of memory that QEMU needs to have all bitmaps of ACTIVE open
 _HEADER_ROOM = 168  # bytes that an overlay's header and extensions take, beside the name of the backing file
 _SHOWN = 5  # bitmaps that a message names
 
@@ -213,18 +214,7 @@ def _active_problems(active: Active) -> list[str]:
         problems.append(
             f"{active.path}: is encrypted. An overlay would hold the guest's new data in plain text; not supported."
         )
-    if image.corrupt:
-        problems.append(
-            f"{active.path}: is marked corrupt, by a QEMU that found its metadata damaged. Repair it with "
-            "'qemu-img check -r all', or restore it, first."
-        )
-    if image.has_data_file and image.data_file is None:
-        problems.append(f"{active.path}: keeps its data in an external data file but does not name it; not supported.")
-    elif image.data_file is not None and has_protocol(image.data_file):
-        problems.append(
-            f"{active.path}: its external data file {image.data_file!r} is a protocol for QEMU, not a file. Refused: "
-            "such an image can make QEMU open whatever its author wants."
-        )
+    problems += unusable(active.path, image)
     return problems + _bitmap_problems(active, image)
 
 
@@ -291,7 +281,7 @@ def _new_problems(wanted: Wanted, active: Active, target: Target) -> list[str]:
         problems.append(
             f"{name}: does not fit into a header of {wanted.creation.cluster_size} bytes. Use a larger cluster_size."
         )
-    if _l1_bytes(wanted.creation, active.virtual_size) > MAX_L1_TABLE:
+    if l1_bytes(active.virtual_size, wanted.creation.cluster_size, wanted.creation.extended_l2) > MAX_L1_TABLE:
         problems.append(
             f"{wanted.path}: ACTIVE's {active.virtual_size} bytes are too many for a cluster_size of "
             f"{wanted.creation.cluster_size}. Use a larger cluster_size."
@@ -374,7 +364,9 @@ def all_or_none(verdicts: t.Sequence[Verdict]) -> list[Verdict]:
 def needed_bytes(verdict: Verdict) -> int:
     """Return how many bytes the new overlay takes on disk at least, where blocks are of 4 KiB or larger."""
     creation, size = verdict.wanted.creation, verdict.virtual_size or 0
-    needed = 3 * creation.cluster_size + _l1_bytes(creation, size)  # header, refcount table, one refcount block
+    needed = 3 * creation.cluster_size + l1_bytes(
+        size, creation.cluster_size, creation.extended_l2
+    )  # header, refcount table, one refcount block
     for bitmap in verdict.bitmaps:
         entries = -(-bitmap.data_bytes(size) // creation.cluster_size)
         needed += max(entries * 8, min(4096, creation.cluster_size))
@@ -400,12 +392,6 @@ def within_space(verdicts: t.Sequence[Verdict], targets: t.Sequence[Target], fre
     if all(verdict.state != FAILED for verdict in settled):
         free.update(left)
     return settled
-
-
-def _l1_bytes(creation: Creation, virtual_size: int) -> int:
-    """Return the size of the L1 table in bytes (qcow2 spec, Cluster mapping)."""
-    l2_entries = creation.cluster_size // (16 if creation.extended_l2 else 8)
-    return -(-virtual_size // (l2_entries * creation.cluster_size)) * 8
 
 
 def _is_power_of_two(number: int, low: int, high: int) -> bool:

@@ -39,12 +39,18 @@ options:
     description: Count the dirty bytes of each bitmap and each valid checkpoint, which reads the bitmaps' bits.
     type: bool
     default: true
+  checkpoint:
+    description:
+      - A checkpoint that every disk is to have. Then O(fail_on=invalid) is about this one alone, and a disk without it
+        is a failure too.
+      - Without it, bitmaps that no backup needs any more are judged too, and a disk without any bitmap is no failure.
+    type: str
   fail_on:
     description:
       - When the task fails. Everything that could be read is returned in any case.
       - V(error) if the chain of any disk cannot be read completely.
-      - V(invalid) also if any checkpoint of any disk is not valid. A checkpoint of a running VM, of which nothing can
-        be told, does not count.
+      - V(invalid) also if any checkpoint of any disk is not valid, or O(checkpoint) is missing. A checkpoint of a
+        running VM, of which nothing can be told, does not count.
       - V(never) leaves the judgement to the playbook.
     type: str
     choices: [never, error, invalid]
@@ -53,8 +59,8 @@ notes:
   - Needs nothing on the managed host but Python 3.9 or newer with its standard library.
   - The format of an image is the one that the image above it records. Of the topmost image, and where none is
     recorded, the first bytes tell, which here decides only what is read and shown.
-  - Chains of up to 200 images are followed. Dirty bytes are counted in up to 4 GiB of bitmap data of one disk; beyond
-    that they are null, with a warning.
+  - Chains of up to 200 images with up to 16384 bitmaps are followed. Dirty bytes are counted where up to 2**33 bits of
+    one disk have to be looked at; beyond that they are null, with a warning.
 seealso:
   - module: kvmfleet.qcow2.qcow2_overlay
   - name: Incremental backup internals of libvirt
@@ -78,6 +84,7 @@ EXAMPLES = r"""
     paths:
       - /srv/web.qcow2
       - /srv/db.qcow2
+    checkpoint: monday
     dirty_bytes: false
     fail_on: invalid
 
@@ -109,7 +116,7 @@ EXAMPLES = r"""
   ansible.builtin.debug:
     msg: "{{ ansible_play_hosts | map('extract', hostvars, ['chains', 'disks']) | flatten
       | map(attribute='checkpoints') | flatten | selectattr('name', 'equalto', 'monday')
-      | selectattr('valid', 'equalto', true) | map(attribute='dirty_bytes') | sum | human_readable }}"
+      | selectattr('dirty_bytes', 'number') | map(attribute='dirty_bytes') | sum | human_readable }}"
   run_once: true
 """
 
@@ -146,7 +153,7 @@ disks:
           type: str
           sample: qcow2
         virtual_size:
-          description: Virtual size in bytes.
+          description: Virtual size in bytes; null if the format is neither qcow2 nor raw.
           type: int
           sample: 10737418240
         actual_size:
@@ -158,7 +165,10 @@ disks:
           type: bool
           sample: false
         cluster_size:
-          description: Cluster size in bytes; null if not qcow2, as all below.
+          description:
+            - Cluster size in bytes.
+            - Null if it is not qcow2, as are RV(disks[].images[].compat), RV(disks[].images[].backing_file),
+              RV(disks[].images[].backing_format) and RV(disks[].images[].data_file).
           type: int
           sample: 65536
         compat:
@@ -265,8 +275,8 @@ disks:
           type: int
           sample: 196608
     msg:
-      description: Why not everything could be read.
-      returned: when not everything could be read
+      description: Why not everything could be read, or why no VM could start on it.
+      returned: when there is such a reason
       type: str
 """
 
@@ -287,7 +297,7 @@ def wanted_paths(params: dict[str, t.Any]) -> list[str]:
     if isinstance(paths, str) and paths.lstrip().startswith("["):
         try:
             paths = json.loads(paths)
-        except ValueError as exc:
+        except (ValueError, RecursionError) as exc:
             raise Qcow2Error(f"paths: begins like a list in JSON, but is none: {exc}. Correct it.") from exc
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
         raise Qcow2Error(
@@ -298,12 +308,12 @@ def wanted_paths(params: dict[str, t.Any]) -> list[str]:
     return paths
 
 
-def failures(disks: list[Disk], fail_on: str) -> list[str]:
+def failures(disks: list[Disk], fail_on: str, checkpoint: str | None) -> list[str]:
     """Return why the task is to fail."""
     if fail_on == "never":
         return []
     problems = [printable(disk.problem) for disk in disks if disk.problem]
-    return problems + [fault for disk in disks for fault in disk.faults if fail_on == "invalid"]
+    return problems + [fault for disk in disks for fault in disk.faults(checkpoint) if fail_on == "invalid"]
 
 
 def main() -> None:
@@ -314,6 +324,7 @@ def main() -> None:
             "paths": {"type": "raw"},
             "chain": {"type": "bool", "default": True},
             "dirty_bytes": {"type": "bool", "default": True},
+            "checkpoint": {"type": "str"},
             "fail_on": {"type": "str", "choices": ["never", "error", "invalid"], "default": "error"},
         },
         mutually_exclusive=[("path", "paths")],
@@ -327,9 +338,9 @@ def main() -> None:
     disks = [examine(path, module.params["chain"], module.params["dirty_bytes"]) for path in paths]
     for disk in disks:
         if disk.warning:
-            module.warn(disk.warning)
+            module.warn(printable(disk.warning))
     result = {"changed": False, "disks": [disk.as_result() for disk in disks]}
-    problems = failures(disks, module.params["fail_on"])
+    problems = failures(disks, module.params["fail_on"], module.params["checkpoint"])
     if problems:
         module.fail_json(msg="\n".join(problems), **result)
     module.exit_json(**result)

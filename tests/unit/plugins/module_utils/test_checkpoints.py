@@ -76,6 +76,7 @@ TABLE = [
     ("_i", False, "inconsistent", 1),
     # An image further down is open: the VM's topmost image is another one.
     ("gIg", None, "in_use", 1),
+    ("III", None, "in_use", 0),
     ("gI-", None, "in_use", 1),
     ("-I", False, "not_in_top", 0),
     ("g-I", None, "in_use", 2),

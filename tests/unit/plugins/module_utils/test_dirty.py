@@ -100,6 +100,22 @@ def test_clusters_of_the_bitmap_that_are_all_ones_or_all_zeroes(tmp_path):
         assert dirty_bytes([map_of(path)], size) == exported(monitor, tmp_path, "n", "x", size) == 2 * (256 << 20) + 512
 
 
+@pytest.mark.parametrize("top", [512, 1 << 31])
+def test_the_finest_and_the_coarsest_granularity_together(tmp_path, top):
+    size = (40 << 30) + 512
+    paths, backing = [], []
+    for layer, granularity in enumerate((512, 1 << 31) if top == 1 << 31 else (1 << 31, 512)):
+        path = qemu.create(tmp_path / f"layer{layer}", size, *backing)
+        qemu.add_bitmaps(path, [Bitmap("x", granularity, True, False)])
+        command = ["qemu-io", "-c", f"write {layer * 20}G 512", "-c", f"write {size - 512} 512", path]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        paths.insert(0, path)
+        backing = ["-b", path, "-F", "qcow2"]
+    # A granule of 2 GiB at each place, of which the one at the end has only 512 bytes of disk.
+    expected = {512: (1 << 31) + 512 + 512, 1 << 31: 2 * (1 << 31) + 512}
+    assert dirty_bytes([map_of(path) for path in paths], size) == expected[top]
+
+
 @pytest.mark.parametrize("granularity, wanted", [(1, 1), (8, 1), (1, 8), (4, 2), (2, 64), (64, 2)])
 def test_another_granularity_marks_whatever_is_touched(granularity, wanted):
     dice = random.Random(granularity * 100 + wanted)

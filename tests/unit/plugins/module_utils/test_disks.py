@@ -76,7 +76,7 @@ def test_a_sound_chain(chain, tmp_path):
     ]
     assert [image["format"] for image in result["images"]] == ["qcow2", "qcow2", "qcow2", "raw"]
     assert json.loads(json.dumps(result)) == result
-    assert sorted(fault.split(" (")[0] for fault in disk.faults) == [
+    assert sorted(fault.split(" (")[0] for fault in disk.faults(None)) == [
         f"{chain}: checkpoint 'broken' is not valid",
         f"{chain}: checkpoint 'off' is not valid",
     ]
@@ -201,7 +201,8 @@ def test_a_broken_chain_is_reported_as_far_as_it_can_be_read(chain, tmp_path, wh
     [
         ("relative", "is not an absolute path"),
         ("", "is not an absolute path"),
-        ("/a\0b", "is not an absolute path"),
+        ("/a\0b", "is no name that a file can have here"),
+        ("/a\ud800b", "is no name that a file can have here"),
         ("/does/not/exist", "does not exist"),
         ("/", "is neither a file nor a block device"),
         ("/" + "x" * 5000, "File name too long"),
@@ -213,21 +214,104 @@ def test_a_path_that_cannot_be(path, message):
     assert (result["images"], result["checkpoints"], result["in_use"]) == ([], [], None)
 
 
-def test_a_damaged_bitmap_table_costs_the_figures_only(chain):
-    table = qemu.read(chain).bitmap_tables[0].offset
-    qemu.patch(chain, table, struct.pack(">Q", 2))
+@pytest.mark.parametrize("count", [True, False])
+def test_a_damaged_bitmap_table_is_found_whether_its_bits_are_counted_or_not(chain, tmp_path, count):
+    low = str(tmp_path / "low")
+    names = [bitmap.name for bitmap in qemu.read(low).bitmaps]
+    qemu.patch(low, qemu.read(low).bitmap_tables[names.index("off")].offset, struct.pack(">Q", 2))
+    result = examine(chain, True, count).as_result()
+    assert "low: is damaged: an entry of the table of the bitmap 'off'" in result["msg"]
+    assert len(result["images"]) == 3
+    assert checkpoints(result)["monday"] == (None, "incomplete", "low", None)
+    assert subprocess.run(["qemu-io", "-r", "-c", "quit", chain], check=False, capture_output=True).returncode == 1
+
+
+def test_a_table_that_is_longer_than_the_image_needs(chain):
+    offset, _length = qemu.directory_of(chain)
+    qemu.patch(chain, offset + 8, struct.pack(">I", 2))
+    assert "has 2 entries" in examine(chain, True, False).problem
+    assert subprocess.run(["qemu-io", "-r", "-c", "quit", chain], check=False, capture_output=True).returncode == 1
+
+
+def test_a_topmost_image_on_which_no_vm_can_start(chain):
+    qemu.patch(chain, 72, struct.pack(">Q", 2))
     result = examine(chain, True, True).as_result()
-    assert "an entry of the table of the bitmap '" in result["msg"]
-    assert len(result["images"]) == 4
-    assert "msg" not in examine(chain, True, False).as_result()
+    assert "is marked corrupt" in result["msg"]
+    assert result["images"][0]["corrupt"] is True
+    assert checkpoints(result)["monday"][:2] == (None, "incomplete")
 
 
-def test_more_bitmaps_than_can_be_counted_cost_the_figures_with_a_warning(chain, monkeypatch):
-    monkeypatch.setattr(_disks, "MAX_ALL_BITMAP_DATA", 99)
+def test_below_a_format_that_is_not_looked_into_anything_may_be(tmp_path):
+    base = tmp_path / "base"
+    qemu.qemu_img("create", "-q", "-f", "vmdk", str(base), "10M")
+    top = qemu.create(tmp_path / "top", "10M", "-b", str(base), "-F", "vmdk")
+    qemu.add_bitmaps(top, [MONDAY])
+    result = examine(top, True, True).as_result()
+    assert "msg" not in result
+    assert (result["images"][1]["format"], result["images"][1]["virtual_size"]) == ("vmdk", None)
+    assert checkpoints(result)["monday"] == (None, "incomplete", "base", None)
+
+
+def test_more_than_can_be_counted_costs_the_figures_with_a_warning(chain, monkeypatch):
+    monkeypatch.setattr(_disks, "MAX_COUNTED_BITS", 99)
     disk = examine(chain, True, True)
     assert "dirty bytes are not counted" in disk.warning
     assert disk.problem is None
     assert checkpoints(disk.as_result())["monday"] == (True, None, None, None)
+
+
+def test_more_bitmaps_than_can_be_reported(chain, monkeypatch):
+    monkeypatch.setattr(_disks, "MAX_BITMAPS_OF_CHAIN", 3)
+    disk = examine(chain, True, True)
+    assert "more than 3, too many to report" in disk.problem
+    assert len(disk.members) == 1
+
+
+@pytest.mark.parametrize("times", [1, 9])
+def test_a_vm_that_runs_while_bits_are_counted(chain, monkeypatch, times):
+    real, calls = _disks._count, []
+
+    def counting(*args):
+        calls.append(args)
+        if len(calls) <= times:
+            write(chain, "5M")
+        real(*args)
+
+    monkeypatch.setattr(_disks, "_count", counting)
+    disk = examine(chain, True, True)
+    figures = checkpoints(disk.as_result())["monday"][3]
+    if times == 1:
+        assert (len(calls), figures, disk.warning) == (2, 4 * 65536, None)
+    else:
+        assert (len(calls), figures) == (3, None)
+        assert "changed again and again" in disk.warning
+
+
+def test_what_a_gate_is_told(chain, tmp_path):
+    disk = examine(chain, True, False)
+    assert disk.faults("monday") == []
+    assert "checkpoint 'off' is not valid" in disk.faults("off")[0]
+    assert "no image of its chain has the checkpoint 'nobody'" in disk.faults("nobody")[0]
+    # All of them worthless: there is no checkpoint of which anything could be said.
+    alone = qemu.create(tmp_path / "alone", "1M")
+    assert examine(alone, True, False).faults(None) == []
+    qemu.add_bitmaps(alone, [MONDAY])
+    qemu.patch(alone, 88, struct.pack(">Q", 0))
+    assert "its 1 bitmaps are worthless" in examine(alone, True, False).faults(None)[0]
+    many = qemu.create(tmp_path / "many", "1M")
+    qemu.add_bitmaps(many, [Bitmap(f"b{number}", 65536, False, False) for number in range(30)])
+    assert len(examine(many, True, False).faults(None)) == 11
+
+
+def test_nothing_stays_open(chain, tmp_path):
+    before = os.listdir("/proc/self/fd")
+    for _time in range(3):
+        examine(chain, True, True)
+        examine(chain, False, True)
+        examine(str(tmp_path / "missing"), True, True)
+    os.unlink(tmp_path / "low")
+    examine(chain, True, True)
+    assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
 def test_odd_names_can_be_returned(tmp_path):
@@ -247,7 +331,7 @@ def test_odd_names_can_be_returned(tmp_path):
     names = {bitmap["name"] for bitmap in result["images"][0]["bitmaps"]}
     assert names == {"m\\udcffnday", "-\n,\u202e"}
     assert set(checkpoints(result)) == names
-    for text in disk.faults:
+    for text in disk.faults(None):
         text.encode("utf-8")
 
 
