@@ -35,7 +35,9 @@ make_venv() {  # make_venv NAME PYTHON REQUIREMENT...: a virtual environment in 
 prepare() {
   say "prepare"
   tests/install.sh qemu-img=qemu-utils qemu-storage-daemon=qemu-system-common qemu-system-x86_64=qemu-system-x86 \
-    shellcheck=shellcheck jq=jq gcc=gcc mkfs.ext4=e2fsprogs setfacl=acl mount.exfat-fuse=exfat-fuse mkfs.exfat=exfatprogs
+    shellcheck=shellcheck jq=jq gcc=gcc mkfs.ext4=e2fsprogs setfacl=acl mount.exfat-fuse=exfat-fuse mkfs.exfat=exfatprogs \
+    libvirtd=libvirt-daemon virsh=libvirt-clients pkg-config=pkg-config /usr/include/libvirt/libvirt.h=libvirt-dev \
+    "/usr/lib/$(uname -m)-linux-gnu/libvirt/connection-driver/libvirt_driver_qemu.so=libvirt-daemon-driver-qemu"
   python3 -c 'import ensurepip' 2> /dev/null || tests/install.sh no-ensurepip-yet=python3-venv
   usable=()
   local leg core controller host
@@ -45,7 +47,7 @@ prepare() {
     if python=$(find_python "$controller") && target=$(find_python "$host"); then
       make_venv "core-$core" "$python" "ansible-core==$core.*" -r tests/unit/requirements.txt
       # Only to run module code and its unit tests in: the Python of a managed host needs no Ansible.
-      make_venv "host-$host" "$target" -r tests/unit/requirements.txt
+      make_venv "host-$host" "$target" -r tests/unit/requirements.txt libvirt-python
       usable+=("$leg")
     else
       echo "MISSING: Python $controller or $host, so ansible-core $core is not tested here." >&2
@@ -61,7 +63,8 @@ fall_back_on_system_python() {  # a machine with one Python only, such as a fres
   [[ "$version" = 3.1[1-3] ]] || { echo "Needs Python 3.11, 3.12 or 3.13." >&2; exit 1; }
   local core=2.19
   make_venv "core-$core" "$(find_python "$version")" "ansible-core==$core.*" -r tests/unit/requirements.txt
-  make_venv "host-$version" "$(find_python "$version")" -r tests/unit/requirements.txt
+  tests/install.sh "/usr/include/python$version/Python.h=python3-dev"
+  make_venv "host-$version" "$(find_python "$version")" -r tests/unit/requirements.txt libvirt-python
   usable=("$core $version $version")
 }
 
@@ -113,7 +116,7 @@ lint() {
   "$bin/ruff" check .
   "$bin/ruff" format --check .
   (cd "$cache/collections" && "$bin/mypy" --config-file "$project/pyproject.toml" -p ansible_collections.kvmfleet.qcow2.plugins)
-  shellcheck tests/*.sh .ci/run
+  shellcheck tests/*.sh tests/integration/targets/*/files/*.sh .ci/run
   (cd "$copy" && HOME=$cache/home PATH=$bin:$PATH ANSIBLE_COLLECTIONS_PATH=$cache/collections "$bin/ansible-lint" --offline --profile production)
 }
 

@@ -1,5 +1,9 @@
-# Functions for the tests with libvirt; the sourcing script gives the working folder: . lab.sh FOLDER
+#!/usr/bin/env bash
+# Functions for the tests with libvirt. To be read in, with the working folder: . lab.sh FOLDER
 # The libvirt daemon is one of our own: its state lies in the folder, in a mount namespace that goes with it.
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
 set -euo pipefail
 lab=$1
 export LIBVIRT_DEFAULT_URI="qemu+unix:///system?socket=$lab/sock/libvirt-sock"
@@ -26,18 +30,20 @@ CONF
   printf 'unix_sock_dir = "%s"\nauth_unix_rw = "none"\n' "$lab/sock" > "$lab/libvirtd.conf"
   export -f state_of
   export lab
+  # shellcheck disable=SC2016  # the shell inside expands it
   setsid unshare --mount --propagation private bash -c '
     for place in etc lib cache log run; do mount --bind "$lab/$place" "$(state_of "$place")"; done
     for file in passwd group; do mount --bind "$lab/$file" "/etc/$file"; done
     exec libvirtd --config "$lab/libvirtd.conf" --pid-file "$lab/libvirtd.pid"
   ' < /dev/null > "$lab/libvirtd.log" 2>&1 &
-  local attempt
-  for attempt in $(seq 300); do
-    virsh version > /dev/null 2>&1 && return
+  local deadline=$((SECONDS + 60))
+  until virsh version > /dev/null 2>&1; do
+    if [ "$SECONDS" -ge "$deadline" ]; then
+      cat "$lab/libvirtd.log" >&2
+      return 1
+    fi
     sleep 0.1
   done
-  cat "$lab/libvirtd.log" >&2
-  return 1
 }
 
 state_of() {
@@ -54,7 +60,7 @@ state_of() {
 stop_daemon() {
   local pid
   for pid in "$lab"/run/qemu/*.pid "$lab/libvirtd.pid"; do
-    [ -s "$pid" ] && kill -KILL "$(cat "$pid")" 2> /dev/null || true
+    if [ -s "$pid" ]; then kill -KILL "$(cat "$pid")" 2> /dev/null || true; fi
   done
 }
 
@@ -107,11 +113,7 @@ backup() {
   echo "<domainbackup>${since:+<incremental>$since</incremental>}<disks>$disks</disks></domainbackup>" > "$lab/backup.xml"
   echo "<domaincheckpoint><name>$checkpoint</name></domaincheckpoint>" > "$lab/checkpoint.xml"
   virsh -q backup-begin "$domain" "$lab/backup.xml" "$lab/checkpoint.xml" > /dev/null
-  local attempt
-  for attempt in $(seq 200); do
-    [[ $(virsh domjobinfo "$domain") == *None* ]] && break
-    sleep 0.05
-  done
+  until [[ $(virsh domjobinfo "$domain") == *None* ]]; do sleep 0.05; done
   [[ $(virsh domjobinfo --completed "$domain") == *Completed* ]]
 }
 
@@ -131,7 +133,7 @@ same() {
     qemu-img convert -f qcow2 -O raw "$previous" "$lab/rebuilt.raw"
     qemu-img convert -f qcow2 -O raw "${images[$number]}" "$lab/truth.raw"
     cmp "$lab/rebuilt.raw" "$lab/truth.raw"
-    # A comparison that cannot fail proves nothing: there is data, and the last backup holds some of it.
-    ! cmp -s -n 1048576 "$lab/truth.raw" /dev/zero
+    # Comparing nothing with nothing would prove nothing.
+    if cmp -s -n 1048576 "$lab/truth.raw" /dev/zero; then return 1; fi
   done
 }
