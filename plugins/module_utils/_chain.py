@@ -12,6 +12,7 @@ import typing as t
 from ._errors import Qcow2Error
 from ._image import SECTOR, Image, is_qcow2, length_of, open_image, read_image
 
+_ANY_DEVICE = -1  # stands for the file system of a block device, which can have several nodes
 MAX_LAYERS = 200  # libvirt follows no chain further either
 
 
@@ -24,6 +25,11 @@ class Layer(t.NamedTuple):
     format: str | None  # as the layer above records it; None when it does not
     virtual_size: int  # bytes
     image: Image | None  # None when the layer is not qcow2; below the top without its bitmaps
+
+    @property
+    def is_device(self) -> bool:
+        """Whether it is a block device."""
+        return self.identity[0] == _ANY_DEVICE
 
 
 def has_protocol(name: str) -> bool:
@@ -52,7 +58,7 @@ def unusable(path: str, image: Image) -> list[str]:
 def identity_of(status: os.stat_result) -> tuple[int, int]:
     """Return what tells a file from all others: of a block device the device itself, else device and inode."""
     if stat.S_ISBLK(status.st_mode):
-        return (-1, status.st_rdev)
+        return (_ANY_DEVICE, status.st_rdev)
     return (status.st_dev, status.st_ino)
 
 

@@ -3,23 +3,32 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Decide: what the definition of a libvirt domain says of its disks, and what it must become.
 
-Pure: XML in, values or XML out (libvirt, "Domain XML format", Hard drives, floppy disks, CDROMs). All that is not
-changed stays as it was, comments and namespace prefixes included; only quotes may become double ones.
+Pure: XML in, values or XML out (libvirt, "Domain XML format", Hard drives, floppy disks, CDROMs). Whatever is not
+inside the element of a switched disk stays as it was, byte by byte.
 """
 
 from __future__ import annotations
 
 import typing as t
 import xml.dom.minidom
+import xml.parsers.expat
 
 FORMATS = ("qcow2", "raw")  # that an image with an overlay on top can have here
+_DISK = ["domain", "devices", "disk"]
 _SOURCE_ATTRIBUTES = {"file": "file", "block": "dev"}  # which attribute of <source> has the path, by type of the disk
+
+
+class StatedImage(t.NamedTuple):
+    """An image that a definition states to be below another."""
+
+    path: str  # of an image that is no local file, its type
+    format: str
 
 
 class StatedChain(t.NamedTuple):
     """The backing chain that a definition states with <backingStore>, in place of what the images record."""
 
-    paths: tuple[str, ...]  # below the disk's own image; an image that is no local file shows as its type
+    images: tuple[StatedImage, ...]  # below the disk's own image
     is_complete: bool  # or else the last image tells what is below it
 
 
@@ -31,6 +40,7 @@ class DomainDisk(t.NamedTuple):
     source: str | None  # path; None when it has none
     format: str  # as <driver type> says
     unfit: str | None  # why it can take no part in snapshots
+    excluded: bool  # by snapshot='no', which is a default only
     stated_chain: StatedChain | None
 
 
@@ -45,12 +55,36 @@ def switched(definition: str, overlays: t.Mapping[str, str]) -> str:
     Only the path changes, and the format when it was raw. The stated backing chain goes: it would end at the wrong
     image, and the overlay itself records what is below it.
     """
-    document = _parse(definition)
-    for element in _disk_elements(document):
+    data = definition.encode("utf-8")
+    for start, end in reversed(_places_of_disks(data)):
+        document = _parse(data[start:end].decode("utf-8"))
+        element = document.documentElement
         target = _target_of(element)
         if target in overlays:
             _switch(document, element, overlays[target])
-    return t.cast("str", document.documentElement.toxml()) + "\n"
+            data = data[:start] + element.toxml().encode("utf-8") + data[end:]
+    return data.decode("utf-8")
+
+
+def _places_of_disks(data: bytes) -> list[tuple[int, int]]:
+    """Return where the elements of the disks begin and end, in bytes."""
+    parser = xml.parsers.expat.ParserCreate("utf-8")
+    open_elements: list[str] = []
+    places: list[tuple[int, int]] = []
+
+    def start(name: str, _attributes: t.Any) -> None:
+        open_elements.append(name)
+        if open_elements == _DISK:
+            places.append((parser.CurrentByteIndex, -1))
+
+    def end(_name: str) -> None:
+        if open_elements == _DISK:
+            places[-1] = (places[-1][0], data.index(b">", parser.CurrentByteIndex) + 1)
+        open_elements.pop()
+
+    parser.StartElementHandler, parser.EndElementHandler = start, end
+    parser.Parse(data, True)
+    return places
 
 
 def parts_of(definition: str, targets: t.Container[str]) -> str:
@@ -114,6 +148,7 @@ def _disk_from(element: t.Any) -> DomainDisk:
         source=source,
         format=image_format,
         unfit=_unfit(element, kind, image_format, source),
+        excluded=element.getAttribute("snapshot") == "no",
         stated_chain=_stated_chain(stated[0]) if stated else None,
     )
 
@@ -139,15 +174,16 @@ def _unfit(element: t.Any, kind: str, image_format: str, source: str | None) -> 
 
 def _stated_chain(element: t.Any) -> StatedChain:
     """Return the chain that a <backingStore> states, which are nested; an empty one says that there is no more."""
-    paths: list[str] = []
+    images: list[StatedImage] = []
     while element.getAttribute("type") or _children(element, "source"):
         kind = element.getAttribute("type") or "file"
-        paths.append(_source_of(element, kind) or kind)
+        formats = [stated.getAttribute("type") for stated in _children(element, "format")]
+        images.append(StatedImage(_source_of(element, kind) or kind, formats[0] if formats else "raw"))
         inner = _children(element, "backingStore")
         if not inner:
-            return StatedChain(tuple(paths), is_complete=False)
+            return StatedChain(tuple(images), is_complete=False)
         element = inner[0]
-    return StatedChain(tuple(paths), is_complete=True)
+    return StatedChain(tuple(images), is_complete=True)
 
 
 def _switch(document: t.Any, disk: t.Any, path: str) -> None:

@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 import os
+import stat
 import typing as t
 
 from ._chain import Layer, read_chain
-from ._checkpoints import Checkpoint, Link, judge
-from ._definition import DomainDisk, StatedChain, disks_of, parts_of, switched
+from ._checkpoints import INCOMPLETE, Checkpoint, Link, judge
+from ._definition import DomainDisk, StatedChain, StatedImage, disks_of, parts_of, switched
 from ._disks import examine
 from ._errors import Qcow2Error, printable
 from ._image import Bitmap, open_image
-from ._libvirt import Domain, KnownCheckpoint, Libvirt, Unreadable
+from ._libvirt import Domain, KnownCheckpoint, Libvirt, Unreadable, select
 from ._overlays import Settings, make_overlays
 from ._plan import CREATED, FAILED, PRESENT, Creation, Verdict, Wanted
 
@@ -88,10 +89,13 @@ class DomainOutcome(t.NamedTuple):
 
 
 def overlay_domains(
-    libvirt: Libvirt, found: t.Sequence[Domain | Unreadable], request: Request, settings: Settings
+    libvirt: Libvirt, names: t.Sequence[str], request: Request, settings: Settings
 ) -> tuple[list[DomainOutcome], list[str]]:
-    """Make the overlays of all domains and switch the domains, each all or none; return them, and warnings."""
-    plans = [plan_domain(domain, request) for domain in found if isinstance(domain, Domain)]
+    """Make the overlays of all these domains and switch the domains, each all or none; return them, and warnings."""
+    everybody = libvirt.domains()
+    found, unmatched = select(everybody, names)
+    users = _users_of_images([domain for domain in everybody.values() if isinstance(domain, Domain)])
+    plans = [plan_domain(domain, request, users) for domain in found if isinstance(domain, Domain)]
     sound = [plan for plan in plans if not plan.problems]
     switches = {plan.domain.uuid: _Switch(libvirt, plan) for plan in sound if plan.overlays}
     wanted = [wanted for plan in sound for wanted in plan.wanted.values()]
@@ -102,7 +106,29 @@ def overlay_domains(
         for plan in plans
     }
     everything = [results.get(domain.name) or _unreadable(domain) for domain in found]
-    return everything, outcome.warnings
+    warnings = [f"{pattern}: no domain of this host matches it." for pattern in unmatched]
+    return everything, warnings + outcome.warnings
+
+
+class Users(t.NamedTuple):
+    """The names of the domains of this host that use an image, by its real path."""
+
+    anyhow: dict[str, set[str]]  # anywhere in the chain of a disk
+    writing: dict[str, set[str]]  # as the topmost image of a disk that they write to
+
+
+def _users_of_images(domains: t.Sequence[Domain]) -> Users:
+    """Return which domains use which images."""
+    users = Users({}, {})
+    for domain in domains:
+        for disk in disks_of(domain.definition):
+            if disk.source is not None:
+                layers, _problem = _layers_of(disk.source, disk.format)
+                for path in [os.path.realpath(disk.source), *(layer.real_path for layer in layers)]:
+                    users.anyhow.setdefault(path, set()).add(domain.name)
+                if disk.unfit not in ("cdrom", "floppy", "read-only"):
+                    users.writing.setdefault(os.path.realpath(disk.source), set()).add(domain.name)
+    return users
 
 
 class _Switch:
@@ -117,6 +143,9 @@ class _Switch:
     def run(self) -> None:
         """Switch the domain to its overlays; Qcow2Error when that fails."""
         try:
+            gone = [path for path in self._plan.overlays.values() if not os.path.exists(path)]
+            if gone:
+                raise Qcow2Error(f"{gone[0]}: was removed meanwhile. Run this again.")
             self._libvirt.switch(self._plan.domain, self._plan.definition, self._plan.overlays)
         except Qcow2Error as exc:
             self.problem = str(exc)
@@ -124,13 +153,13 @@ class _Switch:
         self.is_done = True
 
 
-def plan_domain(domain: Domain, request: Request) -> Plan:
+def plan_domain(domain: Domain, request: Request, users: Users) -> Plan:
     """Return what is to become of a domain, as far as that can be said without its images' bitmaps."""
     plan = Plan(domain, {}, {}, [], [])
     for disk in disks_of(domain.definition):
         reason = _reason_to_skip(disk, request)
         if reason is None:
-            _plan_disk(plan, disk, request)
+            _plan_disk(plan, disk, request, users)
         else:
             plan.skipped.append(Skipped(disk.target, reason))
     skipped = {disk.target: disk.reason for disk in plan.skipped}
@@ -151,23 +180,46 @@ def _reason_to_skip(disk: DomainDisk, request: Request) -> str | None:
         return disk.unfit
     if request.targets is not None and disk.target not in request.targets:
         return _NOT_ASKED_FOR
-    if disk.kind == "block" and request.directory is None:
+    if disk.excluded and request.targets is None:
+        return "excluded by snapshot='no' in the definition"
+    if request.directory is None and (disk.kind == "block" or _is_device(disk.source)):
         return "block device, beside which no overlay can be made; give a directory"
     return None
 
 
-def _plan_disk(plan: Plan, disk: DomainDisk, request: Request) -> None:
+def _is_device(source: str | None) -> bool:
+    """Whether the image of a disk is a block device, whatever the definition calls it."""
+    try:
+        return source is not None and stat.S_ISBLK(os.stat(source).st_mode)
+    except OSError:
+        return False
+
+
+def _plan_disk(plan: Plan, disk: DomainDisk, request: Request, users: Users) -> None:
     """Add to the plan what is to become of a disk that takes part."""
-    source = t.cast("str", disk.source)
+    name, source = plan.domain.name, t.cast("str", disk.source)
     layers, problem = _layers_of(source, disk.format)
-    name = f"{stem_of([layer.path for layer in layers] or [source])}.{request.snapshot}.qcow2"
+    # A template belongs to all its clones; neither its name nor its snapshots are those of this domain.
+    own = [layer for layer in layers if users.anyhow.get(layer.real_path, set()) <= {name}]
+    others = users.writing.get(os.path.realpath(source), set()) - {name}
     # Whoever is on that snapshot already, or above it, may have been given another directory then.
-    for above, below in zip(layers, layers[1:]):
-        if os.path.basename(above.path) == name:
+    for above, below in zip(own, layers[1:]):
+        if os.path.basename(above.path).endswith(f".{request.snapshot}.qcow2"):
             plan.wanted[disk.target] = Wanted(above.path, below.path, below.format or "qcow2", vm=plan.domain.uuid)
             break
     else:
-        path = os.path.join(request.directory or os.path.dirname(source), name)
+        stem = stem_of([layer.path for layer in own] or [source])
+        path = os.path.join(request.directory or os.path.dirname(source), f"{stem}.{request.snapshot}.qcow2")
+        if others:
+            problem = (
+                f"{name}: its disk {disk.target} is a disk of {', '.join(sorted(others))} too, which would go on "
+                "writing below the overlay. Give each a disk of its own."
+            )
+        if path in plan.overlays.values():
+            problem = (
+                f"{name}: several of its disks would get the overlay {path}. Take them one by one, by disks, into "
+            )
+            problem += "directories of their own."
         plan.overlays[disk.target] = path
         plan.wanted[disk.target] = Wanted(
             path=path,
@@ -179,7 +231,7 @@ def _plan_disk(plan: Plan, disk: DomainDisk, request: Request) -> None:
             unused=True,
         )
     if problem is None and disk.stated_chain is not None:
-        problem = _stated_problem(plan.domain.name, disk, disk.stated_chain, layers)
+        problem = _stated_problem(name, disk, disk.stated_chain, layers)
     if problem is not None:
         plan.problems.append(problem)
 
@@ -215,15 +267,17 @@ def stem_of(paths: t.Sequence[str]) -> str:
 
 def _stated_problem(name: str, disk: DomainDisk, stated: StatedChain, layers: t.Sequence[Layer]) -> str | None:
     """Return how the chain that the definition states differs from the one that the images record."""
-    recorded = [layer.real_path for layer in layers[1:]]
-    paths = [os.path.realpath(path) for path in stated.paths]
+    recorded = [StatedImage(layer.real_path, layer.format or "") for layer in layers[1:]]
+    images = [StatedImage(os.path.realpath(image.path), image.format) for image in stated.images]
     unnamed = [layer.path for layer in layers[1:] if layer.format is None]
-    if paths != recorded[: len(paths)] or (stated.is_complete and len(paths) != len(recorded)):
+    # Where the images record no format, the one that the definition states is not another one.
+    known = [image if image.format else image._replace(format=own.format) for image, own in zip(recorded, images)]
+    if images != known or (stated.is_complete and len(images) != len(recorded)):
         return (
-            f"{name}: its definition states another backing chain for {disk.target} ({' > '.join(paths) or 'none'}) "
-            f"than the images record ({' > '.join(recorded) or 'none'}), so the guest may have been seeing other data "
-            "than an overlay would show. Find out which is right; then correct <backingStore> in the definition, or "
-            "the images with 'qemu-img rebase -u'."
+            f"{name}: its definition states another backing chain for {disk.target} ({_shown(images)}) than the images "
+            f"record ({_shown(recorded)}), so the guest may have been seeing other data than an overlay would show. "
+            "Find out which is right; then correct <backingStore> in the definition, or the images with "
+            "'qemu-img rebase -u'."
         )
     if unnamed:
         return (
@@ -231,6 +285,11 @@ def _stated_problem(name: str, disk: DomainDisk, stated: StatedChain, layers: t.
             "overlay needs. Record it with 'qemu-img rebase -u -b … -F …'."
         )
     return None
+
+
+def _shown(images: t.Sequence[StatedImage]) -> str:
+    """Return a chain for a message."""
+    return " > ".join(f"{image.path} as {image.format or 'no format'}" for image in images) or "none"
 
 
 def _state_problems(plan: Plan) -> list[str]:
@@ -308,14 +367,14 @@ def _judge_checkpoints(plan: Plan, overlays: t.Mapping[str, Verdict]) -> list[Ch
     chains = {
         disk.target: _chain_after(disk, overlays.get(disk.target), plan)
         for disk in disks_of(plan.domain.definition)
-        if disk.target in targets and disk.source is not None
+        if disk.target in targets
     }
     return [_judge_checkpoint(known, chains) for known in plan.domain.checkpoints]
 
 
 def _chain_after(disk: DomainDisk, verdict: Verdict | None, plan: Plan) -> _Chain:
     """Return the chain of a disk after the run; the overlay is taken as it was promised, so also in check mode."""
-    source = examine(t.cast("str", disk.source), follow=True, count=False)
+    source = examine(disk.source or "", follow=True, count=False)
     if verdict is None or disk.target not in plan.overlays:
         return _Chain(source.links, source.is_complete)
     bitmaps = {b.name: Bitmap(b.name, b.granularity, recording=True, inconsistent=False) for b in verdict.bitmaps}
@@ -327,8 +386,12 @@ def _judge_checkpoint(known: KnownCheckpoint, chains: t.Mapping[str, _Chain]) ->
     """Return the worst verdict of all disks of a checkpoint, since a backup needs all of them."""
     verdicts = [
         judge(bitmap, chains[target].links, chains[target].is_complete)
+        if chains[target].links
+        else Checkpoint(
+            bitmap, None, INCOMPLETE, None, f"The image of the disk {target} cannot be read. Mend it first."
+        )
         for target, bitmap in known.bitmaps.items()
-        if target in chains and chains[target].links
+        if target in chains  # the definition may have lost a disk since
     ]
     worst = min(verdicts, key=lambda verdict: {False: 0, None: 1, True: 2}[verdict.valid], default=None)
     return worst._replace(name=known.name) if worst else Checkpoint(known.name, None)

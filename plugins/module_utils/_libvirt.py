@@ -51,6 +51,22 @@ class Unreadable(t.NamedTuple):
     problem: str
 
 
+def select(
+    domains: t.Mapping[str, Domain | Unreadable], names: t.Sequence[str]
+) -> tuple[list[Domain | Unreadable], list[str]]:
+    """Return the domains of these names and patterns, each once; and the patterns that match none."""
+    found: dict[str, Domain | Unreadable] = {}
+    unmatched = []
+    for name in names:
+        matching = [name] if name in domains else fnmatch.filter(sorted(domains), name)
+        found.update({match: domains[match] for match in matching})
+        if not matching and any(character in name for character in "*?["):
+            unmatched.append(name)
+        elif not matching:
+            found[name] = Unreadable(name, f"{name}: libvirt knows no such domain on this host. Check the name.")
+    return list(found.values()), unmatched
+
+
 class Libvirt:
     """A connection to the daemon."""
 
@@ -65,22 +81,13 @@ class Libvirt:
                 "Run with become, or give another uri."
             ) from exc
 
-    def find(self, names: t.Sequence[str]) -> tuple[list[Domain | Unreadable], list[str]]:
-        """Return the domains of these names and patterns, each once, by name; and the patterns that match none."""
+    def domains(self) -> dict[str, Domain | Unreadable]:
+        """Return all domains of the host by name."""
         try:
             handles = {handle.name(): handle for handle in self._connection.listAllDomains(0)}
         except libvirt.libvirtError as exc:
             raise Qcow2Error(f"libvirt cannot list its domains: {_words(exc)}.") from exc
-        found: dict[str, Domain | Unreadable] = {}
-        unmatched = []
-        for name in names:
-            matching = [name] if name in handles else fnmatch.filter(sorted(handles), name)
-            found.update({match: _read(handles[match], match) for match in matching if match not in found})
-            if not matching and any(character in name for character in "*?["):
-                unmatched.append(name)
-            elif not matching:
-                found[name] = Unreadable(name, f"{name}: libvirt knows no such domain on this host. Check the name.")
-        return list(found.values()), unmatched
+        return {name: _read(handle, name) for name, handle in handles.items()}
 
     def switch(self, domain: Domain, new: str, overlays: t.Mapping[str, str]) -> None:
         """Give the domain its new definition, in which these targets are these overlays, and read it back.
@@ -92,25 +99,22 @@ class Libvirt:
             _check_unchanged(handle, domain)
         except libvirt.libvirtError as exc:
             raise Qcow2Error(f"{domain.name}: libvirt cannot look at it: {_words(exc)}. Run this again.") from exc
-        error = ""
+        error = "libvirt took it, but made something else of it."
         try:
             self._connection.defineXML(new)
         except libvirt.libvirtError as exc:
-            error = f"libvirt says: {_words(exc)}"
+            error = f"libvirt says: {_words(exc)}."
         try:
             now = _definition_of(handle)
-            if not error and _is_as_wanted(now, domain, overlays):
-                return
-            if now != domain.definition:
-                self._connection.defineXML(domain.definition)
-                now = _definition_of(handle)
         except libvirt.libvirtError as exc:
-            raise _half_done(domain, error or f"libvirt says: {_words(exc)}") from exc
-        if disks_of(now) != disks_of(domain.definition):
+            raise _half_done(domain, f"libvirt says: {_words(exc)}.") from exc
+        if _is_as_wanted(now, domain, overlays):
+            return
+        if now != domain.definition:  # nor is it the old one: somebody else may be changing it, and is not overruled
             raise _half_done(domain, error)
         raise Qcow2Error(
             f"{domain.name}: its definition could not be changed, so the old one stands and new overlays were removed "
-            f"again. {error or 'libvirt took it, but made something else of it.'}"
+            f"again. {error}"
         )
 
 

@@ -92,15 +92,16 @@ def make_overlays(wanted: t.Sequence[Wanted], settings: Settings, finish: Finish
         if any(_is_pending(verdicts[index], finish or {}) for index in group)
         and all(verdicts[index].state != FAILED for index in group)
     ]
+    done = 0
     try:
-        for number, group in enumerate(to_do):
-            try:
-                some = _make_group([verdicts[index] for index in group], engine, settings, finish or {})
+        for group in to_do:
+            with contextlib.ExitStack() as held:
+                some = _make_group([verdicts[index] for index in group], engine, settings, finish or {}, held)
                 _store(verdicts, group, some)
-            except Interrupted as exc:
-                for index in (index for group in to_do[number:] for index in group):
-                    verdicts[index] = _interrupted(verdicts[index], exc)
-                break
+                done += 1
+    except Interrupted as exc:
+        for index in (index for group in to_do[done:] for index in group):
+            verdicts[index] = _interrupted(verdicts[index], exc)
     finally:
         engine.stop()
     warnings += [printable(warning) for verdict in verdicts for warning in verdict.warnings]
@@ -179,25 +180,26 @@ def _is_pending(verdict: Verdict, finish: Finish) -> bool:
     return verdict.state == CREATED or (verdict.state == PRESENT and verdict.wanted.vm in finish)
 
 
-def _make_group(verdicts: list[Verdict], engine: _Engine, settings: Settings, finish: Finish) -> list[Verdict]:
-    """Make the missing overlays of one VM and finish it, all or none, while every ACTIVE is locked."""
-    with contextlib.ExitStack() as held:
-        work = _Work(held, engine, settings)
-        try:
-            work.lock([verdict for verdict in verdicts if _is_pending(verdict, finish)])
-        except (Qcow2Error, OSError) as exc:
-            return [_failed(verdict, exc) if _is_pending(verdict, finish) else verdict for verdict in verdicts]
-        for step in (work.judge, work.build):
-            for index, verdict in enumerate(verdicts):
-                if _is_pending(verdict, finish):
-                    verdicts[index] = _attempt(step, verdict)
-                if verdicts[index].state == FAILED:
-                    engine.stop()
-                    return _plan.all_or_none(verdicts)
-        try:
-            work.publish(finish.get(verdicts[0].wanted.vm or ""))
-        except (Qcow2Error, OSError) as exc:
-            return [_failed(verdict, exc) if _is_pending(verdict, finish) else verdict for verdict in verdicts]
+def _make_group(
+    verdicts: list[Verdict], engine: _Engine, settings: Settings, finish: Finish, held: contextlib.ExitStack
+) -> list[Verdict]:
+    """Make the missing overlays of one VM and finish it, all or none, while every ACTIVE is locked by held."""
+    work = _Work(held, engine, settings)
+    try:
+        work.lock([verdict for verdict in verdicts if _is_pending(verdict, finish)])
+    except (Qcow2Error, OSError) as exc:
+        return [_failed(verdict, exc) if _is_pending(verdict, finish) else verdict for verdict in verdicts]
+    for step in (work.judge, work.build):
+        for index, verdict in enumerate(verdicts):
+            if _is_pending(verdict, finish):
+                verdicts[index] = _attempt(step, verdict)
+            if verdicts[index].state == FAILED:
+                engine.stop()
+                return _plan.all_or_none(verdicts)
+    try:
+        work.publish(finish.get(verdicts[0].wanted.vm or ""))
+    except (Qcow2Error, OSError) as exc:
+        return [_failed(verdict, exc) if _is_pending(verdict, finish) else verdict for verdict in verdicts]
     return verdicts
 
 
@@ -293,7 +295,7 @@ class _Work:
             if is_written(fd, path):  # through another node of its device, where our lock does not reach
                 raise in_use(path)
         if not self._settings.check_mode:
-            publish_together(self._staged, finish)
+            publish_together(self._staged, self._held, finish)
 
 
 def _read_back(file: StagedFile, verdict: Verdict, backing_file: str, monitor: Monitor) -> None:

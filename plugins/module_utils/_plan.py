@@ -274,6 +274,11 @@ def _new_problems(wanted: Wanted, active: Active, target: Target) -> list[str]:
         )
     if active.below_running_vm and active.is_recording:
         problems.append(str(below_running_vm(active.path)))
+    if wanted.relative and active.chain[0].is_device:
+        problems.append(
+            f"{active.path}: is a block device, whose name relative to a folder may be another disk's after the next "
+            "start. Leave out relative."
+        )
     name = recorded_backing_file(wanted, active, target)
     if len(os.fsencode(name)) > MAX_BACKING_FILE_NAME:
         problems.append(f"{name}: is longer than the {MAX_BACKING_FILE_NAME} bytes that qcow2 records. Shorten it.")
@@ -300,8 +305,8 @@ def _drift_problems(wanted: Wanted, active: Active, target: Target, image: Image
         drift.append(f"its virtual size is {image.virtual_size}, smaller than ACTIVE's {active.virtual_size}")
     if image.corrupt:
         drift.append("it is marked corrupt")
-    if wanted.unused and target.has_data:
-        drift.append("it holds data, so a VM has run on it and was later put back to the image below")
+    if wanted.unused:
+        drift += _signs_of_use(active, target, image)
     drift += _bitmap_drift(active, image, target.open_for_writing)
     if not drift:
         return []
@@ -310,6 +315,24 @@ def _drift_problems(wanted: Wanted, active: Active, target: Target, image: Image
         "changed. If the VM has never run on it, remove it and run this again; a bitmap cannot be added later without "
         "losing what was written before, so if the VM has run on it, make a full backup."
     ]
+
+
+def _signs_of_use(active: Active, target: Target, image: Image) -> list[str]:
+    """Return why an overlay that exists already is none that was just made, for a VM that is not on it yet."""
+    own = {bitmap.name for bitmap in active.image.bitmaps} if active.image else set()
+    foreign = [bitmap for bitmap in image.bitmaps if bitmap.name not in own]
+    signs = []
+    if target.has_data:
+        signs.append("it holds data, so a VM has run on it and was later put back to the image below")
+    if foreign:
+        signs.append(f"it has the bitmap {_names(foreign)}, made while a VM ran on it, and would lack what came after")
+    if target.open_for_writing:
+        signs.append("a process has it open for writing, most likely another VM")
+    if image.virtual_size != active.virtual_size:
+        signs.append(f"its virtual size is {image.virtual_size}, not ACTIVE's {active.virtual_size}")
+    if image.encrypted or image.has_data_file or image.dirty:
+        signs.append("it is encrypted, has a data file, or was not closed properly, so this collection has not made it")
+    return signs
 
 
 def _bitmap_drift(active: Active, image: Image, live: bool) -> list[str]:

@@ -115,10 +115,13 @@ def _new_file(folder_fd: int) -> tuple[str, int]:
         os.close(fd)
 
 
-def publish_together(staged: t.Sequence[StagedFile], finish: t.Callable[[], None] | None = None) -> None:
+def publish_together(
+    staged: t.Sequence[StagedFile], held: contextlib.ExitStack, finish: t.Callable[[], None] | None = None
+) -> None:
     """Publish all of these files, finished and on stable storage, or none.
 
-    finish is what must succeed for them to stay, such as pointing the VM at them; no VM can start on them before.
+    finish is what must succeed for them to stay, such as pointing the VM at them; no VM can start on them before. From
+    then on the signals that end a run wait until held is left: nobody may take the files away any more, nor say so.
     """
     with contextlib.ExitStack() as on_failure:
         for file in staged:
@@ -134,14 +137,14 @@ def publish_together(staged: t.Sequence[StagedFile], finish: t.Callable[[], None
                 os.unlink(file.name, dir_fd=file.folder_fd)
         for file in {file.target.folder: file for file in staged}.values():
             os.fsync(file.folder_fd)
-        with _signals_held():  # or one could have the files taken away after the VM was pointed at them
-            try:
-                if finish is not None:
-                    finish()
-            except HalfDoneError:
-                on_failure.pop_all()
-                raise
+        held.enter_context(_signals_held())
+        try:
+            if finish is not None:
+                finish()
+        except HalfDoneError:
             on_failure.pop_all()
+            raise
+        on_failure.pop_all()
 
 
 @contextlib.contextmanager

@@ -57,7 +57,8 @@ notes:
     restore would write below the overlays), that is transient, or whose definition states another backing chain than
     the images record. Domains are independent of each other; the task fails at the end, with every result.
   - Left out, and returned with the reason, are CD-ROM and floppy drives, disks that are read-only, shareable,
-    transient, encrypted, on the network or in a storage volume, and block devices unless O(directory) is given.
+    transient, encrypted, on the network or in a storage volume, block devices unless O(directory) is given, and disks
+    with C(snapshot='no') in the definition unless O(disks) names them.
   - For a B(running) domain libvirt itself is the better way. C(virsh snapshot-create-as --disk-only --no-metadata)
     makes the overlays, and lets the bitmaps go on, without any help.
   - Of a domain that is shut off libvirt alone can do it too, by starting it paused, taking a live snapshot, and
@@ -66,7 +67,9 @@ notes:
   - No snapshot is added to C(virsh snapshot-list). To go back, switch the definition to the images below and remove the
     overlays.
   - If the host dies between the making of overlays and the switch of the definition, the next run finds the overlays
-    and completes the switch. Overlays of the same name that hold data are never taken for new ones.
+    and completes the switch. Overlays of the same name on which a VM has run are never taken for new ones.
+  - The O(timeout) does not cover the libvirt daemon. A definition that somebody else changes in the very moment of the
+    switch may be lost, since libvirt has no way to prevent that.
 seealso:
   - module: kvmfleet.qcow2.qcow2_overlay
   - module: kvmfleet.qcow2.qcow2_info
@@ -259,20 +262,18 @@ def argument_spec() -> dict[str, t.Any]:
 def request_from(params: dict[str, t.Any]) -> Request:
     """Return what is wanted of every domain; Qcow2Error for what cannot be."""
     snapshot, directory = params["snapshot"], params["directory"]
-    if not snapshot.strip(".") or "/" in snapshot or "\0" in snapshot:
-        raise Qcow2Error(f"snapshot={snapshot!r}: must be a part of a file name, so not empty and without a slash.")
-    if directory is not None and not os.path.isabs(directory):
-        raise Qcow2Error(f"directory={directory}: must be the absolute path of a folder.")
+    if not snapshot.strip(".") or "/" in snapshot or not snapshot.isprintable():
+        raise Qcow2Error(
+            f"snapshot={snapshot!r}: must be a part of a file name: not empty, without slash and control characters."
+        )
+    if directory is not None and not (os.path.isabs(directory) and directory.isprintable()):
+        raise Qcow2Error(f"directory={directory!r}: must be the absolute path of a folder, without control characters.")
     return Request(snapshot, params["disks"], directory, params["relative"], creation_from(params))
 
 
 def run(module: AnsibleModule, request: Request, settings: Settings) -> list[DomainOutcome]:
     """Find the domains and put them on overlays."""
-    libvirt = Libvirt(module.params["uri"])
-    found, unmatched = libvirt.find(module.params["name"])
-    for pattern in unmatched:
-        module.warn(f"{pattern}: no domain of this host matches it.")
-    domains, warnings = overlay_domains(libvirt, found, request, settings)
+    domains, warnings = overlay_domains(Libvirt(module.params["uri"]), module.params["name"], request, settings)
     for warning in warnings:
         module.warn(warning)
     return domains

@@ -10,6 +10,7 @@ import difflib
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._definition import (
     StatedChain,
+    StatedImage,
     bitmaps_of,
     disks_of,
     parts_of,
@@ -43,7 +44,7 @@ DEFINITION = """<domain xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0' 
       <source dev='/dev/vg/lv'/>
       <target dev='vdb' bus='virtio'/>
     </disk>
-    <disk type='file' device='disk'>
+    <disk type='file' device='disk' snapshot='no'>
       <driver name='qemu' type='raw' io='native'/>
       <source file='/srv/c.img'/>
       <backingStore/>
@@ -70,9 +71,9 @@ def changes(before, after):
 def test_what_a_definition_says_of_its_disks():
     first, second, third = disks_of(DEFINITION)
     assert first[:5] == ("vda", "file", "/srv/it's.qcow2", "qcow2", None)
-    assert first.stated_chain == StatedChain(("/srv/mid", "/srv/base"), True)
-    assert second == ("vdb", "block", "/dev/vg/lv", "raw", None, None)
-    assert third == ("vdc", "file", "/srv/c.img", "raw", None, StatedChain((), True))
+    assert first.stated_chain == StatedChain((StatedImage("/srv/mid", "qcow2"), StatedImage("/srv/base", "raw")), True)
+    assert second == ("vdb", "block", "/dev/vg/lv", "raw", None, False, None)
+    assert third == ("vdc", "file", "/srv/c.img", "raw", None, True, StatedChain((), True))
 
 
 def test_a_switch_changes_the_path_and_drops_the_stated_chain():
@@ -84,14 +85,25 @@ def test_a_switch_changes_the_path_and_drops_the_stated_chain():
         "backingStore", "format", "source", "backingStore", "format", "source",
         "backingStore", "backingStore", "backingStore",
     ]  # fmt: skip
-    assert disks_of(after)[0][2:] == ("/srv/it's.snap.qcow2", "qcow2", None, None)
+    assert disks_of(after)[0][2:] == ("/srv/it's.snap.qcow2", "qcow2", None, False, None)
     assert without(after, {"vda"}) == without(DEFINITION, {"vda"})
+
+
+def test_everything_outside_the_switched_disks_stays_byte_by_byte():
+    odd = "<metadata><x k='one&#10;two&#9;three'>ü&#13;\n<![CDATA[<disk>]]></x></metadata>\r\n  <devices>"
+    definition = DEFINITION.replace("  <devices>", odd).replace("<name>", "<!-- <disk/> --><name>")
+    after = switched(definition, {"vdc": "/srv/c.x.qcow2"})
+    start, end = definition.index("<disk type='file' device='disk' snapshot"), definition.index("    <graphics")
+    assert after.startswith(definition[:start])
+    assert after.endswith(definition[end:])
+    assert "/srv/c.x.qcow2" in after
+    assert switched(definition, {}) == definition
 
 
 def test_a_raw_disk_becomes_qcow2_and_a_device_a_file():
     after = switched(DEFINITION, {"vdb": "/srv/lv.x.qcow2", "vdc": "/srv/c.x.qcow2"})
-    assert disks_of(after)[1] == ("vdb", "file", "/srv/lv.x.qcow2", "qcow2", None, None)
-    assert disks_of(after)[2] == ("vdc", "file", "/srv/c.x.qcow2", "qcow2", None, None)
+    assert disks_of(after)[1] == ("vdb", "file", "/srv/lv.x.qcow2", "qcow2", None, False, None)
+    assert disks_of(after)[2] == ("vdc", "file", "/srv/c.x.qcow2", "qcow2", None, True, None)
     _gone, new = changes(DEFINITION, after)
     assert '<driver name="qemu" type="qcow2" io="native"/>' in new
     assert "/dev/vg/lv" not in after
@@ -132,10 +144,22 @@ def test_disks_that_can_take_no_part(reason):
     "stated, expected",
     [
         ("<backingStore/>", StatedChain((), True)),
-        ("<backingStore type='file'><source file='/a'/></backingStore>", StatedChain(("/a",), False)),
-        ("<backingStore type='file'><source file='/a'/><backingStore/></backingStore>", StatedChain(("/a",), True)),
-        ("<backingStore type='network'><source protocol='nbd'/></backingStore>", StatedChain(("network",), False)),
-        ("<backingStore type='block'><source dev='/b'/></backingStore>", StatedChain(("/b",), False)),
+        (
+            "<backingStore type='file'><source file='/a'/></backingStore>",
+            StatedChain((StatedImage("/a", "raw"),), False),
+        ),
+        (
+            "<backingStore type='file'><source file='/a'/><backingStore/></backingStore>",
+            StatedChain((StatedImage("/a", "raw"),), True),
+        ),
+        (
+            "<backingStore type='network'><source protocol='nbd'/></backingStore>",
+            StatedChain((StatedImage("network", "raw"),), False),
+        ),
+        (
+            "<backingStore type='block'><format type='qcow2'/><source dev='/b'/></backingStore>",
+            StatedChain((StatedImage("/b", "qcow2"),), False),
+        ),
         ("", None),
     ],
 )

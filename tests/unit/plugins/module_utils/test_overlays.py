@@ -12,6 +12,7 @@ import random
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -401,10 +402,14 @@ def test_a_signal_waits_until_the_vm_is_finished(tmp_path, disk):
 
     previous = signal.signal(signal.SIGTERM, end)
     try:
-        make_overlays([Wanted(str(tmp_path / "a"), disk, vm="a")], SETTINGS, {"a": finish})
+        wanted = [Wanted(str(tmp_path / name), disk, vm=name) for name in "ab"]
+        outcome = make_overlays(wanted, SETTINGS, {"a": finish})
     finally:
         signal.signal(signal.SIGTERM, previous)
     assert sorted(os.listdir(tmp_path)) == ["a", "active.qcow2", "finished"]
+    # What was made is said to be made.
+    assert states(outcome) == ["created", "failed"]
+    assert outcome.as_result()["changed"]
 
 
 def test_an_overlay_that_a_vm_has_written_to_is_not_taken_for_a_new_one(tmp_path, disk):
@@ -415,3 +420,39 @@ def test_an_overlay_that_a_vm_has_written_to_is_not_taken_for_a_new_one(tmp_path
     assert states(make_overlays([wanted], SETTINGS)) == ["present"]
     outcome = make_overlays([wanted._replace(unused=True)], SETTINGS)
     assert "it holds data, so a VM has run on it" in outcome.failures[0]
+
+
+def signs_of_use(path, what):
+    """Have an overlay that was just made show that it is none."""
+    if what == "a checkpoint":
+        qemu.add_bitmaps(path, [Bitmap("later", 65536, True, False)])
+    elif what == "another size":
+        qemu.qemu_img("resize", "-q", path, "2G")
+    elif what == "encrypted":
+        qemu.patch(path, 32, struct.pack(">I", 2))
+    elif what == "not closed":
+        qemu.patch(path, 72, struct.pack(">Q", 1))
+
+
+SIGNS = {
+    "a checkpoint": "it has the bitmap 'later', made while a VM ran on it",
+    "another size": "its virtual size is 2147483648, not ACTIVE's 1073741824",
+    "encrypted": "it is encrypted",
+    "not closed": "was not closed properly",
+}
+
+
+@pytest.mark.parametrize("what", SIGNS)
+def test_an_overlay_with_a_sign_of_use_is_not_taken_for_a_new_one(tmp_path, disk, what):
+    wanted = Wanted(str(tmp_path / "over"), disk)
+    make_overlays([wanted], SETTINGS)
+    signs_of_use(wanted.path, what)
+    assert SIGNS[what] in make_overlays([wanted._replace(unused=True)], SETTINGS).failures[0]
+
+
+def test_an_overlay_that_is_open_is_not_taken_for_a_new_one(tmp_path, disk):
+    wanted = Wanted(str(tmp_path / "over"), disk)
+    make_overlays([wanted], SETTINGS)
+    with qemu.opened_for_writing(wanted.path):
+        assert states(make_overlays([wanted], SETTINGS)) == ["present"]
+        assert "open for writing" in make_overlays([wanted._replace(unused=True)], SETTINGS).failures[0]

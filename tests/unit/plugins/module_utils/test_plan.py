@@ -29,6 +29,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._plan import (
 
 GIB = 1 << 30
 ACTIVE_ID, OTHER_ID, OVERLAY_ID = (1, 10), (1, 11), (1, 12)
+DEVICE_ID = (-1, 64512)
 IMAGE = Image(
     version=3,
     virtual_size=GIB,
@@ -178,6 +179,14 @@ def test_active_itself_and_its_chain_are_no_places_for_the_overlay():
     ):
         target = overlay()._replace(path=path, identity=identity)
         assert expected in decide(WANTED, chained, target).message
+
+
+def test_a_device_is_not_recorded_by_a_relative_name():
+    device = active()
+    device = device._replace(chain=(device.chain[0]._replace(identity=DEVICE_ID),))
+    assert "is a block device, whose name relative" in decide(WANTED._replace(relative=True), device, ABSENT).message
+    assert decide(WANTED, device, ABSENT).state == CREATED
+    assert decide(WANTED._replace(relative=True), active(), ABSENT).state == CREATED
 
 
 def test_limits_of_qemu_are_known_before_it_is_asked():

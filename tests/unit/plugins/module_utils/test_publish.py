@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -31,6 +32,12 @@ def staged(path, content=b"ours"):
     return file
 
 
+def publish(files):
+    """Publish files, and let the signals through again."""
+    with contextlib.ExitStack() as held:
+        publish_together(files, held)
+
+
 def no_hard_links(*_args, **_kwargs):
     raise OSError(errno.EPERM, "Operation not permitted")
 
@@ -47,7 +54,7 @@ def test_files_are_private_until_they_are_published(tmp_path):
         names = os.listdir(tmp_path)
         assert sorted(names) == sorted([first.name, second.name])
         assert all(stat.S_IMODE(os.stat(tmp_path / name).st_mode) == 0o600 for name in names)
-        publish_together([first, second])
+        publish([first, second])
         assert sorted(os.listdir(tmp_path)) == ["a", "b"]
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
     assert os.stat(tmp_path / "a").st_nlink == 1
@@ -64,7 +71,7 @@ def test_nothing_is_ever_replaced_and_the_first_is_taken_back(tmp_path, obstacle
         else:
             (tmp_path / "b").symlink_to("nowhere")
         with pytest.raises(Qcow2Error, match="has appeared"):
-            publish_together([first, second])
+            publish([first, second])
     assert os.listdir(tmp_path) == ["b"]
     if obstacle == "file":
         assert (tmp_path / "b").read_text() == "theirs"
@@ -75,7 +82,7 @@ def test_a_file_slipped_in_under_the_temporary_name_is_not_published(tmp_path):
         os.unlink(tmp_path / file.name)
         (tmp_path / file.name).write_text("theirs")
         with pytest.raises(OSError, match="No such file"):
-            publish_together([file])
+            publish([file])
     assert not (tmp_path / "a").exists()
 
 
@@ -90,7 +97,7 @@ def test_a_failing_fsync_of_the_folder_takes_everything_back(tmp_path, monkeypat
 
         monkeypatch.setattr(_publish.os, "fsync", fsync)
         with pytest.raises(OSError, match="Input/output"):
-            publish_together([file])
+            publish([file])
     assert os.listdir(tmp_path) == []
 
 
@@ -99,14 +106,14 @@ def test_no_vm_can_start_on_an_overlay_before_all_are_published(tmp_path, monkey
     with staged(tmp_path / "a", open(path, "rb").read()) as file:
         held = []
 
-        def publish(self):
+        def not_publishing(self):
             fd = os.open(os.path.join(self.target.folder, self.name), os.O_RDONLY)
             held.append((_locks.is_held(fd, _locks.WRITE, ""), _locks.is_held(fd, _locks.WRITE_UNSHARED, "")))
             os.close(fd)
 
-        monkeypatch.setattr(StagedFile, "publish", publish)
+        monkeypatch.setattr(StagedFile, "publish", not_publishing)
         with pytest.raises(Qcow2Error, match="moved or mounted over"):  # for it is not published in this test
-            publish_together([file])
+            publish([file])
     assert held == [(True, True)]
 
 
@@ -169,7 +176,7 @@ def test_a_folder_that_is_moved_away_meanwhile_is_noticed(tmp_path):
         (tmp_path / "folder").rename(tmp_path / "moved")
         (tmp_path / "folder").mkdir()
         with pytest.raises(Qcow2Error, match="moved or mounted over"):
-            publish_together([file])
+            publish([file])
     assert os.listdir(tmp_path / "folder") == os.listdir(tmp_path / "moved") == []
 
 
@@ -185,7 +192,7 @@ def test_a_temporary_file_that_is_taken_for_a_leftover_is_made_anew(tmp_path, mo
     monkeypatch.setattr(_locks, "claim", slow_claim)
     with staged(tmp_path / "a") as file:
         assert file.name != removed[0]
-        publish_together([file])
+        publish([file])
     assert os.listdir(tmp_path) == ["a"]
 
 
