@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import stat
 import typing as t
@@ -200,7 +201,8 @@ def _plan_disk(plan: Plan, disk: DomainDisk, request: Request, users: Users) -> 
     name, source = plan.domain.name, t.cast("str", disk.source)
     layers, problem = _layers_of(source, disk.format)
     # A template belongs to all its clones; neither its name nor its snapshots are those of this domain.
-    own = [layer for layer in layers if users.anyhow.get(layer.real_path, set()) <= {name}]
+    below_top = itertools.takewhile(lambda layer: users.anyhow.get(layer.real_path) == {name}, layers[1:])
+    own = [*layers[:1], *below_top]
     others = users.writing.get(os.path.realpath(source), set()) - {name}
     # Whoever is on that snapshot already, or above it, may have been given another directory then.
     for above, below in zip(own, layers[1:]):
@@ -218,8 +220,8 @@ def _plan_disk(plan: Plan, disk: DomainDisk, request: Request, users: Users) -> 
         if path in plan.overlays.values():
             problem = (
                 f"{name}: several of its disks would get the overlay {path}. Take them one by one, by disks, into "
+                "directories of their own."
             )
-            problem += "directories of their own."
         plan.overlays[disk.target] = path
         plan.wanted[disk.target] = Wanted(
             path=path,
