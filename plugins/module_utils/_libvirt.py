@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import traceback
 import typing as t
@@ -145,10 +144,13 @@ def _definition_of(handle: t.Any) -> str:
 
 def _checkpoints_of(handle: t.Any) -> list[KnownCheckpoint]:
     """Return the checkpoints of a domain by name; none where the hypervisor driver knows no such thing."""
-    with contextlib.suppress(libvirt.libvirtError):
+    try:
         checkpoints = sorted(handle.listAllCheckpoints(0), key=lambda one: t.cast("str", one.getName()))
-        return [KnownCheckpoint(one.getName(), bitmaps_of(one.getXMLDesc(0))) for one in checkpoints]
-    return []
+    except libvirt.libvirtError as exc:
+        if exc.get_error_code() == libvirt.VIR_ERR_NO_SUPPORT:
+            return []
+        raise
+    return [KnownCheckpoint(one.getName(), bitmaps_of(one.getXMLDesc(0))) for one in checkpoints]
 
 
 def _check_unchanged(handle: t.Any, domain: Domain) -> None:
