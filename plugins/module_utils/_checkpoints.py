@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import typing as t
 
+from ._errors import printable
 from ._image import Bitmap
 
 NOT_IN_TOP = "not_in_top"
@@ -52,6 +53,10 @@ class Checkpoint(t.NamedTuple):
     problem: str | None = None  # one of the constants above
     image: str | None = None  # path of the image at fault
     advice: str | None = None
+
+    def as_result(self) -> dict[str, t.Any]:
+        """Return the verdict in the form in which the modules return it."""
+        return {key: printable(value) if isinstance(value, str) else value for key, value in self._asdict().items()}
 
 
 def judge_all(chain: t.Sequence[Link], complete: bool) -> list[Checkpoint]:

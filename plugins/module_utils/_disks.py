@@ -109,14 +109,9 @@ class Disk(t.NamedTuple):
             "path": printable(self.path),
             "in_use": self.members[0].in_use if self.members else None,
             "images": [_image_as_result(member) for member in self.members],
-            "checkpoints": [self._checkpoint_as_result(checkpoint) for checkpoint in self.checkpoints],
+            "checkpoints": [{**one.as_result(), "dirty_bytes": self.dirty.get(one.name)} for one in self.checkpoints],
             **({"msg": printable(self.problem)} if self.problem else {}),
         }
-
-    def _checkpoint_as_result(self, checkpoint: Checkpoint) -> dict[str, t.Any]:
-        """Return a checkpoint as the module returns it."""
-        result = {key: _printable(value) for key, value in checkpoint._asdict().items()}
-        return {**result, "dirty_bytes": self.dirty.get(checkpoint.name)}
 
 
 def examine(path: str, follow: bool, count: bool) -> Disk:
@@ -144,8 +139,7 @@ def _examine(path: str, follow: bool, count: bool, held: contextlib.ExitStack) -
     problem = _attempt(path, lambda: _read(path, follow, members, held))
     complete = problem is None and members[-1].is_bottom
     checkpoints = judge_all([member.link() for member in members], complete)
-    counted = [[own for member in members for own in [member.maps.get(one.name)] if own] for one in checkpoints]
-    if count and 2 * sum(counting_cost(maps) for maps in counted if maps) > MAX_COUNTED_BITS:
+    if count and _is_too_much(members, checkpoints):
         warning = f"{path}: has so many bits set in its bitmaps that dirty bytes are not counted."
     elif count:
         counting_problem = _attempt(path, lambda: _count(members, checkpoints, dirty))
@@ -206,6 +200,17 @@ def _member(layer: Layer, fd: int) -> _Member:
     return _Member(layer, fd, image, in_use or is_written(fd, layer.path), actual_size, {}, {})
 
 
+def _maps_of(name: str, members: t.Sequence[_Member]) -> list[DirtyMap]:
+    """Return the maps of the bitmaps of this name, top to base."""
+    return [member.maps[name] for member in members if name in member.maps]
+
+
+def _is_too_much(members: t.Sequence[_Member], checkpoints: t.Sequence[Checkpoint]) -> bool:
+    """Whether counting would take too long: each bitmap by itself, and the bitmaps of each name together."""
+    maps = filter(None, (_maps_of(checkpoint.name, members) for checkpoint in checkpoints))
+    return 2 * sum(map(counting_cost, maps)) > MAX_COUNTED_BITS
+
+
 def _count(members: t.Sequence[_Member], checkpoints: t.Sequence[Checkpoint], dirty: dict[str, int]) -> None:
     """Count the dirty bytes of each bitmap, and of each valid checkpoint into dirty."""
     for member in members:
@@ -214,7 +219,7 @@ def _count(members: t.Sequence[_Member], checkpoints: t.Sequence[Checkpoint], di
     for checkpoint in checkpoints:
         if checkpoint.valid:
             name = checkpoint.name
-            maps = [member.maps[name] for member in members if name in member.maps]
+            maps = _maps_of(name, members)
             is_one = len(maps) == 1
             dirty[name] = members[0].dirty[name] if is_one else dirty_bytes(maps, members[0].layer.virtual_size)
 

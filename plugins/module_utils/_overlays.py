@@ -81,6 +81,7 @@ def make_overlays(wanted: t.Sequence[Wanted], settings: Settings, finish: Finish
     finish has, by VM, what must succeed for its overlays to stay; it is called once all of them are there, the new and
     the old ones, while no VM can start on any image. If it raises, the new ones are removed again.
     """
+    finish = finish or {}
     _allow_many_open_files()
     warnings = _leftovers(wanted, settings)
     groups = _groups(wanted)
@@ -89,14 +90,14 @@ def make_overlays(wanted: t.Sequence[Wanted], settings: Settings, finish: Finish
     to_do = [
         group
         for group in groups
-        if any(_is_pending(verdicts[index], finish or {}) for index in group)
+        if any(_is_pending(verdicts[index], finish) for index in group)
         and all(verdicts[index].state != FAILED for index in group)
     ]
     done = 0
     try:
         for group in to_do:
             with contextlib.ExitStack() as held:
-                some = _make_group([verdicts[index] for index in group], engine, settings, finish or {}, held)
+                some = _make_group([verdicts[index] for index in group], engine, settings, finish, held)
                 _store(verdicts, group, some)
                 done += 1
     except Interrupted as exc:
