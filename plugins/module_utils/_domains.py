@@ -22,6 +22,7 @@ from ._plan import CREATED, FAILED, PRESENT, Creation, Verdict, Wanted
 
 _EXTENSIONS = (".qcow2", ".qcow", ".img", ".raw")  # that are no part of an image's stem
 _NOT_ASKED_FOR = "not asked for"
+SKIPPED = "skipped"
 
 
 class Request(t.NamedTuple):
@@ -32,6 +33,7 @@ class Request(t.NamedTuple):
     directory: str | None  # None: beside each disk
     relative: bool
     creation: Creation
+    skips_running: bool = False  # domains that are not shut off are left out, instead of a failure
 
 
 class Skipped(t.NamedTuple):
@@ -61,7 +63,7 @@ class DomainOutcome(t.NamedTuple):
 
     name: str
     uuid: str | None
-    state: str  # created, present or failed
+    state: str  # created, present, failed or skipped
     overlays: list[tuple[str, Verdict]]  # with the target
     skipped: list[Skipped]
     checkpoints: list[Checkpoint]
@@ -76,10 +78,7 @@ class DomainOutcome(t.NamedTuple):
             "state": self.state,
             "overlays": [{"target": target, **verdict.as_result()} for target, verdict in self.overlays],
             "skipped_disks": [disk._asdict() for disk in self.skipped],
-            "checkpoints": [
-                {key: printable(value) if isinstance(value, str) else value for key, value in one._asdict().items()}
-                for one in self.checkpoints
-            ],
+            "checkpoints": [checkpoint.as_result() for checkpoint in self.checkpoints],
         }
         return {**result, "msg": self.message} if self.problems else result
 
@@ -97,7 +96,10 @@ def overlay_domains(
     found, unmatched = select(everybody, names)
     users = _users_of_images([domain for domain in everybody.values() if isinstance(domain, Domain)])
     plans = [plan_domain(domain, request, users) for domain in found if isinstance(domain, Domain)]
-    sound = [plan for plan in plans if not plan.problems]
+    left_out = {
+        plan.domain.name: _left_out(plan) for plan in plans if request.skips_running and _is_running_below(plan)
+    }
+    sound = [plan for plan in plans if not plan.problems and plan.domain.name not in left_out]
     switches = {plan.domain.uuid: _Switch(libvirt, plan) for plan in sound if plan.overlays}
     wanted = [wanted for plan in sound for wanted in plan.wanted.values()]
     outcome = make_overlays(wanted, settings, {uuid: switch.run for uuid, switch in switches.items()})
@@ -106,7 +108,8 @@ def overlay_domains(
         plan.domain.name: _conclude(plan, verdicts, switches.get(plan.domain.uuid), settings.check_mode)
         for plan in plans
     }
-    everything = [results.get(domain.name) or _unreadable(domain) for domain in found]
+    results.update(left_out)
+    everything = [_unreadable(one) if isinstance(one, Unreadable) else results[one.name] for one in found]
     warnings = [f"{pattern}: no domain of this host matches it." for pattern in unmatched]
     return everything, warnings + outcome.warnings
 
@@ -319,6 +322,19 @@ def _state_problems(plan: Plan) -> list[str]:
     return []
 
 
+def _is_running_below(plan: Plan) -> bool:
+    """Whether the domain is not shut off, and not yet on its overlays."""
+    return bool(plan.overlays) and plan.domain.activity is not None
+
+
+def _left_out(plan: Plan) -> DomainOutcome:
+    """Return the outcome for a domain that is left as it is because it is not shut off."""
+    reason = f"the domain is {plan.domain.activity}"
+    skipped = [*plan.skipped, *(Skipped(target, reason) for target in plan.wanted)]
+    checkpoints = _judge_checkpoints(plan, {})
+    return DomainOutcome(plan.domain.name, plan.domain.uuid, SKIPPED, [], skipped, checkpoints, [], ("", ""))
+
+
 def _conclude(
     plan: Plan, verdicts: t.Mapping[tuple[str | None, str], Verdict], switch: _Switch | None, check_mode: bool
 ) -> DomainOutcome:
@@ -350,10 +366,9 @@ def _parts(definition: str, plan: Plan) -> str:
     return f"<domain> {plan.domain.name}\n{parts_of(definition, plan.overlays)}" if plan.overlays else ""
 
 
-def _unreadable(domain: Domain | Unreadable) -> DomainOutcome:
+def _unreadable(domain: Unreadable) -> DomainOutcome:
     """Return the outcome for a domain of which nothing is known."""
-    problem = domain.problem if isinstance(domain, Unreadable) else f"{domain.name}: cannot be worked on."
-    return DomainOutcome(domain.name, None, FAILED, [], [], [], [problem], ("", ""))
+    return DomainOutcome(domain.name, None, FAILED, [], [], [], [domain.problem], ("", ""))
 
 
 class _Chain(t.NamedTuple):

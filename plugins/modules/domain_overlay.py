@@ -45,6 +45,13 @@ options:
       - Where to make the overlays, as an absolute path of a folder. By default beside the image of each disk.
       - Needed for disks on block devices.
     type: str
+  running:
+    description:
+      - What becomes of a domain that is running or paused, and not on the snapshot yet.
+      - V(fail) makes it a failure. V(skip) leaves it out, for a run over everything that happens to be shut off.
+    type: str
+    choices: [fail, skip]
+    default: fail
   uri:
     description: The libvirt daemon to talk to, on the managed host.
     type: str
@@ -53,9 +60,10 @@ requirements:
   - python3-libvirt (libvirt-python) on the managed host
 notes:
   - Besides python3-libvirt it needs what M(kvmfleet.qcow2.qcow2_overlay) needs, and refuses what that refuses.
-  - Refused is a domain that is running, paused or suspended, that has a managed save (which no lock shows and whose
-    restore would write below the overlays), that is transient, or whose definition states another backing chain than
-    the images record. Domains are independent of each other; the task fails at the end, with every result.
+  - Refused is a domain that is running, paused or suspended (see O(running)), that has a managed save (which no lock
+    shows and whose restore would write below the overlays), that is transient, or whose definition states another
+    backing chain than the images record. Domains are independent of each other; the task fails at the end, with every
+    result.
   - Left out, and returned with the reason, are CD-ROM and floppy drives, disks that are read-only, shareable,
     transient, encrypted, on the network or in a storage volume, block devices unless O(directory) is given, and disks
     with C(snapshot='no') in the definition unless O(disks) names them.
@@ -88,6 +96,12 @@ EXAMPLES = r"""
   kvmfleet.qcow2.domain_overlay:
     name: ["web*"]
     snapshot: before-upgrade
+
+- name: Snapshot everything on this host that happens to be shut off
+  kvmfleet.qcow2.domain_overlay:
+    name: ["*"]
+    snapshot: sunday
+    running: skip
 
 - name: Snapshot one disk of a domain, on faster storage
   kvmfleet.qcow2.domain_overlay:
@@ -122,6 +136,7 @@ domains:
     state:
       description:
         - V(created) if it was switched to overlays, V(present) if it was on them, or above them, already, or V(failed).
+        - V(skipped) if it is not shut off and O(running=skip). All its disks are among RV(domains[].skipped_disks).
       type: str
       sample: created
     overlays:
@@ -252,6 +267,7 @@ def argument_spec() -> dict[str, t.Any]:
         "snapshot": {"type": "str", "required": True},
         "disks": {"type": "list", "elements": "str"},
         "directory": {"type": "str"},
+        "running": {"type": "str", "choices": ["fail", "skip"], "default": "fail"},
         "uri": {"type": "str", "default": "qemu:///system"},
         "timeout": {"type": "int", "default": 60},
         **creation_spec(defaults=True),
@@ -268,7 +284,8 @@ def request_from(params: dict[str, t.Any]) -> Request:
         )
     if directory is not None and not (os.path.isabs(directory) and directory.isprintable()):
         raise Qcow2Error(f"directory={directory!r}: must be the absolute path of a folder, without control characters.")
-    return Request(snapshot, params["disks"], directory, params["relative"], creation_from(params))
+    skips_running = params["running"] == "skip"
+    return Request(snapshot, params["disks"], directory, params["relative"], creation_from(params), skips_running)
 
 
 def run(module: AnsibleModule, request: Request, settings: Settings) -> list[DomainOutcome]:
