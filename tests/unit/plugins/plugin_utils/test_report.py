@@ -1,0 +1,232 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What the report says of what the modules returned."""
+
+from __future__ import annotations
+
+import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils._report import (
+    Pass,
+    Steps,
+    fleet_report,
+    host_report,
+    summary_of_fleet,
+    summary_of_host,
+)
+
+GONE = {"unreachable": True, "changed": False, "msg": "Connection refused"}
+CRASHED = {"failed": True, "msg": "MODULE FAILURE", "module_stderr": "Traceback\nSyntaxError: f-string", "rc": 1}
+
+
+def overlay(path, state="created", bitmaps=("monday",), skipped=(), **more):
+    """Return an overlay as qcow2_overlay returns it."""
+    return {
+        "path": path,
+        "backing_file": path.replace(".snap", ""),
+        "state": state,
+        "bitmaps": [{"name": name, "granularity": 65536} for name in bitmaps],
+        "skipped_bitmaps": [{"name": name, "granularity": 65536, "reason": reason} for name, reason in skipped],
+        **({"msg": f"{path}: is wrong."} if state == "failed" else {}),
+        **more,
+    }
+
+
+def of_disks(*overlays):
+    """Return what qcow2_overlay returns."""
+    return {"changed": True, "overlays": list(overlays)}
+
+
+def of_domains(*domains):
+    """Return what domain_overlay returns, from name, state and overlays of each."""
+    return {
+        "domains": [
+            {
+                "name": name,
+                "state": state,
+                "overlays": list(overlays),
+                "skipped_disks": [{"target": "sda", "reason": "cdrom"}],
+                **({"msg": f"{name}: is wrong."} if state == "failed" else {}),
+            }
+            for name, state, *overlays in domains
+        ]
+    }
+
+
+def chains(*disks):
+    """Return what qcow2_info returns, from path and verdict by checkpoint of each."""
+    return {
+        "disks": [
+            {"path": path, "checkpoints": [{"name": name, **verdict} for name, verdict in verdicts.items()], **more}
+            for path, verdicts, more in disks
+        ]
+    }
+
+
+VALID = {"valid": True, "problem": None, "advice": None}
+BROKEN = {"valid": False, "problem": "gap", "advice": "An image in between lacks it."}
+IN_USE = {"valid": None, "problem": "in_use", "advice": "Shut it off."}
+A = "/a.snap.qcow2"
+
+
+def report(disks=(), domains=(), chains=None, check_mode=False, **more):
+    """Return the report of a host."""
+    return host_report(Steps(Pass(*disks), Pass(*domains), chains, **more), check_mode)
+
+
+def test_a_run_in_which_all_is_well():
+    before = of_disks(overlay(A), overlay("/b.snap.qcow2", bitmaps=(), skipped=[("old", "disabled")]))
+    after = of_disks(overlay(A, "present"), overlay("/b.snap.qcow2", "present", bitmaps=()))
+    result = report([before, before, after], chains=chains((A, {"monday": VALID}, {})))
+    assert (result["state"], result["problems"], result["examined"]) == ("ok", [], [A])
+    assert summary_of_host(result) == (
+        "2 created, 0 present, 0 skipped, 0 failed; bitmaps: 1 carried, 1 left behind (1 disabled)"
+    )
+
+
+def test_disks_and_domains_are_counted_together():
+    result = report([of_disks(overlay(A, "present"))], [of_domains(("web", "created", overlay("/w.snap.qcow2")))])
+    assert (result["created"], result["present"], result["skipped"], result["bitmaps_carried"]) == (1, 1, 1, 2)
+    assert [one["domain"] for one in result["overlays"]] == [None, "web"]
+    assert result["skipped_disks"] == [{"domain": "web", "target": "sda", "reason": "cdrom"}]
+
+
+def test_the_run_decides_and_not_what_was_seen_before():
+    result = report([of_disks(overlay(A)), of_disks(overlay(A, "failed")), of_disks(overlay(A, "failed"))])
+    assert (result["state"], result["created"], result["failed"]) == ("failed", 0, 1)
+    assert result["problems"] == [f"{A}: is wrong."]
+    assert result["examined"] == []
+
+
+@pytest.mark.parametrize("again", [overlay(A), overlay(A, "failed")])
+def test_an_overlay_that_is_not_there_at_the_second_look_is_a_problem(again):
+    result = report([of_disks(overlay(A))] * 2 + [of_disks(again)], chains=chains((A, {"monday": VALID}, {})))
+    assert result["state"] == "failed"
+    assert f"{A}: is created, but the idempotence check finds otherwise" in result["problems"][0]
+
+
+def test_a_domain_that_is_not_there_at_the_second_look_is_a_problem():
+    made = of_domains(("web", "created", overlay(A)), ("db", "failed"))
+    result = report((), [made, made, of_domains(("web", "failed", overlay(A, "failed")), ("db", "failed"))])
+    assert result["problems"] == [
+        "db: is wrong.",
+        "web: is created, but the idempotence check finds otherwise: web: is wrong.",
+    ]
+
+
+def test_a_second_look_that_failed_altogether_is_a_problem():
+    result = report([of_disks(overlay(A))] * 2 + [CRASHED])
+    assert result["problems"] == [
+        "The idempotence check could not be made: MODULE FAILURE SyntaxError: f-string",
+    ]
+
+
+@pytest.mark.parametrize(
+    "verdicts, more, problem",
+    [
+        ({"monday": VALID}, {}, None),
+        ({"monday": IN_USE}, {}, None),
+        ({"monday": BROKEN}, {}, f"{A}: checkpoint monday cannot be used for a backup: An image in between lacks it."),
+        ({"tuesday": VALID}, {}, f"{A}: checkpoint monday cannot be used for a backup: is not in the chain."),
+        ({}, {"msg": "is damaged."}, f"{A}: checkpoint monday cannot be used for a backup: is damaged."),
+    ],
+)
+def test_each_carried_bitmap_must_be_a_valid_checkpoint(verdicts, more, problem):
+    result = report([of_disks(overlay(A, "present"))], chains=chains((A, verdicts, more)))
+    assert result["problems"] == ([problem] if problem else [])
+
+
+def test_an_overlay_that_was_not_examined_is_a_problem():
+    result = report([of_disks(overlay(A, "present"))], chains=chains())
+    assert result["problems"] == [f"{A}: checkpoint monday cannot be used for a backup: was not examined."]
+    result = report([of_disks(overlay(A, "present"))], chains=CRASHED)
+    assert "could not be examined" in result["problems"][0]
+
+
+def test_what_is_to_be_examined_is_told_before_it_is():
+    result = report([of_disks(overlay(A, "present"))])
+    assert (result["examined"], result["problems"]) == ([A], [])
+
+
+def test_check_mode_examines_what_is_there():
+    both = of_disks(overlay(A), overlay("/b.snap.qcow2", "present"))
+    assert report([both], check_mode=True)["examined"] == ["/a.qcow2", "/b.snap.qcow2"]
+    assert report([both], check_mode=False)["examined"] == [A, "/b.snap.qcow2"]
+
+
+def test_a_domain_that_failed_has_no_overlay_whatever_became_of_each():
+    made = of_domains(("web", "failed", overlay(A, "present"), overlay("/b.snap.qcow2", "failed")))
+    result = report((), [made])
+    assert (result["present"], result["failed"], result["bitmaps_carried"]) == (0, 2, 0)
+    assert result["problems"] == ["web: is wrong."]
+
+
+def test_a_domain_that_failed_before_it_had_overlays_counts_as_one_failure():
+    result = report((), [of_domains(("web", "failed"))])
+    assert (result["failed"], result["problems"]) == (1, ["web: is wrong."])
+
+
+def test_a_domain_that_was_left_out_is_no_failure():
+    result = report((), [of_domains(("web", "skipped"))])
+    assert (result["state"], result["failed"], result["skipped"]) == ("ok", 0, 1)
+
+
+def test_a_module_that_could_not_run_is_a_problem():
+    assert report([CRASHED])["problems"] == ["MODULE FAILURE SyntaxError: f-string"]
+
+
+def test_a_host_that_cannot_be_reached():
+    result = report([GONE])
+    assert (result["state"], result["problems"]) == ("unreachable", ["Connection refused"])
+
+
+def test_a_connection_lost_during_the_run_leaves_open_what_was_made():
+    result = report([of_disks(overlay(A)), GONE])
+    assert result["state"] == "unreachable"
+    assert (result["created"], result["overlays"]) == (0, [])
+    assert "not known what was made" in result["problems"][1]
+
+
+def test_a_connection_lost_after_the_run_does_not_lose_what_was_made():
+    result = report([of_disks(overlay(A)), of_disks(overlay(A)), GONE])
+    assert (result["state"], result["created"]) == ("unreachable", 1)
+
+
+def test_all_or_none_holds_back_what_could_have_been_made():
+    before = of_disks(overlay(A), overlay("/b.snap.qcow2", "failed"), overlay("/c.snap.qcow2", "present"))
+    result = report([before], all_or_none=True)
+    assert (result["created"], result["failed"], result["present"]) == (0, 2, 1)
+    assert "all_or_none" in result["overlays"][0]["msg"]
+    assert result["examined"] == ["/c.snap.qcow2"]
+    # What fails in the run itself holds nothing back any more.
+    assert report([before, before], all_or_none=True)["created"] == 1
+    assert report([of_disks(overlay(A))], all_or_none=True)["created"] == 1
+
+
+def test_packages_that_check_mode_would_install_end_the_prediction():
+    result = report(waiting_for=["qemu-utils"], check_mode=True)
+    assert result["state"] == "ok"
+    assert summary_of_host(result) == "would install qemu-utils; what comes then cannot be predicted"
+
+
+def test_the_fleet_has_a_line_for_each_host_and_a_sum():
+    fine = report([of_disks(overlay(A, skipped=[("x", "inconsistent"), ("y", "disabled")]))])
+    bad = report(
+        [of_disks(overlay(A, "failed", bitmaps=(), msg="/a: is\nin use."), overlay("/b.snap.qcow2", "present"))]
+    )
+    fleet = fleet_report({"hv1": fine, "hypervisor2": bad, "hv3": report([GONE]), "hv4": None}, check_mode=False)
+    assert fleet["states"] == {"ok": 1, "failed": 1, "unreachable": 1, "not run": 1}
+    assert summary_of_fleet(fleet) == [
+        "hv1          ok           1 created, 0 present, 0 skipped, 0 failed; bitmaps: 1 carried, 2 left behind "
+        "(1 disabled, 1 inconsistent)",
+        "hypervisor2  FAILED       0 created, 1 present, 0 skipped, 1 failed; bitmaps: 1 carried, 0 left behind",
+        "             - /a: is in use.",
+        "hv3          UNREACHABLE  Connection refused",
+        "hv4          NOT RUN      Its turn never came, because too many hosts before it failed.",
+        "4 hosts: 1 ok, 1 failed, 1 unreachable, 1 not run. 1 created, 1 present, 0 skipped, 1 failed; "
+        "bitmaps: 2 carried, 2 left behind (1 disabled, 1 inconsistent)",
+    ]
+
+
+def test_a_fleet_in_check_mode_says_so():
+    assert summary_of_fleet(fleet_report({}, check_mode=True))[-1].startswith("Check mode, nothing was changed.")
