@@ -1,11 +1,14 @@
 # The commands of this collection's developers. Each says what it installs before it does; see README.md.
-.PHONY: demo test lint units integration bench clean
+.PHONY: demo test test-fleet lint units integration bench clean
 
 demo:
 	tests/demo.sh
 
 test:
-	tests/run.sh build lint sanity units integration
+	tests/run.sh build lint sanity units integration fleet
+
+test-fleet:
+	tests/run.sh fleet
 
 lint units integration bench:
 	tests/run.sh $@

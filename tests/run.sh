@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# run.sh STEP...: build, lint, sanity, units, integration or bench, in the order given; what is missing is installed.
+# run.sh STEP...: build, lint, sanity, units, integration, fleet or bench, in the order given; what is missing is
+# installed.
 # All that it makes lies in .cache: virtual environments, a copy of the collection at the path that Ansible wants.
-# Integration tests mount small file systems and change owners, so they run as root, by sudo if need be.
+# Integration tests mount small file systems, change owners and make hosts, so they run as root, by sudo if need be.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 project=$PWD cache=$PWD/.cache
@@ -68,21 +69,21 @@ fall_back_on_system_python() {  # a machine with one Python only, such as a fres
   usable=("$core $version $version")
 }
 
-copy_collection() {  # ansible-test wants the collection below ansible_collections, and no symlink
-  rm -rf "$copy"
-  mkdir -p "$copy"
-  git ls-files -z --cached --others --exclude-standard | tar --null --files-from=- --ignore-failed-read -cf - | tar -xf - -C "$copy"
+copy_collection() {  # copy_collection FOLDER: ansible-test wants it below ansible_collections, and no symlink
+  rm -rf "$1"
+  mkdir -p "$1"
+  git ls-files -z --cached --others --exclude-standard | tar --null --files-from=- --ignore-failed-read -cf - | tar -xf - -C "$1"
   # ansible-test asks git which files belong to the collection.
-  git -C "$copy" init -q
-  git -C "$copy" add -A
+  git -C "$1" init -q
+  git -C "$1" add -A
 }
 
 ansible_test() {  # ansible_test CORE ARGUMENT...: with a home of its own, so that nothing of the user's is touched
-  local core=$1
+  local core=$1 home=${home:-$cache/home}
   shift
-  mkdir -p "$cache/home"
-  HOME=$cache/home "$cache/venv/core-$core/bin/python" tests/seed_pip.py
-  (cd "$copy" && HOME=$cache/home PATH="$cache/venv/core-$core/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin" \
+  mkdir -p "$home"
+  HOME=$home "$cache/venv/core-$core/bin/python" tests/seed_pip.py
+  (cd "$copy" && HOME=$home PATH="$cache/venv/core-$core/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin" \
     ansible-test "$@")
 }
 
@@ -116,7 +117,7 @@ lint() {
   "$bin/ruff" check .
   "$bin/ruff" format --check .
   (cd "$cache/collections" && "$bin/mypy" --config-file "$project/pyproject.toml" -p ansible_collections.kvmfleet.qcow2.plugins)
-  shellcheck tests/*.sh tests/integration/targets/*/files/*.sh .ci/run
+  shellcheck tests/*.sh tests/integration/targets/*/files/*.sh extensions/molecule/*.sh .ci/run
   (cd "$copy" && HOME=$cache/home PATH=$bin:$PATH ANSIBLE_COLLECTIONS_PATH=$cache/collections "$bin/ansible-lint" --offline --profile production)
 }
 
@@ -129,21 +130,57 @@ units_leg() {
 }
 units() { each_leg units_leg; }
 
-integration_leg() {
-  say "integration: ansible-core $1 on Python $2, managed host on Python $3"
+integration_leg() {  # with a copy of the collection and a home of its own, since the legs run side by side
+  local copy=$cache/leg-$1/ansible_collections/kvmfleet/qcow2 home=$cache/leg-$1/home
+  copy_collection "$copy"
   echo "ansible_python_interpreter: $cache/venv/host-$3/bin/python" > "$copy/tests/integration/integration_config.yml"
   ansible_test "$1" integration --local --python "$2" --allow-root --allow-destructive
 }
 
+as_root() {  # as_root STEP: by sudo, if we are not root
+  echo "This step runs as root: by sudo."
+  local status=0
+  sudo --preserve-env=CI env "PYENV_ROOT=${PYENV_ROOT:-$HOME/.pyenv}" "$project/tests/run.sh" "$1" || status=$?
+  sudo chown -R "$(id -u):$(id -g)" "$cache"  # or the next run could not remove what root has made
+  return "$status"
+}
+
 integration() {
-  if [ "$(id -u)" -ne 0 ]; then
-    echo "The integration tests run as root: by sudo."
-    local status=0
-    sudo --preserve-env=CI env "PYENV_ROOT=${PYENV_ROOT:-$HOME/.pyenv}" "$project/tests/run.sh" integration || status=$?
-    sudo chown -R "$(id -u):$(id -g)" "$cache"  # or the next run could not remove what root has made
-    return "$status"
-  fi
-  each_leg integration_leg
+  [ "$(id -u)" -eq 0 ] || { as_root integration; return; }
+  local leg core controller host jobs=() failed=0
+  for leg in "${usable[@]}"; do
+    read -r core controller host <<< "$leg"
+    say "integration: ansible-core $core on Python $controller, managed host on Python $host (runs beside the others)"
+    integration_leg "$core" "$controller" "$host" > "$cache/integration-$core.log" 2>&1 &
+    jobs+=("$core $!")
+  done
+  # An interrupt reaches the legs, too, which are in our process group. All are waited for, whatever becomes of one.
+  for leg in "${jobs[@]}"; do
+    read -r core job <<< "$leg"
+    local verdict=passed
+    wait "$job" || { verdict=FAILED; failed=1; }
+    say "integration: ansible-core $core: $verdict. Its output:"
+    cat "$cache/integration-$core.log"
+  done
+  return "$failed"
+}
+
+fleet() {
+  [ "$(id -u)" -eq 0 ] || { as_root fleet; return; }
+  say "fleet: Molecule on four hosts"
+  tests/install.sh mmdebstrap=mmdebstrap ssh=openssh-client
+  local core=${usable[-1]%% *} status=0
+  make_venv fleet "$(readlink -f "$cache/venv/core-$core/bin/python")" "ansible-core==$core.*" -r tests/requirements-fleet.txt
+  export FLEET=$cache/fleet
+  # Molecule remembers in its home what it has created, and ssh's sockets want a short path.
+  scratch=$(mktemp -d)
+  trap '"$copy/extensions/molecule/fleet.sh" down > /dev/null; rm -rf "$scratch"' EXIT
+  (cd "$copy" && HOME=$scratch ANSIBLE_HOME=$scratch ANSIBLE_SSH_CONTROL_PATH_DIR=$scratch/cp PATH="$cache/venv/fleet/bin:$PATH" \
+    molecule test --all) || status=$?
+  trap - EXIT
+  "$copy/extensions/molecule/fleet.sh" down
+  rm -rf "$scratch"
+  return "$status"
 }
 
 bench() {
@@ -153,13 +190,13 @@ bench() {
   PYTHONPATH=$cache/collections "$cache/venv/core-$core/bin/python" tests/benchmarks/info.py
 }
 
-[ "$#" -gt 0 ] || { sed -n '2,4s/^# //p' "$0"; exit 2; }
+[ "$#" -gt 0 ] || { sed -n '2,5s/^# //p' "$0"; exit 2; }
 mkdir -p "$cache/home"
 prepare
-copy_collection
+copy_collection "$copy"
 for step in "$@"; do
   case $step in
-    build | lint | sanity | units | integration | bench) "$step" ;;
+    build | lint | sanity | units | integration | fleet | bench) "$step" ;;
     *) echo "unknown step: $step" >&2; exit 2 ;;
   esac
 done
