@@ -34,7 +34,7 @@ is_up() { [ -e "$fleet/hosts/$1/lock" ] && ! flock --nonblock "$fleet/hosts/$1/l
 build_root() {  # build_root HOST
   local name=$1 suite=${release[$1]} tree log packages options place mark started=$SECONDS
   tree=$fleet/roots/$suite log=$fleet/roots/$suite.log
-  packages=python3,openssh-server,openssh-sftp-server,procps,mount,hostname,qemu-utils,qemu-system-x86
+  packages=python3,python3-apt,openssh-server,openssh-sftp-server,procps,mount,hostname,qemu-utils,qemu-system-x86
   packages+=,libvirt-daemon,libvirt-daemon-driver-qemu,libvirt-clients,python3-libvirt
   options=('--aptopt=Acquire::Languages "none"' --dpkgopt=force-unsafe-io)
   # Documentation, and emulators that no test starts, are half as much again.
