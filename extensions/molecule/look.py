@@ -28,11 +28,10 @@ def image(path: pathlib.Path) -> dict[str, object]:
 
 
 def main() -> None:
-    """Print the images of the folder, which of those that were there first have changed, and the disks of the domains."""
+    """Print the images of the folder, which of the first ones have changed, and the disks of the domains."""
     folder = pathlib.Path(sys.argv[1])
-    checked = subprocess.run(
-        ["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=folder, capture_output=True, encoding="utf-8", check=False
-    )
+    command = ["sha256sum", "--check", "--quiet", "SHA256SUMS"]
+    checked = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", check=False)
     names = ask("virsh", "list", "--all", "--name").split()
     blocks = {name: ask("virsh", "domblklist", "--inactive", name).split() for name in names}
     print(
