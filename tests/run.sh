@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# run.sh STEP...: build, lint, sanity, units, integration, fleet or bench, in the order given; what is missing is
-# installed.
+# run.sh STEP...: build, lint, sanity, units, integration, fleet, bench or bench-fleet, in the order given; what
+# is missing is installed.
 # All that it makes lies in .cache: virtual environments, a copy of the collection at the path that Ansible wants.
 # Integration tests mount small file systems, change owners and make hosts, so they run as root, by sudo if need be.
 set -euo pipefail
@@ -190,6 +190,14 @@ bench() {
   PYTHONPATH=$cache/collections "$cache/venv/core-$core/bin/python" tests/benchmarks/info.py
 }
 
+bench_fleet() {
+  [ "$(id -u)" -eq 0 ] || { as_root bench-fleet; return; }
+  say "bench-fleet"
+  tests/install.sh mmdebstrap=mmdebstrap ssh=openssh-client
+  FLEET=$cache/fleet ANSIBLE_COLLECTIONS_PATH=$cache/collections PATH="$cache/venv/core-${usable[-1]%% *}/bin:$PATH" \
+    python3 tests/benchmarks/fleet.py
+}
+
 [ "$#" -gt 0 ] || { sed -n '2,5s/^# //p' "$0"; exit 2; }
 mkdir -p "$cache/home"
 prepare
@@ -197,6 +205,7 @@ copy_collection "$copy"
 for step in "$@"; do
   case $step in
     build | lint | sanity | units | integration | fleet | bench) "$step" ;;
+    bench-fleet) bench_fleet ;;
     *) echo "unknown step: $step" >&2; exit 2 ;;
   esac
 done

@@ -1,0 +1,178 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What the playbook costs over a fleet beside the obvious playbook, both sides in one run: 'make bench-fleet'.
+
+The hosts are the four of extensions/molecule/fleet.sh, each under many inventory names (aliases), each alias with a
+folder of its own. Controller and hosts share this machine, so a figure has the work of both. The obvious playbook makes
+each overlay by 'qemu-img create' and each bitmap by 'qemu-img bitmap --add', in loops; it is told the bitmaps' names,
+reads nothing, and verifies nothing. Where it would take too long, only the collection's side is measured.
+
+A cell of the table is named as ALIASESxDISKS, for example 40x10; the cells to measure can be given as arguments.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+import typing as t
+
+HOSTS = ["hv11", "hv12", "hv13", "hv14"]
+CELLS = ["4x1", "4x10", "4x100", "40x1", "40x10", "40x100", "400x1", "400x10"]
+BITMAPS = ["monday", "tuesday"]
+LONGEST_LOOP = 1300  # commands of the obvious playbook, over all hosts, beyond which it is not measured
+FORKS = 20
+FLEET_SH = pathlib.Path(__file__).parents[2] / "extensions" / "molecule" / "fleet.sh"
+
+# Small clusters, on both sides, since the hosts keep their files in memory.
+OBVIOUS = """
+- hosts: hypervisors
+  gather_facts: false
+  tasks:
+    - ansible.builtin.command:
+        argv: [qemu-img, create, -q, -f, qcow2, -o, cluster_size=4k, -F, qcow2, -b, "{{ item.backing_file }}",
+               "{{ item.path }}"]
+      loop: "{{ overlay_disks }}"
+    - ansible.builtin.command:
+        argv: [qemu-img, bitmap, --add, "{{ item.0.path }}", "{{ item.1 }}"]
+      loop: "{{ overlay_disks | product(bitmaps) }}"
+"""
+
+# On a host: images for its aliases, all copies of one.
+MAKE_IMAGES = """
+set -e
+mkdir -p /srv/scale; cd /srv/scale
+qemu-img create -q -f qcow2 -o cluster_size=4k template 64M
+for bitmap in {bitmaps}; do qemu-img bitmap --add template $bitmap; done
+for alias in {aliases}; do
+  mkdir $alias
+  for number in $(seq {disks}); do cp template $alias/$number.qcow2; done
+done
+"""
+
+
+class Cell(t.NamedTuple):
+    """What is measured: so many aliases with so many disks each."""
+
+    aliases: int
+    disks: int
+
+    @property
+    def commands(self) -> int:
+        """How many commands the obvious playbook runs."""
+        return self.aliases * self.disks * (1 + len(BITMAPS))
+
+
+def disks_of(alias: str, count: int) -> list[dict[str, str]]:
+    """Return the overlays to make; each disk is a VM of its own, as most are."""
+    stems = {str(number): f"/srv/scale/{alias}/{number}" for number in range(1, count + 1)}
+    return [{"vm": vm, "path": f"{stem}.snap.qcow2", "backing_file": f"{stem}.qcow2"} for vm, stem in stems.items()]
+
+
+def inventory(cell: Cell) -> dict[str, t.Any]:
+    """Return an inventory whose aliases are spread over the hosts."""
+    addresses = {f"alias{number}": f"127.77.0.{HOSTS[number % len(HOSTS)][2:]}" for number in range(cell.aliases)}
+    return {
+        "hypervisors": {
+            "hosts": {
+                alias: {"ansible_host": address, "overlay_disks": disks_of(alias, cell.disks)}
+                for alias, address in addresses.items()
+            },
+            "vars": {
+                "ansible_port": 2222,
+                "ansible_user": "root",
+                "ansible_python_interpreter": "/usr/bin/python3",
+                "ansible_ssh_private_key_file": f"{os.environ['FLEET']}/id_ed25519",
+                "ansible_ssh_common_args": "-F none -o IdentitiesOnly=yes -o IdentityAgent=none "
+                "-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR",
+                "bitmaps": BITMAPS,
+                "overlay_cluster_size": "4k",
+            },
+        }
+    }
+
+
+def on_host(host: str, command: str) -> None:
+    """Run a shell command on a host."""
+    options = ["-F", "none", "-i", f"{os.environ['FLEET']}/id_ed25519", "-p", "2222", "-o", "LogLevel=ERROR"]
+    options += ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]
+    subprocess.run(["ssh", *options, f"root@127.77.0.{host[2:]}", command], check=True, stdout=subprocess.DEVNULL)
+
+
+def everywhere(cell: Cell, command: str) -> None:
+    """Run a shell command on each host; {aliases} are those of the host."""
+    for number, host in enumerate(HOSTS):
+        aliases = " ".join(f"alias{alias}" for alias in range(number, cell.aliases, len(HOSTS)))
+        on_host(host, command.format(aliases=aliases, disks=cell.disks, bitmaps=" ".join(BITMAPS)))
+
+
+def play(folder: pathlib.Path, playbook: str, cell: Cell) -> float:
+    """Return the seconds that a playbook takes; it must do what it is to do on every alias."""
+    environment = {
+        **os.environ,
+        "ANSIBLE_FORKS": str(FORKS),
+        "ANSIBLE_PIPELINING": "true",
+        "ANSIBLE_HOME": str(folder),
+        "ANSIBLE_SSH_CONTROL_PATH_DIR": str(folder / "cp"),
+        "ANSIBLE_NOCOLOR": "1",
+    }
+    command = ["ansible-playbook", "-i", str(folder / "inventory.json"), playbook]
+    command += ["-e", f"overlay_report={folder}/report.json"]
+    start = time.perf_counter()
+    run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    seconds = time.perf_counter() - start
+    if run.returncode != 0:
+        sys.exit(f"{playbook}: exit code {run.returncode}\n{run.stdout[-4000:]}")
+    if run.stdout.count("failed=0") != cell.aliases:
+        sys.exit(f"{playbook}: not every alias is in the recap")
+    return seconds
+
+
+def counts(folder: pathlib.Path) -> list[int]:
+    """Return what the report says was created, present, and carried."""
+    report = json.loads((folder / "report.json").read_text())
+    return [report["created"], report["present"], report["bitmaps_carried"]]
+
+
+def measure(cell: Cell, folder: pathlib.Path) -> list[str]:
+    """Return the line of the table for a cell."""
+    (folder / "inventory.json").write_text(json.dumps(inventory(cell)))
+    everywhere(cell, "rm -rf /srv/scale")
+    everywhere(cell, MAKE_IMAGES)
+    disks = cell.aliases * cell.disks
+    first = play(folder, "kvmfleet.qcow2.overlay", cell)
+    assert counts(folder) == [disks, 0, disks * len(BITMAPS)], counts(folder)
+    again = play(folder, "kvmfleet.qcow2.overlay", cell)
+    assert counts(folder) == [0, disks, disks * len(BITMAPS)], counts(folder)
+    line = [f"{cell.aliases}", f"{cell.disks}", f"{first:.0f} s", f"{first / cell.aliases:.2f} s"]
+    line += [f"{first / disks * 1000:.0f} ms", f"{again:.0f} s"]
+    if cell.commands > LONGEST_LOOP:
+        return [*line, "-", "-"]
+    everywhere(cell, "rm /srv/scale/*/*.snap.qcow2")
+    (folder / "obvious.yml").write_text(OBVIOUS)
+    theirs = play(folder, str(folder / "obvious.yml"), cell)
+    return [*line, f"{theirs:.0f} s", f"{theirs / first:.1f}"]
+
+
+def main() -> None:
+    """Measure each cell and print the table."""
+    cells = [Cell(*map(int, text.split("x"))) for text in sys.argv[1:] or CELLS]
+    subprocess.run([str(FLEET_SH), "up"], check=True)
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            print(f"{len(BITMAPS)} bitmaps for each disk, {FORKS} forks, {os.cpu_count()} processors for everything")
+            print("| hosts | disks each | first run | per host | per disk | again | obvious playbook | ratio |")
+            print("|---|---|---|---|---|---|---|---|", flush=True)
+            for cell in cells:
+                print("|", " | ".join(measure(cell, pathlib.Path(name))), "|", flush=True)
+    finally:
+        subprocess.run([str(FLEET_SH), "down"], check=True)
+
+
+if __name__ == "__main__":
+    main()
