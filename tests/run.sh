@@ -36,7 +36,7 @@ make_venv() {  # make_venv NAME PYTHON REQUIREMENT...: a virtual environment in 
 prepare() {
   say "prepare"
   tests/install.sh qemu-img=qemu-utils qemu-storage-daemon=qemu-system-common qemu-system-x86_64=qemu-system-x86 \
-    shellcheck=shellcheck jq=jq gcc=gcc mkfs.ext4=e2fsprogs setfacl=acl mount.exfat-fuse=exfat-fuse mkfs.exfat=exfatprogs \
+    shellcheck=shellcheck ip=iproute2 jq=jq gcc=gcc mkfs.ext4=e2fsprogs setfacl=acl mount.exfat-fuse=exfat-fuse mkfs.exfat=exfatprogs \
     libvirtd=libvirt-daemon virsh=libvirt-clients pkg-config=pkg-config /usr/include/libvirt/libvirt.h=libvirt-dev \
     "/usr/lib/$(uname -m)-linux-gnu/libvirt/connection-driver/libvirt_driver_qemu.so=libvirt-daemon-driver-qemu"
   python3 -c 'import ensurepip' 2> /dev/null || tests/install.sh no-ensurepip-yet=python3-venv
@@ -79,12 +79,12 @@ copy_collection() {  # copy_collection FOLDER: ansible-test wants it below ansib
 }
 
 ansible_test() {  # ansible_test CORE ARGUMENT...: with a home of its own, so that nothing of the user's is touched
-  local core=$1 home=${home:-$cache/home}
+  local core=$1 home=${home:-$cache/home} alone=("${alone[@]:-env}")
   shift
   mkdir -p "$home"
   HOME=$home "$cache/venv/core-$core/bin/python" tests/seed_pip.py
   (cd "$copy" && HOME=$home PATH="$cache/venv/core-$core/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin" \
-    ansible-test "$@")
+    "${alone[@]}" ansible-test "$@")
 }
 
 each_leg() {  # each_leg FUNCTION: call it with core, controller Python and host Python
@@ -132,6 +132,10 @@ units() { each_leg units_leg; }
 
 integration_leg() {  # with a copy of the collection and a home of its own, since the legs run side by side
   local copy=$cache/leg-$1/ansible_collections/kvmfleet/qcow2 home=$cache/leg-$1/home
+  # With processes, mounts and loopback of its own: two libvirt daemons would now and then choose the same display port, and
+  # a daemon has a session of its own, so an interrupt would not reach it. The kernel ends all of them with bash.
+  # shellcheck disable=SC2016  # bash expands it
+  local alone=(unshare --net --pid --fork --kill-child --mount-proc bash -c 'ip link set lo up && "$@"; exit' -)
   copy_collection "$copy"
   echo "ansible_python_interpreter: $cache/venv/host-$3/bin/python" > "$copy/tests/integration/integration_config.yml"
   ansible_test "$1" integration --local --python "$2" --allow-root --allow-destructive
