@@ -41,7 +41,7 @@ options:
         type: bool
         default: false
       problem:
-        description: A reason for which nothing else is known of the host.
+        description: What ended the steps before their end.
         type: str
   check_mode:
     description: Whether the run was made in check mode.
@@ -70,7 +70,7 @@ _value:
 
 import typing as t
 
-from ..plugin_utils._report import Pass, Steps, failed_report, host_report, summary_of_host
+from ..plugin_utils._report import Pass, Steps, host_report, summary_of_host
 
 
 def _taken(result: t.Mapping[str, t.Any] | None) -> t.Mapping[str, t.Any] | None:
@@ -80,17 +80,15 @@ def _taken(result: t.Mapping[str, t.Any] | None) -> t.Mapping[str, t.Any] | None
 
 def make_host_report(results: t.Mapping[str, t.Any], check_mode: bool) -> dict[str, t.Any]:
     """Return the report of a host."""
-    if results.get("problem"):
-        report = failed_report(results["problem"], check_mode)
-    else:
-        steps = Steps(
-            Pass(*map(_taken, results.get("disks", ()))),
-            Pass(*map(_taken, results.get("domains", ()))),
-            _taken(results.get("chains")),
-            results.get("waiting_for", ()),
-            results.get("all_or_none", False),
-        )
-        report = host_report(steps, check_mode)
+    steps = Steps(
+        Pass(*map(_taken, results.get("disks", ()))),
+        Pass(*map(_taken, results.get("domains", ()))),
+        _taken(results.get("chains")),
+        results.get("waiting_for", ()),
+        results.get("all_or_none", False),
+        results.get("problem", ""),
+    )
+    report = host_report(steps, check_mode)
     return {**report, "summary": summary_of_host(report)}
 
 

@@ -69,6 +69,7 @@ class DomainOutcome(t.NamedTuple):
     checkpoints: list[Checkpoint]
     problems: list[str]
     diff: tuple[str, str]  # the disks' elements before and after
+    tops: t.Mapping[str, str]  # the topmost image of each disk, by target, as the definition has it after the task
 
     def as_result(self) -> dict[str, t.Any]:
         """Return the domain as the module returns it."""
@@ -76,7 +77,14 @@ class DomainOutcome(t.NamedTuple):
             "name": self.name,
             "uuid": self.uuid,
             "state": self.state,
-            "overlays": [{"target": target, **verdict.as_result()} for target, verdict in self.overlays],
+            "overlays": [
+                {
+                    "target": target,
+                    **verdict.as_result(),
+                    "topmost": printable(self.tops.get(target, verdict.wanted.path)),
+                }
+                for target, verdict in self.overlays
+            ],
             "skipped_disks": [disk._asdict() for disk in self.skipped],
             "checkpoints": [checkpoint.as_result() for checkpoint in self.checkpoints],
         }
@@ -96,9 +104,7 @@ def overlay_domains(
     found, unmatched = select(everybody, names)
     users = _users_of_images([domain for domain in everybody.values() if isinstance(domain, Domain)])
     plans = [plan_domain(domain, request, users) for domain in found if isinstance(domain, Domain)]
-    left_out = {
-        plan.domain.name: _left_out(plan) for plan in plans if request.skips_running and _is_running_below(plan)
-    }
+    left_out = {plan.domain.name: _left_out(plan) for plan in plans if _is_to_be_left_out(plan, request, names)}
     sound = [plan for plan in plans if not plan.problems and plan.domain.name not in left_out]
     switches = {plan.domain.uuid: _Switch(libvirt, plan) for plan in sound if plan.overlays}
     wanted = [wanted for plan in sound for wanted in plan.wanted.values()]
@@ -322,17 +328,19 @@ def _state_problems(plan: Plan) -> list[str]:
     return []
 
 
-def _is_running_below(plan: Plan) -> bool:
-    """Whether the domain is not shut off, and not yet on its overlays."""
-    return bool(plan.overlays) and plan.domain.activity is not None
+def _is_to_be_left_out(plan: Plan, request: Request, names: t.Sequence[str]) -> bool:
+    """Whether the domain is skipped: by request since it runs, or since only a pattern names it and it has no disk."""
+    if plan.overlays:
+        return request.skips_running and plan.domain.activity is not None
+    return not plan.wanted and request.targets is None and plan.domain.name not in names
 
 
 def _left_out(plan: Plan) -> DomainOutcome:
-    """Return the outcome for a domain that is left as it is because it is not shut off."""
+    """Return the outcome for a domain that is left as it is."""
     reason = f"the domain is {plan.domain.activity}"
     skipped = [*plan.skipped, *(Skipped(target, reason) for target in plan.wanted)]
     checkpoints = _judge_checkpoints(plan, {})
-    return DomainOutcome(plan.domain.name, plan.domain.uuid, SKIPPED, [], skipped, checkpoints, [], ("", ""))
+    return DomainOutcome(plan.domain.name, plan.domain.uuid, SKIPPED, [], skipped, checkpoints, [], ("", ""), {})
 
 
 def _conclude(
@@ -358,7 +366,13 @@ def _conclude(
         checkpoints=_judge_checkpoints(plan, dict(overlays) if is_fine else {}),
         problems=list(dict.fromkeys(problems)),
         diff=(_parts(plan.domain.definition, plan), _parts(plan.definition, plan)) if is_fine else ("", ""),
+        tops=_topmost(plan.definition if is_fine else plan.domain.definition),
     )
+
+
+def _topmost(definition: str) -> dict[str, str]:
+    """Return the topmost image of each disk that a definition has, by target."""
+    return {disk.target: disk.source for disk in disks_of(definition) if disk.source is not None}
 
 
 def _parts(definition: str, plan: Plan) -> str:
@@ -368,7 +382,7 @@ def _parts(definition: str, plan: Plan) -> str:
 
 def _unreadable(domain: Unreadable) -> DomainOutcome:
     """Return the outcome for a domain of which nothing is known."""
-    return DomainOutcome(domain.name, None, FAILED, [], [], [], [domain.problem], ("", ""))
+    return DomainOutcome(domain.name, None, FAILED, [], [], [], [domain.problem], ("", ""), {})
 
 
 class _Chain(t.NamedTuple):

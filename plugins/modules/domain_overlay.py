@@ -136,7 +136,8 @@ domains:
     state:
       description:
         - V(created) if it was switched to overlays, V(present) if it was on them, or above them, already, or V(failed).
-        - V(skipped) if it is not shut off and O(running=skip). All its disks are among RV(domains[].skipped_disks).
+        - V(skipped) if it is not shut off and O(running=skip), or if only a pattern in O(name) names it and none of its
+          disks can take part. All its disks are among RV(domains[].skipped_disks).
       type: str
       sample: created
     overlays:
@@ -198,6 +199,12 @@ domains:
               description: V(disabled) if it is not recording, V(inconsistent) if it was not saved properly.
               type: str
               sample: inconsistent
+        topmost:
+          description:
+            - The topmost image of the disk after this task. It is the overlay, or an image above it if that was
+              V(present) already.
+          type: str
+          sample: /srv/web.before-upgrade.qcow2
         msg:
           description: Why it failed.
           returned: when RV(domains[].overlays[].state) is V(failed)

@@ -46,6 +46,7 @@ def of_domains(*domains):
                 "state": state,
                 "overlays": list(overlays),
                 "skipped_disks": [{"target": "sda", "reason": "cdrom"}],
+                "checkpoints": [],
                 **({"msg": f"{name}: is wrong."} if state == "failed" else {}),
             }
             for name, state, *overlays in domains
@@ -85,7 +86,8 @@ def test_a_run_in_which_all_is_well():
 
 
 def test_disks_and_domains_are_counted_together():
-    result = report([of_disks(overlay(A, "present"))], [of_domains(("web", "created", overlay("/w.snap.qcow2")))])
+    made = of_domains(("web", "created", overlay("/w.snap.qcow2")))
+    result = report([of_disks(overlay(A, "present"))], [made, made])
     assert (result["created"], result["present"], result["skipped"], result["bitmaps_carried"]) == (1, 1, 1, 2)
     assert [one["domain"] for one in result["overlays"]] == [None, "web"]
     assert result["skipped_disks"] == [{"domain": "web", "target": "sda", "reason": "cdrom"}]
@@ -151,7 +153,67 @@ def test_what_is_to_be_examined_is_told_before_it_is():
 def test_check_mode_examines_what_is_there():
     both = of_disks(overlay(A), overlay("/b.snap.qcow2", "present"))
     assert report([both], check_mode=True)["examined"] == ["/a.qcow2", "/b.snap.qcow2"]
-    assert report([both], check_mode=False)["examined"] == [A, "/b.snap.qcow2"]
+    assert report([both, both], check_mode=False)["examined"] == [A, "/b.snap.qcow2"]
+
+
+def test_what_counts_is_the_topmost_image_of_a_domain():
+    below = of_domains(("web", "present", overlay(A, "present", topmost="/top.qcow2")))
+    assert report((), [below])["examined"] == ["/top.qcow2"]
+    result = report((), [below], chains((("/top.qcow2"), {"monday": BROKEN}, {})))
+    assert result["problems"] == [
+        "/top.qcow2: checkpoint monday cannot be used for a backup: An image in between lacks it."
+    ]
+
+
+def test_a_checkpoint_that_is_broken_on_another_disk_of_the_domain_is_a_problem():
+    made = of_domains(("web", "created", overlay(A), overlay("/b.snap.qcow2", bitmaps=())))
+    broken = {"name": "monday", "valid": False, "image": "/b.snap.qcow2", "advice": "It lacks it."}
+    made["domains"][0]["checkpoints"] = [broken, {**broken, "name": "of-old"}]
+    result = report((), [made, made], chains((A, {"monday": VALID}, {})))
+    assert result["problems"] == ["web: checkpoint monday cannot be used for a backup: /b.snap.qcow2: It lacks it."]
+    # Told once if the chain of the disk itself tells it.
+    assert len(report((), [made, made], chains((A, {"monday": BROKEN}, {})))["problems"]) == 1
+
+
+def test_a_checkpoint_of_a_running_vm_is_counted_as_not_verified():
+    result = report([of_disks(overlay(A, "present"))], chains=chains((A, {"monday": IN_USE}, {})))
+    assert result["unverified"] == [{"path": A, "checkpoint": "monday"}]
+    assert summary_of_host(result).endswith("bitmaps: 1 carried, 0 left behind, 1 not verified, as a VM runs")
+
+
+def test_nothing_counts_as_created_without_a_run():
+    before = of_disks(overlay(A), overlay("/b.snap.qcow2", "present"))
+    result = report([before], [GONE])
+    assert (result["state"], result["created"], result["present"], result["failed"]) == ("unreachable", 0, 1, 1)
+    assert "the run did not begin" in result["overlays"][0]["msg"]
+
+
+def test_a_run_that_told_nothing_is_judged_by_what_is_found_afterwards():
+    before = of_disks(overlay(A), overlay("/b.snap.qcow2"))
+    after = of_disks(overlay(A, "present"), overlay("/b.snap.qcow2"))
+    result = report([before, CRASHED, after])
+    assert (result["state"], result["created"], result["present"], result["failed"]) == ("failed", 0, 1, 1)
+    assert result["problems"][0] == "MODULE FAILURE SyntaxError: f-string"
+    assert "did not tell what it made" in result["problems"][1]
+    assert report([before, CRASHED])["overlays"] == []
+
+
+def test_what_ended_the_steps_is_a_problem_and_loses_nothing():
+    result = report([of_disks(overlay(A, "present"))], problem="A task: timed out")
+    assert (result["state"], result["present"], result["problems"]) == ("failed", 1, ["A task: timed out"])
+
+
+def test_what_is_left_out_before_and_after_is_stable():
+    made = of_domains(("web", "created", overlay(A)), ("db", "skipped"))
+    after = of_domains(("db", "skipped"), ("web", "present", overlay(A, "present")))
+    assert report((), [made, made, after], chains((A, {"monday": VALID}, {})))["state"] == "ok"
+    gone = report((), [made, made, of_domains(("db", "skipped"))], chains((A, {"monday": VALID}, {})))
+    assert gone["problems"] == ["web: is created, but the idempotence check finds otherwise: it is not there any more."]
+
+
+def test_warnings_of_the_modules_are_kept_once():
+    warned = {**of_disks(overlay(A, "present")), "warnings": ["x*: no domain of this host matches it."]}
+    assert report([warned], [warned])["warnings"] == ["x*: no domain of this host matches it."]
 
 
 def test_a_domain_that_failed_has_no_overlay_whatever_became_of_each():
@@ -169,6 +231,7 @@ def test_a_domain_that_failed_before_it_had_overlays_counts_as_one_failure():
 def test_a_domain_that_was_left_out_is_no_failure():
     result = report((), [of_domains(("web", "skipped"))])
     assert (result["state"], result["failed"], result["skipped"]) == ("ok", 0, 1)
+    assert summary_of_host(result).startswith("0 created, 0 present, 1 skipped (1 cdrom), 0 failed")
 
 
 def test_a_module_that_could_not_run_is_a_problem():
@@ -184,7 +247,7 @@ def test_a_connection_lost_during_the_run_leaves_open_what_was_made():
     result = report([of_disks(overlay(A)), GONE])
     assert result["state"] == "unreachable"
     assert (result["created"], result["overlays"]) == (0, [])
-    assert "not known what was made" in result["problems"][1]
+    assert "did not tell what it made" in result["problems"][1]
 
 
 def test_a_connection_lost_after_the_run_does_not_lose_what_was_made():
@@ -200,7 +263,8 @@ def test_all_or_none_holds_back_what_could_have_been_made():
     assert result["examined"] == ["/c.snap.qcow2"]
     # What fails in the run itself holds nothing back any more.
     assert report([before, before], all_or_none=True)["created"] == 1
-    assert report([of_disks(overlay(A))], all_or_none=True)["created"] == 1
+    assert report([of_disks(overlay(A))], all_or_none=True, check_mode=True)["created"] == 1
+    assert report([before], all_or_none=True, check_mode=True)["created"] == 0
 
 
 def test_packages_that_check_mode_would_install_end_the_prediction():
@@ -210,7 +274,8 @@ def test_packages_that_check_mode_would_install_end_the_prediction():
 
 
 def test_the_fleet_has_a_line_for_each_host_and_a_sum():
-    fine = report([of_disks(overlay(A, skipped=[("x", "inconsistent"), ("y", "disabled")]))])
+    made = of_disks(overlay(A, skipped=[("x", "inconsistent"), ("y", "disabled")]))
+    fine = report([made, made])
     bad = report(
         [of_disks(overlay(A, "failed", bitmaps=(), msg="/a: is\nin use."), overlay("/b.snap.qcow2", "present"))]
     )
