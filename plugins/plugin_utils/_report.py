@@ -81,14 +81,10 @@ def host_report(steps: Steps, check_mode: bool) -> dict[str, t.Any]:
     return {**report, **_counts([report])}
 
 
-def failed_report(problem: str, check_mode: bool, state: str = FAILED) -> dict[str, t.Any]:
-    """Return the report of a host of which nothing is known but why."""
-    return {**host_report(Steps(), check_mode), "state": state, "problems": [problem]}
-
-
 def fleet_report(reports: t.Mapping[str, t.Mapping[str, t.Any] | None], check_mode: bool) -> dict[str, t.Any]:
     """Return the report of the fleet, from the report of each host, which is None if its turn never came."""
-    not_run = failed_report("Its turn never came, because too many hosts before it failed.", check_mode, NOT_RUN)
+    nothing = host_report(Steps(problem="Its turn never came, because too many hosts before it failed."), check_mode)
+    not_run = {**nothing, "state": NOT_RUN}
     hosts = {host: report or not_run for host, report in reports.items()}
     states = collections.Counter(report["state"] for report in hosts.values())
     known = {state: states[state] for state in (OK, FAILED, UNREACHABLE, NOT_RUN)}
@@ -99,6 +95,11 @@ def summary_of_host(report: t.Mapping[str, t.Any]) -> str:
     """Return the line of a host."""
     if report["waiting_for"]:
         return f"would install {', '.join(report['waiting_for'])}; what comes then cannot be predicted"
+    return _summary_of_counts(report)
+
+
+def _summary_of_counts(report: t.Mapping[str, t.Any]) -> str:
+    """Return the counts of a host, or of the fleet, in words."""
     counts = (
         f"{report[CREATED]} created, {report[PRESENT]} present, {report[SKIPPED]} skipped"
         f"{_reasons(report['skipped_because'])}, {report[FAILED]} failed"
@@ -126,10 +127,7 @@ def summary_of_fleet(report: t.Mapping[str, t.Any]) -> list[str]:
         lines.extend(f"{'':{width}}  {text}" for text in told[1:])
     states = ", ".join(f"{count} {state}" for state, count in report["states"].items())
     planned = "Check mode, nothing was changed. " if report["check_mode"] else ""
-    return [
-        *lines,
-        f"{planned}{len(report['hosts'])} hosts: {states}. {summary_of_host({**report, 'waiting_for': []})}",
-    ]
+    return [*lines, f"{planned}{len(report['hosts'])} hosts: {states}. {_summary_of_counts(report)}"]
 
 
 def _is_unknown(report: t.Mapping[str, t.Any]) -> bool:
