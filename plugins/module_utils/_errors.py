@@ -5,6 +5,20 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
+CHECK_STORAGE = "Check the space, the quota and the state of the storage there (dmesg), then run this again."
+_ADVICE = {
+    errno.EROFS: "Make its file system writable (dmesg tells if an error made it read-only), then run this again.",
+    errno.EACCES: "Check its permissions, run with become.",
+    errno.EPERM: "Check its permissions, run with become.",
+    errno.EMFILE: "Raise the limit of open files (ulimit -n), then run this again.",
+    errno.ENFILE: "Raise the limit of open files (sysctl fs.file-max), then run this again.",
+    errno.ENOENT: "Check that its folder is still there and mounted, then run this again.",
+    errno.ESTALE: "Check that its folder is still there and mounted, then run this again.",
+}
+
 
 class Qcow2Error(Exception):
     """An expected failure. Its text names the file, the rule and the way out, and is shown to the user as it is."""
@@ -25,6 +39,18 @@ class Interrupted(BaseException):
 def printable(text: str) -> str:
     """Return the text with what stands for bytes that are not UTF-8 spelt out; Ansible would reject the result."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def advice(exc: OSError) -> str:
+    """Return what to do about a failure of the system."""
+    return _ADVICE.get(exc.errno or 0, CHECK_STORAGE)
+
+
+def advice_on(words: str) -> str:
+    """Return what to do about a failure that QEMU tells in these words."""
+    if "arameter '" in words:  # QAPI refuses what it does not know or was built without, such as zstd
+        return "This QEMU does not know that option: leave it out, or update QEMU on this host."
+    return next((text for number, text in _ADVICE.items() if os.strerror(number) in words), CHECK_STORAGE)
 
 
 def in_use(path: str) -> Qcow2Error:

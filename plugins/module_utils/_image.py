@@ -11,12 +11,13 @@ the checks that QEMU itself makes when it opens an image.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import struct
 import typing as t
 
-from ._errors import Qcow2Error
+from ._errors import Qcow2Error, advice
 
 MAGIC = b"QFI\xfb"
 SECTOR = 512  # bytes; QEMU rounds the virtual size down to it
@@ -139,9 +140,15 @@ def open_image(path: str) -> int:
     except FileNotFoundError as exc:
         raise Qcow2Error(f"{path}: does not exist. Check the name, and that its storage is mounted.") from exc
     except OSError as exc:
-        raise Qcow2Error(f"{path}: cannot be opened: {exc.strerror}. It must be readable for this task.") from exc
+        raise Qcow2Error(f"{path}: cannot be opened: {exc.strerror}. {advice(exc)}") from exc
     except ValueError as exc:  # a NUL byte, or characters that file names cannot have in this locale
         raise Qcow2Error(f"{path!r}: is no name that a file can have here. Correct it.") from exc
+
+
+def close_image(fd: int) -> None:
+    """Close an image from which there was only to be read, or that is on stable storage already."""
+    with contextlib.suppress(OSError):  # network file systems tell of old failures here; the descriptor is gone anyway
+        os.close(fd)
 
 
 def length_of(fd: int) -> int:

@@ -12,8 +12,8 @@ import typing as t
 
 from . import _build, _locks, _plan
 from ._chain import identity_of
-from ._errors import Interrupted, Qcow2Error, QemuError, in_use, printable
-from ._image import open_image, read_image
+from ._errors import CHECK_STORAGE, Interrupted, Qcow2Error, QemuError, advice, in_use, printable
+from ._image import close_image, open_image, read_image
 from ._observe import Active, Target, is_written, observe_active, observe_target
 from ._plan import CREATED, FAILED, PRESENT, Verdict, Wanted
 from ._publish import Attire, Ownership, StagedFile, choose_attire, dress, find_leftovers, publish_together
@@ -236,7 +236,7 @@ class _Work:
         """Lock every ACTIVE against writers and against other runs of this collection."""
         for path in {verdict.wanted.backing_file for verdict in verdicts}:
             self._actives[path] = open_image(path)
-            self._held.callback(os.close, self._actives[path])
+            self._held.callback(close_image, self._actives[path])
         if self._settings.check_mode:  # no lock, or a VM that starts just now would fail because of a mere question
             return
         # In an order that all runs share, or two could wait for each other; and a file with two names once.
@@ -306,14 +306,15 @@ def _read_back(file: StagedFile, verdict: Verdict, backing_file: str, monitor: M
         words = monitor.stderr()
         raise Qcow2Error(
             f"{file.target.path}: was not made as it should be and is not published: {'; '.join(wrong)}."
-            + (f" QEMU says: {words}" if words else "")
+            + (f" QEMU says: {words}." if words else "")
+            + f" {CHECK_STORAGE}"
         )
 
 
 def _failed(verdict: Verdict, exc: Exception) -> Verdict:
     """Return the verdict failed by an exception that is expected."""
     if isinstance(exc, OSError):
-        return verdict.failed(f"{verdict.wanted.path}: cannot be made: {exc.strerror}. Nothing was left behind.")
+        return verdict.failed(f"{verdict.wanted.path}: cannot be made: {exc.strerror}. {advice(exc)}")
     return verdict.failed(f"{verdict.wanted.path}: {exc}" if isinstance(exc, QemuError) else str(exc))
 
 

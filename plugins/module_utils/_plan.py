@@ -407,8 +407,8 @@ def within_space(verdicts: t.Sequence[Verdict], targets: t.Sequence[Target], fre
         needed = needed_bytes(verdict)
         if needed > available:
             settled[index] = verdict.failed(
-                f"{verdict.wanted.path}: needs at least {needed} bytes in {target.folder}, where {available} are left "
-                "after the overlays before it. Make room, or choose another folder."
+                f"{verdict.wanted.path}: needs at least {needed} bytes in {target.folder}, where "
+                f"{max(available, 0)} are left after the overlays before it. Make room, or choose another folder."
             )
         left[target.device] = available - needed
     settled = all_or_none(settled)

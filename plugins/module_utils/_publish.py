@@ -19,11 +19,13 @@ import stat
 import typing as t
 
 from . import _locks
-from ._errors import HalfDoneError, Qcow2Error
+from ._errors import CHECK_STORAGE, HalfDoneError, Qcow2Error
+from ._image import close_image
 from ._observe import Target
 
 _PREFIX = ".qcow2_overlay-"
 _SUFFIX = ".tmp"
+_MOST_TRIES = 100  # more runs than that do not collide in one folder
 _RENAME_NOREPLACE = 1
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
 _SELINUX = "security.selinux"
@@ -47,7 +49,7 @@ class StagedFile:
         self.target = target
         self.folder_fd = os.open(target.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            self.name, self.fd = _new_file(self.folder_fd)
+            self.name, self.fd = _new_file(self.folder_fd, target.folder)
         except BaseException:
             os.close(self.folder_fd)
             raise
@@ -58,8 +60,8 @@ class StagedFile:
     def __exit__(self, *_exc: object) -> None:
         with contextlib.suppress(OSError):
             os.unlink(self.name, dir_fd=self.folder_fd)
-        os.close(self.fd)
-        os.close(self.folder_fd)
+        close_image(self.fd)
+        close_image(self.folder_fd)
 
     @property
     def place(self) -> str:
@@ -90,29 +92,41 @@ class StagedFile:
                 "removed again. Run this again."
             )
 
-    def retract(self) -> None:
-        """Take the published file away again, if it is still ours."""
-        with contextlib.suppress(OSError):
+    def retract(self) -> str | None:
+        """Take the published file away again, if it is still ours; return why that could not be done."""
+        try:
             status = os.stat(self.place, dir_fd=self.folder_fd, follow_symlinks=False)
             if os.path.samestat(status, os.fstat(self.fd)):
                 os.unlink(self.place, dir_fd=self.folder_fd)
-                os.fsync(self.folder_fd)
+        except FileNotFoundError:
+            return None
+        except OSError as exc:
+            return f"{self.target.path}: could not be removed again: {exc.strerror}."
+        with contextlib.suppress(OSError):
+            os.fsync(self.folder_fd)
+        return None
 
 
-def _new_file(folder_fd: int) -> tuple[str, int]:
+def _new_file(folder_fd: int, folder: str) -> tuple[str, int]:
     """Return name and descriptor of a new file in the folder that is marked as in work."""
-    while True:
+    for _try in range(_MOST_TRIES):
         name = f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
         fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=folder_fd)
+        is_ours = False
         try:
             # Not ours any more if another run took it for a leftover before it was marked.
-            if _locks.claim(fd, name) and os.fstat(fd).st_nlink:
+            is_ours = _locks.claim(fd, os.path.join(folder, name)) and os.fstat(fd).st_nlink > 0
+            if is_ours:
                 return name, fd
-        except BaseException:
-            os.unlink(name, dir_fd=folder_fd)
-            os.close(fd)
-            raise
-        os.close(fd)
+        finally:
+            if not is_ours:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=folder_fd)
+                close_image(fd)
+    raise Qcow2Error(
+        f"{folder}: {_MOST_TRIES} new files in it were each taken away or locked at once by another program. Find out "
+        "which one works in this folder, then run this again."
+    )
 
 
 def publish_together(
@@ -123,13 +137,14 @@ def publish_together(
     finish is what must succeed for them to stay, such as pointing the VM at them; no VM can start on them before. From
     then on the signals that end a run wait until held is left: nobody may take the files away any more, nor say so.
     """
-    with contextlib.ExitStack() as on_failure:
+    for file in staged:
+        # No VM may start on the first overlay while the second can still fail.
+        _locks.hold_off_writers(file.fd, file.target.path)
+        _locks.hold_off_everybody(file.fd, file.target.path)
+    begun = []
+    try:
         for file in staged:
-            # No VM may start on the first overlay while the second can still fail.
-            _locks.hold_off_writers(file.fd, file.target.path)
-            _locks.hold_off_everybody(file.fd, file.target.path)
-        for file in staged:
-            on_failure.callback(file.retract)
+            begun.append(file)
             file.publish()
             file.check_place()
         for file in staged:
@@ -138,13 +153,24 @@ def publish_together(
         for file in {file.target.folder: file for file in staged}.values():
             os.fsync(file.folder_fd)
         held.enter_context(_signals_held())
-        try:
-            if finish is not None:
-                finish()
-        except HalfDoneError:
-            on_failure.pop_all()
-            raise
-        on_failure.pop_all()
+        if finish is not None:
+            finish()
+    except HalfDoneError:
+        raise
+    except BaseException as exc:
+        _retract_all(begun, exc)
+        raise
+
+
+def _retract_all(begun: t.Sequence[StagedFile], exc: BaseException) -> None:
+    """Take all published files away again; Qcow2Error when one stays, so that nobody takes it for gone."""
+    stuck = [problem for problem in [file.retract() for file in reversed(begun)] if problem]
+    if stuck and isinstance(exc, Exception):
+        why = exc.strerror if isinstance(exc, OSError) else str(exc)
+        raise Qcow2Error(
+            f"{' '.join(stuck)} The overlays that belong together are made all or none, and one failed: {why}. What is "
+            f"there is complete, but its VM is not on it. {CHECK_STORAGE} That finds it present, and makes the others."
+        ) from exc
 
 
 @contextlib.contextmanager
@@ -225,8 +251,10 @@ def find_leftovers(folder: str, remove: bool) -> list[str]:
     try:
         names = [name for name in os.listdir(folder_fd) if name.startswith(_PREFIX) and name.endswith(_SUFFIX)]
         return sorted(os.path.join(folder, name) for name in names if _is_abandoned(name, folder_fd, remove))
+    except OSError:  # whatever is wrong with the folder, the overlays in it will tell
+        return []
     finally:
-        os.close(folder_fd)
+        close_image(folder_fd)
 
 
 def _is_abandoned(name: str, folder_fd: int, remove: bool) -> bool:

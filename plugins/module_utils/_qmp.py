@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 import typing as t
 
-from ._errors import QemuError
+from ._errors import CHECK_STORAGE, QemuError, advice_on
 
 OLDEST_QEMU = (5, 2)  # the oldest that the whole sequence was run on
 _PR_SET_PDEATHSIG = 1
@@ -136,7 +136,7 @@ class Monitor:
         answer = self._read(lambda message: "return" in message or "error" in message, more_seconds)
         self._awaited -= 1
         if "error" in answer:
-            raise QemuError(f"QEMU says: {answer['error'].get('desc')}")
+            raise _refused(answer["error"].get("desc"))
         return answer["return"]
 
     def receive_rest(self, more_seconds: float = 0.0) -> None:
@@ -157,7 +157,7 @@ class Monitor:
         status = next(entry for entry in self.receive() if entry["id"] == job)
         self.receive()
         if "error" in status:
-            raise QemuError(f"QEMU says: {status['error']}")
+            raise _refused(status["error"])
 
     def stderr(self) -> str:
         """Return the end of what QEMU wrote to its standard error; some failures show only there."""
@@ -208,7 +208,12 @@ class Monitor:
         """Kill the process and return the error that says so."""
         self._kill()
         words = self.stderr()
-        return QemuError(f"{self._program} {what}." + (f" It says: {words}" if words else ""))
+        return QemuError(f"{self._program} {what}." + (f" It says: {words}" if words else "") + f" {CHECK_STORAGE}")
+
+
+def _refused(words: str) -> QemuError:
+    """Return the error for a command or a job that QEMU says, in these words, has failed."""
+    return QemuError(f"QEMU says: {words}. {advice_on(words)}")
 
 
 def _has_concluded(message: dict[str, t.Any], job: str) -> bool:

@@ -101,6 +101,52 @@ def test_a_failing_fsync_of_the_folder_takes_everything_back(tmp_path, monkeypat
     assert os.listdir(tmp_path) == []
 
 
+def failing(number):
+    def fail(*_args, **_keywords):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def test_an_overlay_that_cannot_be_removed_again_is_told(tmp_path, monkeypatch):
+    with staged(tmp_path / "a") as first, staged(tmp_path / "b") as second:
+        with monkeypatch.context() as patch:
+            patch.setattr(_publish.os, "unlink", failing(errno.EROFS))
+            with pytest.raises(Qcow2Error) as raised:
+                publish([first, second])
+        for path in (tmp_path / "a", tmp_path / "b"):
+            assert f"{path}: could not be removed again: Read-only file system." in str(raised.value)
+        assert "run this again" in str(raised.value)
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+def test_what_was_not_published_yet_is_not_said_to_be_stuck(tmp_path, monkeypatch):
+    with staged(tmp_path / "a") as first, staged(tmp_path / "b") as second:
+        monkeypatch.setattr(StagedFile, "publish", failing(errno.EIO))
+        with pytest.raises(OSError, match="Input/output"):
+            publish([first, second])
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_listed_has_no_leftovers(tmp_path, monkeypatch):
+    monkeypatch.setattr(_publish.os, "listdir", failing(errno.EIO))
+    assert find_leftovers(str(tmp_path), remove=True) == []
+
+
+def test_a_close_that_fails_fails_nothing(tmp_path, monkeypatch):
+    real = os.close
+
+    def close(fd):
+        real(fd)
+        raise OSError(errno.EIO, "Input/output error")
+
+    with staged(tmp_path / "a") as file:
+        publish([file])
+        monkeypatch.setattr(_publish.os, "close", close)
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == ["a"]
+
+
 def test_no_vm_can_start_on_an_overlay_before_all_are_published(tmp_path, monkeypatch):
     path = qemu.create(tmp_path / "image", "1M")
     with staged(tmp_path / "a", open(path, "rb").read()) as file:
@@ -194,6 +240,15 @@ def test_a_temporary_file_that_is_taken_for_a_leftover_is_made_anew(tmp_path, mo
         assert file.name != removed[0]
         publish([file])
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_folder_where_every_new_file_is_locked_by_others_is_told_and_left_clean(tmp_path, monkeypatch):
+    descriptors = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(_locks, "claim", lambda fd, path: False)
+    with pytest.raises(Qcow2Error, match=f"{tmp_path}: 100 new files .* run this again"):
+        staged(tmp_path / "a")
+    assert os.listdir(tmp_path) == []
+    assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
 def test_a_file_that_cannot_be_marked_is_not_left_behind(tmp_path, monkeypatch):
