@@ -1,0 +1,429 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Let everything go wrong that can: storage, the folder, other runs and VMs that start; judge what is there afterwards.
+
+Run as root, with the Python of an environment that has ansible-core: python tests/prove/faults.py. Needs QEMU and gcc.
+
+After each round ACTIVE is what it was, to the byte; the overlays are all there and complete, as qemu-img sees them, or
+none is and nothing else is left; the module says just that, names the file in its message, and leaves no process and no
+lock; and once the fault is gone a run makes what is missing. All messages are printed at the end, to be read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import select
+import shutil
+import subprocess
+import sys
+import time
+import typing as t
+
+import lab
+
+DIALOGUE = {"fork", "hear", "say", "kill", "wait"}
+PAGE = 4096
+WHOLE = "1 disks, full disk"  # a series that is always played to its end
+ADVICE = re.compile(
+    "[Rr]un this again|Make room|[Rr]un with become|Choose|Check the|Create it|make it writable|Mount it|Mount a proc|"
+    "Inspect it|must be readable|remove it|name the image|Please report|Wait for"
+)
+# What each call of the module or of QEMU may meet, beside EIO, which any may.
+ERRORS = {
+    ("module", "create"): ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EMFILE", "ESTALE"),
+    ("module", "open"): ("EMFILE", "EACCES", "ESTALE", "ENOENT"),
+    ("module", "fsync"): ("ENOSPC", "EDQUOT"),
+    ("module", "fchmod"): ("EPERM", "EROFS"),
+    ("module", "linkat"): ("ENOSPC", "EDQUOT", "EROFS", "EPERM", "EMLINK", "ENOENT", "EACCES"),
+    ("module", "unlinkat"): ("EROFS", "EACCES"),
+    ("module", "setlk"): ("ENOLCK",),
+    ("module", "getlk"): ("ENOLCK", "EINVAL"),
+    ("module", "fgetxattr"): ("ENOTSUP",),
+    ("module", "pread"): ("short", "ESTALE"),
+    ("qemu", "pwrite"): ("ENOSPC", "EDQUOT", "short"),
+    ("qemu", "pread"): ("short",),
+    ("qemu", "open"): ("EMFILE", "EACCES"),
+}
+
+
+def shown(ground: lab.Lab, text: str) -> str:
+    """Return a message without what differs from round to round."""
+    text = text.replace(str(ground.folder), "OVERLAYS").replace(str(ground.actives_folder), "ACTIVES")
+    text = re.sub(r"disk\d\.", "disk.", re.sub(r"overlay-[0-9a-f]{16}", "overlay-X", text))
+    return re.sub(r"\b\d{4,}\b", "N", text)
+
+
+def told(ground: lab.Lab, run: lab.Run) -> tuple[str, ...]:
+    """Return the messages of a run for the list at the end."""
+    return tuple(shown(ground, message) for message in run.messages)
+
+
+def judge(ground: lab.Lab, run: lab.Run, stuck: bool = False) -> lab.Finding:
+    """Judge a run that has met a fault, stuck if one that kept it from removing files, and a second one without."""
+    outcome = f"told as {'success' if run.status == 0 else 'failure'}"
+    if stuck and run.status and run.result and (any(ground.there()) or ground.leftovers()):
+        wrong = [*ground.images_wrong(), *unsaid(ground, run)]
+        outcome += ", what could not be removed is left" + (", and it says so" if any(ground.there()) else "")
+    else:
+        wrong = ground.ended_wrong(run)
+    return lab.Finding(outcome, wrong + message_wrong(ground, run) + ground.rerun_wrong(), told(ground, run))
+
+
+def message_wrong(ground: lab.Lab, run: lab.Run) -> list[str]:
+    """Return what is wrong with the messages of a failure: each names the file and says what to do."""
+    if run.status and not run.messages:
+        return [f"no overlay has a message: {run.message or run.stderr[-2000:]}"]
+    return [
+        f"the message {what}: {message}"
+        for message in run.messages
+        for what, holds in (
+            ("names no file", message.startswith((str(ground.place), "/proc:"))),
+            ("does not say what to do", ADVICE.search(message)),
+        )
+        if not holds
+    ]
+
+
+def unsaid(ground: lab.Lab, run: lab.Run) -> list[str]:
+    """Return which overlays a failed run has left without a word."""
+    left = [disk.target for disk in ground.disks if os.path.lexists(disk.target)]
+    return [f"left {path}, says: {run.message}" for path in left if f"{path}: could not be removed" not in run.message]
+
+
+def faulty(ground: lab.Lab, rule: str) -> lab.Finding:
+    """Run the module with a fault."""
+    _who, call, number, _action = rule.split(":")
+    run = ground.run(rule)
+    finding = judge(ground, run, call == "unlinkat" or "+" in number)
+    if call == "fsync" and run.status == 0:  # what is not on stable storage may be gone after the next power loss
+        finding.violations.append("says success, though fsync has failed")
+    return finding
+
+
+def injected(ground: lab.Lab, disks: int) -> list[lab.Job]:
+    """Return a round for each call and each error that it may meet, once and from there on."""
+    ground.use(disks)
+    jobs = []
+    for who, calls in ground.calls().items():
+        for call, count in calls.items():
+            errors = () if call in DIALOGUE else ("EIO", *ERRORS.get((who, call), ()))
+            for rule in [f"{who}:{call}:{n}{s}:{e}" for n in range(1, count + 1) for e in errors for s in ("", "+")]:
+                sides = {"module": "the module's calls", "qemu": "QEMU's calls"}
+                series = f"{disks} disks, {rule.split(':')[3]} in {sides[who]}" + (" from there on" * ("+" in rule))
+                jobs.append(lab.Job(series, f"{disks}-{rule}", lambda ground, rule=rule: faulty(ground, rule), disks))
+    of_files = sum(count for call, count in ground.calls()["module"].items() if call not in DIALOGUE)
+    everything = [f"module:files:{number}+:EIO" for number in range(1, of_files + 1)]
+    jobs += [
+        lab.Job(f"{disks} disks, all I/O fails from there on", f"{disks}-{rule}", lambda g, r=rule: faulty(g, r), disks)
+        for rule in everything
+    ]
+    return jobs
+
+
+@contextlib.contextmanager
+def mounted(ground: lab.Lab, options: str) -> t.Iterator[None]:
+    """Have a file system of its own for the overlays."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "prove", str(ground.folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(ground.folder)], check=True)
+
+
+def remount(ground: lab.Lab, options: str) -> None:
+    """Change the options of that file system."""
+    subprocess.run(["mount", "-o", f"remount,{options}", str(ground.folder)], check=True)
+
+
+def full(ground: lab.Lab, pages: int) -> lab.Finding:
+    """Run the module where there is room for so many pages, then where there is enough."""
+    with mounted(ground, f"size={pages * PAGE}"):
+        run = ground.run()
+        wrong = [*ground.ended_wrong(run), *message_wrong(ground, run)]
+        remount(ground, "size=64m")
+        outcome = f"told as {'success' if run.status == 0 else 'failure'}"
+        return lab.Finding(outcome, wrong + ground.rerun_wrong(), told(ground, run))
+
+
+def read_only(ground: lab.Lab) -> lab.Finding:
+    """Run the module on a file system that is mounted read-only, then on one that is not any more."""
+    with mounted(ground, "ro,size=64m"):
+        run = ground.run()
+        wrong = [*ground.ended_wrong(run), *message_wrong(ground, run)]
+        remount(ground, "rw")
+        outcome = f"told as {'success' if run.status == 0 else 'failure'}"
+        return lab.Finding(outcome, wrong + ground.rerun_wrong(), told(ground, run))
+
+
+def full_jobs(ground: lab.Lab, disks: int) -> list[lab.Job]:
+    """Return a round for each size of the file system, from one page to more than enough."""
+    ground.use(disks)
+    ground.reset()
+    with mounted(ground, "size=64m"):
+        assert ground.run().status == 0
+        space = os.statvfs(ground.folder)
+        pages = (space.f_blocks - space.f_bfree) * space.f_frsize // PAGE
+    return [
+        lab.Job(f"{disks} disks, full disk", f"{disks}-full-{n}", lambda ground, n=n: full(ground, n), disks)
+        for n in range(1, pages + 3)
+    ]
+
+
+def without_folder(ground: lab.Lab, number: int, moved: bool) -> lab.Finding:
+    """Take the folder of the overlays away while the module is at a step."""
+    elsewhere = ground.place / "elsewhere"
+    ground.start(f"module:*:{number}:stop")
+    run = ground.runner.answer()
+    there = ground.there()
+    if run is None:
+        ground.folder.rename(elsewhere)
+        if moved:
+            ground.folder.mkdir()
+        else:
+            shutil.rmtree(elsewhere)
+        ground.runner.say()
+        run = ground.runner.answer()
+    try:
+        return judge_without_folder(ground, t.cast("lab.Run", run), there, elsewhere)
+    finally:
+        shutil.rmtree(elsewhere, ignore_errors=True)
+        ground.folder.mkdir(exist_ok=True)
+
+
+def judge_without_folder(ground: lab.Lab, run: lab.Run, there: list[bool], elsewhere: t.Any) -> lab.Finding:
+    """Judge what is left in both folders; there is what stood there when the folder was taken away."""
+    ground.folder.mkdir(exist_ok=True)
+    strays = [entry.name for entry in elsewhere.iterdir()] if elsewhere.is_dir() else []
+    wrong = ground.images_wrong()
+    if run.status != 0 and (strays or os.listdir(ground.folder)):
+        wrong.append(f"failed and left {strays} and {os.listdir(ground.folder)}: {run.message}")
+    if run.status == 0 and not all(there) and not all(ground.there()):
+        wrong.append("says that it has created what is not there")
+    if run.result is None:
+        wrong.append(f"ended with {run.status} and no result: {run.stderr[-2000:]}")
+    outcome = f"told as {'success' if run.status == 0 else 'failure'}"
+    return lab.Finding(outcome, wrong + message_wrong(ground, run), told(ground, run))
+
+
+class Rival(t.NamedTuple):
+    """What the second of two runs is to make, out of the disks of the VM."""
+
+    what: str
+    disks: int
+    choose: t.Callable[[lab.Lab], list[lab.Disk]]
+    winners: tuple[int, ...]  # how many runs may create something
+
+
+RIVALS = (
+    Rival("the same target", 1, lambda ground: ground.disks, (1,)),
+    Rival(
+        "another target on the same ACTIVE",
+        1,
+        lambda ground: [ground.disks[0]._replace(target=ground.folder / "other.snap.qcow2")],
+        (1, 2),
+    ),
+    Rival("the same three, in another order", 3, lambda ground: ground.disks[::-1], (1,)),
+    Rival(
+        "the same target on another ACTIVE",
+        1,
+        lambda ground: [ground.disks[0]._replace(active=ground.actives_folder / "other.qcow2")],
+        (1,),
+    ),
+)
+
+
+def race(ground: lab.Lab, rival: Rival, pause: float, step: int | None) -> lab.Finding:
+    """Let two runs race, the second after a pause or while the first is at a step."""
+    theirs = rival.choose(ground)
+    for disk in theirs:
+        if not disk.active.exists():
+            shutil.copy2(ground.disks[0].active, disk.active)
+    ground.start(f"module:*:{step}:stop" if step else "")
+    first = ground.runner.answer() if step else None
+    time.sleep(pause)
+    arguments = ground.arguments(theirs, timeout=1 if step else 20)
+    ground.second.start(arguments, {"PROVE_FOLDER": f"{ground.place}/"}, None)
+    second = ground.second.answer()
+    if first is None:
+        if step:
+            ground.runner.say()
+        first = ground.runner.answer()
+    return judge_race(ground, rival, theirs, t.cast("lab.Run", first), t.cast("lab.Run", second))
+
+
+def judge_race(ground: lab.Lab, rival: Rival, theirs: list[lab.Disk], first: lab.Run, second: lab.Run) -> lab.Finding:
+    """Judge what two runs have made."""
+    created = [set(run.states) == {"created"} for run in (first, second)]
+    wrong = [f"ended with {run.status}: {run.stderr[-2000:]}" for run in (first, second) if run.result is None]
+    if sum(created) not in rival.winners:
+        wrong.append(f"states {first.states} and {second.states}: {first.message} / {second.message}")
+    # What stands there is what the run made that says so.
+    made = [disk for won, disks in zip(created, (ground.disks, theirs)) if won for disk in disks]
+    wrong += [problem for disk in made for problem in lab.incomplete(disk)]
+    expected = {disk.target.name for disk in made}
+    if set(os.listdir(ground.folder)) != expected:
+        wrong.append(f"there is {os.listdir(ground.folder)}, not {sorted(expected)}")
+    ours, ground.disks = ground.disks, made
+    wrong += ground.images_wrong()
+    ground.disks = ours
+    words = ["+".join(sorted(set(run.states))) or "none" for run in (first, second)]
+    return lab.Finding(" and ".join(words), wrong, told(ground, first) + told(ground, second))
+
+
+class VM:
+    """A QEMU that opens an image for writing, as a VM does, and goes on holding it if it could."""
+
+    def __init__(self, image: t.Any, emulator: bool) -> None:
+        command = ["qemu-io", "-f", "qcow2", str(image)]
+        if emulator:
+            node = {"driver": "qcow2", "node-name": "d", "file": {"driver": "file", "filename": str(image)}}
+            command = [f"qemu-system-{os.uname().machine}", "-machine", "none", "-nodefaults", "-display", "none"]
+            command += ["-qmp", "stdio", "-blockdev", json.dumps(node)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        self._process = subprocess.Popen(command, bufsize=0, **pipes)  # type: ignore[call-overload]
+        self._word = b'{"execute": "qmp_capabilities"}\n' if emulator else b"length\n"
+        self._sign = b'"return"' if emulator else b"MiB"
+        self.opened_at: float | None = None
+
+    def settle(self) -> bool:
+        """Return whether it has the image open, once that is decided."""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(self._word)
+        seen = b""
+        while self._sign not in seen:
+            select.select([self._process.stdout], [], [], 30)
+            piece = self._process.stdout.read(4096)
+            if not piece:
+                return False
+            seen += piece
+        self.opened_at = time.time()
+        return True
+
+    def end(self) -> str:
+        """End it and return what it said."""
+        self._process.kill()
+        return self._process.communicate()[1].decode()
+
+
+def vm_at_step(ground: lab.Lab, number: int, on_overlay: bool) -> lab.Finding:
+    """Start a VM on ACTIVE, or on the overlay, while the module is at a step."""
+    ground.start(f"module:*:{number}:stop")
+    run = ground.runner.answer()
+    if run is not None:
+        return lab.Finding("the run was over", [])
+    there = all(ground.there())
+    disk = ground.disks[number % len(ground.disks)]
+    vm = VM(disk.target if on_overlay else disk.active, emulator=False)
+    runs_on = vm.settle()
+    ground.runner.say()
+    run = ground.runner.answer()
+    said = vm.end()
+    return judge_vm(ground, t.cast("lab.Run", run), runs_on, runs_on and not there, said)
+
+
+def vm_at_moment(ground: lab.Lab, pause: float, emulator: bool) -> lab.Finding:
+    """Start a VM on ACTIVE at a random moment of a run."""
+    ground.start()
+    time.sleep(pause)
+    vm = VM(ground.disks[-1].active, emulator)
+    runs_on = vm.settle()
+    run = ground.runner.answer()
+    said = vm.end()
+    # The overlay's last change is that its temporary name goes, before ACTIVE is released; clocks of files are coarse.
+    made = max((disk.target.stat().st_ctime for disk in ground.disks if disk.target.exists()), default=0.0)
+    too_early = runs_on and t.cast("float", vm.opened_at) < made - 0.02
+    return judge_vm(ground, t.cast("lab.Run", run), runs_on, too_early, said)
+
+
+def judge_vm(ground: lab.Lab, run: lab.Run, runs_on: bool, too_early: bool, said: str) -> lab.Finding:
+    """Judge a run into which a VM came; too_early, it had ACTIVE open before all overlays were there."""
+    wrong = []
+    there = ground.there()
+    if run.status == 0 and too_early:
+        wrong.append("the VM had ACTIVE open, and the overlays were made all the same")
+    if run.status != 0 and runs_on and any(there):
+        wrong.append("the VM runs, and an overlay is there that the run says it has not made")
+    if not runs_on and "lock" not in said and "No such file" not in said:
+        wrong.append(f"the VM failed in another way: {said}")
+    if not runs_on or (run.status == 0 and not too_early):
+        wrong += [problem for disk in ground.disks if disk.target.exists() for problem in lab.incomplete(disk)
+                  if "is 'in-use'" not in problem]  # fmt: skip
+    if run.status != 0 and os.listdir(ground.folder):
+        wrong.append(f"there is {os.listdir(ground.folder)} after {run.message}")
+    if not runs_on:
+        wrong += ground.images_wrong()
+    outcome = f"VM {'starts' if runs_on else 'does not start'}, told as {'success' if run.status == 0 else 'failure'}"
+    return lab.Finding(outcome, wrong + message_wrong(ground, run), told(ground, run))
+
+
+def stepping(ground: lab.Lab) -> list[lab.Job]:
+    """Return the rounds in which something happens while the module is at a step."""
+    jobs = []
+    ground.use(1)
+    count = sum(ground.calls()["module"].values())
+    for n in range(1, count + 1):
+        for moved in (True, False):
+            word = "moved away" if moved else "removed"
+            play = lambda ground, n=n, moved=moved: without_folder(ground, n, moved)  # noqa: E731
+            jobs.append(lab.Job(f"folder {word} in mid-run", f"folder-{moved}-{n}", play))
+        for on_overlay in (False, True):
+            word = "the overlay" if on_overlay else "ACTIVE"
+            play = lambda ground, n=n, on=on_overlay: vm_at_step(ground, n, on)  # noqa: E731
+            jobs.append(lab.Job(f"VM starts on {word} at a step", f"vm-{on_overlay}-step-{n}", play))
+        for number, rival in enumerate(RIVALS[:2]):
+            play = lambda ground, n=n, rival=rival: race(ground, rival, 0, n)  # noqa: E731
+            jobs.append(lab.Job(f"second run at a step, {rival.what}", f"race-{number}-step-{n}", play))
+    ground.use(3)
+    for n in range(1, sum(ground.calls()["module"].values()) + 1):
+        play = lambda ground, n=n: vm_at_step(ground, n, on_overlay=False)  # noqa: E731
+        jobs.append(lab.Job("3 disks, VM starts on one ACTIVE at a step", f"vm-3-step-{n}", play, 3))
+    return jobs
+
+
+def racing(asked: lab.Choice) -> list[lab.Job]:
+    """Return the rounds with a second run, or a VM, at a random moment."""
+    jobs = []
+    for n in range(asked.rounds):
+        for number, rival in enumerate(RIVALS):
+            name = f"race-{number}-moment-{n}"
+            pause = asked.randomness(name).random() * 0.15
+            play = lambda ground, rival=rival, pause=pause: race(ground, rival, pause, None)  # noqa: E731
+            jobs.append(lab.Job(f"two runs race, {rival.what}", name, play, rival.disks))
+        for disks in (1, 3):
+            name = f"vm-{disks}-moment-{n}"
+            pause = asked.randomness(name).random() * 0.1
+            play = lambda ground, pause=pause, n=n: vm_at_moment(ground, pause, bool(n % 2))  # noqa: E731
+            jobs.append(lab.Job(f"{disks} disks, VM starts on ACTIVE at a random moment", name, play, disks))
+    return jobs
+
+
+def sampled(jobs: list[lab.Job], asked: lab.Choice) -> list[lab.Job]:
+    """Return at most so many rounds of each series, unless all are asked for."""
+    series: dict[str, list[lab.Job]] = {}
+    for job in jobs:
+        series.setdefault(job.series, []).append(job)
+    if asked.full or asked.only:
+        return jobs
+    return [
+        job
+        for name, some in series.items()
+        for job in asked.randomness(name).sample(some, len(some) if name == WHOLE else min(len(some), asked.rounds))
+    ]
+
+
+def jobs_for(crew: lab.Crew, asked: lab.Choice) -> list[lab.Job]:
+    """Return all rounds."""
+    ground = crew.labs[0]
+    jobs = [lab.Job("read-only file system", "read-only", read_only), *racing(asked), *stepping(ground)]
+    for disks in (1, 3):
+        jobs += injected(ground, disks)
+        jobs += full_jobs(ground, disks)
+    return sampled(jobs, asked)
+
+
+if __name__ == "__main__":
+    sys.exit(lab.prove(str(__doc__), 10, jobs_for))

@@ -1,0 +1,120 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Kill the module, with its QEMU and alone, and its QEMU alone, at every step and at random moments; judge the rest.
+
+Run as root, with the Python of an environment that has ansible-core: python tests/prove/kills.py. Needs QEMU and gcc.
+
+A step is a call to the C library that concerns the images, their folders, or the dialogue of module and QEMU; it is not
+made any more. After each kill ACTIVE is what it was, to the byte; every overlay is complete, as qemu-img sees it, or
+absent; no process and no lock is left; and a second run makes what is missing and removes what is left over.
+"""
+
+from __future__ import annotations
+
+import collections
+import sys
+
+import lab
+
+WHOM = {"group": "module and QEMU", "module": "module alone", "qemu": "QEMU alone"}
+# Calls that change nothing, hold nothing, and tell nobody anything: between two of the others all of them are alike.
+LOOKING = {"stat", "open", "readdir", "close", "access", "fstat", "getlk", "pread", "fgetxattr", "hear", "read", "wait"}
+
+
+def judge(ground: lab.Lab, run: lab.Run, whom: str) -> lab.Finding:
+    """Judge what a killed run has left, and then the second run."""
+    there = ground.there()
+    outcome = f"{sum(there)} of {len(there)} overlays there"
+    # Of a run whose QEMU was killed, the module is to tell; of one that was over before, too.
+    if run.status < 0:
+        wrong = ground.images_wrong()
+        outcome += f", {len(ground.leftovers())} leftovers"
+    else:
+        wrong = ground.ended_wrong(run)
+        outcome += ", told as " + ("success" if run.status == 0 else "failure")
+        if whom == "qemu" and run.status != 0 and str(ground.place) not in run.message:
+            wrong.append(f"the message names no file: {run.message}")
+    if not run.alone:
+        wrong.append("a process of the run is left")
+    messages = (run.message.replace(str(ground.place), "…"),) if run.status > 0 else ()
+    return lab.Finding(outcome, wrong + ground.rerun_wrong(), messages)
+
+
+def at_step(ground: lab.Lab, rule: str, whom: str) -> lab.Finding:
+    """Have a run kill itself at a step."""
+    run = ground.run(rule)
+    finding = judge(ground, run, whom)
+    return finding if run.status else finding._replace(outcome=f"the run went through, {finding.outcome}")
+
+
+def at_moment(ground: lab.Lab, whom: str, share: float, longest: float) -> lab.Finding:
+    """Kill a run after this share of the time that runs take."""
+    run = ground.run(kill={"whom": whom, "after": share * longest})
+    finding = judge(ground, run, whom)
+    return finding if run.killed and run.status else finding._replace(outcome=f"too late, {finding.outcome}")
+
+
+def steps(calls: dict[str, collections.Counter[str]], who: str, full: bool) -> list[tuple[str, int]]:
+    """Return the call and its number for all steps of the module or of QEMU."""
+    return [
+        (call, number)
+        for call, count in sorted(calls[who].items())
+        if full or call not in LOOKING
+        for number in range(1, count + 1)
+    ]
+
+
+def step_jobs(ground: lab.Lab, disks: int, full: bool) -> list[lab.Job]:
+    """Return a round for each step of a run for so many disks."""
+    ground.use(disks)
+    calls = ground.calls()
+    # Of three disks each step of QEMU comes three times; of the locks, which it takes on each opening, dozens of times.
+    sides = [("module", "group", "group"), ("module", "module", "self"), ("qemu", "qemu", "self")]
+    return [
+        lab.Job(
+            f"{disks} disks, {WHOM[whom]} killed at a step",
+            f"{disks}-{who}-{call}-{number}-{action}",
+            lambda ground, rule=f"{who}:{call}:{number}:{action}", whom=whom: at_step(ground, rule, whom),
+            disks,
+        )
+        for who, whom, action in sides
+        for call, number in steps(calls, who, full)
+        if full or who == "module" or call != "setlk"
+    ]
+
+
+def moment_jobs(ground: lab.Lab, disks: int, asked: lab.Choice) -> list[lab.Job]:
+    """Return so many rounds of each kind with a kill at a random moment."""
+    ground.use(disks)
+    durations = []
+    for _time in range(5):
+        ground.reset()
+        durations.append(ground.run().seconds)
+    longest = 1.1 * max(durations)
+    jobs = []
+    for whom in WHOM:
+        for number in range(asked.rounds):
+            name = f"{disks}-{whom}-moment-{number}"
+            share = asked.randomness(name).random() * (0.4 if whom == "qemu" else 1)  # QEMU is not there from the start
+            jobs.append(
+                lab.Job(
+                    f"{disks} disks, {WHOM[whom]} killed at a random moment",
+                    name,
+                    lambda ground, whom=whom, share=share: at_moment(ground, whom, share, longest),
+                    disks,
+                )
+            )
+    return jobs
+
+
+def jobs_for(crew: lab.Crew, asked: lab.Choice) -> list[lab.Job]:
+    """Return all rounds."""
+    ground = crew.labs[0]
+    return [
+        job for disks in (1, 3) for job in [*step_jobs(ground, disks, asked.full), *moment_jobs(ground, disks, asked)]
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(lab.prove(str(__doc__), 50, jobs_for))
