@@ -5,17 +5,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import grp
 import os
 import pwd
-import signal
 import stat
 import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ._errors import Interrupted, Qcow2Error
+from ._errors import Qcow2Error
 from ._overlays import Outcome, Settings
 from ._plan import Creation
 from ._publish import Ownership
@@ -110,25 +108,6 @@ def _mode(wanted: t.Any) -> t.Callable[[int], int] | None:
 def _no_mode(wanted: t.Any) -> Qcow2Error:
     """Return the error for a mode that is none."""
     return Qcow2Error(f"mode={wanted}: is neither an octal number up to 7777 nor a symbolic mode such as u=rw,g=r.")
-
-
-@contextlib.contextmanager
-def ending_cleanly() -> t.Iterator[None]:
-    """Turn the signals that end a run into an exception, so that what is half-made is removed first."""
-
-    def end(number: int, _frame: t.Any) -> None:
-        signal.signal(number, signal.SIG_IGN)  # a second one must not disturb the cleaning up
-        raise Interrupted(signal.Signals(number).name)
-
-    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
-    changed = [number for number, handler in previous.items() if handler != signal.SIG_IGN]  # ignored under nohup
-    for number in changed:
-        signal.signal(number, end)
-    try:
-        yield
-    finally:
-        for number in changed:
-            signal.signal(number, previous[number] or signal.SIG_DFL)
 
 
 def exit_with(module: AnsibleModule, outcome: Outcome) -> None:

@@ -32,10 +32,6 @@ class HalfDoneError(Qcow2Error):
     """A failure after which the new overlays may be in use already, so that they must stay."""
 
 
-class Interrupted(BaseException):
-    """A signal asks this run to end; no except clause on the way may mistake it for a failure of one VM."""
-
-
 def printable(text: str) -> str:
     """Return the text with what stands for bytes that are not UTF-8 spelt out; Ansible would reject the result."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -22,6 +22,7 @@ import struct
 import time
 
 from ._errors import Qcow2Error, below_running_vm, in_use
+from ._interrupt import interruptible
 
 # Linux, fcntl(2), "Open file description locks"; not every build of Python has names for them.
 _F_OFD_GETLK = 36
@@ -85,7 +86,8 @@ def take_turn(fd: int, path: str, seconds: float) -> None:
                 "Wait for it to end, then run this again."
             )
         # A random pause, or two runs that collide would go on colliding in step.
-        time.sleep(random.uniform(0.005, 0.05))
+        with interruptible():
+            time.sleep(random.uniform(0.005, 0.05))
 
 
 def claim(fd: int, path: str) -> bool:

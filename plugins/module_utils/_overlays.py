@@ -12,8 +12,9 @@ import typing as t
 
 from . import _build, _locks, _plan
 from ._chain import identity_of
-from ._errors import CHECK_STORAGE, Interrupted, Qcow2Error, QemuError, advice, in_use, printable
+from ._errors import CHECK_STORAGE, Qcow2Error, QemuError, advice, in_use, printable
 from ._image import close_image, open_image, read_image
+from ._interrupt import Interrupted, interruptible
 from ._observe import Active, Target, is_written, observe_active, observe_target
 from ._plan import CREATED, FAILED, PRESENT, Verdict, Wanted
 from ._publish import Attire, Ownership, StagedFile, choose_attire, dress, find_leftovers, publish_together
@@ -96,6 +97,8 @@ def make_overlays(wanted: t.Sequence[Wanted], settings: Settings, finish: Finish
     done = 0
     try:
         for group in to_do:
+            with interruptible():
+                pass
             with contextlib.ExitStack() as held:
                 some = _make_group([verdicts[index] for index in group], engine, settings, finish, held)
                 _store(verdicts, group, some)
@@ -296,7 +299,7 @@ class _Work:
             if is_written(fd, path):  # through another node of its device, where our lock does not reach
                 raise in_use(path)
         if not self._settings.check_mode:
-            publish_together(self._staged, self._held, finish)
+            publish_together(self._staged, finish)
 
 
 def _read_back(file: StagedFile, verdict: Verdict, backing_file: str, monitor: Monitor) -> None:

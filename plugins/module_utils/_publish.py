@@ -14,7 +14,6 @@ import ctypes
 import errno
 import os
 import secrets
-import signal
 import stat
 import typing as t
 
@@ -129,13 +128,10 @@ def _new_file(folder_fd: int, folder: str) -> tuple[str, int]:
     )
 
 
-def publish_together(
-    staged: t.Sequence[StagedFile], held: contextlib.ExitStack, finish: t.Callable[[], None] | None = None
-) -> None:
+def publish_together(staged: t.Sequence[StagedFile], finish: t.Callable[[], None] | None = None) -> None:
     """Publish all of these files, finished and on stable storage, or none.
 
-    finish is what must succeed for them to stay, such as pointing the VM at them; no VM can start on them before. From
-    then on the signals that end a run wait until held is left: nobody may take the files away any more, nor say so.
+    finish is what must succeed for them to stay, such as pointing the VM at them; no VM can start on them before.
     """
     for file in staged:
         # No VM may start on the first overlay while the second can still fail.
@@ -152,7 +148,6 @@ def publish_together(
                 os.unlink(file.name, dir_fd=file.folder_fd)
         for file in {file.target.folder: file for file in staged}.values():
             os.fsync(file.folder_fd)
-        held.enter_context(_signals_held())
         if finish is not None:
             finish()
     except HalfDoneError:
@@ -165,22 +160,12 @@ def publish_together(
 def _retract_all(begun: t.Sequence[StagedFile], exc: BaseException) -> None:
     """Take all published files away again; Qcow2Error when one stays, so that nobody takes it for gone."""
     stuck = [problem for problem in [file.retract() for file in reversed(begun)] if problem]
-    if stuck and isinstance(exc, Exception):
+    if stuck:
         why = exc.strerror if isinstance(exc, OSError) else str(exc)
         raise Qcow2Error(
             f"{' '.join(stuck)} The overlays that belong together are made all or none, and one failed: {why}. What is "
             f"there is complete, but its VM is not on it. {CHECK_STORAGE} That finds it present, and makes the others."
         ) from exc
-
-
-@contextlib.contextmanager
-def _signals_held() -> t.Iterator[None]:
-    """Let the signals that end a run wait until the block is over."""
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGHUP, signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 class Attire(t.NamedTuple):

@@ -15,6 +15,7 @@ import tempfile
 import typing as t
 
 from ._errors import CHECK_STORAGE, QemuError, advice_on
+from ._interrupt import interruptible
 
 OLDEST_QEMU = (5, 2)  # the oldest that the whole sequence was run on
 _PR_SET_PDEATHSIG = 1
@@ -64,6 +65,7 @@ def _dying_with(parent: int) -> t.Callable[[], None]:
 
     def in_child() -> None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # a mask is inherited
         if os.getppid() != parent:  # it died before the line above
             os._exit(1)
 
@@ -197,7 +199,7 @@ class Monitor:
         """Kill a QEMU that dies, hangs or babbles in the block, and raise QemuError."""
         seconds = self._seconds + more_seconds
         try:
-            with _time_limit(seconds):
+            with _time_limit(seconds), interruptible():
                 yield
         except _TimeOverError:
             raise self._lost(f"gave no answer for {seconds:.0f} s and was killed") from None

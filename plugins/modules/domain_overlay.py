@@ -260,9 +260,10 @@ import typing as t
 
 from ansible.module_utils.basic import AnsibleModule, missing_required_lib
 
-from ..module_utils._arguments import creation_from, creation_spec, ending_cleanly, ownership_spec, settings_from
+from ..module_utils._arguments import creation_from, creation_spec, ownership_spec, settings_from
 from ..module_utils._domains import DomainOutcome, Request, overlay_domains
-from ..module_utils._errors import Interrupted, Qcow2Error
+from ..module_utils._errors import Qcow2Error
+from ..module_utils._interrupt import ending_cleanly
 from ..module_utils._libvirt import LIBVIRT_IMPORT_ERROR, Libvirt
 from ..module_utils._overlays import Settings
 
@@ -313,8 +314,6 @@ def main() -> None:
             domains = run(module, request_from(module.params), settings_from(module))
     except Qcow2Error as exc:
         module.fail_json(msg=str(exc))
-    except Interrupted as exc:
-        module.fail_json(msg=f"Ended by {exc} before anything was made. Run this again.")
     result = {
         "changed": any(domain.state == "created" for domain in domains),
         "domains": [domain.as_result() for domain in domains],

@@ -213,12 +213,12 @@ from ..module_utils._arguments import (
     BACKING_FORMATS,
     creation_from,
     creation_spec,
-    ending_cleanly,
     exit_with,
     ownership_spec,
     settings_from,
 )
-from ..module_utils._errors import Interrupted, Qcow2Error
+from ..module_utils._errors import Qcow2Error
+from ..module_utils._interrupt import ending_cleanly
 from ..module_utils._overlays import make_overlays
 from ..module_utils._plan import Wanted
 
@@ -277,8 +277,6 @@ def main() -> None:
             outcome = make_overlays(wanted_overlays(module.params), settings_from(module))
     except Qcow2Error as exc:
         module.fail_json(msg=str(exc))
-    except Interrupted as exc:
-        module.fail_json(msg=f"Ended by {exc} before anything was made. Run this again.")
     exit_with(module, outcome)
 
 

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import os
 import pwd
-import signal
 import types
 
 import pytest
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._arguments import ending_cleanly, settings_from
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._errors import Interrupted, Qcow2Error
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._arguments import settings_from
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._errors import Qcow2Error
 
 
 def settings(**params):
@@ -65,21 +64,3 @@ def test_owners_by_name_and_number():
 def test_values_that_cannot_be(params, expected):
     with pytest.raises(Qcow2Error, match=expected):
         settings(**params)
-
-
-def send(*numbers):
-    """Send signals to this process."""
-    for number in numbers:
-        os.kill(os.getpid(), number)
-
-
-def test_a_signal_ends_a_run_cleanly_and_one_that_is_ignored_does_not():
-    handlers = [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)]
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with pytest.raises(Interrupted, match="SIGTERM"), ending_cleanly():
-            send(signal.SIGHUP, signal.SIGTERM)
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    finally:
-        for number, handler in zip((signal.SIGTERM, signal.SIGHUP), handlers):
-            signal.signal(number, handler)

@@ -20,8 +20,9 @@ import types
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils import _overlays, _plan
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._errors import HalfDoneError, Interrupted, Qcow2Error
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._errors import HalfDoneError, Qcow2Error
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._image import Bitmap
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._interrupt import Interrupted, ending_cleanly
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._overlays import Settings, make_overlays
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._plan import Creation, Wanted
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._publish import Ownership
@@ -397,15 +398,9 @@ def test_a_signal_waits_until_the_vm_is_finished(tmp_path, disk):
         time.sleep(0.05)
         (tmp_path / "finished").touch()
 
-    def end(_number, _frame):
-        raise Interrupted("SIGTERM")
-
-    previous = signal.signal(signal.SIGTERM, end)
-    try:
+    with ending_cleanly():
         wanted = [Wanted(str(tmp_path / name), disk, vm=name) for name in "ab"]
         outcome = make_overlays(wanted, SETTINGS, {"a": finish})
-    finally:
-        signal.signal(signal.SIGTERM, previous)
     assert sorted(os.listdir(tmp_path)) == ["a", "active.qcow2", "finished"]
     # What was made is said to be made.
     assert states(outcome) == ["created", "failed"]

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import stat
@@ -32,12 +31,6 @@ def staged(path, content=b"ours"):
     return file
 
 
-def publish(files):
-    """Publish files, and let the signals through again."""
-    with contextlib.ExitStack() as held:
-        publish_together(files, held)
-
-
 def no_hard_links(*_args, **_kwargs):
     raise OSError(errno.EPERM, "Operation not permitted")
 
@@ -54,7 +47,7 @@ def test_files_are_private_until_they_are_published(tmp_path):
         names = os.listdir(tmp_path)
         assert sorted(names) == sorted([first.name, second.name])
         assert all(stat.S_IMODE(os.stat(tmp_path / name).st_mode) == 0o600 for name in names)
-        publish([first, second])
+        publish_together([first, second])
         assert sorted(os.listdir(tmp_path)) == ["a", "b"]
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
     assert os.stat(tmp_path / "a").st_nlink == 1
@@ -71,7 +64,7 @@ def test_nothing_is_ever_replaced_and_the_first_is_taken_back(tmp_path, obstacle
         else:
             (tmp_path / "b").symlink_to("nowhere")
         with pytest.raises(Qcow2Error, match="has appeared"):
-            publish([first, second])
+            publish_together([first, second])
     assert os.listdir(tmp_path) == ["b"]
     if obstacle == "file":
         assert (tmp_path / "b").read_text() == "theirs"
@@ -82,7 +75,7 @@ def test_a_file_slipped_in_under_the_temporary_name_is_not_published(tmp_path):
         os.unlink(tmp_path / file.name)
         (tmp_path / file.name).write_text("theirs")
         with pytest.raises(OSError, match="No such file"):
-            publish([file])
+            publish_together([file])
     assert not (tmp_path / "a").exists()
 
 
@@ -97,7 +90,7 @@ def test_a_failing_fsync_of_the_folder_takes_everything_back(tmp_path, monkeypat
 
         monkeypatch.setattr(_publish.os, "fsync", fsync)
         with pytest.raises(OSError, match="Input/output"):
-            publish([file])
+            publish_together([file])
     assert os.listdir(tmp_path) == []
 
 
@@ -113,7 +106,7 @@ def test_an_overlay_that_cannot_be_removed_again_is_told(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(_publish.os, "unlink", failing(errno.EROFS))
             with pytest.raises(Qcow2Error) as raised:
-                publish([first, second])
+                publish_together([first, second])
         for path in (tmp_path / "a", tmp_path / "b"):
             assert f"{path}: could not be removed again: Read-only file system." in str(raised.value)
         assert "run this again" in str(raised.value)
@@ -124,7 +117,7 @@ def test_what_was_not_published_yet_is_not_said_to_be_stuck(tmp_path, monkeypatc
     with staged(tmp_path / "a") as first, staged(tmp_path / "b") as second:
         monkeypatch.setattr(StagedFile, "publish", failing(errno.EIO))
         with pytest.raises(OSError, match="Input/output"):
-            publish([first, second])
+            publish_together([first, second])
     assert os.listdir(tmp_path) == []
 
 
@@ -141,7 +134,7 @@ def test_a_close_that_fails_fails_nothing(tmp_path, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     with staged(tmp_path / "a") as file:
-        publish([file])
+        publish_together([file])
         monkeypatch.setattr(_publish.os, "close", close)
     monkeypatch.undo()
     assert os.listdir(tmp_path) == ["a"]
@@ -159,7 +152,7 @@ def test_no_vm_can_start_on_an_overlay_before_all_are_published(tmp_path, monkey
 
         monkeypatch.setattr(StagedFile, "publish", not_publishing)
         with pytest.raises(Qcow2Error, match="moved or mounted over"):  # for it is not published in this test
-            publish([file])
+            publish_together([file])
     assert held == [(True, True)]
 
 
@@ -222,7 +215,7 @@ def test_a_folder_that_is_moved_away_meanwhile_is_noticed(tmp_path):
         (tmp_path / "folder").rename(tmp_path / "moved")
         (tmp_path / "folder").mkdir()
         with pytest.raises(Qcow2Error, match="moved or mounted over"):
-            publish([file])
+            publish_together([file])
     assert os.listdir(tmp_path / "folder") == os.listdir(tmp_path / "moved") == []
 
 
@@ -238,13 +231,13 @@ def test_a_temporary_file_that_is_taken_for_a_leftover_is_made_anew(tmp_path, mo
     monkeypatch.setattr(_locks, "claim", slow_claim)
     with staged(tmp_path / "a") as file:
         assert file.name != removed[0]
-        publish([file])
+        publish_together([file])
     assert os.listdir(tmp_path) == ["a"]
 
 
 def test_a_folder_where_every_new_file_is_locked_by_others_is_told_and_left_clean(tmp_path, monkeypatch):
     descriptors = len(os.listdir("/proc/self/fd"))
-    monkeypatch.setattr(_locks, "claim", lambda fd, path: False)
+    monkeypatch.setattr(_locks, "claim", lambda *_args: False)
     with pytest.raises(Qcow2Error, match=f"{tmp_path}: 100 new files .* run this again"):
         staged(tmp_path / "a")
     assert os.listdir(tmp_path) == []
