@@ -7,8 +7,9 @@
  *
  * PROVE_FOLDER: the folder, with a slash at the end.
  * PROVE_RULE:   WHO:CALL:NUMBER[+]:ACTION, such as module:linkat:1:EPERM. WHO is module or qemu, CALL the name of a
- *               call, * for any, files for any but those of the dialogue and of processes, NUMBER the how-manieth of them, with a + all from there on. ACTION is the name of an error;
- *               short: do half of it; group, self: SIGKILL to the process group or to this process; stop: SIGSTOP.
+ *               call, * for any, files for any but those of the dialogue and of processes, NUMBER the how-manieth of
+ *               them, with a + all from there on. ACTION is the name of an error; short: do half of it; group, self:
+ *               SIGKILL to the process group or to this process; term: SIGTERM to this process; stop: SIGSTOP.
  * PROVE_LOG:    a file to which a line is added for each call that was counted.
  */
 #define _GNU_SOURCE
@@ -96,6 +97,8 @@ static int verdict(const char *call) {
         syscall(SYS_kill, 0, SIGKILL);
     if (strcmp(rule_action, "self") == 0)
         syscall(SYS_kill, getpid(), SIGKILL);
+    if (strcmp(rule_action, "term") == 0)
+        syscall(SYS_kill, getpid(), SIGTERM);
     if (strcmp(rule_action, "stop") == 0)
         syscall(SYS_kill, getpid(), SIGSTOP);
     for (int i = 0; ERRORS[i].name != NULL; i++)

@@ -27,7 +27,7 @@ import lab
 
 DIALOGUE = {"fork", "hear", "say", "kill", "wait"}
 PAGE = 4096
-WHOLE = "1 disks, full disk"  # a series that is always played to its end
+WHOLE = "one: full disk"  # a series that is always played to its end
 ADVICE = re.compile(
     "[Rr]un this again|Make room|[Rr]un with become|Choose|Check the|Create it|make it writable|Mount it|Mount a proc|"
     "Inspect it|must be readable|remove it|name the image|Please report|Wait for"
@@ -104,21 +104,25 @@ def faulty(ground: lab.Lab, rule: str) -> lab.Finding:
     return finding
 
 
-def injected(ground: lab.Lab, disks: int) -> list[lab.Job]:
+def injected(ground: lab.Lab, kind: lab.Kind) -> list[lab.Job]:
     """Return a round for each call and each error that it may meet, once and from there on."""
-    ground.use(disks)
+    ground.use(kind)
     jobs = []
     for who, calls in ground.calls().items():
         for call, count in calls.items():
             errors = () if call in DIALOGUE else ("EIO", *ERRORS.get((who, call), ()))
             for rule in [f"{who}:{call}:{n}{s}:{e}" for n in range(1, count + 1) for e in errors for s in ("", "+")]:
                 sides = {"module": "the module's calls", "qemu": "QEMU's calls"}
-                series = f"{disks} disks, {rule.split(':')[3]} in {sides[who]}" + (" from there on" * ("+" in rule))
-                jobs.append(lab.Job(series, f"{disks}-{rule}", lambda ground, rule=rule: faulty(ground, rule), disks))
+                series = f"{kind.name}: {rule.split(':')[3]} in {sides[who]}" + (" from there on" * ("+" in rule))
+                jobs.append(
+                    lab.Job(series, f"{kind.name}-{rule}", lambda ground, rule=rule: faulty(ground, rule), kind)
+                )
     of_files = sum(count for call, count in ground.calls()["module"].items() if call not in DIALOGUE)
     everything = [f"module:files:{number}+:EIO" for number in range(1, of_files + 1)]
     jobs += [
-        lab.Job(f"{disks} disks, all I/O fails from there on", f"{disks}-{rule}", lambda g, r=rule: faulty(g, r), disks)
+        lab.Job(
+            f"{kind.name}: all I/O fails from there on", f"{kind.name}-{rule}", lambda g, r=rule: faulty(g, r), kind
+        )
         for rule in everything
     ]
     return jobs
@@ -159,16 +163,16 @@ def read_only(ground: lab.Lab) -> lab.Finding:
         return lab.Finding(outcome, wrong + ground.rerun_wrong(), told(ground, run))
 
 
-def full_jobs(ground: lab.Lab, disks: int) -> list[lab.Job]:
+def full_jobs(ground: lab.Lab, kind: lab.Kind) -> list[lab.Job]:
     """Return a round for each size of the file system, from one page to more than enough."""
-    ground.use(disks)
+    ground.use(kind)
     ground.reset()
     with mounted(ground, "size=64m"):
         assert ground.run().status == 0
         space = os.statvfs(ground.folder)
         pages = (space.f_blocks - space.f_bfree) * space.f_frsize // PAGE
     return [
-        lab.Job(f"{disks} disks, full disk", f"{disks}-full-{n}", lambda ground, n=n: full(ground, n), disks)
+        lab.Job(f"{kind.name}: full disk", f"{kind.name}-full-{n}", lambda ground, n=n: full(ground, n), kind)
         for n in range(1, pages + 3)
     ]
 
@@ -213,25 +217,28 @@ class Rival(t.NamedTuple):
     """What the second of two runs is to make, out of the disks of the VM."""
 
     what: str
-    disks: int
+    kind: lab.Kind
     choose: t.Callable[[lab.Lab], list[lab.Disk]]
     winners: tuple[int, ...]  # how many runs may create something
+    other: str  # the state that a run comes to that waits, but is not the first
 
 
 RIVALS = (
-    Rival("the same target", 1, lambda ground: ground.disks, (1,)),
+    Rival("the same target", lab.ONE, lambda ground: ground.disks, (1,), "present"),
     Rival(
         "another target on the same ACTIVE",
-        1,
+        lab.ONE,
         lambda ground: [ground.disks[0]._replace(target=ground.folder / "other.snap.qcow2")],
         (1, 2),
+        "created",
     ),
-    Rival("the same three, in another order", 3, lambda ground: ground.disks[::-1], (1,)),
+    Rival("the same three, in another order", lab.THREE, lambda ground: ground.disks[::-1], (1,), "present"),
     Rival(
         "the same target on another ACTIVE",
-        1,
+        lab.ONE,
         lambda ground: [ground.disks[0]._replace(active=ground.actives_folder / "other.qcow2")],
         (1,),
+        "failed",
     ),
 )
 
@@ -252,7 +259,10 @@ def race(ground: lab.Lab, rival: Rival, pause: float, step: int | None) -> lab.F
         if step:
             ground.runner.say()
         first = ground.runner.answer()
-    return judge_race(ground, rival, theirs, t.cast("lab.Run", first), t.cast("lab.Run", second))
+    finding = judge_race(ground, rival, theirs, t.cast("lab.Run", first), t.cast("lab.Run", second))
+    if not step and {*first.states, *second.states} != {"created", rival.other}:  # nobody stopped, so waiting helps
+        finding.violations.append(f"{first.states} and {second.states}, but each has waited for the other")
+    return finding
 
 
 def judge_race(ground: lab.Lab, rival: Rival, theirs: list[lab.Disk], first: lab.Run, second: lab.Run) -> lab.Finding:
@@ -277,10 +287,10 @@ def judge_race(ground: lab.Lab, rival: Rival, theirs: list[lab.Disk], first: lab
 class VM:
     """A QEMU that opens an image for writing, as a VM does, and goes on holding it if it could."""
 
-    def __init__(self, image: t.Any, emulator: bool) -> None:
-        command = ["qemu-io", "-f", "qcow2", str(image)]
+    def __init__(self, image: t.Any, image_format: str, emulator: bool) -> None:
+        command = ["qemu-io", "-f", image_format, str(image)]
         if emulator:
-            node = {"driver": "qcow2", "node-name": "d", "file": {"driver": "file", "filename": str(image)}}
+            node = {"driver": image_format, "node-name": "d", "file": {"driver": "file", "filename": str(image)}}
             command = [f"qemu-system-{os.uname().machine}", "-machine", "none", "-nodefaults", "-display", "none"]
             command += ["-qmp", "stdio", "-blockdev", json.dumps(node)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -317,7 +327,7 @@ def vm_at_step(ground: lab.Lab, number: int, on_overlay: bool) -> lab.Finding:
         return lab.Finding("the run was over", [])
     there = all(ground.there())
     disk = ground.disks[number % len(ground.disks)]
-    vm = VM(disk.target if on_overlay else disk.active, emulator=False)
+    vm = VM(*((disk.target, "qcow2") if on_overlay else (disk.active, disk.format)), emulator=False)
     runs_on = vm.settle()
     ground.runner.say()
     run = ground.runner.answer()
@@ -329,7 +339,7 @@ def vm_at_moment(ground: lab.Lab, pause: float, emulator: bool) -> lab.Finding:
     """Start a VM on ACTIVE at a random moment of a run."""
     ground.start()
     time.sleep(pause)
-    vm = VM(ground.disks[-1].active, emulator)
+    vm = VM(ground.disks[-1].active, ground.disks[-1].format, emulator)
     runs_on = vm.settle()
     run = ground.runner.answer()
     said = vm.end()
@@ -363,24 +373,22 @@ def judge_vm(ground: lab.Lab, run: lab.Run, runs_on: bool, too_early: bool, said
 def stepping(ground: lab.Lab) -> list[lab.Job]:
     """Return the rounds in which something happens while the module is at a step."""
     jobs = []
-    ground.use(1)
-    count = sum(ground.calls()["module"].values())
-    for n in range(1, count + 1):
+    for kind in (lab.ONE, lab.THREE, lab.TEMPLATE, lab.RAW):
+        ground.use(kind)
+        for n in range(1, sum(ground.calls()["module"].values()) + 1):
+            play = lambda ground, n=n: vm_at_step(ground, n, on_overlay=False)  # noqa: E731
+            jobs.append(lab.Job(f"{kind.name}: VM starts on ACTIVE at a step", f"vm-{kind.name}-step-{n}", play, kind))
+    ground.use(lab.ONE)
+    for n in range(1, sum(ground.calls()["module"].values()) + 1):
         for moved in (True, False):
             word = "moved away" if moved else "removed"
             play = lambda ground, n=n, moved=moved: without_folder(ground, n, moved)  # noqa: E731
             jobs.append(lab.Job(f"folder {word} in mid-run", f"folder-{moved}-{n}", play))
-        for on_overlay in (False, True):
-            word = "the overlay" if on_overlay else "ACTIVE"
-            play = lambda ground, n=n, on=on_overlay: vm_at_step(ground, n, on)  # noqa: E731
-            jobs.append(lab.Job(f"VM starts on {word} at a step", f"vm-{on_overlay}-step-{n}", play))
+        play = lambda ground, n=n: vm_at_step(ground, n, on_overlay=True)  # noqa: E731
+        jobs.append(lab.Job("one: VM starts on the overlay at a step", f"vm-overlay-step-{n}", play))
         for number, rival in enumerate(RIVALS[:2]):
             play = lambda ground, n=n, rival=rival: race(ground, rival, 0, n)  # noqa: E731
             jobs.append(lab.Job(f"second run at a step, {rival.what}", f"race-{number}-step-{n}", play))
-    ground.use(3)
-    for n in range(1, sum(ground.calls()["module"].values()) + 1):
-        play = lambda ground, n=n: vm_at_step(ground, n, on_overlay=False)  # noqa: E731
-        jobs.append(lab.Job("3 disks, VM starts on one ACTIVE at a step", f"vm-3-step-{n}", play, 3))
     return jobs
 
 
@@ -392,12 +400,12 @@ def racing(asked: lab.Choice) -> list[lab.Job]:
             name = f"race-{number}-moment-{n}"
             pause = asked.randomness(name).random() * 0.15
             play = lambda ground, rival=rival, pause=pause: race(ground, rival, pause, None)  # noqa: E731
-            jobs.append(lab.Job(f"two runs race, {rival.what}", name, play, rival.disks))
-        for disks in (1, 3):
-            name = f"vm-{disks}-moment-{n}"
+            jobs.append(lab.Job(f"two runs race, {rival.what}", name, play, rival.kind))
+        for kind in (lab.ONE, lab.THREE, lab.TEMPLATE, lab.RAW):
+            name = f"vm-{kind.name}-moment-{n}"
             pause = asked.randomness(name).random() * 0.1
             play = lambda ground, pause=pause, n=n: vm_at_moment(ground, pause, bool(n % 2))  # noqa: E731
-            jobs.append(lab.Job(f"{disks} disks, VM starts on ACTIVE at a random moment", name, play, disks))
+            jobs.append(lab.Job(f"{kind.name}: VM starts on ACTIVE at a random moment", name, play, kind))
     return jobs
 
 
@@ -419,9 +427,9 @@ def jobs_for(crew: lab.Crew, asked: lab.Choice) -> list[lab.Job]:
     """Return all rounds."""
     ground = crew.labs[0]
     jobs = [lab.Job("read-only file system", "read-only", read_only), *racing(asked), *stepping(ground)]
-    for disks in (1, 3):
-        jobs += injected(ground, disks)
-        jobs += full_jobs(ground, disks)
+    for kind in (lab.ONE, lab.THREE, lab.TEMPLATE, lab.RAW):
+        jobs += injected(ground, kind)
+        jobs += full_jobs(ground, kind)
     return sampled(jobs, asked)
 
 

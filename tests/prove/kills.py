@@ -1,7 +1,9 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Kill the module, with its QEMU and alone, and its QEMU alone, at every step and at random moments; judge the rest.
+"""Kill the module, with its QEMU and alone, and its QEMU alone, or ask the module to end; judge what is left.
+
+It happens at every step and at random moments.
 
 Run as root, with the Python of an environment that has ansible-core: python tests/prove/kills.py. Needs QEMU and gcc.
 
@@ -17,7 +19,12 @@ import sys
 
 import lab
 
-WHOM = {"group": "module and QEMU", "module": "module alone", "qemu": "QEMU alone"}
+WHOM = {
+    "group": "module and QEMU killed",
+    "module": "module alone killed",
+    "qemu": "QEMU alone killed",
+    "asked": "module asked to end by SIGTERM",
+}
 # Calls that change nothing, hold nothing, and tell nobody anything: between two of the others all of them are alike.
 LOOKING = {"stat", "open", "readdir", "close", "access", "fstat", "getlk", "pread", "fgetxattr", "hear", "read", "wait"}
 
@@ -65,18 +72,23 @@ def steps(calls: dict[str, collections.Counter[str]], who: str, full: bool) -> l
     ]
 
 
-def step_jobs(ground: lab.Lab, disks: int, full: bool) -> list[lab.Job]:
-    """Return a round for each step of a run for so many disks."""
-    ground.use(disks)
+def step_jobs(ground: lab.Lab, kind: lab.Kind, full: bool) -> list[lab.Job]:
+    """Return a round for each step of a run for such a VM."""
+    ground.use(kind)
     calls = ground.calls()
     # Of three disks each step of QEMU comes three times; of the locks, which it takes on each opening, dozens of times.
-    sides = [("module", "group", "group"), ("module", "module", "self"), ("qemu", "qemu", "self")]
+    sides = [
+        ("module", "group", "group"),
+        ("module", "module", "self"),
+        ("module", "asked", "term"),
+        ("qemu", "qemu", "self"),
+    ]
     return [
         lab.Job(
-            f"{disks} disks, {WHOM[whom]} killed at a step",
-            f"{disks}-{who}-{call}-{number}-{action}",
+            f"{kind.name}: {WHOM[whom]} at a step",
+            f"{kind.name}-{who}-{call}-{number}-{action}",
             lambda ground, rule=f"{who}:{call}:{number}:{action}", whom=whom: at_step(ground, rule, whom),
-            disks,
+            kind,
         )
         for who, whom, action in sides
         for call, number in steps(calls, who, full)
@@ -84,9 +96,9 @@ def step_jobs(ground: lab.Lab, disks: int, full: bool) -> list[lab.Job]:
     ]
 
 
-def moment_jobs(ground: lab.Lab, disks: int, asked: lab.Choice) -> list[lab.Job]:
+def moment_jobs(ground: lab.Lab, kind: lab.Kind, asked: lab.Choice) -> list[lab.Job]:
     """Return so many rounds of each kind with a kill at a random moment."""
-    ground.use(disks)
+    ground.use(kind)
     durations = []
     for _time in range(5):
         ground.reset()
@@ -95,14 +107,14 @@ def moment_jobs(ground: lab.Lab, disks: int, asked: lab.Choice) -> list[lab.Job]
     jobs = []
     for whom in WHOM:
         for number in range(asked.rounds):
-            name = f"{disks}-{whom}-moment-{number}"
+            name = f"{kind.name}-{whom}-moment-{number}"
             share = asked.randomness(name).random() * (0.4 if whom == "qemu" else 1)  # QEMU is not there from the start
             jobs.append(
                 lab.Job(
-                    f"{disks} disks, {WHOM[whom]} killed at a random moment",
+                    f"{kind.name}: {WHOM[whom]} at a random moment",
                     name,
                     lambda ground, whom=whom, share=share: at_moment(ground, whom, share, longest),
-                    disks,
+                    kind,
                 )
             )
     return jobs
@@ -112,7 +124,9 @@ def jobs_for(crew: lab.Crew, asked: lab.Choice) -> list[lab.Job]:
     """Return all rounds."""
     ground = crew.labs[0]
     return [
-        job for disks in (1, 3) for job in [*step_jobs(ground, disks, asked.full), *moment_jobs(ground, disks, asked)]
+        job
+        for kind in (lab.ONE, lab.THREE, lab.RAW)
+        for job in [*step_jobs(ground, kind, asked.full), *moment_jobs(ground, kind, asked)]
     ]
 
 

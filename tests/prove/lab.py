@@ -39,21 +39,43 @@ SECONDS_TO_ANSWER = 45.0
 _OFD_GETLK = 36  # Linux, fcntl(2)
 _FLOCK = struct.Struct("@hhqqi4x")
 
-# Of the disks of the VM, in turn: name, granularity, recording, inconsistent.
+# Of each disk that there can be: name, granularity, recording, inconsistent.
 BITMAPS = (
     (("monday", 65536, True, False), ("tuesday", 4096, True, False), ("crashed", 65536, False, True)),
     (("monday", 65536, True, False), ("sunday", 131072, False, False)),
     (("monday", 1048576, True, False), ("Mittwoch, früh", 32768, True, False)),
+    (("sunday", 65536, False, False),),
+    None,  # raw
 )
 SIZE = 64 << 20
+
+
+class Kind(t.NamedTuple):
+    """What a VM has: the numbers of its disks."""
+
+    name: str
+    numbers: tuple[int, ...]
+
+
+ONE, THREE, TEMPLATE, RAW = Kind("one", (0,)), Kind("three", (0, 1, 2)), Kind("template", (3,)), Kind("raw", (4,))
 
 
 class Disk(t.NamedTuple):
     """One disk of the VM."""
 
+    number: int
     active: pathlib.Path
     target: pathlib.Path
-    bitmaps: dict[str, int]  # granularity of those that must go on recording
+
+    @property
+    def format(self) -> str:
+        """The format of ACTIVE."""
+        return "raw" if BITMAPS[self.number] is None else "qcow2"
+
+    @property
+    def bitmaps(self) -> dict[str, int]:
+        """The granularity of each bitmap that must go on recording."""
+        return {name: bits for name, bits, recording, lost in BITMAPS[self.number] or () if recording and not lost}
 
 
 class Run(t.NamedTuple):
@@ -163,16 +185,23 @@ class Templates:
         self.paths = []
         for number, bitmaps in enumerate(BITMAPS):
             path = folder / f"template{number}.qcow2"
-            qemu.create(path, SIZE)
-            qemu.add_bitmaps(path, [qemu.Bitmap(*bitmap) for bitmap in bitmaps])
-            subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 7 1M 300k", str(path)], check=True, stdout=-3)
+            if bitmaps is None:
+                path.touch()
+                os.truncate(path, SIZE)
+            else:
+                qemu.create(path, SIZE)
+                qemu.add_bitmaps(path, [qemu.Bitmap(*bitmap) for bitmap in bitmaps])
+            image_format = "raw" if bitmaps is None else "qcow2"
+            subprocess.run(
+                ["qemu-io", "-f", image_format, "-c", "write -P 7 1M 300k", str(path)], check=True, stdout=-3
+            )
             self.paths.append(path)
 
 
 class Lab:
     """A folder with the disks of one VM, and a runner."""
 
-    def __init__(self, base: pathlib.Path, library: pathlib.Path, templates: Templates, count: int) -> None:
+    def __init__(self, base: pathlib.Path, library: pathlib.Path, templates: Templates) -> None:
         self._templates = templates
         self.place = base / "disks"  # what stands between watches all below this
         self.actives_folder, self.folder = self.place / "a", self.place / "o"
@@ -182,7 +211,7 @@ class Lab:
         self.library = library
         (self.papers / "second").mkdir(exist_ok=True)
         self.man()
-        self.use(count)
+        self.use(ONE)
 
     def man(self) -> None:
         """Have new runners."""
@@ -194,15 +223,11 @@ class Lab:
         self.runner.close()
         self.second.close()
 
-    def use(self, count: int) -> None:
-        """Have a VM of so many disks."""
+    def use(self, kind: Kind) -> None:
+        """Have a VM of this kind."""
         self.disks = [
-            Disk(
-                self.actives_folder / f"disk{number}.qcow2",
-                self.folder / f"disk{number}.snap.qcow2",
-                {name: granularity for name, granularity, recording, lost in BITMAPS[number] if recording and not lost},
-            )
-            for number in range(count)
+            Disk(number, self.actives_folder / f"disk{number}.img", self.folder / f"disk{number}.snap.qcow2")
+            for number in kind.numbers
         ]
 
     def reset(self) -> None:
@@ -210,14 +235,17 @@ class Lab:
         for folder in (self.folder, self.actives_folder):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(exist_ok=True)
-        for disk, template in zip(self.disks, self._templates.paths):
-            shutil.copyfile(template, disk.active)
+        for disk in self.disks:
+            shutil.copyfile(self._templates.paths[disk.number], disk.active)
             disk.active.chmod(0o640)
         self.before = {disk.active: _identity(disk.active) for disk in self.disks}
 
     def arguments(self, disks: t.Sequence[Disk] | None = None, **options: t.Any) -> dict[str, t.Any]:
         """Return the options of the module."""
-        overlays = [{"path": str(d.target), "backing_file": str(d.active)} for d in disks or self.disks]
+        overlays = [
+            {"path": str(disk.target), "backing_file": str(disk.active), "backing_format": disk.format}
+            for disk in disks or self.disks
+        ]
         return {"overlays": overlays, "timeout": 20, **options}
 
     def start(self, rule: str = "", log: pathlib.Path | None = None, kill: dict[str, t.Any] | None = None) -> None:
@@ -262,7 +290,7 @@ class Lab:
                 wrong += incomplete(disk)
                 if disk.target.stat().st_nlink > 1 and not self.leftovers():
                     wrong.append(f"{disk.target.name} has a second name")
-            wrong += [f"{path.name} is locked" for path in disk[:2] if path.exists() and _is_locked(path)]
+            wrong += [f"{path.name} is locked" for path in disk[1:] if path.exists() and _is_locked(path)]
         expected = {disk.target.name for disk in self.disks}
         wrong += [f"there is {name}" for name in os.listdir(self.folder)
                   if name not in expected and not fnmatch.fnmatch(name, LEFTOVER)]  # fmt: skip
@@ -324,10 +352,11 @@ def incomplete(disk: Disk) -> list[str]:
     data = about["format-specific"]["data"]
     seen = {
         "backing file": (about.get("backing-filename"), str(disk.active)),
-        "backing format": (about.get("backing-filename-format"), "qcow2"),
+        "backing format": (about.get("backing-filename-format"), disk.format),
         "size": (about["virtual-size"], SIZE),
         "bitmaps": ({bitmap["name"]: bitmap["granularity"] for bitmap in data.get("bitmaps", ())}, disk.bitmaps),
-        "flags": ({flag for bitmap in data.get("bitmaps", ()) for flag in bitmap["flags"]}, {"auto"}),
+        "flags": ({flag for bitmap in data.get("bitmaps", ()) for flag in bitmap["flags"]} - {"auto"}, set()),
+        "recording": (sum("auto" in bitmap["flags"] for bitmap in data.get("bitmaps", ())), len(disk.bitmaps)),
         "corrupt": (data["corrupt"], False),
         "mode": (disk.target.stat().st_mode, disk.active.stat().st_mode),
     }
@@ -343,7 +372,7 @@ class Job(t.NamedTuple):
     series: str
     name: str
     play: Round
-    disks: int = 1
+    kind: Kind = ONE
 
 
 class Book:
@@ -382,7 +411,7 @@ class Crew:
 
     def __init__(self, base: pathlib.Path, workers: int) -> None:
         library, templates = build_library(base), Templates(base)
-        self.labs = [Lab(base / f"lab{number}", library, templates, 1) for number in range(workers)]
+        self.labs = [Lab(base / f"lab{number}", library, templates) for number in range(workers)]
         self._free: queue.SimpleQueue[Lab] = queue.SimpleQueue()
         for lab in self.labs:
             self._free.put(lab)
@@ -401,7 +430,7 @@ class Crew:
         """Play one round in a lab that is free."""
         lab = self._free.get()
         try:
-            lab.use(job.disks)
+            lab.use(job.kind)
             lab.reset()
             return job.play(lab)
         except Exception:  # a round that cannot be judged is no proof

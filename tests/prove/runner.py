@@ -74,10 +74,10 @@ def qemu_of(pid: int) -> int | None:
 
 
 def kill(pid: int, whom: str, after: float) -> bool:
-    """Kill the run, its module alone or its QEMU alone, so many seconds after its start or after QEMU's start."""
+    """Kill the run, its module alone or its QEMU alone, or ask it to end, so long after its start or QEMU's start."""
     if whom != "qemu":
         time.sleep(after)
-        (os.killpg if whom == "group" else os.kill)(pid, signal.SIGKILL)
+        (os.killpg if whom == "group" else os.kill)(pid, signal.SIGTERM if whom == "asked" else signal.SIGKILL)
         return True
     deadline = time.monotonic() + 10
     while (qemu := qemu_of(pid)) is None:
