@@ -35,7 +35,7 @@ build_root() {  # build_root HOST
   local name=$1 suite=${release[$1]} tree log packages options place mark started=$SECONDS
   tree=$fleet/roots/$suite log=$fleet/roots/$suite.log
   packages=python3,python3-apt,openssh-server,openssh-sftp-server,procps,mount,hostname,qemu-utils,qemu-system-x86
-  packages+=,libvirt-daemon,libvirt-daemon-driver-qemu,libvirt-clients,python3-libvirt
+  packages+=,libvirt-daemon,libvirt-daemon-driver-qemu,libvirt-clients,python3-libvirt,acl,exfat-fuse,exfatprogs
   options=('--aptopt=Acquire::Languages "none"' --dpkgopt=force-unsafe-io)
   # Documentation, and emulators that no test starts, are half as much again.
   for place in share/doc share/info share/locale share/man bin/qemu-system-i386 bin/qemu-system-x86_64-microvm; do
@@ -84,7 +84,7 @@ start() {  # start HOST: unless it is up
 }
 
 boot() {  # boot HOST: the first process of the host, which becomes its sshd
-  local name=$1 folder=$fleet/hosts/$1 device pid
+  local name=$1 folder=$fleet/hosts/$1 device number pid
   exec 9>&-  # the lock is for unshare alone to hold
   read -r pid _ < /proc/self/stat  # /proc is the machine's still, so this is our number there
   echo "$pid" > "$folder/pid"
@@ -99,11 +99,12 @@ boot() {  # boot HOST: the first process of the host, which becomes its sshd
   mount --bind /sys sys  # libvirt reads there what the processors are
   mount -o remount,bind,ro sys
   mount -t tmpfs -o mode=755,size=4m tmpfs dev
-  for device in null zero full random urandom tty kvm; do
+  for device in null zero full random urandom tty kvm fuse loop-control; do
     [ -e "/dev/$device" ] || continue  # /dev/kvm is not on every machine
     touch "dev/$device"
     mount --bind "/dev/$device" "dev/$device"
   done
+  for number in {0..63}; do mknod -m 660 "dev/loop$number" b 7 "$number"; done  # the machine's, shared with all others
   ln -s /proc/self/fd dev/fd
   mkdir dev/pts dev/shm
   mount -t devpts -o newinstance,ptmxmode=0666,mode=620 devpts dev/pts
