@@ -1,16 +1,16 @@
 # The commands of this collection's developers. Each says what it installs before it does; see README.md.
-.PHONY: demo test test-fleet lint units integration bench bench-fleet clean
+.PHONY: demo test test-fleet lint units integration prove bench bench-fleet clean
 
 demo:
 	tests/demo.sh
 
 test:
-	tests/run.sh build lint sanity units integration fleet
+	tests/run.sh build lint sanity units integration fleet prove
 
 test-fleet:
 	tests/run.sh fleet
 
-lint units integration bench bench-fleet:
+lint units integration prove bench bench-fleet:
 	tests/run.sh $@
 
 clean:
