@@ -34,7 +34,9 @@ def test_both_kinds_of_qemu_answer(program):
     assert monitor.command("query-named-block-nodes") == []
     with pytest.raises(Qcow2Error, match="QEMU says: .*nonsense"):
         monitor.command("nonsense")
-    with pytest.raises(Qcow2Error, match="QEMU says: .*No such file or directory. Check that its folder is still there"):
+    with pytest.raises(
+        Qcow2Error, match="QEMU says: .*No such file or directory. Check that its folder is still there"
+    ):
         monitor.command("blockdev-add", {"driver": "file", "node-name": "x", "filename": "/does/not/exist"})
     full = {"driver": "blkdebug", "image": {"driver": "null-co"}, "inject-error": [{"event": "none", "errno": 28}]}
     with pytest.raises(Qcow2Error, match="QEMU says: .*No space left on device. Check the space"):
