@@ -1,7 +1,7 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What both proofs share: images, runs of the module, and the judgement of what a run has left, by QEMU's own tools."""
+"""What the proofs share: images, runs of the module, and the judgement of what a run has left, by QEMU's own tools."""
 
 from __future__ import annotations
 
@@ -54,6 +54,8 @@ class Disk(t.NamedTuple):
     active: pathlib.Path
     target: pathlib.Path
     bitmaps: dict[str, int]  # granularity of those that must go on recording
+    size: int = SIZE  # bytes
+    format: str = "qcow2"  # of ACTIVE
 
 
 class Run(t.NamedTuple):
@@ -65,6 +67,7 @@ class Run(t.NamedTuple):
     alone: bool  # no process of it is left
     result: dict[str, t.Any] | None  # what it printed
     stderr: str
+    memory: int = 0  # KiB that the largest of its processes had at most
 
     @property
     def states(self) -> list[str]:
@@ -89,6 +92,7 @@ class Finding(t.NamedTuple):
     outcome: str
     violations: list[str]
     messages: tuple[str, ...] = ()
+    counts: t.Mapping[str, int] | None = None  # by outcome, of a round that stands for many
 
 
 Round = t.Callable[["Lab"], Finding]
@@ -117,10 +121,18 @@ class Runner:
             start_new_session=True,  # or who ends this program by a signal to its group breaks rounds under way
         )
 
-    def start(self, arguments: dict[str, t.Any], environment: dict[str, str], kill: dict[str, t.Any] | None) -> None:
-        """Begin a run; answer() has what becomes of it."""
+    def start(
+        self,
+        arguments: dict[str, t.Any],
+        environment: dict[str, str],
+        kill: dict[str, t.Any] | None = None,
+        module: str = "qcow2_overlay",
+        memory: int | None = None,
+    ) -> None:
+        """Begin a run of a module, with so many bytes of memory; answer() has what becomes of it."""
+        request = {"module": module, "arguments": arguments, "environment": environment, "kill": kill, "memory": memory}
         papers = {name: str(self._papers / name) for name in ("stdout", "stderr")}
-        self.say(json.dumps({"arguments": arguments, "environment": environment, "kill": kill, **papers}))
+        self.say(json.dumps({**request, **papers}))
 
     def say(self, line: str = "") -> None:
         """Give the process a line: a run, or that one goes on that has stopped."""
@@ -213,7 +225,7 @@ class Lab:
         for disk, template in zip(self.disks, self._templates.paths):
             shutil.copyfile(template, disk.active)
             disk.active.chmod(0o640)
-        self.before = {disk.active: _identity(disk.active) for disk in self.disks}
+        self.before = {disk.active: identity(disk.active) for disk in self.disks}
 
     def arguments(self, disks: t.Sequence[Disk] | None = None, **options: t.Any) -> dict[str, t.Any]:
         """Return the options of the module."""
@@ -256,7 +268,7 @@ class Lab:
 
     def images_wrong(self) -> list[str]:
         """Return what is wrong with the images, whatever the run was to do."""
-        wrong = [f"{path.name} was changed" for path, was in self.before.items() if _identity(path) != was]
+        wrong = [f"{path.name} was changed" for path, was in self.before.items() if identity(path) != was]
         for disk in self.disks:
             if os.path.lexists(disk.target):
                 wrong += incomplete(disk)
@@ -297,7 +309,7 @@ class Lab:
         return wrong if all(self.there()) else [*wrong, "second run: an overlay is missing"]
 
 
-def _identity(path: pathlib.Path) -> tuple[t.Any, ...]:
+def identity(path: pathlib.Path) -> tuple[t.Any, ...]:
     """Return all that must not change about a file."""
     try:
         status = path.stat()
@@ -324,8 +336,8 @@ def incomplete(disk: Disk) -> list[str]:
     data = about["format-specific"]["data"]
     seen = {
         "backing file": (about.get("backing-filename"), str(disk.active)),
-        "backing format": (about.get("backing-filename-format"), "qcow2"),
-        "size": (about["virtual-size"], SIZE),
+        "backing format": (about.get("backing-filename-format"), disk.format),
+        "size": (about["virtual-size"], disk.size),
         "bitmaps": ({bitmap["name"]: bitmap["granularity"] for bitmap in data.get("bitmaps", ())}, disk.bitmaps),
         "flags": ({flag for bitmap in data.get("bitmaps", ()) for flag in bitmap["flags"]}, {"auto"}),
         "corrupt": (data["corrupt"], False),
@@ -357,7 +369,8 @@ class Book:
 
     def note(self, job: Job, finding: Finding) -> None:
         """Note what came of a round, and tell at once of what must not be."""
-        self._counts[job.series, finding.outcome] += 1
+        for outcome, count in (finding.counts or {finding.outcome: 1}).items():
+            self._counts[job.series, outcome] += count
         self.messages.update(finding.messages)
         for violation in finding.violations:
             self._violations.append(f"VIOLATION in '{job.name}' (--seed {self._seed} --only '{job.name}'): {violation}")
