@@ -805,6 +805,8 @@ def play_bait(ground: lab.Lab, module: str, what: str, where: str) -> lab.Findin
     """Run a module on images that name the bait, and see what is opened."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         bait = lay(ground, what, where, server.getsockname()[1])
+        if module == "qcow2_info" and where == "target":  # there it is the topmost image, and looked at with its chain
+            bait = bait._replace(usable=what == "file", may_be_opened=what == "file")
         set_bait(ground, bait, where)
         watch = Watch(t.cast("pathlib.Path", bait.watched))
         disk = ground.disks[0]
@@ -821,12 +823,10 @@ def play_bait(ground: lab.Lab, module: str, what: str, where: str) -> lab.Findin
         wrong.append("strace has seen nothing")
     if opened and not bait.may_be_opened:
         wrong.append("inotify has seen that the bait was opened")
-    most = {"backing file without format": 4, "backing file as qcow2": 112 + 65536}.get(where, 0)
+    most = {"backing file without format": 8, "target": 4, "backing file as qcow2": 112 + 65536}.get(where, 0)
     if read_of_bait(bait, threads) > most:
         wrong.append(f"{read_of_bait(bait, threads)} bytes of the bait were read")
-    # What stands at the target only has to be looked at, by qcow2_info down to a file that is one.
-    usable = bait.usable or (module == "qcow2_info" and where == "target" and what == "file")
-    if (ended.status == 0) != usable:
+    if (ended.status == 0) != bait.usable:
         wrong.append(f"exit {ended.status}: {ended.message}")
     if lab.identity(disk.active) != ground.before[disk.active]:
         wrong.append("ACTIVE was changed")
@@ -858,11 +858,14 @@ def bait_jobs() -> list[lab.Job]:
 def jobs_for(crew: lab.Crew, asked: lab.Choice) -> list[lab.Job]:
     """Return all rounds."""
     ground = crew.labs[0]
-    corpus = ground.papers / "corpus"
-    corpus.mkdir()
     jobs = [lab.Job("an image that claims a lot", f"bomb-{n}", functools.partial(explode, what=what))
             for n, what in enumerate(BOMBS)]  # fmt: skip
-    return [*jobs, *name_jobs(), *race_jobs(ground, asked), *bait_jobs(), *mutant_jobs(corpus, asked)]
+    jobs += [*name_jobs(), *race_jobs(ground, asked), *bait_jobs()]
+    if asked.only is None or asked.only.startswith(("*", "mutant", "reader")):  # the corpus takes seconds
+        corpus = ground.papers / "corpus"
+        corpus.mkdir()
+        jobs += mutant_jobs(corpus, asked)
+    return jobs
 
 
 if __name__ == "__main__":

@@ -339,7 +339,10 @@ def incomplete(disk: Disk) -> list[str]:
         "backing format": (about.get("backing-filename-format"), disk.format),
         "size": (about["virtual-size"], disk.size),
         "bitmaps": ({bitmap["name"]: bitmap["granularity"] for bitmap in data.get("bitmaps", ())}, disk.bitmaps),
-        "flags": ({flag for bitmap in data.get("bitmaps", ()) for flag in bitmap["flags"]}, {"auto"}),
+        "flags": (
+            {flag for bitmap in data.get("bitmaps", ()) for flag in bitmap["flags"]},
+            {"auto"} if disk.bitmaps else set(),
+        ),
         "corrupt": (data["corrupt"], False),
         "mode": (disk.target.stat().st_mode, disk.active.stat().st_mode),
     }

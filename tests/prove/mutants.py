@@ -167,7 +167,7 @@ def mutation(seed: Seed, corpus: t.Sequence[Seed], randomness: random.Random) ->
     if randomness.random() < 0.06:
         near = randomness.choice([field for fields in seed.regions.values() for field in fields])
         length = randomness.choice((randomness.choice(INTERESTING[:24]), near.offset, near.offset + 1, seed.length - 1,
-                                    seed.length // 2, seed.length + 1, seed.length + (1 << 40)))  # fmt: skip
+                                    seed.length // 2, seed.length + 1, seed.length + (1 << 24)))  # fmt: skip
     return Mutation(tuple(edits), length)
 
 
