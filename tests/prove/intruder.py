@@ -47,7 +47,7 @@ def lures(place: str, bait: pathlib.Path) -> list[Trick]:
         lambda: attempt(lambda: os.symlink(bait / "new", place)),  # what is created through it lies outside
         lambda: attempt(lambda: os.link(bait / "bait", place)),
         lambda: attempt(lambda: os.mkfifo(place)),
-        lambda: attempt(lambda: pathlib.Path(place).write_bytes(b"QFI\xfb")),
+        lambda: attempt(lambda: os.close(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL))),
     ]
 
 

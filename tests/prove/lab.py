@@ -348,7 +348,8 @@ def incomplete(disk: Disk) -> list[str]:
     }
     wrong = [f"{disk.target.name}: {what} is {is_!r}, not {to_be!r}" for what, (is_, to_be) in seen.items()
              if is_ != to_be]  # fmt: skip
-    check = subprocess.run(["qemu-img", "check", "-q", str(disk.target)], capture_output=True, text=True, check=False)
+    command = ["qemu-img", "check", "-q", str(disk.target)]
+    check = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     return [*wrong, *([f"{disk.target.name}: check says {check.stdout}{check.stderr}"] if check.returncode else [])]
 
 
