@@ -115,10 +115,23 @@ def _read_layer(fd: int, path: str, image_format: str | None, with_bitmaps: bool
     image = read_image(fd, path, with_bitmaps) if as_qcow2 else None
     virtual_size = image.virtual_size if image else (length_of(fd) + SECTOR - 1) // SECTOR * SECTOR
     if image is not None and image.data_file is not None and not has_protocol(image.data_file):
-        data_file = resolve_name(path, image.data_file)
-        if not os.path.exists(data_file):
-            raise Qcow2Error(f"{path}: its external data file {data_file} does not exist. Put it back in its place.")
+        _check_data_file(path, resolve_name(path, image.data_file))
     return Layer(path, os.path.realpath(path), identity_of(os.fstat(fd)), image_format, virtual_size, image)
+
+
+def _check_data_file(path: str, data_file: str) -> None:
+    """Raise when no VM could have its data in the external data file of the image; it is not opened."""
+    try:
+        mode = os.stat(data_file).st_mode
+    except (OSError, ValueError) as exc:
+        raise Qcow2Error(
+            f"{path}: its external data file {data_file} does not exist. Put it back in its place."
+        ) from exc
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        raise Qcow2Error(
+            f"{path}: its external data file {data_file} is neither a file nor a block device. Refused: such an image "
+            "can make QEMU open whatever its author wants. Restore it from a backup."
+        )
 
 
 def _open_below(above: Layer, backing_file: str) -> int:

@@ -17,6 +17,8 @@ from ._image import SECTOR, Bitmap, Image, open_image
 from ._observe import is_written, read_settled
 
 MAX_BITMAPS_OF_CHAIN = 16384
+MAX_BITMAP_BYTES = 64 << 30  # of the bits of all bitmaps of one chain; each look at them takes seconds
+MAX_TABLE_ENTRIES = 1 << 22  # of all bitmap tables of one chain, which are held in memory
 MAX_COUNTED_BITS = 1 << 33  # of one disk; looking at more takes minutes
 _ATTEMPTS = 3  # at a disk that changes while its dirty bytes are counted
 _SHOWN_FAULTS = 10  # of one disk
@@ -167,23 +169,35 @@ def _read(path: str, follow: bool, members: list[_Member], held: contextlib.Exit
     # Which format the topmost image has is recorded nowhere; here it decides only what is read and shown.
     chain = walk_chain(top, path, None, with_bitmaps=False)
     held.callback(chain.close)
-    bitmaps = 0
     for layer, fd in chain:
         own = os.dup(fd)
         held.callback(os.close, own)
         member = _member(layer, own)
-        bitmaps += len(member.image.bitmaps) if member.image else 0
-        if bitmaps > MAX_BITMAPS_OF_CHAIN:
-            raise Qcow2Error(
-                f"{layer.path}: with its bitmaps the chain has more than {MAX_BITMAPS_OF_CHAIN}, too many to report. "
-                "Remove those that no backup needs with 'qemu-img bitmap --remove'."
-            )
+        _check_amount([*members, member])
         members.append(member)
         member.map_all()
         if member.image is not None and member is members[0]:
             _check_usable(member.image, layer.path)
         if not follow:
             break
+
+
+def _check_amount(members: t.Sequence[_Member]) -> None:
+    """Raise when the images of a chain, the last one included, have more bitmaps, or larger, than can be handled."""
+    images = [member.image for member in members if member.image]
+    bitmaps = sum(len(image.bitmaps) for image in images)
+    size = sum(bitmap.data_bytes(image.virtual_size) for image in images for bitmap in image.bitmaps)
+    entries = sum(table.entries for image in images for table in image.bitmap_tables)
+    if bitmaps > MAX_BITMAPS_OF_CHAIN:
+        problem = f"has more than {MAX_BITMAPS_OF_CHAIN}, too many to report"
+    elif size > MAX_BITMAP_BYTES or entries > MAX_TABLE_ENTRIES:
+        problem = f"has {size >> 20} MiB of them in {entries} clusters, too much to be looked at"
+    else:
+        return
+    raise Qcow2Error(
+        f"{members[-1].layer.path}: with its bitmaps the chain {problem}. Remove those that no backup needs with "
+        "'qemu-img bitmap --remove'."
+    )
 
 
 def _check_usable(image: Image, path: str) -> None:

@@ -297,6 +297,7 @@ def _check_header(header: _Header, path: str) -> None:
         size < l1_bytes(header.virtual_size, header.cluster_size, extended)
         or size > MAX_L1_TABLE
         or header.l1_offset % header.cluster_size
+        or header.l1_offset >> 62  # more than any file can have, and than pread takes
     ):
         raise damaged(
             path,

@@ -17,6 +17,10 @@ from ._chain import Layer, has_protocol, identity_of, read_chain, resolve_name
 from ._errors import Qcow2Error
 from ._image import Image, holds_data, is_qcow2, open_image, read_image
 
+_MOST_LINKS = 40  # on the way to a folder; the kernel follows no more either
+# With O_DIRECTORY, or what is mounted on demand would not be mounted.
+_PASS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_ENTER = _PASS | os.O_DIRECTORY
 _LOOKS = 20  # at an image whose header is being changed, 10 ms apart
 
 
@@ -86,6 +90,61 @@ def observe_target(path: str) -> Target:
         return Target(path, os.path.dirname(path), problem=problem)
 
 
+def open_folder(path: str) -> tuple[int, str]:
+    """Return a descriptor that stands for the folder, and its path without symlinks; OSError when there is none.
+
+    Who may write to a folder on the way must not lead us, by a symlink, into one that belongs to somebody else. So each
+    step goes through the folder that the step before has found, where nobody can swap what was checked.
+    """
+    here, names, way, owners = os.open("/", _ENTER), list[str](), path.split("/")[::-1], list[int]()
+    try:
+        while way:
+            name = way.pop()
+            if name in ("", "."):
+                continue
+            try:
+                below = os.open(name, _ENTER, dir_fd=here)
+            except NotADirectoryError:
+                text, owner = _read_link(here, name)
+                owners.append(owner)
+                if len(owners) > _MOST_LINKS:
+                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP)) from None
+                way += text.split("/")[::-1]
+                if not text.startswith("/"):
+                    continue
+                name, below, names = "", os.open("/", _ENTER), []
+            os.close(here)
+            here, names = below, names[:-1] if name == ".." else [*names, *filter(None, [name])]
+        _check_links(owners, here, path)
+    except BaseException:
+        os.close(here)
+        raise
+    return here, "/" + "/".join(names)
+
+
+def _read_link(folder_fd: int, name: str) -> tuple[str, int]:
+    """Return where the symlink in the folder leads, and whose it is; NotADirectoryError when it is none."""
+    fd = os.open(name, _PASS, dir_fd=folder_fd)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISLNK(status.st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        return os.readlink("", dir_fd=fd), status.st_uid
+    finally:
+        os.close(fd)
+
+
+def _check_links(owners: t.Sequence[int], folder_fd: int, path: str) -> None:
+    """Raise when a symlink on the way, of the user who is given, leads into a folder of somebody else."""
+    owner = os.fstat(folder_fd).st_uid
+    foreign = [one for one in owners if one not in (0, os.geteuid(), owner)]
+    if foreign:
+        raise Qcow2Error(
+            f"{path} leads through a symlink of the user {foreign[0]} into a folder of the user {owner}. Such a link "
+            "can be a trap. Give the real path, or have the owner of that folder or root make the symlink."
+        )
+
+
 def is_written(fd: int, path: str) -> bool:
     """Whether a VM or a tool has the open image open for writing."""
     if _locks.is_used(fd, _locks.WRITE, path):
@@ -115,22 +174,34 @@ def _is_writable(process: str, number: str) -> bool:
 
 def _observe_target(path: str) -> Target:
     """Return what stands there; may raise."""
-    folder = os.path.realpath(os.path.dirname(path))
     name = os.path.basename(path)
     if name in ("", ".", ".."):
         raise Qcow2Error(f"{path}: names a folder. Give the full name of the overlay's file.")
+    folder, folder_status = _observe_way(path)
     target = Target(os.path.join(folder, name), folder)
-    try:
-        folder_status = os.stat(folder)
-    except (FileNotFoundError, NotADirectoryError) as exc:
-        raise Qcow2Error(f"{path}: its folder {folder} does not exist. Create it first.") from exc
-    if not stat.S_ISDIR(folder_status.st_mode):
-        raise Qcow2Error(f"{path}: {folder} is not a folder. Give another path.")
     try:
         status = os.lstat(target.path)
     except FileNotFoundError:
         return _observe_folder(target, folder_status)
     return _observe_occupied(target, status, path)
+
+
+def _observe_way(path: str) -> tuple[str, os.stat_result]:
+    """Return the folder of the overlay, without symlinks, and what it is."""
+    folder = os.path.dirname(path)
+    try:
+        fd, real = open_folder(folder)
+    except (FileNotFoundError, NotADirectoryError) as exc:
+        real = os.path.realpath(folder)
+        if os.path.exists(real):
+            raise Qcow2Error(f"{path}: {real} is not a folder. Give another path.") from exc
+        raise Qcow2Error(f"{path}: its folder {real} does not exist. Create it first.") from exc
+    except Qcow2Error as exc:
+        raise Qcow2Error(f"{path}: its folder {exc}") from exc
+    try:
+        return real, os.fstat(fd)
+    finally:
+        os.close(fd)
 
 
 def _observe_folder(target: Target, status: os.stat_result) -> Target:

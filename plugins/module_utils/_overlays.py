@@ -122,7 +122,7 @@ def _allow_many_open_files() -> None:
 def _leftovers(wanted: t.Sequence[Wanted], settings: Settings) -> list[str]:
     """Remove what killed runs have left in the folders of this call; return a warning for each."""
     usable = [item for item in wanted if not _plan.request_problems(item)]
-    folders = dict.fromkeys(os.path.realpath(os.path.dirname(item.path)) for item in usable)
+    folders = dict.fromkeys(os.path.dirname(item.path) for item in usable)
     return [
         printable(f"{path}: is left over from a run that was killed. It is of no use; a run removes it.")
         for folder in folders

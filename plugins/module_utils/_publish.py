@@ -20,7 +20,7 @@ import typing as t
 from . import _locks
 from ._errors import CHECK_STORAGE, HalfDoneError, Qcow2Error
 from ._image import close_image
-from ._observe import Target
+from ._observe import Target, open_folder
 
 _PREFIX = ".qcow2_overlay-"
 _SUFFIX = ".tmp"
@@ -46,8 +46,13 @@ class StagedFile:
     def __init__(self, target: Target) -> None:
         """Create the empty file, readable and writable for us alone."""
         self.target = target
-        self.folder_fd = os.open(target.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.folder_fd, folder = _open_to_list(target.folder)
         try:
+            if folder != target.folder:
+                raise Qcow2Error(
+                    f"{target.path}: its folder was replaced by a symlink while the overlay was being made. Find out "
+                    "by whom, then run this again."
+                )
             self.name, self.fd = _new_file(self.folder_fd, target.folder)
         except BaseException:
             os.close(self.folder_fd)
@@ -104,6 +109,15 @@ class StagedFile:
         with contextlib.suppress(OSError):
             os.fsync(self.folder_fd)
         return None
+
+
+def _open_to_list(folder: str) -> tuple[int, str]:
+    """Return the open folder, and its path without symlinks."""
+    place, real = open_folder(folder)
+    try:
+        return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=place), real
+    finally:
+        os.close(place)
 
 
 def _new_file(folder_fd: int, folder: str) -> tuple[str, int]:
@@ -230,13 +244,13 @@ def _not_permitted(path: str, what: str, why: str | None) -> Qcow2Error:
 def find_leftovers(folder: str, remove: bool) -> list[str]:
     """Return the paths of the files in the folder that killed runs have left, removed if so wanted."""
     try:
-        folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
+        folder_fd, folder = _open_to_list(folder)
+    except (OSError, Qcow2Error):  # the overlays in it will tell
         return []
     try:
         names = [name for name in os.listdir(folder_fd) if name.startswith(_PREFIX) and name.endswith(_SUFFIX)]
         return sorted(os.path.join(folder, name) for name in names if _is_abandoned(name, folder_fd, remove))
-    except OSError:  # whatever is wrong with the folder, the overlays in it will tell
+    except OSError:
         return []
     finally:
         close_image(folder_fd)
@@ -245,11 +259,11 @@ def find_leftovers(folder: str, remove: bool) -> list[str]:
 def _is_abandoned(name: str, folder_fd: int, remove: bool) -> bool:
     """Whether no run is at work on this temporary file any more; it is removed, if so wanted, while nobody can be."""
     try:
-        fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder_fd)
+        fd = _open_file(name, folder_fd)
     except OSError:
         return False
     try:
-        abandoned = stat.S_ISREG(os.fstat(fd).st_mode) and not _locks.is_held(fd, _locks.OURS, name)
+        abandoned = not _locks.is_held(fd, _locks.OURS, name)
         if abandoned and remove:
             abandoned = _locks.claim(fd, name)
             if abandoned:
@@ -259,6 +273,17 @@ def _is_abandoned(name: str, folder_fd: int, remove: bool) -> bool:
     finally:
         os.close(fd)
     return abandoned
+
+
+def _open_file(name: str, folder_fd: int) -> int:
+    """Open a file of this name in the folder for writing; OSError when it is none, of which nothing is opened."""
+    place = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder_fd)
+    try:
+        if not stat.S_ISREG(os.fstat(place).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return os.open(f"/proc/self/fd/{place}", os.O_RDWR | os.O_CLOEXEC)
+    finally:
+        os.close(place)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What both proofs share: images, runs of the module, and the judgement of what a run has left, by QEMU's own tools."""
+"""What the proofs share: images, runs of the module, and the judgement of what a run has left, by QEMU's own tools."""
 
 from __future__ import annotations
 
@@ -63,19 +63,12 @@ ONE, THREE, TEMPLATE, RAW = Kind("one", (0,)), Kind("three", (0, 1, 2)), Kind("t
 class Disk(t.NamedTuple):
     """One disk of the VM."""
 
-    number: int
     active: pathlib.Path
     target: pathlib.Path
-
-    @property
-    def format(self) -> str:
-        """The format of ACTIVE."""
-        return "raw" if BITMAPS[self.number] is None else "qcow2"
-
-    @property
-    def bitmaps(self) -> dict[str, int]:
-        """The granularity of each bitmap that must go on recording."""
-        return {name: bits for name, bits, recording, lost in BITMAPS[self.number] or () if recording and not lost}
+    bitmaps: dict[str, int]  # granularity of those that must go on recording
+    size: int = SIZE  # bytes
+    format: str = "qcow2"  # of ACTIVE
+    number: int = 0  # of its template
 
 
 class Run(t.NamedTuple):
@@ -87,6 +80,7 @@ class Run(t.NamedTuple):
     alone: bool  # no process of it is left
     result: dict[str, t.Any] | None  # what it printed
     stderr: str
+    memory: int = 0  # KiB that the largest of its processes had at most
 
     @property
     def states(self) -> list[str]:
@@ -111,6 +105,7 @@ class Finding(t.NamedTuple):
     outcome: str
     violations: list[str]
     messages: tuple[str, ...] = ()
+    counts: t.Mapping[str, int] | None = None  # by outcome, of a round that stands for many
 
 
 Round = t.Callable[["Lab"], Finding]
@@ -139,10 +134,18 @@ class Runner:
             start_new_session=True,  # or who ends this program by a signal to its group breaks rounds under way
         )
 
-    def start(self, arguments: dict[str, t.Any], environment: dict[str, str], kill: dict[str, t.Any] | None) -> None:
-        """Begin a run; answer() has what becomes of it."""
+    def start(
+        self,
+        arguments: dict[str, t.Any],
+        environment: dict[str, str],
+        kill: dict[str, t.Any] | None = None,
+        module: str = "qcow2_overlay",
+        memory: int | None = None,
+    ) -> None:
+        """Begin a run of a module, with so many bytes of memory; answer() has what becomes of it."""
+        request = {"module": module, "arguments": arguments, "environment": environment, "kill": kill, "memory": memory}
         papers = {name: str(self._papers / name) for name in ("stdout", "stderr")}
-        self.say(json.dumps({"arguments": arguments, "environment": environment, "kill": kill, **papers}))
+        self.say(json.dumps({**request, **papers}))
 
     def say(self, line: str = "") -> None:
         """Give the process a line: a run, or that one goes on that has stopped."""
@@ -226,7 +229,13 @@ class Lab:
     def use(self, kind: Kind) -> None:
         """Have a VM of this kind."""
         self.disks = [
-            Disk(number, self.actives_folder / f"disk{number}.img", self.folder / f"disk{number}.snap.qcow2")
+            Disk(
+                self.actives_folder / f"disk{number}.img",
+                self.folder / f"disk{number}.snap.qcow2",
+                {name: bits for name, bits, recording, lost in BITMAPS[number] or () if recording and not lost},
+                format="raw" if BITMAPS[number] is None else "qcow2",
+                number=number,
+            )
             for number in kind.numbers
         ]
 
@@ -238,7 +247,7 @@ class Lab:
         for disk in self.disks:
             shutil.copyfile(self._templates.paths[disk.number], disk.active)
             disk.active.chmod(0o640)
-        self.before = {disk.active: _identity(disk.active) for disk in self.disks}
+        self.before = {disk.active: identity(disk.active) for disk in self.disks}
 
     def arguments(self, disks: t.Sequence[Disk] | None = None, **options: t.Any) -> dict[str, t.Any]:
         """Return the options of the module."""
@@ -284,13 +293,15 @@ class Lab:
 
     def images_wrong(self) -> list[str]:
         """Return what is wrong with the images, whatever the run was to do."""
-        wrong = [f"{path.name} was changed" for path, was in self.before.items() if _identity(path) != was]
+        wrong = [f"{path.name} was changed" for path, was in self.before.items() if identity(path) != was]
         for disk in self.disks:
             if os.path.lexists(disk.target):
                 wrong += incomplete(disk)
                 if disk.target.stat().st_nlink > 1 and not self.leftovers():
                     wrong.append(f"{disk.target.name} has a second name")
-            wrong += [f"{path.name} is locked" for path in disk[1:] if path.exists() and _is_locked(path)]
+            wrong += [
+                f"{path.name} is locked" for path in (disk.active, disk.target) if path.exists() and _is_locked(path)
+            ]
         expected = {disk.target.name for disk in self.disks}
         wrong += [f"there is {name}" for name in os.listdir(self.folder)
                   if name not in expected and not fnmatch.fnmatch(name, LEFTOVER)]  # fmt: skip
@@ -325,7 +336,7 @@ class Lab:
         return wrong if all(self.there()) else [*wrong, "second run: an overlay is missing"]
 
 
-def _identity(path: pathlib.Path) -> tuple[t.Any, ...]:
+def identity(path: pathlib.Path) -> tuple[t.Any, ...]:
     """Return all that must not change about a file."""
     try:
         status = path.stat()
@@ -353,16 +364,19 @@ def incomplete(disk: Disk) -> list[str]:
     seen = {
         "backing file": (about.get("backing-filename"), str(disk.active)),
         "backing format": (about.get("backing-filename-format"), disk.format),
-        "size": (about["virtual-size"], SIZE),
+        "size": (about["virtual-size"], disk.size),
         "bitmaps": ({bitmap["name"]: bitmap["granularity"] for bitmap in data.get("bitmaps", ())}, disk.bitmaps),
-        "flags": ({flag for bitmap in data.get("bitmaps", ()) for flag in bitmap["flags"]} - {"auto"}, set()),
-        "recording": (sum("auto" in bitmap["flags"] for bitmap in data.get("bitmaps", ())), len(disk.bitmaps)),
+        "flags": (
+            {flag for bitmap in data.get("bitmaps", ()) for flag in bitmap["flags"]},
+            {"auto"} if disk.bitmaps else set(),
+        ),
         "corrupt": (data["corrupt"], False),
         "mode": (disk.target.stat().st_mode, disk.active.stat().st_mode),
     }
     wrong = [f"{disk.target.name}: {what} is {is_!r}, not {to_be!r}" for what, (is_, to_be) in seen.items()
              if is_ != to_be]  # fmt: skip
-    check = subprocess.run(["qemu-img", "check", "-q", str(disk.target)], capture_output=True, text=True, check=False)
+    command = ["qemu-img", "check", "-q", str(disk.target)]
+    check = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     return [*wrong, *([f"{disk.target.name}: check says {check.stdout}{check.stderr}"] if check.returncode else [])]
 
 
@@ -386,7 +400,8 @@ class Book:
 
     def note(self, job: Job, finding: Finding) -> None:
         """Note what came of a round, and tell at once of what must not be."""
-        self._counts[job.series, finding.outcome] += 1
+        for outcome, count in (finding.counts or {finding.outcome: 1}).items():
+            self._counts[job.series, outcome] += count
         self.messages.update(finding.messages)
         for violation in finding.violations:
             self._violations.append(f"VIOLATION in '{job.name}' (--seed {self._seed} --only '{job.name}'): {violation}")

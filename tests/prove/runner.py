@@ -1,7 +1,7 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Run the module as Ansible does, again and again, each time in a process of its own that is forked from this one.
+"""Run a module as Ansible does, again and again, each time in a process of its own that is forked from this one.
 
 So a run does not cost the imports, and begins where the module's own work does. For each line of JSON on standard input
 that describes a run, lines come back: {"stopped": true} each time that it stops itself, which waits for any line to let
@@ -16,6 +16,7 @@ import json
 import os
 import pathlib
 import random
+import resource
 import runpy
 import signal
 import subprocess  # noqa: F401  imported here once, so that no run has to
@@ -26,7 +27,7 @@ import typing as t
 import ansible.module_utils.basic  # noqa: F401
 import ansible_collections.kvmfleet.qcow2.plugins.module_utils._arguments  # noqa: F401
 
-MODULE = "ansible_collections.kvmfleet.qcow2.plugins.modules.qcow2_overlay"
+MODULES = "ansible_collections.kvmfleet.qcow2.plugins.modules"
 _SET_CHILD_SUBREAPER = 36
 _SET_PDEATHSIG = 1
 _SECONDS_TO_END = 5.0  # for what a run has left
@@ -56,11 +57,14 @@ def become_run(request: dict[str, t.Any]) -> t.NoReturn:
     for number, path in ((1, request["stdout"]), (2, request["stderr"])):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
     os.environ.update(request["environment"])
-    sys.argv = [MODULE]
+    module = f"{MODULES}.{request['module']}"
+    sys.argv = [module]
     random.seed()
+    if request["memory"]:
+        resource.setrlimit(resource.RLIMIT_AS, (request["memory"], request["memory"]))
     if "LD_PRELOAD" in os.environ:
         ctypes.CDLL(None).prove_begin()
-    runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
     sys.exit(0)
 
 
@@ -95,12 +99,15 @@ def kill(pid: int, whom: str, after: float) -> bool:
     return False
 
 
-def wait_for(pid: int, commands: t.Iterator[str]) -> int:
-    """Return how the run ended, in the form of subprocess.Popen.returncode; tell of each stop on the way."""
+def wait_for(pid: int, commands: t.Iterator[str]) -> dict[str, int]:
+    """Return how the run ended, in the form of subprocess.Popen.returncode, and the KiB that it took at most.
+
+    Tells of each stop on the way.
+    """
     while True:
-        _pid, status = os.waitpid(pid, os.WUNTRACED)
+        _pid, status, usage = os.wait4(pid, os.WUNTRACED)
         if not os.WIFSTOPPED(status):
-            return os.waitstatus_to_exitcode(status)
+            return {"status": os.waitstatus_to_exitcode(status), "memory": usage.ru_maxrss}
         say(stopped=True)
         next(commands)
         os.kill(pid, signal.SIGCONT)
@@ -132,9 +139,9 @@ def main() -> None:
         with contextlib.suppress(OSError):
             os.setpgid(pid, pid)  # both do, so that it is done whoever comes first
         was_killed = kill(pid, **request["kill"]) if request["kill"] else False
-        status = wait_for(pid, commands)
+        ended = wait_for(pid, commands)
         seconds = time.monotonic() - start
-        say(status=status, seconds=seconds, killed=was_killed, alone=nothing_left())
+        say(**ended, seconds=seconds, killed=was_killed, alone=nothing_left())
 
 
 if __name__ == "__main__":

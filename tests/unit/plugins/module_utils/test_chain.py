@@ -132,6 +132,22 @@ def test_a_missing_data_file_is_named(tmp_path):
         chain_of(top)
 
 
+@pytest.mark.parametrize("what", ["fifo", "folder", "symlink to a fifo"])
+def test_a_data_file_that_is_no_file_is_refused_without_being_opened(tmp_path, what):
+    data = tmp_path / "data"
+    top = qemu.create(tmp_path / "top", "1M", "-o", f"data_file={data}")
+    data.unlink()
+    if what == "folder":
+        data.mkdir()
+    elif what == "fifo":
+        os.mkfifo(data)
+    else:
+        os.mkfifo(tmp_path / "fifo")
+        data.symlink_to("fifo")
+    with pytest.raises(Qcow2Error, match=f"external data file {data} is neither a file nor a block device"):
+        chain_of(top)
+
+
 def test_padding_of_the_backing_format_does_not_end_the_chain(tmp_path):
     base = qemu.create(tmp_path / "base", "1M")
     top = qemu.create(tmp_path / "top", "1M", "-b", base, "-F", "qcow2")

@@ -268,6 +268,15 @@ def test_more_bitmaps_than_can_be_reported(chain, monkeypatch):
     assert len(disk.members) == 1
 
 
+@pytest.mark.parametrize("limit", ["MAX_BITMAP_BYTES", "MAX_TABLE_ENTRIES"])
+def test_larger_bitmaps_than_can_be_looked_at_are_not_read(chain, monkeypatch, limit):
+    monkeypatch.setattr(_disks, limit, 2)
+    monkeypatch.setattr(_disks, "DirtyMap", None)
+    disk = examine(chain.replace("top", "low"), True, True)
+    assert "too much to be looked at. Remove those that no backup needs" in disk.problem
+    assert disk.members == []
+
+
 @pytest.mark.parametrize("times", [1, 9])
 def test_a_vm_that_runs_while_bits_are_counted(chain, monkeypatch, times):
     real, calls = _disks._count, []

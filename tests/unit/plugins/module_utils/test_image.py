@@ -264,3 +264,10 @@ def test_reading_needs_no_more_than_the_descriptor(image_with_bitmaps):
         assert len(read_image(fd, "gone").bitmaps) == 5
     finally:
         os.close(fd)
+
+
+def test_an_l1_table_beyond_any_file_is_damage(tmp_path):
+    path = qemu.create(tmp_path / "image", "1M")
+    qemu.patch(path, 40, struct.pack(">Q", 1 << 63))
+    with pytest.raises(Qcow2Error, match="its L1 table of .* does not fit"):
+        qemu.read(path)

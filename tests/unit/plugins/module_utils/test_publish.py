@@ -10,7 +10,7 @@ import os
 import stat
 
 import pytest
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils import _locks, _publish
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils import _locks, _observe, _publish
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._errors import Qcow2Error
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._observe import observe_target
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._publish import (
@@ -254,6 +254,78 @@ def test_a_file_that_cannot_be_marked_is_not_left_behind(tmp_path, monkeypatch):
         StagedFile(observe_target(str(tmp_path / "a")))
     assert os.listdir(tmp_path) == []
     assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+@pytest.fixture(name="link")
+def fixture_link(tmp_path):
+    """Have a symlink, relative and on the way, to a folder."""
+    (tmp_path / "real" / "folder").mkdir(parents=True)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "link").symlink_to("../links/../real")
+    return tmp_path / "links" / "link"
+
+
+def owned_by(monkeypatch, link_owner, me):
+    """Have every symlink belong to this user, and be that one."""
+    real = _observe._read_link
+    monkeypatch.setattr(_observe, "_read_link", lambda *args: (real(*args)[0], link_owner))
+    monkeypatch.setattr(_observe.os, "geteuid", lambda: me)
+
+
+@pytest.mark.parametrize(
+    "link_owner, me, is_followed",
+    [
+        (0, 4242, True),
+        (4242, 4242, True),
+        (os.geteuid(), 4242, True),  # the folder is that user's too
+        (4243, 4242, False),
+        (4243, 0, False),
+    ],
+)
+def test_a_symlink_leads_only_to_what_its_owner_has(tmp_path, link, monkeypatch, link_owner, me, is_followed):
+    owned_by(monkeypatch, link_owner, me)
+    (tmp_path / "real" / "folder" / ".qcow2_overlay-0123456789abcdef.tmp").touch()
+    target = observe_target(f"{link}//./folder/a")
+    descriptors = len(os.listdir("/proc/self/fd"))
+    found = find_leftovers(f"{link}/folder", remove=False)
+    if is_followed:
+        assert (target.path, target.problem) == (str(tmp_path / "real" / "folder" / "a"), None)
+        assert len(found) == 1
+    else:
+        assert "leads through a symlink of the user 4243 into a folder of" in target.problem
+        assert "Give the real path" in target.problem
+        assert found == []
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_a_folder_swapped_with_a_symlink_is_not_followed(tmp_path, link):
+    target = observe_target(str(tmp_path / "real" / "folder" / "a"))
+    (tmp_path / "bait").mkdir()
+    (tmp_path / "real" / "folder").rename(tmp_path / "real" / "aside")
+    (tmp_path / "real" / "folder").symlink_to(tmp_path / "bait")
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(Qcow2Error, match="was replaced by a symlink"):
+        StagedFile(target)
+    assert os.listdir(tmp_path / "bait") == []
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+@pytest.mark.parametrize(
+    "what, message", [("loop", "Too many levels"), ("file", "is not a folder"), ("no", "not exist")]
+)
+def test_a_way_that_ends_nowhere(tmp_path, what, message):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    assert message in observe_target(str(tmp_path / what / "a")).problem
+
+
+@pytest.mark.parametrize("what", ["fifo", "symlink", "folder"])
+def test_what_only_looks_like_a_leftover_is_left_alone(tmp_path, what):
+    place = tmp_path / ".qcow2_overlay-0123456789abcdef.tmp"
+    (tmp_path / "file").touch()
+    {"fifo": lambda: os.mkfifo(place), "symlink": lambda: place.symlink_to("file"), "folder": place.mkdir}[what]()
+    assert find_leftovers(str(tmp_path), remove=True) == []
+    assert len(os.listdir(tmp_path)) == 2
 
 
 def test_who_may_not_give_files_away_is_told_before(tmp_path, monkeypatch):

@@ -1,0 +1,99 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Read mutants in this process, hundreds a second, with little time and memory for each; hostile.py starts this.
+
+Reading ends in what the image says, or in a message that names the file, and in nothing else.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import pathlib
+import pickle
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+import typing as t
+
+import lab  # noqa: F401  finds the collection
+import mutants
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils import _image
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disks import examine
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._errors import Qcow2Error
+
+SECONDS = 5.0  # for one mutant
+MEMORY = 256 << 20  # bytes more than this process has before the first
+
+
+def read(path: pathlib.Path) -> str:
+    """Read all that there is to be read; return the outcome."""
+    fd = _image.open_image(str(path))
+    try:
+        image = _image.read_image(fd, str(path))
+        _image.holds_data(fd, str(path))
+    except Qcow2Error as exc:
+        if str(path) not in str(exc):
+            raise AssertionError(f"the message names no file: {exc}") from exc
+        image = None
+    finally:
+        os.close(fd)
+    disk = examine(str(path), True, True)
+    json.dumps(disk.as_result()).encode()
+    if disk.problem and str(path) not in disk.problem:
+        raise AssertionError(f"the message names no file: {disk.problem}")
+    if image is None or disk.problem:
+        return "refused" if image is None else "refused because of what lies behind the header"
+    return "read, with bitmaps" if image.bitmaps else "read, without bitmaps"
+
+
+def attempt(path: pathlib.Path) -> tuple[str, str | None]:
+    """Return the outcome for a mutant, and what is wrong with it."""
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        return read(path), None
+    except Exception:  # everything but what is read or refused is a finding
+        return "neither read nor refused", traceback.format_exc()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def too_slow(*_args: t.Any) -> t.NoReturn:
+    """End the reading of a mutant."""
+    raise TimeoutError(f"took longer than {SECONDS} s")
+
+
+def main() -> None:
+    """Read so many mutants from a number on; print the counts by outcome and the violations."""
+    corpus_file, word, first, count = sys.argv[1:]
+    with open(corpus_file, "rb") as file:
+        corpus = pickle.load(file)  # our own, of a moment ago
+    signal.signal(signal.SIGALRM, too_slow)
+    with open("/proc/self/statm", encoding="ascii") as file:
+        limit = int(file.read().split()[0]) * resource.getpagesize() + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    counts: collections.Counter[str] = collections.Counter()
+    violations = []
+    with tempfile.TemporaryDirectory(prefix="reader-", dir=pathlib.Path(corpus_file).parent) as folder:
+        for number in range(int(first), int(first) + int(count)):
+            randomness = random.Random(f"{word} {number}")
+            seed = randomness.choice(corpus)
+            path = pathlib.Path(folder) / "mutant"
+            shutil.copyfile(seed.path, path)
+            mutation = mutants.mutation(seed, corpus, randomness)
+            mutation.apply(path)
+            outcome, wrong = attempt(path)
+            counts[outcome] += 1
+            if wrong:
+                violations.append(f"reader of mutant {number} of {seed.name}, {mutation}: {wrong}")
+    print(json.dumps({"counts": counts, "violations": violations}))
+
+
+if __name__ == "__main__":
+    main()
