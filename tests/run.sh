@@ -192,7 +192,7 @@ prove() {
   local program options
   # What ends soon, unless more is asked for; each program tells its options with --help.
   read -ra options <<< "${PROVE:---rounds 5}"
-  for program in kills faults; do
+  for program in kills faults hostile; do
     say "prove: tests/prove/$program.py ${options[*]}"
     "$cache/venv/core-${usable[-1]%% *}/bin/python" "$copy/tests/prove/$program.py" "${options[@]}"
   done

@@ -612,7 +612,7 @@ def race_jobs(ground: lab.Lab, asked: lab.Choice) -> list[lab.Job]:
             for mode, word in ((0o777, "a folder for all"), (0o1777, "a sticky folder")):
                 play = functools.partial(race, what=what, mode=mode, owned=bool(n % 2))
                 jobs.append(lab.Job(f"another user swaps the {what} in {word}", f"race-{what}-{mode:o}-{n}", play))
-    ground.use(1)
+    ground.use(lab.ONE)
     ground.reset()
     steps = sum(ground.calls()["module"].values()) + 8
     for what in STEP_TRICKS:
