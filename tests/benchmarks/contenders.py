@@ -12,7 +12,7 @@ import subprocess
 import sys
 import typing as t
 
-from measuring import Disk, Job, Template, children_of, kill_tree, reap
+from measuring import Daemon, Disk, Job, Template
 from overlay import SHELL_LOOP
 
 LAB = pathlib.Path(__file__).parents[1] / "integration/targets/domain_overlay/files/lab.sh"
@@ -49,6 +49,21 @@ virsh -q snapshot-create-as "$domain" --disk-only --no-metadata "$@"
 virsh -q destroy "$domain"
 """
 
+# Starts something and waits for all that descends from it. libvirt expects its QEMU processes to go away when they end,
+# and they do so only when someone has waited for them.
+KEEPER = """
+import ctypes, os, subprocess, sys
+ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+starter = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, stdout=sys.stderr).pid
+try:
+    while True:
+        pid, status = os.wait()
+        if pid == starter:
+            print(os.waitstatus_to_exitcode(status), flush=True)
+except ChildProcessError:
+    pass
+"""
+
 
 class Case(t.NamedTuple):
     """Overlays to be made, of one VM; every ACTIVE is a copy of the template."""
@@ -69,7 +84,7 @@ class Contender:
     name = ""
     per_disk, per_bitmap = 0, 0  # commands, if there are more the more there is to do
     longest = sys.maxsize  # commands, beyond which it takes too long to be measured
-    daemon: int | None = None
+    daemon: Daemon | None = None
 
     def commands(self, disks: int, bitmaps: int) -> int:
         """Return how many commands it runs one after the other for so many disks with so many bitmaps each."""
@@ -157,28 +172,32 @@ class Libvirt(Contender):
 
     def __init__(self, lab: pathlib.Path) -> None:
         self.lab = lab
+        self.keeper: subprocess.Popen[str] | None = None
         self.kind = "kvm" if os.access("/dev/kvm", os.W_OK) else "qemu"
         self.environment = {"LIBVIRT_DEFAULT_URI": f"qemu+unix:///system?socket={lab}/sock/libvirt-sock"}
 
     def start(self) -> None:
-        """Start the daemon, and have it find out what QEMU can do."""
-        self.bash("start_daemon; virsh -q capabilities > /dev/null")
-        self.daemon = int((self.lab / "libvirtd.pid").read_text())
+        """Start the daemon; what QEMU can do it finds out when the first domain is defined."""
+        command = [sys.executable, "-c", KEEPER, *self.in_bash("start_daemon")]
+        self.keeper = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self.keeper.stdout
+        if self.keeper.stdout.readline() != "0\n":
+            sys.exit("libvirtd does not start")
+        self.daemon = Daemon(int((self.lab / "libvirtd.pid").read_text()), self.keeper.pid)
 
     def stop(self) -> None:
-        """End the domains and the daemon."""
-        self.bash("stop_daemon")
-        reap(())
-        for left in children_of(os.getpid()):
-            kill_tree(left)
+        """End the domains and the daemon, if it was started."""
+        if self.keeper:
+            self.bash("stop_daemon")
+            self.keeper.wait(10)
 
-    def bash(self, text: str, *arguments: str) -> None:
+    def in_bash(self, text: str) -> list[str]:
+        """Return a command that has the functions of lab.sh."""
+        return ["bash", "-c", f'. "$1" "$2"; {text}', "bash", str(LAB), str(self.lab)]
+
+    def bash(self, text: str) -> None:
         """Run commands with the functions of lab.sh."""
-        subprocess.run(
-            ["bash", "-c", f'. "$1" "$2"; shift 2; {text}', "bash", str(LAB), str(self.lab), *arguments],
-            check=True,
-            stdin=subprocess.DEVNULL,
-        )
+        subprocess.run(self.in_bash(text), check=True, stdin=subprocess.DEVNULL)
 
     def before(self, case: Case) -> None:
         """Define the domain, with nothing in it but what starts fastest."""
@@ -213,7 +232,6 @@ class Libvirt(Contender):
     def after(self) -> None:
         self.settle()
         self.bash("virsh -q undefine bench > /dev/null")
-        reap([self.daemon] if self.daemon else ())
 
 
 def target(number: int) -> str:

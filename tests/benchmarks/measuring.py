@@ -4,7 +4,8 @@
 """What a run costs with all processes that it causes, and whether its result is right, as qemu-img and the file tell.
 
 This process becomes the parent of every process that a run leaves behind (a "subreaper"), so none is missed. Time and
-CPU are measured with nothing else going on; memory and the number of programs in a run of their own, under strace.
+CPU are measured with nothing else going on; memory and the number of programs in a run of their own, under strace,
+which holds every process for a moment at its end, so that the memory of a short one is seen, too.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from overlay import add_bitmaps
 OWNER, GROUP, MODE = 64055, 64055, 0o640  # what ACTIVE has; nobody's default
 _SET_CHILD_SUBREAPER = 36
 _SECONDS_TO_END = 10.0  # for what a run has left behind
+_HELD = 10000  # microseconds
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -56,6 +58,13 @@ class Job(t.NamedTuple):
     commands: list[list[str]]
     stdin: str = ""
     environment: t.Mapping[str, str] = {}
+
+
+class Daemon(t.NamedTuple):
+    """A process that works for a contender but is not started by it, and the one that waits for all it leaves."""
+
+    pid: int
+    keeper: int
 
 
 class Cost(t.NamedTuple):
@@ -128,12 +137,13 @@ def cpu_of_children() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def cpu_of(pid: int | None) -> float:
-    """Return the CPU seconds of a process that runs, and of the children it has waited for; 0 of none."""
-    if pid is None:
-        return 0.0
-    fields = pathlib.Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rsplit(")", 1)[1].split()
-    return sum(map(int, fields[11:15])) / _TICKS
+def cpu_of(daemon: Daemon | None) -> float:
+    """Return the CPU seconds of a daemon and its keeper, and of the children they have waited for; 0 of none."""
+    ticks = 0
+    for pid in daemon or ():
+        fields = pathlib.Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rsplit(")", 1)[1].split()
+        ticks += sum(map(int, fields[11:15]))
+    return ticks / _TICKS
 
 
 def pss_of(pid: int) -> int:
@@ -150,7 +160,7 @@ def pss_of(pid: int) -> int:
 
 def run(
     job: Job,
-    daemon: int | None = None,
+    daemon: Daemon | None = None,
     prefix: t.Sequence[str] = (),
     stop_after: float | None = None,
     kept: t.Collection[int] = (),
@@ -159,7 +169,7 @@ def run(
 
     With stop_after all of the job is killed after these seconds. Children of ours that are kept are no part of it.
     """
-    kept = {*kept, *([daemon] if daemon else [])}
+    kept = {*kept, *([daemon.keeper] if daemon else [])}
     environment = {**os.environ, **job.environment}
     with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as stdin:
         stdin.write(job.stdin.encode())
@@ -185,17 +195,18 @@ def run(
         return Cost(status, seconds, cpu, said.read().decode(errors="replace"))
 
 
-def look(job: Job, daemon: int | None = None) -> tuple[Cost, Look]:
+def look(job: Job, daemon: Daemon | None = None) -> tuple[Cost, Look]:
     """Run a job under strace, and the daemon with it; count its programs and watch its memory."""
     with tempfile.TemporaryDirectory() as name:
         strace = ["strace", "-f", "-qq", "-e", "trace=execve", "-e", "signal=none"]
-        tracer = attach([*strace, "-o", f"{name}/daemon", "-p", str(daemon)], daemon) if daemon else None
+        tracer = attach([*strace, "-o", f"{name}/daemon", "-p", str(daemon.pid)], daemon.pid) if daemon else None
         ended, sums = threading.Event(), [0]
         before = sum(pss_of(pid) for pid in watched())
         watcher = threading.Thread(target=watch, args=(ended, sums))
         watcher.start()
         kept = [tracer.pid] if tracer else []
-        cost = run(job, daemon, [*strace, "-A", "-o", f"{name}/job", "--seccomp-bpf", "--"], kept=kept)
+        hold = ["-e", "trace=execve,exit_group", "-e", f"inject=exit_group:delay_enter={_HELD}", "--seccomp-bpf"]
+        cost = run(job, daemon, [*strace, *hold, "-A", "-o", f"{name}/job", "--"], kept=kept)
         ended.set()
         watcher.join()
         if tracer:

@@ -14,6 +14,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import typing as t
 from contenders import PLAYBOOK, TASK, Case, Contender, Floor, Libvirt, Module, Play, Shell
 from measuring import (
     Cost,
+    Daemon,
     Look,
     Template,
     become_subreaper,
@@ -91,13 +93,13 @@ class Turn:
     def watch(self) -> None:
         """Run once under strace."""
 
-        def looking(job: t.Any, daemon: int | None) -> Cost:
+        def looking(job: t.Any, daemon: Daemon | None) -> Cost:
             cost, self.looked = look(job, daemon)
             return cost
 
         self.do(looking)
 
-    def do(self, execute: t.Callable[[t.Any, int | None], Cost]) -> Cost:
+    def do(self, execute: t.Callable[[t.Any, Daemon | None], Cost]) -> Cost:
         """Run on fresh images, and judge what was made."""
         fresh(self.case.disks, self.case.template)
         self.contender.before(self.case)
@@ -304,6 +306,7 @@ def main() -> None:
     names = options.cells or CELLS
     cells = [] if names == ["none"] else [Cell(int(b), int(d), size) for b, d, size in (n.split("x") for n in names)]
     become_subreaper()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the daemon and the images go, too
     lab = pathlib.Path(tempfile.mkdtemp(prefix="side."))
     libvirt = Libvirt(lab)
     contenders: list[Contender] = [Module(), Shell(), libvirt, Floor(), Play("task", TASK), Play("playbook", PLAYBOOK)]
