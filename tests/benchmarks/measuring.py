@@ -173,13 +173,14 @@ def run(
     environment = {**os.environ, **job.environment}
     with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as stdin:
         stdin.write(job.stdin.encode())
-        streams = {"stdin": stdin, "stdout": said, "stderr": subprocess.STDOUT}
         cpu = cpu_of_children() + cpu_of(daemon)
         start = time.perf_counter()
         status = 0
         for command in job.commands:
             stdin.seek(0)
-            process = subprocess.Popen([*prefix, *command], env=environment, **streams)  # type: ignore[call-overload]
+            process = subprocess.Popen(
+                [*prefix, *command], stdin=stdin, stdout=said, stderr=subprocess.STDOUT, env=environment
+            )
             if stop_after is not None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(max(0.0, start + stop_after - time.perf_counter()))

@@ -37,7 +37,7 @@ from measuring import (
     prove_judge,
     run,
 )
-from mishaps import MISHAPS, Found, disks_in
+from mishaps import Found, disks_in, mishaps, small_folders
 
 DOCUMENT = pathlib.Path(__file__).parents[2] / "docs" / "side-by-side.md"
 BEGIN, END = "<!-- begin: written by make bench-side -->", "<!-- end: written by make bench-side -->"
@@ -46,6 +46,9 @@ CELLS = ["1x1x100G", "8x1x100G", "64x1x100G", "512x1x100G", "8x10x100G", "8x100x
 CELLS += ["64x100x100G"]
 ROUNDS = 3
 ENOUGH_SECONDS = 15.0  # a contender that has taken longer for one cell is not run again for it
+FINISHED = """\
+*Finished* is an overlay that is as the same contender makes it undisturbed; *half-made* is one that is under its final
+name and is not. In the commands, CONTENDER is any of those at the end of this page."""
 
 
 class Cell(t.NamedTuple):
@@ -57,11 +60,12 @@ class Cell(t.NamedTuple):
 
     def __str__(self) -> str:
         """Tell it in words."""
-        plural = {True: ""}
-        return (
-            f"{self.bitmaps} bitmap{plural.get(self.bitmaps == 1, 's')}, "
-            f"{self.disks} disk{plural.get(self.disks == 1, 's')}, {self.size[:-1]} {self.size[-1]}iB"
-        )
+        return f"{count(self.bitmaps, 'bitmap')}, {count(self.disks, 'disk')}, {self.virtual_size}"
+
+    @property
+    def virtual_size(self) -> str:
+        """The size with its unit."""
+        return f"{self.size[:-1]} {self.size[-1]}iB"
 
 
 class Row(t.NamedTuple):
@@ -139,9 +143,14 @@ def measure(cell: Cell, contenders: list[Contender], rounds: int, everything: bo
 
 
 def template_for(cell: Cell, folder: pathlib.Path) -> Template:
-    """Make the image of a cell; a large one needs coarse bits, since QEMU holds all of them in memory."""
+    """Make the image of a cell, with bitmaps of a few granularities."""
     bitmaps = [(f"b{number}", 65536 << number % 3) for number in range(cell.bitmaps)]
     return make_template(folder / "template.qcow2", bitmaps, cell.size)
+
+
+def count(number: int, what: str) -> str:
+    """Return a number of something."""
+    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def against(contender: str) -> str:
@@ -152,9 +161,10 @@ def against(contender: str) -> str:
 def ratio(name: str, rows: dict[str, Row], figure: t.Callable[[Row], float]) -> str:
     """Return a contender's figure as a multiple of ours."""
     ours = against(name)
-    if name == ours or ours not in rows:
+    if name == ours or not {name, ours} <= rows.keys():
         return ""
-    return f" ({figure(rows[name]) / figure(rows[ours]):.2g})" if name in rows else ""
+    times = figure(rows[name]) / figure(rows[ours])
+    return f" ({times:.{2 if times < 1 else 1 if times < 10 else 0}f})"
 
 
 def one_table(cell: Cell, rows: dict[str, Row], contenders: list[Contender]) -> list[str]:
@@ -180,15 +190,15 @@ def ratios_table(found: dict[Cell, dict[str, Row]], contenders: list[Contender])
     lines.append("|---" * (3 + len(others)) + "|")
     for cell, rows in found.items():
         ratios = [ratio(name, rows, lambda row: row.seconds).strip(" ()") or "-" for name in others]
-        lines.append(f"| {cell.bitmaps} | {cell.disks} | {cell.size[:-1]} {cell.size[-1]}iB | {' | '.join(ratios)} |")
+        lines.append(f"| {cell.bitmaps} | {cell.disks} | {cell.virtual_size} | {' | '.join(ratios)} |")
     return [*lines, ""]
 
 
-def mishaps_tables(contenders: list[Contender]) -> list[str]:
+def mishaps_tables(contenders: list[Contender], small: pathlib.Path) -> list[str]:
     """Let each mishap befall each contender; return the table, the commands, and what was printed."""
     lines, said = [], []
-    for mishap in MISHAPS:
-        lines += [f"### {mishap.title}", "", "| | what was found |", "|---|---|"]
+    for mishap in mishaps(small):
+        lines += [f"### {mishap.title}", "", f"Wanted: {mishap.wanted}", "", "| | what was found |", "|---|---|"]
         for contender in contenders:
             with tempfile.TemporaryDirectory(prefix="side.") as folder:
                 found: Found = mishap.find(contender, pathlib.Path(folder))
@@ -248,7 +258,7 @@ def machine(contenders: list[Contender]) -> str:
     return text
 
 
-def report(cells: list[Cell], contenders: list[Contender], options: argparse.Namespace) -> str:
+def report(cells: list[Cell], contenders: list[Contender], small: pathlib.Path, options: argparse.Namespace) -> str:
     """Measure everything; return the tables."""
     with tempfile.TemporaryDirectory(prefix="side.") as folder:
         judged = prove_judge(pathlib.Path(folder))
@@ -272,8 +282,8 @@ def report(cells: list[Cell], contenders: list[Contender], options: argparse.Nam
         ]
     if options.mishaps:
         # The task is the module's code, and what it does then is the module's.
-        lines += ["## When something is not as it should be", ""]
-        lines += mishaps_tables([contender for contender in contenders if contender.name != "task"])
+        lines += ["## When something is not as it should be", "", FINISHED, ""]
+        lines += mishaps_tables([contender for contender in contenders if contender.name != "task"], small)
     return "\n".join([*lines, "## The commands", "", *commands_of(contenders)]).rstrip() + "\n"
 
 
@@ -312,13 +322,14 @@ def main() -> None:
     contenders: list[Contender] = [Module(), Shell(), libvirt, Floor(), Play("task", TASK), Play("playbook", PLAYBOOK)]
     if options.contenders:
         contenders = [contender for contender in contenders if contender.name in options.contenders.split(",")]
-    try:
-        if libvirt in contenders:
-            libvirt.start()
-        text = report(cells, contenders, options)
-    finally:
-        libvirt.stop()
-        shutil.rmtree(lab)
+    with small_folders() as small:
+        try:
+            if libvirt in contenders:
+                libvirt.start()
+            text = report(cells, contenders, small, options)
+        finally:
+            libvirt.stop()
+            shutil.rmtree(lab)
     print(text)
     if options.write:
         write(text)
