@@ -126,10 +126,11 @@ class Play(Contender):
         variables = {"overlays": case.overlays, "bitmaps": case.template.bitmaps}
         (case.folder / "variables.json").write_text(json.dumps(variables))
         (case.folder / "playbook.yml").write_text(self.text)
+        (case.folder / "ansible.cfg").write_text("")  # not the user's
 
     def job(self, case: Case) -> Job:
         environment = {
-            "ANSIBLE_CONFIG": "/dev/null",
+            "ANSIBLE_CONFIG": str(case.folder / "ansible.cfg"),
             "ANSIBLE_HOME": str(case.folder / "ansible"),
             "ANSIBLE_REMOTE_TEMP": str(case.folder / "ansible"),
             "ANSIBLE_PIPELINING": "true",

@@ -224,8 +224,11 @@ def commands_of(contenders: list[Contender]) -> list[str]:
             case = Case(pathlib.Path(name), disks_in(folder, 1), template)
             job = contender.job(case)
             text = "\n".join(" ".join(map(quoted, command)) for command in job.commands).replace(name, "/tmp/case")
-        text += f" <<< '{job.stdin}'" if job.stdin else ""
-        text += f"\n\n# playbook.yml{contender.text}".rstrip() if isinstance(contender, Play) else ""
+            text += f" <<< '{job.stdin}'" if job.stdin else ""
+            if isinstance(contender, Play):
+                contender.before(case)
+                text += f"\n\n# variables.json\n{(case.folder / 'variables.json').read_text()}"
+                text += f"\n\n# playbook.yml{contender.text}".rstrip()
         text = text.replace(f"{pathlib.Path(sys.executable).parent}/", "")
         lines += [f"{contender.name}:", "", "```", text, "```", ""]
     return lines
