@@ -202,8 +202,9 @@ def look(job: Job, daemon: Daemon | None = None) -> tuple[Cost, Look]:
         strace = ["strace", "-f", "-qq", "-e", "trace=execve", "-e", "signal=none"]
         tracer = attach([*strace, "-o", f"{name}/daemon", "-p", str(daemon.pid)], daemon.pid) if daemon else None
         ended, sums = threading.Event(), [0]
-        before = sum(pss_of(pid) for pid in watched())
-        watcher = threading.Thread(target=watch, args=(ended, sums))
+        ignored = () if daemon else children_of(os.getpid())
+        before = sum(pss_of(pid) for pid in watched(ignored))
+        watcher = threading.Thread(target=watch, args=(ended, sums, ignored))
         watcher.start()
         kept = [tracer.pid] if tracer else []
         hold = ["-e", "trace=execve,exit_group", "-e", f"inject=exit_group:delay_enter={_HELD}", "--seccomp-bpf"]
@@ -230,9 +231,11 @@ def attach(command: list[str], daemon: int) -> subprocess.Popen[bytes]:
     return tracer
 
 
-def watched() -> list[int]:
-    """Return all processes below this one, without strace."""
-    return [pid for pid in descendants_of(os.getpid()) if not is_strace(pid)]
+def watched(ignored: t.Collection[int]) -> list[int]:
+    """Return all processes below this one, without strace, and without those below the children that are ignored."""
+    children = [child for child in children_of(os.getpid()) if child not in ignored]
+    found = [pid for child in children for pid in (child, *descendants_of(child))]
+    return [pid for pid in found if not is_strace(pid)]
 
 
 def is_strace(pid: int) -> bool:
@@ -243,11 +246,12 @@ def is_strace(pid: int) -> bool:
         return False
 
 
-def watch(ended: threading.Event, sums: list[int]) -> None:
-    """Note the memory of all processes again and again."""
+def watch(ended: threading.Event, sums: list[int], ignored: t.Collection[int]) -> None:
+    """Note the memory of all processes again and again, less often when it has taken some time."""
+    start = time.monotonic()
     while not ended.is_set():
-        sums.append(sum(pss_of(pid) for pid in watched()))
-        time.sleep(0.001)
+        sums.append(sum(pss_of(pid) for pid in watched(ignored)))
+        time.sleep(0.001 if time.monotonic() - start < 1 else 0.005)
 
 
 def executed(log: pathlib.Path) -> int:
@@ -291,13 +295,15 @@ def make_template(path: pathlib.Path, bitmaps: list[tuple[str, int]], size: str)
 
 
 def fresh(disks: list[Disk], template: Template) -> None:
-    """Make each ACTIVE anew, remove each overlay, and have the disk at rest."""
+    """Make each ACTIVE anew, down to the disk, and remove each overlay."""
     for disk in disks:
         disk.overlay.unlink(missing_ok=True)
         shutil.copy(template.path, disk.active)
         os.chown(disk.active, OWNER, GROUP)
         os.chmod(disk.active, MODE)
-    os.sync()
+    for disk in disks:  # or a run would wait for what was written before it
+        with disk.active.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def on_disk(disks: list[Disk]) -> int:
