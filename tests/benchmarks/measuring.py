@@ -197,38 +197,37 @@ def run(
 
 
 def look(job: Job, daemon: Daemon | None = None) -> tuple[Cost, Look]:
-    """Run a job under strace, and the daemon with it; count its programs and watch its memory."""
+    """Run a job under strace; count its programs and watch its memory.
+
+    A daemon is not traced, which would take minutes; of what it starts, each different program that was seen counts as one.
+    """
     with tempfile.TemporaryDirectory() as name:
         strace = ["strace", "-f", "-qq", "-e", "trace=execve", "-e", "signal=none"]
-        tracer = attach([*strace, "-o", f"{name}/daemon", "-p", str(daemon.pid)], daemon.pid) if daemon else None
         ended, sums = threading.Event(), [0]
+        started: set[str] = set()
         ignored = () if daemon else children_of(os.getpid())
         before = sum(pss_of(pid) for pid in watched(ignored))
         watcher = threading.Thread(target=watch, args=(ended, sums, ignored))
+        note = threading.Thread(target=note_new, args=(ended, daemon, started))
+        note.start()
         watcher.start()
-        kept = [tracer.pid] if tracer else []
         hold = ["-e", "trace=execve,exit_group", "-e", f"inject=exit_group:delay_enter={_HELD}", "--seccomp-bpf"]
-        cost = run(job, daemon, [*strace, *hold, "-A", "-o", f"{name}/job", "--"], kept=kept)
+        cost = run(job, daemon, [*strace, *hold, "-A", "-o", f"{name}/job", "--"])
         ended.set()
         watcher.join()
-        if tracer:
-            tracer.send_signal(signal.SIGINT)
-            tracer.wait()
-        programs = sum(executed(path) for path in pathlib.Path(name).iterdir())
+        note.join()
+        programs = executed(pathlib.Path(name, "job")) + len(started)
         return cost, Look(max(sums) - before, programs)
 
 
-def attach(command: list[str], daemon: int) -> subprocess.Popen[bytes]:
-    """Trace a process that runs; return when every thread of it is traced."""
-    tracer = subprocess.Popen(command)
-    while any(
-        "TracerPid:\t0\n" in pathlib.Path(f"/proc/{daemon}/task/{task}/status").read_text(encoding="ascii")
-        for task in os.listdir(f"/proc/{daemon}/task")
-    ):
-        time.sleep(0.01)
-        if tracer.poll() is not None:
-            raise RuntimeError("strace cannot trace the daemon")
-    return tracer
+def note_new(ended: threading.Event, daemon: Daemon | None, started: set[str]) -> None:
+    """Note the programs, other than the daemon's own, that run below the keeper of a daemon."""
+    while daemon and not ended.is_set():
+        for pid in descendants_of(daemon.keeper):
+            with contextlib.suppress(OSError):
+                program = os.readlink(f"/proc/{pid}/exe")
+                started |= {program} - {os.readlink(f"/proc/{daemon.pid}/exe")}
+        time.sleep(0.005)
 
 
 def watched(ignored: t.Collection[int]) -> list[int]:
