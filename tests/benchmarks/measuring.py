@@ -199,7 +199,7 @@ def run(
 def look(job: Job, daemon: Daemon | None = None) -> tuple[Cost, Look]:
     """Run a job under strace; count its programs and watch its memory.
 
-    A daemon is not traced, which would take minutes; of what it starts, each different program that was seen counts as one.
+    A daemon is not traced, which would take minutes; of what it starts, each different program seen counts as one.
     """
     with tempfile.TemporaryDirectory() as name:
         strace = ["strace", "-f", "-qq", "-e", "trace=execve", "-e", "signal=none"]
