@@ -1,5 +1,5 @@
 # The commands of this collection's developers. Each says what it installs before it does; see README.md.
-.PHONY: demo test test-fleet lint units integration prove bench bench-fleet clean
+.PHONY: demo test test-fleet lint units integration prove bench bench-fleet bench-side clean
 
 demo:
 	tests/demo.sh
@@ -10,7 +10,7 @@ test:
 test-fleet:
 	tests/run.sh fleet
 
-lint units integration prove bench bench-fleet:
+lint units integration prove bench bench-fleet bench-side:
 	tests/run.sh $@
 
 clean:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# run.sh STEP...: build, lint, sanity, units, integration, fleet, prove, bench or bench-fleet, in the order given; what
-# is missing is installed. The options of the programs of step prove are taken from $PROVE.
+# run.sh STEP...: build, lint, sanity, units, integration, fleet, prove, bench, bench-fleet or bench-side, in the order
+# given; what is missing is installed. The options of the programs of step prove are taken from $PROVE.
 # All that it makes lies in .cache: virtual environments, a copy of the collection at the path that Ansible wants.
 # Integration tests mount small file systems, change owners and make hosts, so they run as root, by sudo if need be.
 set -euo pipefail
@@ -213,6 +213,14 @@ bench_fleet() {
     python3 tests/benchmarks/fleet.py
 }
 
+bench_side() {
+  [ "$(id -u)" -eq 0 ] || { as_root bench-side; return; }
+  say "bench-side: writes docs/side-by-side.md"
+  tests/install.sh strace=strace qemu-io=qemu-utils findmnt=util-linux
+  PYTHONPATH=$cache/collections ANSIBLE_COLLECTIONS_PATH=$cache/collections \
+    "$cache/venv/core-${usable[-1]%% *}/bin/python" tests/benchmarks/side_by_side.py
+}
+
 [ "$#" -gt 0 ] || { sed -n '2,5s/^# //p' "$0"; exit 2; }
 mkdir -p "$cache/home"
 prepare
@@ -221,6 +229,7 @@ for step in "$@"; do
   case $step in
     build | lint | sanity | units | integration | fleet | prove | bench) "$step" ;;
     bench-fleet) bench_fleet ;;
+    bench-side) bench_side ;;
     *) echo "unknown step: $step" >&2; exit 2 ;;
   esac
 done

@@ -24,13 +24,19 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qmp import Monitor
 
 ROUNDS = 9
 
-SHELL_LOOP = """
+# For each pair of ACTIVE and OVERLAY. A bitmap may have any name: names end with NUL, and none is taken for an option.
+SHELL_LOOP = r"""
 set -euo pipefail
-qemu-img create -q -f qcow2 -b "$1" -F qcow2 "$2"
-qemu-img info --output=json "$1" |
-  jq -r '."format-specific".data.bitmaps[]? | select(.flags | index("auto") and (index("in-use") | not))
-         | "\\(.granularity) \\(.name)"' |
-  while read -r granularity name; do qemu-img bitmap --add -g "$granularity" "$2" "$name"; done
+while [ "$#" -gt 0 ]; do
+  qemu-img create -q -f qcow2 -b "$1" -F qcow2 "$2"
+  qemu-img info --output=json "$1" |
+    jq -j '."format-specific".data.bitmaps[]? | select(.flags | index("auto") and (index("in-use") | not))
+           | "\(.granularity)\u0000\(.name)\u0000"' |
+    while IFS= read -r -d '' granularity && IFS= read -r -d '' name; do
+      qemu-img bitmap --add -g "$granularity" -- "$2" "$name"
+    done
+  shift 2
+done
 """
 
 # The module's work in a process of its own: prints the seconds of a run and the peak memory of the process in KiB.
@@ -52,20 +58,25 @@ print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
 def make_disk(path: pathlib.Path, bitmaps: int) -> pathlib.Path:
     """Make an image with so many bitmaps of a few granularities."""
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(path), "100G"], check=True)
+    add_bitmaps(path, [(f"b{number}", 65536 << number % 3) for number in range(bitmaps)])
+    return path
+
+
+def add_bitmaps(path: pathlib.Path, bitmaps: list[tuple[str, int]]) -> None:
+    """Add bitmaps of these names and granularities to an image, recording."""
     monitor = Monitor(find_qemu(shutil.which), 60)
     node = {"driver": "qcow2", "node-name": "n", "file": {"driver": "file", "filename": str(path)}}
     monitor.command("blockdev-add", node)
     actions = [
         {
             "type": "block-dirty-bitmap-add",
-            "data": {"node": "n", "name": f"b{number}", "persistent": True, "granularity": 65536 << number % 3},
+            "data": {"node": "n", "name": name, "persistent": True, "granularity": granularity},
         }
-        for number in range(bitmaps)
+        for name, granularity in bitmaps
     ]
     monitor.command("transaction", {"actions": actions}, 60)
     monitor.command("blockdev-del", {"node-name": "n"}, 60)
     monitor.close()
-    return path
 
 
 def ours(pairs: list[tuple[pathlib.Path, pathlib.Path]], state: str = "created") -> tuple[float, int]:
