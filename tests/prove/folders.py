@@ -164,6 +164,8 @@ def race_at_step(ground: lab.Lab, what: str, number: int) -> lab.Finding:
             (shared.parent / "aside").rename(shared.folder)
         wrong = race_wrong(ground, shared, disk._replace(target=there), t.cast("lab.Run", ended))
         states = t.cast("lab.Run", ended).states
+        if done and what.startswith("target-") and states != ["failed"]:
+            wrong.append("has replaced what another user has put there")
     return lab.Finding(f"{' '.join(states)}, {'after the trick' if done else 'nothing to be tricked'}", wrong)
 
 
