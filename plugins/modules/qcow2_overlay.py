@@ -94,6 +94,8 @@ notes:
     overlays are made, no VM can start on their ACTIVE.
   - Of an ACTIVE on a block device, the processes of the host are looked through as well, since libvirt gives each VM
     device nodes, and so locks, of its own. There a VM that starts in the very moment of the run is not kept from it.
+  - Refused is a place for the overlay to which a symlink leads that belongs neither to root, nor to the owner of the
+    folder that it leads to, nor to who runs the module. Its owner could have the overlay made anywhere.
   - Handled are up to 4096 bitmaps of an image, up to 4 GiB of bitmap data together, and chains of up to 200 images.
   - The overlays of one VM are put into place within a millisecond, but one after the other. If the run is killed by
     SIGKILL or a power loss just then, some of them are there, each complete, and the next run makes the others.
