@@ -98,7 +98,7 @@ def make_overlays(wanted: t.Sequence[Wanted], settings: Settings, finish: Finish
     try:
         for group in to_do:
             with interruptible():
-                pass
+                pass  # a signal that has been waiting ends the run here
             with contextlib.ExitStack() as held:
                 some = _make_group([verdicts[index] for index in group], engine, settings, finish, held)
                 _store(verdicts, group, some)

@@ -163,13 +163,12 @@ def run(
     daemon: Daemon | None = None,
     prefix: t.Sequence[str] = (),
     stop_after: float | None = None,
-    kept: t.Collection[int] = (),
 ) -> Cost:
     """Run a job and return its cost, the daemon's share included.
 
-    With stop_after all of the job is killed after these seconds. Children of ours that are kept are no part of it.
+    With stop_after all of the job is killed after these seconds. Children that we have before are no part of it.
     """
-    kept = {*kept, *([daemon.keeper] if daemon else [])}
+    kept = children_of(os.getpid())  # such as the keeper of a daemon that is not this contender's
     environment = {**os.environ, **job.environment}
     with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as stdin:
         stdin.write(job.stdin.encode())

@@ -134,7 +134,7 @@ def in_use(contender: Contender, folder: pathlib.Path) -> Found:
             seen = b""
             while b"GiB" not in seen:
                 seen += holder.stdout.read(4096)
-            cost = run(contender.job(case), contender.daemon, kept=[holder.pid])
+            cost = run(contender.job(case), contender.daemon)
             holder.stdin.write(b"quit\n")
         # The one that has it open may write to it, so this is no question here.
         state = state_of(case.disks[0], case.template, [*finished, "ACTIVE was written to"])

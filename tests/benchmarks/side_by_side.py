@@ -205,7 +205,7 @@ def mishaps_tables(contenders: list[Contender], small: pathlib.Path) -> list[str
             progress(f"{mishap.title}: {contender.name}: {found.text}")
             lines.append(f"| {contender.name} | {found.text} |")
             if found.said:
-                text = found.said.replace(folder, "").replace("`", "'")
+                text = found.said.replace(folder, "").replace(str(small), "").replace("`", "'")
                 said.append(f"{contender.name}: {text if len(text) < 300 else text[:300] + ' …'}")
         lines += ["", "Shown by:", "", "```sh", mishap.shown_by, "```", ""]
         if said:
@@ -251,7 +251,7 @@ def machine(contenders: list[Contender]) -> str:
         return subprocess.check_output(command, text=True).splitlines()[0]
 
     system = first_line("findmnt", "-n", "-o", "FSTYPE", "-T", tempfile.gettempdir())
-    text = f"{os.cpu_count()} processors, Linux {os.uname().release}, images on {system}; "
+    text = f"{os.cpu_count()} processors, Linux {os.uname().release.split('-')[0]}, images on {system}; "
     text += f"{first_line('qemu-img', '--version')}; Python {sys.version.split()[0]}"
     for contender in contenders:
         if isinstance(contender, Libvirt):
