@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # run.sh STEP...: build, lint, sanity, units, integration, fleet, prove, bench, bench-fleet or bench-side, in the order
-# given; what is missing is installed. The options of the programs of step prove are taken from $PROVE.
+# given; what is missing is installed. $PROVE has the options of the programs of step prove, which tell them with --help.
 # All that it makes lies in .cache: virtual environments, a copy of the collection at the path that Ansible wants.
 # Integration tests mount small file systems, change owners and make hosts, so they run as root, by sudo if need be.
 set -euo pipefail
@@ -144,7 +144,7 @@ integration_leg() {  # with a copy of the collection and a home of its own, sinc
 as_root() {  # as_root STEP: by sudo, if we are not root
   echo "This step runs as root: by sudo."
   local status=0
-  sudo --preserve-env=CI,PROVE env "PYENV_ROOT=${PYENV_ROOT:-$HOME/.pyenv}" "$project/tests/run.sh" "$1" || status=$?
+  sudo --preserve-env=CI,PROVE,CASES env "PYENV_ROOT=${PYENV_ROOT:-$HOME/.pyenv}" "$project/tests/run.sh" "$1" || status=$?
   sudo chown -R "$(id -u):$(id -g)" "$cache"  # or the next run could not remove what root has made
   return "$status"
 }
@@ -190,8 +190,7 @@ fleet() {
 prove() {
   [ "$(id -u)" -eq 0 ] || { as_root prove; return; }
   local program options
-  # What ends soon, unless more is asked for; each program tells its options with --help.
-  read -ra options <<< "${PROVE:---rounds 5}"
+  read -ra options <<< "${PROVE:-}"
   for program in kills faults hostile; do
     say "prove: tests/prove/$program.py ${options[*]}"
     "$cache/venv/core-${usable[-1]%% *}/bin/python" "$copy/tests/prove/$program.py" "${options[@]}"

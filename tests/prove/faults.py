@@ -27,7 +27,6 @@ import lab
 
 DIALOGUE = {"fork", "hear", "say", "kill", "wait"}
 PAGE = 4096
-WHOLE = "one: full disk"  # a series that is always played to its end
 ADVICE = re.compile(
     "[Rr]un this again|Make room|[Rr]un with become|Choose|Check the|Create it|make it writable|Mount it|Mount a proc|"
     "Inspect it|must be readable|remove it|name the image|Please report|Wait for"
@@ -409,20 +408,6 @@ def racing(asked: lab.Choice) -> list[lab.Job]:
     return jobs
 
 
-def sampled(jobs: list[lab.Job], asked: lab.Choice) -> list[lab.Job]:
-    """Return at most so many rounds of each series, unless all are asked for."""
-    series: dict[str, list[lab.Job]] = {}
-    for job in jobs:
-        series.setdefault(job.series, []).append(job)
-    if asked.full or asked.only:
-        return jobs
-    return [
-        job
-        for name, some in series.items()
-        for job in asked.randomness(name).sample(some, len(some) if name == WHOLE else min(len(some), asked.rounds))
-    ]
-
-
 def jobs_for(crew: lab.Crew, asked: lab.Choice) -> list[lab.Job]:
     """Return all rounds."""
     ground = crew.labs[0]
@@ -430,7 +415,7 @@ def jobs_for(crew: lab.Crew, asked: lab.Choice) -> list[lab.Job]:
     for kind in (lab.ONE, lab.THREE, lab.TEMPLATE, lab.RAW):
         jobs += injected(ground, kind)
         jobs += full_jobs(ground, kind)
-    return sampled(jobs, asked)
+    return lab.sampled(jobs, asked, whole="one: full disk")
 
 
 if __name__ == "__main__":

@@ -123,12 +123,13 @@ def moment_jobs(ground: lab.Lab, kind: lab.Kind, asked: lab.Choice) -> list[lab.
 def jobs_for(crew: lab.Crew, asked: lab.Choice) -> list[lab.Job]:
     """Return all rounds."""
     ground = crew.labs[0]
-    return [
+    jobs = [
         job
         for kind in (lab.ONE, lab.THREE, lab.RAW)
         for job in [*step_jobs(ground, kind, asked.full), *moment_jobs(ground, kind, asked)]
     ]
+    return lab.sampled(jobs, asked)
 
 
 if __name__ == "__main__":
-    sys.exit(lab.prove(str(__doc__), 50, jobs_for))
+    sys.exit(lab.prove(str(__doc__), 100, jobs_for))

@@ -475,10 +475,24 @@ class Choice(t.NamedTuple):
         return random.Random(f"{self.seed} {name}")
 
 
+def sampled(jobs: list[Job], asked: Choice, whole: str = "") -> list[Job]:
+    """Return at most so many rounds of each series, unless all are asked for, but that one as a whole."""
+    series: dict[str, list[Job]] = {}
+    for job in jobs:
+        series.setdefault(job.series, []).append(job)
+    if asked.full or asked.only:
+        return jobs
+    return [
+        job
+        for name, some in series.items()
+        for job in asked.randomness(name).sample(some, len(some) if name == whole else min(len(some), asked.rounds))
+    ]
+
+
 def choice(about: str, rounds: int) -> Choice:
     """Return what the command line asks for."""
     parser = argparse.ArgumentParser(description=about)
-    parser.add_argument("--rounds", type=int, default=rounds, help="of each series of random moments")
+    parser.add_argument("--rounds", type=int, default=rounds, help="of each series")
     parser.add_argument("--full", action="store_true", help="every step, not only those that change or hold something")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**9))
     parser.add_argument("--only", help="play only the rounds of this name; * stands for anything")
