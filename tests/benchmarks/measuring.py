@@ -344,15 +344,16 @@ def owner_and_mode(path: pathlib.Path) -> tuple[int, int, int]:
 def wrong_in(said: t.Any, disk: Disk, template: Template) -> set[str]:
     """Return what is wrong in what qemu-img says of an overlay."""
     bitmaps = entries(said)
-    names, wanted = {name for name, _, _ in bitmaps}, {name for name, _ in template.bitmaps}
+    names, wanted = {bitmap[0] for bitmap in bitmaps}, {bitmap[0] for bitmap in template.bitmaps}
     checks = {
         "size": said["virtual-size"] == template.virtual_size,
         "backing file": said.get("full-backing-filename") == str(disk.active),
         "backing format": said.get("backing-filename-format") == "qcow2",
         "bitmaps missing": wanted <= names,
         "bitmaps too many": names <= wanted,
-        "bitmaps not recording": all(flags == ("auto",) for _, _, flags in bitmaps),
-        "granularity": {(n, g) for n, g, _ in bitmaps if n in wanted} == {w for w in template.bitmaps if w[0] in names},
+        "bitmaps not recording": all(flags == ("auto",) for *_bitmap, flags in bitmaps),
+        "granularity": {bitmap[:2] for bitmap in bitmaps if bitmap[0] in wanted}
+        == {w for w in template.bitmaps if w[0] in names},
     }
     return {what for what, holds in checks.items() if not holds}
 

@@ -13,6 +13,7 @@ lock; and once the fault is gone a run makes what is missing. All messages are p
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -375,18 +376,18 @@ def stepping(ground: lab.Lab) -> list[lab.Job]:
     for kind in (lab.ONE, lab.THREE, lab.TEMPLATE, lab.RAW):
         ground.use(kind)
         for n in range(1, sum(ground.calls()["module"].values()) + 1):
-            play = lambda ground, n=n: vm_at_step(ground, n, on_overlay=False)  # noqa: E731
+            play = functools.partial(vm_at_step, number=n, on_overlay=False)
             jobs.append(lab.Job(f"{kind.name}: VM starts on ACTIVE at a step", f"vm-{kind.name}-step-{n}", play, kind))
     ground.use(lab.ONE)
     for n in range(1, sum(ground.calls()["module"].values()) + 1):
         for moved in (True, False):
             word = "moved away" if moved else "removed"
-            play = lambda ground, n=n, moved=moved: without_folder(ground, n, moved)  # noqa: E731
+            play = functools.partial(without_folder, number=n, moved=moved)
             jobs.append(lab.Job(f"folder {word} in mid-run", f"folder-{moved}-{n}", play))
-        play = lambda ground, n=n: vm_at_step(ground, n, on_overlay=True)  # noqa: E731
+        play = functools.partial(vm_at_step, number=n, on_overlay=True)
         jobs.append(lab.Job("one: VM starts on the overlay at a step", f"vm-overlay-step-{n}", play))
         for number, rival in enumerate(RIVALS[:2]):
-            play = lambda ground, n=n, rival=rival: race(ground, rival, 0, n)  # noqa: E731
+            play = functools.partial(race, rival=rival, pause=0, step=n)
             jobs.append(lab.Job(f"second run at a step, {rival.what}", f"race-{number}-step-{n}", play))
     return jobs
 
@@ -398,12 +399,12 @@ def racing(asked: lab.Choice) -> list[lab.Job]:
         for number, rival in enumerate(RIVALS):
             name = f"race-{number}-moment-{n}"
             pause = asked.randomness(name).random() * 0.15
-            play = lambda ground, rival=rival, pause=pause: race(ground, rival, pause, None)  # noqa: E731
+            play = functools.partial(race, rival=rival, pause=pause, step=None)
             jobs.append(lab.Job(f"two runs race, {rival.what}", name, play, rival.kind))
         for kind in (lab.ONE, lab.THREE, lab.TEMPLATE, lab.RAW):
             name = f"vm-{kind.name}-moment-{n}"
             pause = asked.randomness(name).random() * 0.1
-            play = lambda ground, pause=pause, n=n: vm_at_moment(ground, pause, bool(n % 2))  # noqa: E731
+            play = functools.partial(vm_at_moment, pause=pause, emulator=bool(n % 2))
             jobs.append(lab.Job(f"{kind.name}: VM starts on ACTIVE at a random moment", name, play, kind))
     return jobs
 

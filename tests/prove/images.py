@@ -128,7 +128,7 @@ def mutant_jobs(folder: pathlib.Path, asked: lab.Choice) -> list[lab.Job]:
     ]
     for first in range(0, asked.rounds * READER_SHARE, READER_BATCH):
         count = min(READER_BATCH, asked.rounds * READER_SHARE - first)
-        play = lambda g, first=first, count=count: read_mutants(g, pickled, str(asked.seed), first, count)  # noqa: E731
+        play = functools.partial(read_mutants, corpus=pickled, word=str(asked.seed), first=first, count=count)
         jobs.append(lab.Job("mutant, reader alone", f"reader-{first}", play))
     return jobs
 

@@ -154,7 +154,7 @@ class Runner:
     def answer(self) -> Run | None:
         """Return how the run ended, or None when it has only stopped itself."""
         stdout = t.cast("t.IO[bytes]", self._process.stdout)
-        ready, _, _ = select.select([stdout], [], [], SECONDS_TO_ANSWER)
+        ready = select.select([stdout], [], [], SECONDS_TO_ANSWER)[0]
         if not ready:
             raise TimeoutError(f"a run gave no sign for {SECONDS_TO_ANSWER:.0f} s")
         line = stdout.readline()

@@ -166,7 +166,7 @@ def name_jobs() -> list[lab.Job]:
     for number, odd in enumerate(ODD_NAMES):
         for where in WHERE:
             for relative in (False, True) if where == "ACTIVE" else (False,):
-                play = lambda g, o=odd, w=where, r=relative: play_name(g, o, w, r)  # noqa: E731
+                play = functools.partial(play_name, odd=odd, where=where, relative=relative)
                 how = ", recorded relative" * relative
                 jobs.append(lab.Job(f"odd name of the {where}{how}", f"name-{number}-{where}{'-r' * relative}", play))
     jobs += [

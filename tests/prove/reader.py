@@ -22,7 +22,7 @@ import tempfile
 import traceback
 import typing as t
 
-import lab  # noqa: F401  finds the collection
+import lab  # noqa: F401  # pylint: disable=unused-import  # finds the collection
 import mutants
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils import _image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disks import examine

@@ -19,13 +19,13 @@ import random
 import resource
 import runpy
 import signal
-import subprocess  # noqa: F401  imported here once, so that no run has to
+import subprocess  # noqa: F401  # pylint: disable=unused-import  # imported here once, so that no run has to
 import sys
 import time
 import typing as t
 
-import ansible.module_utils.basic  # noqa: F401
-import ansible_collections.kvmfleet.qcow2.plugins.module_utils._arguments  # noqa: F401
+import ansible.module_utils.basic  # noqa: F401  # pylint: disable=unused-import
+import ansible_collections.kvmfleet.qcow2.plugins.module_utils._arguments  # noqa: F401  # pylint: disable=unused-import
 
 MODULES = "ansible_collections.kvmfleet.qcow2.plugins.modules"
 _SET_CHILD_SUBREAPER = 36
