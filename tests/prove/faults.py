@@ -339,7 +339,9 @@ def vm_at_moment(ground: lab.Lab, pause: float, emulator: bool) -> lab.Finding:
     """Start a VM on ACTIVE at a random moment of a run."""
     ground.start()
     time.sleep(pause)
-    vm = VM(ground.disks[-1].active, ground.disks[-1].format, emulator)
+    disk = ground.disks[-1]
+    # An emulator with no device takes a raw image without asking to write to it.
+    vm = VM(disk.active, disk.format, emulator and disk.format == "qcow2")
     runs_on = vm.settle()
     run = ground.runner.answer()
     said = vm.end()
