@@ -193,7 +193,7 @@ def _observe_way(path: str) -> tuple[str, os.stat_result]:
         fd, real = open_folder(folder)
     except (FileNotFoundError, NotADirectoryError) as exc:
         real = os.path.realpath(folder)
-        if os.path.exists(real):
+        if os.path.exists(real) and not os.path.isdir(real):
             raise Qcow2Error(f"{path}: {real} is not a folder. Give another path.") from exc
         raise Qcow2Error(f"{path}: its folder {real} does not exist. Create it first.") from exc
     except Qcow2Error as exc:
