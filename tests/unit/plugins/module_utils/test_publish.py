@@ -337,3 +337,9 @@ def test_who_may_not_give_files_away_is_told_before(tmp_path, monkeypatch):
 def test_a_context_needs_one_to_begin_with(tmp_path):
     with pytest.raises(Qcow2Error, match="no SELinux context"):
         dressed(tmp_path, 0o640, Ownership(context=(None, None, "virt_image_t", None)))
+
+
+def test_a_folder_that_is_missing_for_a_moment_is_not_said_to_be_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(_observe, "open_folder", failing(errno.ENOENT))
+    problem = observe_target(str(tmp_path / "a")).problem
+    assert f"its folder {tmp_path} does not exist. Create it first." in problem
