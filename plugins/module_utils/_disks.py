@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 import typing as t
@@ -169,11 +170,12 @@ def _read(path: str, follow: bool, members: list[_Member], held: contextlib.Exit
     # Which format the topmost image has is recorded nowhere; here it decides only what is read and shown.
     chain = walk_chain(top, path, None, with_bitmaps=False)
     held.callback(chain.close)
+    totals: collections.Counter[str] = collections.Counter()
     for layer, fd in chain:
         own = os.dup(fd)
         held.callback(os.close, own)
         member = _member(layer, own)
-        _check_amount([*members, member])
+        _add_up(member, totals)
         members.append(member)
         member.map_all()
         if member.image is not None and member is members[0]:
@@ -182,20 +184,22 @@ def _read(path: str, follow: bool, members: list[_Member], held: contextlib.Exit
             break
 
 
-def _check_amount(members: t.Sequence[_Member]) -> None:
-    """Raise when the images of a chain, the last one included, have more bitmaps, or larger, than can be handled."""
-    images = [member.image for member in members if member.image]
-    bitmaps = sum(len(image.bitmaps) for image in images)
-    size = sum(bitmap.data_bytes(image.virtual_size) for image in images for bitmap in image.bitmaps)
-    entries = sum(table.entries for image in images for table in image.bitmap_tables)
-    if bitmaps > MAX_BITMAPS_OF_CHAIN:
+def _add_up(member: _Member, totals: collections.Counter[str]) -> None:
+    """Add an image to the totals of its chain; raise when that has more bitmaps, or larger, than can be handled."""
+    image = member.image
+    if image is None:
+        return
+    totals["bitmaps"] += len(image.bitmaps)
+    totals["bytes"] += sum(bitmap.data_bytes(image.virtual_size) for bitmap in image.bitmaps)
+    totals["entries"] += sum(table.entries for table in image.bitmap_tables)
+    if totals["bitmaps"] > MAX_BITMAPS_OF_CHAIN:
         problem = f"has more than {MAX_BITMAPS_OF_CHAIN}, too many to report"
-    elif size > MAX_BITMAP_BYTES or entries > MAX_TABLE_ENTRIES:
-        problem = f"has {size >> 20} MiB of them in {entries} clusters, too much to be looked at"
+    elif totals["bytes"] > MAX_BITMAP_BYTES or totals["entries"] > MAX_TABLE_ENTRIES:
+        problem = f"has {totals['bytes'] >> 20} MiB of them in {totals['entries']} clusters, too much to be looked at"
     else:
         return
     raise Qcow2Error(
-        f"{members[-1].layer.path}: with its bitmaps the chain {problem}. Remove those that no backup needs with "
+        f"{member.layer.path}: with its bitmaps the chain {problem}. Remove those that no backup needs with "
         "'qemu-img bitmap --remove'."
     )
 
