@@ -143,22 +143,12 @@ def remount(ground: lab.Lab, options: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{options}", str(ground.folder)], check=True)
 
 
-def full(ground: lab.Lab, pages: int) -> lab.Finding:
-    """Run the module where there is room for so many pages, then where there is enough."""
-    with mounted(ground, f"size={pages * PAGE}"):
+def unfit(ground: lab.Lab, options: str, cure: str) -> lab.Finding:
+    """Run the module on a file system with these options, then on the same one when it is cured by others."""
+    with mounted(ground, options):
         run = ground.run()
         wrong = [*ground.ended_wrong(run), *message_wrong(ground, run)]
-        remount(ground, "size=64m")
-        outcome = f"told as {'success' if run.status == 0 else 'failure'}"
-        return lab.Finding(outcome, wrong + ground.rerun_wrong(), told(ground, run))
-
-
-def read_only(ground: lab.Lab) -> lab.Finding:
-    """Run the module on a file system that is mounted read-only, then on one that is not any more."""
-    with mounted(ground, "ro,size=64m"):
-        run = ground.run()
-        wrong = [*ground.ended_wrong(run), *message_wrong(ground, run)]
-        remount(ground, "rw")
+        remount(ground, cure)
         outcome = f"told as {'success' if run.status == 0 else 'failure'}"
         return lab.Finding(outcome, wrong + ground.rerun_wrong(), told(ground, run))
 
@@ -171,10 +161,11 @@ def full_jobs(ground: lab.Lab, kind: lab.Kind) -> list[lab.Job]:
         assert ground.run().status == 0
         space = os.statvfs(ground.folder)
         pages = (space.f_blocks - space.f_bfree) * space.f_frsize // PAGE
-    return [
-        lab.Job(f"{kind.name}: full disk", f"{kind.name}-full-{n}", lambda ground, n=n: full(ground, n), kind)
-        for n in range(1, pages + 3)
-    ]
+    jobs = []
+    for n in range(1, pages + 3):
+        play = functools.partial(unfit, options=f"size={n * PAGE}", cure="size=64m")
+        jobs.append(lab.Job(f"{kind.name}: full disk", f"{kind.name}-full-{n}", play, kind))
+    return jobs
 
 
 def without_folder(ground: lab.Lab, number: int, moved: bool) -> lab.Finding:
@@ -253,7 +244,7 @@ def race(ground: lab.Lab, rival: Rival, pause: float, step: int | None) -> lab.F
     first = ground.runner.answer() if step else None
     time.sleep(pause)
     arguments = ground.arguments(theirs, timeout=1 if step else 20)
-    ground.second.start(arguments, {"PROVE_FOLDER": f"{ground.place}/"}, None)
+    ground.second.start(arguments, ground.environment(), None)
     second = ground.second.answer()
     if first is None:
         if step:
@@ -414,7 +405,11 @@ def racing(asked: lab.Choice) -> list[lab.Job]:
 def jobs_for(crew: lab.Crew, asked: lab.Choice) -> list[lab.Job]:
     """Return all rounds."""
     ground = crew.labs[0]
-    jobs = [lab.Job("read-only file system", "read-only", read_only), *racing(asked), *stepping(ground)]
+    jobs = [
+        lab.Job("read-only file system", "read-only", functools.partial(unfit, options="ro,size=64m", cure="rw")),
+        *racing(asked),
+        *stepping(ground),
+    ]
     for kind in (lab.ONE, lab.THREE, lab.TEMPLATE, lab.RAW):
         jobs += injected(ground, kind)
         jobs += full_jobs(ground, kind)

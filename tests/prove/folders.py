@@ -20,7 +20,6 @@ import lab
 import modules
 
 NOBODY = 65534
-HERE = pathlib.Path(__file__).resolve().parent
 
 
 class Shared(t.NamedTuple):
@@ -81,7 +80,7 @@ def make(ground: lab.Lab, disk: lab.Disk) -> lab.Run:
 @contextlib.contextmanager
 def intruder(what: str, place: pathlib.Path, bait: pathlib.Path) -> t.Iterator[list[int]]:
     """Have another user at work for the block; afterwards the list has how often it did what it can."""
-    command = [sys.executable, "-S", str(HERE / "intruder.py"), what, str(NOBODY), str(place), str(bait)]
+    command = [sys.executable, "-S", str(lab.HERE / "intruder.py"), what, str(NOBODY), str(place), str(bait)]
     done: list[int] = []
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         stdin, stdout = t.cast("t.IO[str]", process.stdin), t.cast("t.IO[str]", process.stdout)
@@ -104,9 +103,7 @@ def race(ground: lab.Lab, what: str, mode: int, owned: bool) -> lab.Finding:
         if what == "link":
             os.chown(shared.folder, NOBODY, NOBODY)  # or it could not be moved out of a sticky folder
         with intruder(what, place, shared.outside) as done:
-            ended = modules.run(
-                ground, "qcow2_overlay", path=str(disk.target), backing_file=str(disk.active), timeout=15
-            )
+            ended = make(ground, disk)
         if what == "link" and shared.folder.is_symlink():
             shared.folder.unlink()
             pathlib.Path(f"{shared.folder}.link").rename(shared.folder)
@@ -150,23 +147,21 @@ def race_at_step(ground: lab.Lab, what: str, number: int) -> lab.Finding:
     with shared_folder(ground, 0o777) as shared:
         disk = ground.disks[0]._replace(target=shared.folder / "disk.snap.qcow2")
         arguments = {"path": str(disk.target), "backing_file": str(disk.active), "timeout": 15}
-        rule = {"PROVE_FOLDER": f"{ground.place}/", "PROVE_RULE": f"module:*:{number}:stop"}
-        ground.runner.start(arguments, rule)
+        ground.runner.start(arguments, ground.environment(f"module:*:{number}:stop"))
         ended = ground.runner.answer()
         done = False
         if ended is None:
             done = trick(shared, disk, what)
             ground.runner.say()
             ended = ground.runner.answer()
-        there = disk.target
         if what == "folder-symlink" and done:
             shared.folder.unlink()
             (shared.parent / "aside").rename(shared.folder)
-        wrong = race_wrong(ground, shared, disk._replace(target=there), t.cast("lab.Run", ended))
-        states = t.cast("lab.Run", ended).states
-        if done and what.startswith("target-") and states != ["failed"]:
+        assert ended is not None
+        wrong = race_wrong(ground, shared, disk, ended)
+        if done and what.startswith("target-") and ended.states != ["failed"]:
             wrong.append("has replaced what another user has put there")
-    return lab.Finding(f"{' '.join(states)}, {'after the trick' if done else 'nothing to be tricked'}", wrong)
+    return lab.Finding(f"{' '.join(ended.states)}, {'after the trick' if done else 'nothing to be tricked'}", wrong)
 
 
 def standing_link(ground: lab.Lab, owner: int, to_owner: int, mode: int) -> lab.Finding:

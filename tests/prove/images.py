@@ -22,7 +22,7 @@ import mutants
 BOMB_MEMORY = 1 << 30  # bytes of address space that qcow2_info gets for an image that claims the most
 READER_BATCH = 1000  # mutants that one process reads
 READER_SHARE = 40  # mutants for the reader, for each one for the modules
-HERE = pathlib.Path(__file__).resolve().parent
+DIRECTORY_AT, TABLES_AT = 64 << 20, 256 << 20  # bytes; of an image that claims a lot
 
 
 class Said(t.NamedTuple):
@@ -111,7 +111,7 @@ def info_wrong(info: lab.Run, said: Said) -> list[str]:
 
 def read_mutants(_ground: lab.Lab, corpus: pathlib.Path, word: str, first: int, count: int) -> lab.Finding:
     """Have the reader alone read many mutants in one process."""
-    command = [sys.executable, str(HERE / "reader.py"), str(corpus), word, str(first), str(count)]
+    command = [sys.executable, str(lab.HERE / "reader.py"), str(corpus), word, str(first), str(count)]
     said = subprocess.run(command, capture_output=True, text=True, check=True)
     book = json.loads(said.stdout)
     return lab.Finding("", book["violations"], (), book["counts"])
@@ -136,26 +136,20 @@ def mutant_jobs(folder: pathlib.Path, asked: lab.Choice) -> list[lab.Job]:
 def bomb(path: pathlib.Path, bitmaps: int, name: t.Callable[[int], bytes], entries: int, bits: int, fill: int) -> None:
     """Write a sparse image with so many bitmaps, each with a table of so many entries of this value."""
     cluster, header = 512, bytearray(512)
-    directory = b"".join(_entry(number, name(number), entries, bits, bitmaps) for number in range(bitmaps))
+    directory = b"".join(_entry(number, name(number), entries, bits) for number in range(bitmaps))
     size = (entries * cluster * 8) << bits
     l1 = -(-size // (cluster * cluster // 8))
-    tables = _tables_at(bitmaps)
     struct.pack_into(">4sIQIIQIIQQIIQ", header, 0, b"QFI\xfb", 3, 0, 0, 9, size, 0, l1, 1024, 512, 1, 0, 0)
     struct.pack_into(">QQQII", header, 72, 0, 0, 1, 4, 104)
-    struct.pack_into(">IIIIQQ", header, 104, 0x23852875, 24, bitmaps, 0, len(directory), 64 << 20)
+    struct.pack_into(">IIIIQQ", header, 104, 0x23852875, 24, bitmaps, 0, len(directory), DIRECTORY_AT)
     with open(path, "wb") as file:
         file.write(header)
-        file.seek(64 << 20)
+        file.seek(DIRECTORY_AT)
         file.write(directory)
-        file.truncate(tables + bitmaps * _room(entries))
+        file.truncate(TABLES_AT + bitmaps * _room(entries))
         for number in range(bitmaps if fill else 0):
-            file.seek(tables + number * _room(entries))
+            file.seek(TABLES_AT + number * _room(entries))
             file.write(struct.pack(">Q", fill) * entries)
-
-
-def _tables_at(bitmaps: int) -> int:
-    """Return the offset of the first bitmap table."""
-    return 256 << 20
 
 
 def _room(entries: int) -> int:
@@ -163,9 +157,9 @@ def _room(entries: int) -> int:
     return -(-entries * 8 // 512) * 512
 
 
-def _entry(number: int, name: bytes, entries: int, bits: int, bitmaps: int) -> bytes:
+def _entry(number: int, name: bytes, entries: int, bits: int) -> bytes:
     """Return an entry of the bitmap directory (qcow2 spec)."""
-    fixed = struct.pack(">QIIBBHI", _tables_at(bitmaps) + number * _room(entries), entries, 2, 1, bits, len(name), 0)
+    fixed = struct.pack(">QIIBBHI", TABLES_AT + number * _room(entries), entries, 2, 1, bits, len(name), 0)
     return (fixed + name).ljust(-(-(24 + len(name)) // 8) * 8, b"\0")
 
 

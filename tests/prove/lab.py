@@ -257,9 +257,13 @@ class Lab:
         ]
         return {"overlays": overlays, "timeout": 20, **options}
 
+    def environment(self, rule: str = "") -> dict[str, str]:
+        """Return what tells faults.c which files are meant, and what is to go wrong."""
+        return {"PROVE_FOLDER": f"{self.place}/", **({"PROVE_RULE": rule} if rule else {})}
+
     def start(self, rule: str = "", log: pathlib.Path | None = None, kill: dict[str, t.Any] | None = None) -> None:
         """Begin a run of the module for all disks, with this rule of what is to go wrong; see faults.c."""
-        environment = {"PROVE_FOLDER": f"{self.place}/", **({"PROVE_RULE": rule} if rule else {})}
+        environment = self.environment(rule)
         if log is not None:
             environment["PROVE_LOG"] = str(log)
         self.runner.start(self.arguments(), environment, kill)
