@@ -28,6 +28,10 @@ import lab
 
 DIALOGUE = {"fork", "hear", "say", "kill", "wait"}
 PAGE = 4096
+SMALLEST_BTRFS = 128 << 20  # bytes; it makes none of less than 109 MiB
+FIRST_SUBVOLUME = "0/256"
+BTRFS_NODE = 16384  # bytes, in which it counts what it sets aside for a file's name
+QUOTAS = 30  # of so many nodes, for each disk: more than a run takes, with all that is set aside meanwhile
 ADVICE = re.compile(
     "[Rr]un this again|Make room|[Rr]un with become|Choose|Check the|Create it|make it writable|Mount it|Mount a proc|"
     "Inspect it|must be readable|remove it|name the image|Please report|Wait for"
@@ -129,43 +133,71 @@ def injected(ground: lab.Lab, kind: lab.Kind) -> list[lab.Job]:
 
 
 @contextlib.contextmanager
-def mounted(ground: lab.Lab, options: str) -> t.Iterator[None]:
-    """Have a file system of its own for the overlays."""
-    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "prove", str(ground.folder)], check=True)
+def small_disk(ground: lab.Lab, options: str) -> t.Iterator[t.Callable[[], None]]:
+    """Have a file system of its own, with these options, for the overlays; what is yielded cures it."""
+    mount = ["mount", "-t", "tmpfs", "-o"]
+    lab.quietly([*mount, options, "prove", str(ground.folder)])
     try:
-        yield
+        yield lambda: lab.quietly([*mount, "remount,rw,size=64m", "prove", str(ground.folder)])
     finally:
-        subprocess.run(["umount", "-l", str(ground.folder)], check=True)
+        lab.quietly(["umount", "-l", str(ground.folder)])
 
 
-def remount(ground: lab.Lab, options: str) -> None:
-    """Change the options of that file system."""
-    subprocess.run(["mount", "-o", f"remount,{options}", str(ground.folder)], check=True)
+@contextlib.contextmanager
+def quota(ground: lab.Lab, limit: int) -> t.Iterator[t.Callable[[], None]]:
+    """Have a quota of so many bytes for the overlays, by btrfs, whose quotas hold for root too; what is yielded lifts it."""
+    image, top = ground.papers / "btrfs.img", ground.papers / "btrfs"
+    image.unlink(missing_ok=True)
+    image.touch()
+    os.truncate(image, SMALLEST_BTRFS)
+    top.mkdir(exist_ok=True)
+    lab.quietly(["mkfs.btrfs", str(image)])
+    with contextlib.ExitStack() as stack:
+        lab.quietly(["mount", "-o", "loop", str(image), str(top)])
+        stack.callback(lab.quietly, ["umount", "-l", str(top)])
+        lab.quietly(["btrfs", "quota", "enable", str(top)])
+        lab.quietly(["btrfs", "subvolume", "create", str(top / "overlays")])
+        lab.quietly(["btrfs", "qgroup", "limit", str(limit), FIRST_SUBVOLUME, str(top)])
+        lab.quietly(["mount", "--bind", str(top / "overlays"), str(ground.folder)])
+        stack.callback(lab.quietly, ["umount", "-l", str(ground.folder)])
+        yield lambda: lab.quietly(["btrfs", "qgroup", "limit", "none", FIRST_SUBVOLUME, str(top)])
 
 
-def unfit(ground: lab.Lab, options: str, cure: str) -> lab.Finding:
-    """Run the module on a file system with these options, then on the same one when it is cured by others."""
-    with mounted(ground, options):
+Unfit = t.Callable[[lab.Lab], t.ContextManager[t.Callable[[], None]]]
+
+
+def unfit(ground: lab.Lab, storage: Unfit) -> lab.Finding:
+    """Run the module on storage that is unfit, then on the same when it is cured."""
+    with storage(ground) as cure:
         run = ground.run()
         wrong = [*ground.ended_wrong(run), *message_wrong(ground, run)]
-        remount(ground, cure)
+        cure()
         outcome = f"told as {'success' if run.status == 0 else 'failure'}"
         return lab.Finding(outcome, wrong + ground.rerun_wrong(), told(ground, run))
 
 
+def unfit_job(kind: lab.Kind, series: str, name: str, storage: Unfit) -> lab.Job:
+    """Return a round on such storage."""
+    return lab.Job(f"{kind.name}: {series}", f"{kind.name}-{name}", functools.partial(unfit, storage=storage), kind)
+
+
 def full_jobs(ground: lab.Lab, kind: lab.Kind) -> list[lab.Job]:
-    """Return a round for each size of the file system, from one page to more than enough."""
+    """Return a round for each size of the file system, from one page to more than enough, and for each quota."""
     ground.use(kind)
     ground.reset()
-    with mounted(ground, "size=64m"):
+    with small_disk(ground, "size=64m"):
         assert ground.run().status == 0
         space = os.statvfs(ground.folder)
         pages = (space.f_blocks - space.f_bfree) * space.f_frsize // PAGE
-    jobs = []
-    for n in range(1, pages + 3):
-        play = functools.partial(unfit, options=f"size={n * PAGE}", cure="size=64m")
-        jobs.append(lab.Job(f"{kind.name}: full disk", f"{kind.name}-full-{n}", play, kind))
-    return jobs
+    sizes = [
+        unfit_job(kind, "full disk", f"full-{n}", functools.partial(small_disk, options=f"size={n * PAGE}"))
+        for n in range(1, pages + 3)
+    ]
+    quotas = [
+        unfit_job(kind, "quota", f"quota-{n}", functools.partial(quota, limit=n * BTRFS_NODE))
+        for n in range(1, QUOTAS * len(kind.numbers) + 1)
+    ]
+    return sizes + quotas
 
 
 def without_folder(ground: lab.Lab, number: int, moved: bool) -> lab.Finding:
@@ -406,7 +438,7 @@ def jobs_for(crew: lab.Crew, asked: lab.Choice) -> list[lab.Job]:
     """Return all rounds."""
     ground = crew.labs[0]
     jobs = [
-        lab.Job("read-only file system", "read-only", functools.partial(unfit, options="ro,size=64m", cure="rw")),
+        unfit_job(lab.ONE, "read-only file system", "read-only", functools.partial(small_disk, options="ro,size=64m")),
         *racing(asked),
         *stepping(ground),
     ]

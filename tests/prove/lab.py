@@ -340,6 +340,13 @@ class Lab:
         return wrong if all(self.there()) else [*wrong, "second run: an overlay is missing"]
 
 
+def quietly(command: list[str]) -> None:
+    """Run a command whose words matter only when it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ChildProcessError(f"{' '.join(command)} ended with {done.returncode}: {done.stdout}{done.stderr}")
+
+
 def identity(path: pathlib.Path) -> tuple[t.Any, ...]:
     """Return all that must not change about a file."""
     try:
