@@ -10,7 +10,7 @@ import stat
 import typing as t
 
 from ._errors import Qcow2Error
-from ._image import SECTOR, Image, is_qcow2, length_of, open_image, read_image
+from ._image import SECTOR, Image, close_image, is_qcow2, length_of, open_image, read_image
 
 _ANY_DEVICE = -1  # stands for the file system of a block device, which can have several nodes
 MAX_LAYERS = 200  # libvirt follows no chain further either
@@ -106,7 +106,7 @@ def walk_chain(
                 )
             yield layer, fd
         finally:
-            os.close(fd)
+            close_image(fd)
 
 
 def _read_layer(fd: int, path: str, image_format: str | None, with_bitmaps: bool = False) -> Layer:

@@ -14,7 +14,7 @@ from ._chain import Layer, unusable, walk_chain
 from ._checkpoints import Checkpoint, Link, judge_all
 from ._dirty import DirtyMap, counting_cost, dirty_bytes
 from ._errors import Qcow2Error, printable
-from ._image import SECTOR, Bitmap, Image, open_image
+from ._image import SECTOR, Bitmap, Image, close_image, open_image
 from ._observe import is_written, read_settled
 
 MAX_BITMAPS_OF_CHAIN = 16384
@@ -117,14 +117,15 @@ class Disk(t.NamedTuple):
         }
 
 
-def examine(path: str, follow: bool, count: bool) -> Disk:
+def examine(path: str, follow: bool, count: bool, image_format: str | None = None) -> Disk:
     """Return everything about the disk with this topmost image; what is wrong there is in the answer.
 
-    follow: down to the base, not only the topmost image. count: the dirty bytes too.
+    follow: down to the base, not only the topmost image. count: the dirty bytes too. image_format: of the topmost image,
+    where it is known.
     """
     for _attempt_number in range(_ATTEMPTS):
         with contextlib.ExitStack() as held:
-            disk = _examine(path, follow, count, held)
+            disk = _examine(path, follow, count, image_format, held)
             # A VM that starts and stops meanwhile moves its bitmaps, and the figures would be of nothing.
             if not count or all(member.is_unchanged() for member in disk.members):
                 return disk
@@ -134,12 +135,12 @@ def examine(path: str, follow: bool, count: bool) -> Disk:
     return disk._replace(warning=f"{path}: is being changed again and again, so dirty bytes are not counted.")
 
 
-def _examine(path: str, follow: bool, count: bool, held: contextlib.ExitStack) -> Disk:
+def _examine(path: str, follow: bool, count: bool, image_format: str | None, held: contextlib.ExitStack) -> Disk:
     """Return everything about the disk, with images that held closes."""
     members: list[_Member] = []
     dirty: dict[str, int] = {}
     warning: str | None = None
-    problem = _attempt(path, lambda: _read(path, follow, members, held))
+    problem = _attempt(path, lambda: _read(path, follow, image_format, members, held))
     complete = problem is None and members[-1].is_bottom
     checkpoints = judge_all([member.link() for member in members], complete)
     if count and _is_too_much(members, checkpoints):
@@ -161,19 +162,21 @@ def _attempt(path: str, step: t.Callable[[], None]) -> str | None:
     return None
 
 
-def _read(path: str, follow: bool, members: list[_Member], held: contextlib.ExitStack) -> None:
+def _read(
+    path: str, follow: bool, image_format: str | None, members: list[_Member], held: contextlib.ExitStack
+) -> None:
     """Add the images of the chain to members, top to base, with descriptors that held closes."""
     if not os.path.isabs(path):
         raise Qcow2Error(f"{path!r}: is not an absolute path. Give the full path of the topmost image.")
     top = open_image(path)
-    held.callback(os.close, top)
-    # Which format the topmost image has is recorded nowhere; here it decides only what is read and shown.
-    chain = walk_chain(top, path, None, with_bitmaps=False)
+    held.callback(close_image, top)
+    # Without a definition the format of the topmost image is recorded nowhere; it decides only what is read and shown.
+    chain = walk_chain(top, path, image_format, with_bitmaps=False)
     held.callback(chain.close)
     totals: collections.Counter[str] = collections.Counter()
     for layer, fd in chain:
         own = os.dup(fd)
-        held.callback(os.close, own)
+        held.callback(close_image, own)
         member = _member(layer, own)
         _add_up(member, totals)
         members.append(member)

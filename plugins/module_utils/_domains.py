@@ -14,7 +14,7 @@ from ._chain import Layer, read_chain
 from ._checkpoints import INCOMPLETE, Checkpoint, Link, judge
 from ._definition import DomainDisk, StatedChain, StatedImage, disks_of, parts_of, switched
 from ._disks import examine
-from ._errors import Qcow2Error, printable
+from ._errors import Qcow2Error, advice, printable
 from ._image import Bitmap, open_image
 from ._libvirt import Domain, KnownCheckpoint, Libvirt, Unreadable, select
 from ._overlays import Settings, make_overlays
@@ -258,7 +258,7 @@ def _layers_of(source: str, image_format: str) -> tuple[list[Layer], str | None]
     except Qcow2Error as exc:
         return [], str(exc)
     except OSError as exc:
-        return [], f"{source}: cannot be read: {exc.strerror}. Check its storage."
+        return [], f"{source}: cannot be read: {exc.strerror}. {advice(exc)}"
 
 
 def stem_of(paths: t.Sequence[str]) -> str:
@@ -405,7 +405,7 @@ def _judge_checkpoints(plan: Plan, overlays: t.Mapping[str, Verdict]) -> list[Ch
 
 def _chain_after(disk: DomainDisk, verdict: Verdict | None, plan: Plan) -> _Chain:
     """Return the chain of a disk after the run; the overlay is taken as it was promised, so also in check mode."""
-    source = examine(disk.source or "", follow=True, count=False)
+    source = examine(disk.source or "", follow=True, count=False, image_format=disk.format)
     if verdict is None or disk.target not in plan.overlays:
         return _Chain(source.links, source.is_complete)
     bitmaps = {b.name: Bitmap(b.name, b.granularity, recording=True, inconsistent=False) for b in verdict.bitmaps}

@@ -85,7 +85,9 @@ class Libvirt:
         try:
             handles = {handle.name(): handle for handle in self._connection.listAllDomains(0)}
         except libvirt.libvirtError as exc:
-            raise Qcow2Error(f"libvirt cannot list its domains: {_words(exc)}.") from exc
+            raise Qcow2Error(
+                f"libvirt cannot list its domains: {_words(exc)}. See that its daemon runs, then run this again."
+            ) from exc
         return {name: _read(handle, name) for name, handle in handles.items()}
 
     def switch(self, domain: Domain, new: str, overlays: t.Mapping[str, str]) -> None:
@@ -113,7 +115,7 @@ class Libvirt:
             raise _half_done(domain, error)
         raise Qcow2Error(
             f"{domain.name}: its definition could not be changed, so the old one stands and new overlays were removed "
-            f"again. {error}"
+            f"again. {error} Check the space below /etc/libvirt and the log of libvirt's daemon, then run this again."
         )
 
 

@@ -41,7 +41,8 @@ static atomic_long counter;
 static const struct { const char *name; int number; } ERRORS[] = {
     {"EIO", EIO}, {"ENOSPC", ENOSPC}, {"EDQUOT", EDQUOT}, {"EROFS", EROFS}, {"EPERM", EPERM}, {"EACCES", EACCES},
     {"ENOLCK", ENOLCK}, {"EINTR", EINTR}, {"ENOTSUP", ENOTSUP}, {"EMLINK", EMLINK}, {"EMFILE", EMFILE},
-    {"ENOMEM", ENOMEM}, {"ESTALE", ESTALE}, {"EAGAIN", EAGAIN}, {"ENOENT", ENOENT}, {"EINVAL", EINVAL}, {NULL, 0}};
+    {"ENOMEM", ENOMEM}, {"ESTALE", ESTALE}, {"EAGAIN", EAGAIN}, {"ENOENT", ENOENT}, {"EINVAL", EINVAL},
+    {"EPIPE", EPIPE}, {"ECONNRESET", ECONNRESET}, {NULL, 0}};
 
 /* Begin to count; QEMU does it by itself, the module is told to once it has forked. */
 void prove_begin(void) {
@@ -81,7 +82,7 @@ static int verdict(const char *call) {
     if (rule_call[0] == 0)
         return 0;
     if (strcmp(rule_call, "files") == 0) {
-        static const char *const others[] = {"fork", "hear", "say", "kill", "wait"};
+        static const char *const others[] = {"fork", "hear", "say", "kill", "wait", "ask", "answer"};
         for (unsigned i = 0; i < sizeof others / sizeof *others; i++)
             if (strcmp(call, others[i]) == 0)
                 return 0;
@@ -144,10 +145,13 @@ static int is_ours_open(int fd) {
     return is_ours(AT_FDCWD, link);
 }
 
-/* Whether a descriptor is a pipe, so part of the dialogue. */
-static int is_pipe(int fd) {
+/* The name of a call on this descriptor: the first on a pipe, so part of the dialogue with QEMU; the second on a socket,
+ * so part of the one with libvirt's daemon; the third on a file of the folder; NULL on any other. */
+static const char *name_of(int fd, const char *on_pipe, const char *on_socket, const char *on_file) {
     struct stat status;
-    return pid_at_begin != 0 && syscall(SYS_newfstatat, fd, "", &status, AT_EMPTY_PATH) == 0 && S_ISFIFO(status.st_mode);
+    if (pid_at_begin == 0 || syscall(SYS_newfstatat, fd, "", &status, AT_EMPTY_PATH) != 0)
+        return NULL;
+    return S_ISFIFO(status.st_mode) ? on_pipe : S_ISSOCK(status.st_mode) ? on_socket : is_ours_open(fd) ? on_file : NULL;
 }
 
 #define REAL(type, name, ...) \
@@ -210,20 +214,20 @@ ssize_t fgetxattr(int fd, const char *name, void *value, size_t size) {
 }
 
 /* Calls that may do a part. */
-#define PART(name, call, pipe_call, pointer, offset_declared, offset_type, offset_passed) \
+#define PART(name, call, pipe_call, socket_call, pointer, offset_declared, offset_type, offset_passed) \
     ssize_t name(int fd, pointer data, size_t size offset_declared) { \
         REAL(ssize_t, name, int, pointer, size_t offset_type) \
-        int is_dialogue = is_pipe(fd); \
-        JUDGE(is_dialogue || is_ours_open(fd), is_dialogue ? pipe_call : call) \
+        const char *own_call = name_of(fd, pipe_call, socket_call, call); \
+        JUDGE(own_call != NULL, own_call) \
         return real(fd, data, judged == HALF && size > 1 ? size / 2 : size offset_passed); \
     }
 #define COMMA ,
-PART(read, "read", "hear", void *, , , )
-PART(write, "write", "say", const void *, , , )
-PART(pread, "pread", "hear", void *, COMMA off_t from, COMMA off_t, COMMA from)
-PART(pread64, "pread", "hear", void *, COMMA off64_t from, COMMA off64_t, COMMA from)
-PART(pwrite, "pwrite", "say", const void *, COMMA off_t from, COMMA off_t, COMMA from)
-PART(pwrite64, "pwrite", "say", const void *, COMMA off64_t from, COMMA off64_t, COMMA from)
+PART(read, "read", "hear", "answer", void *, , , )
+PART(write, "write", "say", "ask", const void *, , , )
+PART(pread, "pread", "hear", "answer", void *, COMMA off_t from, COMMA off_t, COMMA from)
+PART(pread64, "pread", "hear", "answer", void *, COMMA off64_t from, COMMA off64_t, COMMA from)
+PART(pwrite, "pwrite", "say", "ask", const void *, COMMA off_t from, COMMA off_t, COMMA from)
+PART(pwrite64, "pwrite", "say", "ask", const void *, COMMA off64_t from, COMMA off64_t, COMMA from)
 
 /* The same with vectors: half of the first piece is a part. */
 #define PART_OF_VECTOR(name, call, type) \

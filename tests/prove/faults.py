@@ -26,7 +26,7 @@ import typing as t
 
 import lab
 
-DIALOGUE = {"fork", "hear", "say", "kill", "wait"}
+DIALOGUE = {"fork", "hear", "say", "kill", "wait", "ask", "answer"}
 PAGE = 4096
 SMALLEST_BTRFS = 128 << 20  # bytes; it makes none of less than 109 MiB
 FIRST_SUBVOLUME = "0/256"
@@ -48,6 +48,8 @@ ERRORS = {
     ("module", "getlk"): ("ENOLCK", "EINVAL"),
     ("module", "fgetxattr"): ("ENOTSUP",),
     ("module", "pread"): ("short", "ESTALE"),
+    ("module", "ask"): ("EPIPE",),
+    ("module", "answer"): ("ECONNRESET",),
     ("qemu", "pwrite"): ("ENOSPC", "EDQUOT", "short"),
     ("qemu", "pread"): ("short",),
     ("qemu", "open"): ("EMFILE", "EACCES"),
@@ -69,7 +71,7 @@ def told(ground: lab.Lab, run: lab.Run) -> tuple[str, ...]:
 def judge(ground: lab.Lab, run: lab.Run, stuck: bool = False) -> lab.Finding:
     """Judge a run that has met a fault, stuck if one that kept it from removing files, and a second one without."""
     outcome = f"told as {'success' if run.status == 0 else 'failure'}"
-    if stuck and run.status and run.result and (any(ground.there()) or ground.leftovers()):
+    if stuck and run.status and run.result and ("could not be removed" in run.message or ground.leftovers()):
         wrong = [*ground.images_wrong(), *unsaid(ground, run)]
         outcome += ", what could not be removed is left" + (", and it says so" if any(ground.there()) else "")
     else:
@@ -79,13 +81,14 @@ def judge(ground: lab.Lab, run: lab.Run, stuck: bool = False) -> lab.Finding:
 
 def message_wrong(ground: lab.Lab, run: lab.Run) -> list[str]:
     """Return what is wrong with the messages of a failure: each names the file and says what to do."""
-    if run.status and not run.messages:
+    messages = run.messages
+    if run.status and not messages:
         return [f"no overlay has a message: {run.message or run.stderr[-2000:]}"]
     return [
         f"the message {what}: {message}"
-        for message in run.messages
+        for message in messages
         for what, holds in (
-            ("names no file", message.startswith((str(ground.place), "/proc:"))),
+            ("names no file", message.startswith((*ground.subjects, "/proc:"))),
             ("does not say what to do", ADVICE.search(message)),
         )
         if not holds
@@ -95,7 +98,7 @@ def message_wrong(ground: lab.Lab, run: lab.Run) -> list[str]:
 def unsaid(ground: lab.Lab, run: lab.Run) -> list[str]:
     """Return which overlays a failed run has left without a word."""
     left = [disk.target for disk in ground.disks if os.path.lexists(disk.target)]
-    return [f"left {path}, says: {run.message}" for path in left if f"{path}: could not be removed" not in run.message]
+    return [f"left {path}, says: {run.message}" for path in left if not ground.is_told(path, run)]
 
 
 def faulty(ground: lab.Lab, rule: str) -> lab.Finding:
@@ -114,7 +117,7 @@ def injected(ground: lab.Lab, kind: lab.Kind) -> list[lab.Job]:
     jobs = []
     for who, calls in ground.calls().items():
         for call, count in calls.items():
-            errors = () if call in DIALOGUE else ("EIO", *ERRORS.get((who, call), ()))
+            errors = (*(() if call in DIALOGUE else ("EIO",)), *ERRORS.get((who, call), ()))
             for rule in [f"{who}:{call}:{n}{s}:{e}" for n in range(1, count + 1) for e in errors for s in ("", "+")]:
                 sides = {"module": "the module's calls", "qemu": "QEMU's calls"}
                 series = f"{kind.name}: {rule.split(':')[3]} in {sides[who]}" + (" from there on" * ("+" in rule))

@@ -31,8 +31,7 @@ LOOKING = {"stat", "open", "readdir", "close", "access", "fstat", "getlk", "prea
 
 def judge(ground: lab.Lab, run: lab.Run, whom: str) -> lab.Finding:
     """Judge what a killed run has left, and then the second run."""
-    there = ground.there()
-    outcome = f"{sum(there)} of {len(there)} overlays there"
+    outcome = ground.outcome()
     # Of a run whose QEMU was killed, the module is to tell; of one that was over before, too.
     if run.status < 0:
         wrong = ground.images_wrong()

@@ -83,15 +83,28 @@ class Run(t.NamedTuple):
     memory: int = 0  # KiB that the largest of its processes had at most
 
     @property
+    def domains(self) -> list[dict[str, t.Any]]:
+        """What it says of each domain, if it is about domains."""
+        return list((self.result or {}).get("domains", ()))
+
+    @property
     def states(self) -> list[str]:
         """What it says of each overlay."""
-        return [overlay["state"] for overlay in (self.result or {}).get("overlays", ())]
+        return [overlay["state"] for overlay in self._overlays]
 
     @property
     def messages(self) -> list[str]:
-        """Why overlays failed, for each of them that is not only left out because of another."""
-        said = [overlay.get("msg", "") for overlay in (self.result or {}).get("overlays", ())]
-        return [message for message in said if message and ": not made, because" not in message]
+        """Why overlays failed, each that is not only left out because of another; or why their domain did, or the run."""
+        of_overlays = [overlay.get("msg", "") for overlay in self._overlays]
+        said = [message for message in of_overlays if message and ": not made, because" not in message]
+        said = said or [domain["msg"] for domain in self.domains if "msg" in domain]
+        return said if said or of_overlays or not self.message else [self.message]
+
+    @property
+    def _overlays(self) -> list[dict[str, t.Any]]:
+        """What it says, domain by domain if it is about domains."""
+        of_domains = [overlay for domain in self.domains for overlay in domain["overlays"]]
+        return [*(self.result or {}).get("overlays", ()), *of_domains]
 
     @property
     def message(self) -> str:
@@ -202,13 +215,16 @@ class Templates:
 
 
 class Lab:
-    """A folder with the disks of one VM, and a runner."""
+    """A folder with the disks of one VM, and a runner; what is different for another module, a subclass says."""
+
+    module = "qcow2_overlay"
 
     def __init__(self, base: pathlib.Path, library: pathlib.Path, templates: Templates) -> None:
         self._templates = templates
         self.place = base / "disks"  # what stands between watches all below this
         self.actives_folder, self.folder = self.place / "a", self.place / "o"
         self.papers = base / "papers"
+        self.subjects = [str(self.place)]  # with one of which a message begins
         for folder in (self.actives_folder, self.folder, self.papers):
             folder.mkdir(parents=True, exist_ok=True)
         self.library = library
@@ -225,6 +241,10 @@ class Lab:
         """End the runners, and with them what runs."""
         self.runner.close()
         self.second.close()
+
+    def close(self) -> None:
+        """End all that runs."""
+        self.leave()
 
     def use(self, kind: Kind) -> None:
         """Have a VM of this kind."""
@@ -266,7 +286,7 @@ class Lab:
         environment = self.environment(rule)
         if log is not None:
             environment["PROVE_LOG"] = str(log)
-        self.runner.start(self.arguments(), environment, kill)
+        self.runner.start(self.arguments(), environment, kill, self.module)
 
     def run(self, rule: str = "", log: pathlib.Path | None = None, kill: dict[str, t.Any] | None = None) -> Run:
         """Run the module for all disks to its end."""
@@ -295,6 +315,15 @@ class Lab:
         """Return the names of the temporary files."""
         return fnmatch.filter(os.listdir(self.folder), LEFTOVER)
 
+    def outcome(self) -> str:
+        """Return in a few words what a run has left."""
+        there = self.there()
+        return f"{sum(there)} of {len(there)} overlays there"
+
+    def is_told(self, path: pathlib.Path, run: Run) -> bool:
+        """Whether a run that has failed says that this overlay is there all the same."""
+        return f"{path}: could not be removed" in run.message
+
     def images_wrong(self) -> list[str]:
         """Return what is wrong with the images, whatever the run was to do."""
         wrong = [f"{path.name} was changed" for path, was in self.before.items() if identity(path) != was]
@@ -313,17 +342,22 @@ class Lab:
 
     def ended_wrong(self, run: Run) -> list[str]:
         """Return what is wrong after a run that was not killed: all or none, nothing left, and it says so."""
-        there, wrong = self.there(), self.images_wrong()
+        wrong = self.images_wrong()
         if run.result is None or "Traceback" in run.stderr:
             return [*wrong, f"ended with {run.status} and no result: {run.stderr[-2000:]}"]
         if run.status != 0 and not run.message:
             wrong.append("failed without a message")
         if self.leftovers():
             wrong.append(f"left {self.leftovers()} behind, and says {run.message!r}")
+        return [*wrong, *self.told_wrong(run)] if run.alone else [*wrong, *self.told_wrong(run), "left a process behind"]
+
+    def told_wrong(self, run: Run) -> list[str]:
+        """Return what is wrong with what a run says of what it has left."""
+        there, said = self.there(), run.states
         states = ["created" if each else "failed" for each in there]
-        if run.states != states or len(set(states)) != 1 or run.status != (0 if all(there) else 1):
-            wrong.append(f"exit {run.status}, says {run.states} of what is {states}: {run.message!r}")
-        return wrong if run.alone else [*wrong, "left a process behind"]
+        if said != states or len(set(states)) != 1 or run.status != (0 if all(there) else 1):
+            return [f"exit {run.status}, says {said} of what is {states}: {run.message!r}"]
+        return []
 
     def rerun_wrong(self) -> list[str]:
         """Return what is wrong with a second run, which must make what is missing and remove what is left."""
@@ -435,9 +469,14 @@ class Book:
 class Crew:
     """The labs in which rounds are played side by side."""
 
-    def __init__(self, base: pathlib.Path, workers: int) -> None:
+    def __init__(self, base: pathlib.Path, workers: int, make_lab: t.Callable[..., Lab]) -> None:
         library, templates = build_library(base), Templates(base)
-        self.labs = [Lab(base / f"lab{number}", library, templates) for number in range(workers)]
+        self.labs: list[Lab] = []
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self.close)
+            for number in range(workers):
+                self.labs.append(make_lab(base / f"lab{number}", library, templates))
+            on_failure.pop_all()
         self._free: queue.SimpleQueue[Lab] = queue.SimpleQueue()
         for lab in self.labs:
             self._free.put(lab)
@@ -469,7 +508,7 @@ class Crew:
     def close(self) -> None:
         """End all processes."""
         for lab in self.labs:
-            lab.leave()
+            lab.close()
 
 
 class Choice(t.NamedTuple):
@@ -511,7 +550,9 @@ def choice(about: str, rounds: int) -> Choice:
     return Choice(**vars(parser.parse_args()))
 
 
-def prove(about: str, rounds: int, jobs_for: t.Callable[[Crew, Choice], list[Job]]) -> int:
+def prove(
+    about: str, rounds: int, jobs_for: t.Callable[[Crew, Choice], list[Job]], make_lab: t.Callable[..., Lab] = Lab
+) -> int:
     """Play what the command line asks for and return the exit code."""
     asked, start = choice(about, rounds), time.monotonic()
     if os.geteuid() != 0:
@@ -519,7 +560,7 @@ def prove(about: str, rounds: int, jobs_for: t.Callable[[Crew, Choice], list[Job
     signal.signal(signal.SIGTERM, lambda *_args: sys.exit(1))
     book = Book(pathlib.Path(sys.argv[0]).name, asked.seed)
     with tempfile.TemporaryDirectory(prefix="prove-") as folder, contextlib.ExitStack() as stack:
-        crew = Crew(pathlib.Path(folder), asked.workers)
+        crew = Crew(pathlib.Path(folder), asked.workers, make_lab)
         stack.callback(crew.close)
         jobs = jobs_for(crew, asked)
         chosen = [job for job in jobs if asked.only is None or fnmatch.fnmatch(job.name, asked.only)]

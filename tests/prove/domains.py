@@ -1,0 +1,221 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Kill domain_overlay at every step, and let what is around it fail; judge images and definitions by libvirt's own words.
+
+Run as root, with the Python of an environment that has ansible-core and libvirt-python: python tests/prove/domains.py.
+Needs QEMU, libvirt and gcc. Each lab has a libvirt daemon of its own.
+
+After each round a domain is either on all of its overlays, and they are complete, or its definition is the old one; never
+on one that is not there. A run that was not killed says just that, and leaves no overlay of a domain that it has not
+switched, unless it says so. A second run completes everything, and a third one changes nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import time
+import typing as t
+
+import estate
+import faults
+import kills
+import lab
+import libvirt
+
+Ground = t.Any  # an estate.Estate; the rounds of the other programs know a lab.Lab only
+FILLER = "filler"
+PAGE = 4096
+TITLE = "<title>changed by somebody else</title>"
+
+
+def daemon_dies(ground: Ground, number: int) -> lab.Finding:
+    """Kill libvirt's daemon while the module is at a step."""
+    ground.start(f"module:*:{number}:stop")
+    if ground.runner.answer() is not None:
+        return lab.Finding("the run was over", [])
+    ground.daemon.kill()
+    ground.runner.say()
+    run = ground.runner.answer()
+    ground.daemon.start()
+    return faults.judge(ground, run)
+
+
+def daemon_is_full(ground: Ground, pages: int) -> lab.Finding:
+    """Have libvirt's daemon no more room than this for the definition."""
+    filler = ground.daemon.etc / FILLER
+    space = os.statvfs(ground.daemon.etc)
+    try:
+        with open(filler, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, space.f_bavail * space.f_frsize - pages * PAGE)
+        run = ground.run()
+    finally:
+        filler.unlink()
+    return faults.judge(ground, run)
+
+
+def start(domain: t.Any) -> str:
+    """Start a domain; return why it does not start, or nothing."""
+    try:
+        domain.create()
+    except libvirt.libvirtError as exc:
+        return str(exc)
+    return ""
+
+
+def started_at_step(ground: Ground, number: int) -> lab.Finding:
+    """Start a domain while the module is at a step."""
+    ground.start(f"module:*:{number}:stop")
+    if ground.runner.answer() is not None:
+        return lab.Finding("the run was over", [])
+    name = sorted(ground.numbers)[-1]
+    said = start(ground.domain(name))
+    ground.runner.say()
+    return judge_started(ground, name, said, ground.runner.answer())
+
+
+def started_at_moment(ground: Ground, pause: float) -> lab.Finding:
+    """Start a domain at a random moment of a run."""
+    ground.start()
+    time.sleep(pause)
+    name = sorted(ground.numbers)[-1]
+    said = start(ground.domain(name))
+    return judge_started(ground, name, said, ground.runner.answer())
+
+
+def judge_started(ground: Ground, name: str, said: str, run: lab.Run) -> lab.Finding:
+    """Judge a run in which a domain was started, or could not be for what was said."""
+    state = next((domain["state"] for domain in run.domains if domain["name"] == name), "failed")
+    outcome = f"does not start, {state}" if said else f"starts, {state}"
+    if said:
+        wrong = [] if "lock" in said else [f"{name} does not start: {said}"]
+        for path, was in ground.before.items():
+            *now, _changed = lab.identity(path)
+            if now == [*was[:-1]]:  # libvirt gives an image to QEMU's user before it starts QEMU, were it for nothing
+                ground.before[path] = lab.identity(path)
+        wrong += ground.ended_wrong(run)
+        return lab.Finding(outcome, wrong + faults.message_wrong(ground, run), faults.told(ground, run))
+    # On which images it runs, the daemon knows; it has them open, so there is nothing to be compared in them any more.
+    runs_on = set(sources(ground.domain(name).XMLDesc(0)))
+    ground.domain(name).destroy()
+    overlays = {str(disk.target) for disk in ground.disks_of(name)}
+    wrong = []
+    if ground.switched(name) is not (state in ("created", "present")):
+        wrong.append(f"{name} is {state}, and its definition does not fit that")
+    if runs_on != (overlays if state == "created" else {str(disk.active) for disk in ground.disks_of(name)}):
+        wrong.append(f"{name} is {state}, and was started on {sorted(runs_on)}")
+    if state == "failed" and any(map(os.path.lexists, overlays)):
+        wrong.append(f"{name} runs, and there are overlays of it: {run.message}")
+    if ground.leftovers() or run.result is None or not run.alone:
+        wrong.append(f"left {ground.leftovers()}: {run.message} {run.stderr[-2000:]}")
+    return lab.Finding(outcome, wrong + faults.message_wrong(ground, run), faults.told(ground, run))
+
+
+def sources(definition: str) -> list[str]:
+    """Return the images of the disks of a definition."""
+    disks = estate.ET.fromstring(definition).iterfind("devices/disk/source")
+    return [source.attrib["file"] for source in disks]
+
+
+def changed_at_step(ground: Ground, number: int) -> lab.Finding:
+    """Change the definition, as by virsh edit, while the module is at a step."""
+    ground.start(f"module:*:{number}:stop")
+    if ground.runner.answer() is not None:
+        return lab.Finding("the run was over", [])
+    name = sorted(ground.numbers)[-1]
+    was_switched = ground.switched(name)
+    edited = estate.definition_of(ground.domain(name)).replace("</name>", f"</name>{TITLE}", 1)
+    ground.daemon.connection.defineXML(edited)
+    ground.runner.say()
+    run = ground.runner.answer()
+    now = estate.definition_of(ground.domain(name))
+    is_edited = TITLE in now
+    if is_edited:  # take it back, so that the rest is judged as ever
+        ground.daemon.connection.defineXML(now.replace(TITLE, ""))
+    outcome = "when it was switched already" if was_switched else "before" if is_edited else "lost: too late to be seen"
+    wrong = ground.images_wrong()
+    if run.status == 0 or (was_switched and run.result):  # switched, and read back, or else it says that it cannot tell
+        wrong += [] if all(ground.there()) else [f"says {run.states}, which are {ground.there()}"]
+    else:
+        wrong += ground.ended_wrong(run) if is_edited else [f"{name}: {run.message}, and the change is lost"]
+    return lab.Finding(
+        f"{outcome}, told as {'success' if run.status == 0 else 'failure'}",
+        wrong + faults.message_wrong(ground, run) + ground.rerun_wrong(),
+        faults.told(ground, run),
+    )
+
+
+def second_run(ground: Ground, number: int | None, pause: float) -> lab.Finding:
+    """Let two runs want the same snapshot of the same domains, the second while the first is at a step or after a pause."""
+    ground.start(f"module:*:{number}:stop" if number else "")
+    first = ground.runner.answer() if number else None
+    time.sleep(pause)
+    arguments = ground.arguments(timeout=1 if number else 20)
+    ground.second.start(arguments, ground.environment(), None, ground.module)
+    second = ground.second.answer()
+    if first is None:
+        if number:
+            ground.runner.say()
+        first = ground.runner.answer()
+    wrong = ground.images_wrong()
+    words = []
+    for name in ground.numbers:
+        states = [domain["state"] for run in (first, second) for domain in run.domains if domain["name"] == name]
+        words.append(" and ".join(states))
+        if states.count("created") != 1 or not ground.switched(name):
+            wrong.append(f"{name}: {states}, switched: {ground.switched(name)}: {first.message} / {second.message}")
+    if ground.leftovers() or not (first.result and second.result and first.alone and second.alone):
+        wrong.append(f"left {ground.leftovers()}: {first.stderr[-1000:]} {second.stderr[-1000:]}")
+    for run in (first, second):
+        wrong += faults.message_wrong(ground, run)
+    messages = faults.told(ground, first) + faults.told(ground, second)
+    return lab.Finding("; ".join(words), wrong + ground.rerun_wrong(), messages)
+
+
+AT_STEPS = {
+    "libvirt's daemon dies at a step": ("daemon", daemon_dies),
+    "domain is started at a step": ("start", started_at_step),
+    "definition is changed at a step": ("edit", changed_at_step),
+    "second run at a step": ("second", functools.partial(second_run, pause=0)),
+}
+
+
+def around(ground: Ground, kind: lab.Kind, asked: lab.Choice) -> list[lab.Job]:
+    """Return the rounds in which something happens around a run."""
+    ground.use(kind)
+    steps = sum(ground.calls()["module"].values())
+    jobs = [
+        lab.Job(f"{kind.name}: {series}", f"{kind.name}-{word}-step-{n}", functools.partial(play, number=n), kind)
+        for series, (word, play) in AT_STEPS.items()
+        for n in range(1, steps + 1)
+    ]
+    for pages in range(4):
+        play = functools.partial(daemon_is_full, pages=pages)
+        jobs.append(lab.Job(f"{kind.name}: libvirt's disk is full", f"{kind.name}-daemon-full-{pages}", play, kind))
+    for n in range(asked.rounds):
+        for series, word, play in (
+            ("domain is started at a random moment", "start", started_at_moment),
+            ("second run at a random moment", "second", functools.partial(second_run, number=None)),
+        ):
+            name = f"{kind.name}-{word}-moment-{n}"
+            pause = asked.randomness(name).random() * 0.3
+            jobs.append(lab.Job(f"{kind.name}: {series}", name, functools.partial(play, pause=pause), kind))
+    return jobs
+
+
+def jobs_for(crew: lab.Crew, asked: lab.Choice) -> list[lab.Job]:
+    """Return all rounds."""
+    ground = crew.labs[0]
+    jobs = []
+    for kind in estate.DOMAINS:
+        jobs += kills.step_jobs(ground, kind, asked.full)
+        jobs += kills.moment_jobs(ground, kind, asked)
+        jobs += faults.injected(ground, kind)
+        jobs += around(ground, kind, asked)
+    return lab.sampled(jobs, asked)
+
+
+if __name__ == "__main__":
+    sys.exit(lab.prove(str(__doc__), 10, jobs_for, estate.Estate))

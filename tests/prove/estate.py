@@ -1,0 +1,245 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A lab in which the VMs are domains of a libvirt daemon of its own, and the judgement of their definitions."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import subprocess
+import time
+import typing as t
+import uuid
+import xml.etree.ElementTree as ET
+
+import lab
+import libvirt
+
+LAB_SH = lab.COLLECTION / "tests/integration/targets/domain_overlay/files/lab.sh"
+SNAPSHOT = "snap"
+CHECKPOINT = "monday"  # its bitmap is in all qcow2 images of the kinds below
+HALF_DONE = "so its overlays were left in place"
+_SECONDS_TO_SETTLE = 0.1  # in which the daemon does what a run has asked for that was killed then
+
+THREE = lab.Kind("one domain", (0, 1, 2))
+TWO = lab.Kind("two domains", (0, 1, 4))
+DOMAINS = {THREE: {"web": (0, 1, 2)}, TWO: {"web": (0, 1), "db": (4,)}}  # the numbers of their disks
+
+
+class Daemon:
+    """A libvirt daemon, whose state lies in a folder, and its domains."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self._folder = folder
+        self.etc = folder / "etc"
+        self.etc.mkdir(parents=True)
+        self.uri = f"qemu+unix:///system?socket={folder}/sock/libvirt-sock"
+        # So that it can be full.
+        lab.quietly(["mount", "-t", "tmpfs", "-o", "size=1m", "prove", str(self.etc)])
+        self.start()
+
+    def start(self) -> None:
+        """Start it, for the first time or again."""
+        self._shell("start_daemon")
+        self.connection = libvirt.open(self.uri)
+
+    def kill(self) -> None:
+        """Kill it; its state stays."""
+        pid = int((self._folder / "libvirtd.pid").read_text(encoding="ascii"))
+        os.kill(pid, 9)
+        with contextlib.suppress(libvirt.libvirtError):
+            self.connection.close()
+        while pathlib.Path(f"/proc/{pid}").exists():
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        """End it with all that it has started."""
+        self._shell("stop_daemon")
+        lab.quietly(["umount", "-l", str(self.etc)])
+
+    def _shell(self, function: str) -> None:
+        """Call a function of the integration tests."""
+        # Not piped: the daemon would hold the pipe open.
+        command = ["bash", "-c", f". {LAB_SH} {self._folder}; {function}"]
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+
+class Estate(lab.Lab):
+    """A lab for the module domain_overlay."""
+
+    module = "domain_overlay"
+
+    def __init__(self, base: pathlib.Path, library: pathlib.Path, templates: lab.Templates) -> None:
+        # A daemon's words about a call that is meant to fail are no news.
+        libvirt.registerErrorHandler(lambda _context, _error: None, None)
+        self.daemon = Daemon(base / "libvirt")
+        self._definitions: dict[str, str] = {}  # before the snapshot, by name; of the kind that is in use
+        self.numbers: dict[str, tuple[int, ...]] = {}
+        super().__init__(base, library, templates)
+
+    def close(self) -> None:
+        """End all that runs."""
+        super().close()
+        self.daemon.close()
+
+    def use(self, kind: lab.Kind) -> None:
+        """Have the domains of this kind."""
+        kind = kind if kind in DOMAINS else THREE
+        super().use(kind)
+        if self.numbers != DOMAINS[kind]:
+            self._definitions.clear()
+        self.numbers = DOMAINS[kind]
+        self.subjects = [str(self.place), "libvirt cannot ", *(f"{name}: " for name in self.numbers)]
+
+    def reset(self) -> None:
+        """Have fresh images, no overlays, and the domains with their first definitions and a checkpoint each."""
+        super().reset()
+        for domain in self.daemon.connection.listAllDomains():
+            if domain.isActive():
+                domain.destroy()
+            if domain.name() not in self.numbers or not _is_intact(domain, self._definitions.get(domain.name())):
+                domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA)
+        known = {domain.name() for domain in self.daemon.connection.listAllDomains()}
+        for name in self.numbers.keys() - known:
+            domain = self.daemon.connection.defineXML(self._definition(name))
+            domain.checkpointCreateXML(self._checkpoint(name), libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE)
+            self._definitions[name] = definition_of(domain)
+
+    def _definition(self, name: str) -> str:
+        """Return the definition of a domain; it needs no operating system."""
+        disks = "".join(
+            f"<disk type='file' device='disk'><driver name='qemu' type='{disk.format}'/><source file='{disk.active}'/>"
+            f"<target dev='vd{'abc'[place]}' bus='virtio'/></disk>"
+            for place, disk in enumerate(self.disks_of(name))
+        )
+        kind = "kvm" if os.access("/dev/kvm", os.W_OK) else "qemu"
+        return (
+            f"<domain type='{kind}'><name>{name}</name><uuid>{_uuid(name)}</uuid><memory unit='MiB'>64</memory>"
+            f"<os><type arch='{os.uname().machine}'>hvm</type></os><devices>{disks}</devices></domain>"
+        )
+
+    def _checkpoint(self, name: str) -> str:
+        """Return the XML of a checkpoint of all qcow2 disks of a domain; raw ones have no bitmaps."""
+        disks = "".join(
+            f"<disk name='vd{'abc'[place]}' checkpoint='{'bitmap' if disk.format == 'qcow2' else 'no'}'/>"
+            for place, disk in enumerate(self.disks_of(name))
+        )
+        return (
+            f"<domaincheckpoint><name>{CHECKPOINT}</name><creationTime>1700000000</creationTime><disks>{disks}</disks>"
+            f"{self._definition(name)}</domaincheckpoint>"
+        )
+
+    def disks_of(self, name: str) -> list[lab.Disk]:
+        """Return the disks of a domain."""
+        return [disk for disk in self.disks if disk.number in self.numbers[name]]
+
+    def domain(self, name: str) -> t.Any:
+        """Return libvirt's handle of a domain."""
+        return self.daemon.connection.lookupByName(name)
+
+    def arguments(self, disks: t.Sequence[lab.Disk] | None = None, **options: t.Any) -> dict[str, t.Any]:
+        """Return the options of the module; disks only for the other module."""
+        assert disks is None
+        place = {"directory": str(self.folder), "uri": self.daemon.uri}
+        return {"name": list(self.numbers), "snapshot": SNAPSHOT, "timeout": 20, **place, **options}
+
+    def run(self, rule: str = "", log: pathlib.Path | None = None, kill: dict[str, t.Any] | None = None) -> lab.Run:
+        """Run the module to its end."""
+        run = super().run(rule, log, kill)
+        if run.status < 0:
+            time.sleep(_SECONDS_TO_SETTLE)
+        return run
+
+    def switched(self, name: str) -> bool | None:
+        """Whether a domain is on its overlays, by its definition; None if that is neither the old nor the new one."""
+        now = ET.canonicalize(definition_of(self.domain(name)))
+        old = self._definitions[name]
+        if now == ET.canonicalize(old):
+            return False
+        new = ET.fromstring(old)
+        for element, disk in zip(new.iterfind("devices/disk"), self.disks_of(name)):
+            t.cast("ET.Element", element.find("source")).set("file", str(disk.target))
+            t.cast("ET.Element", element.find("driver")).set("type", "qcow2")
+        return True if now == ET.canonicalize(ET.tostring(new, encoding="unicode")) else None
+
+    def outcome(self) -> str:
+        """Return in a few words what a run has left."""
+        switched = sum(self.switched(name) is True for name in self.numbers)
+        return f"{super().outcome()}, {switched} of {len(self.numbers)} switched"
+
+    def is_told(self, path: pathlib.Path, run: lab.Run) -> bool:
+        """Whether a run that has failed says that this overlay is there all the same."""
+        name = next(name for name in self.numbers for disk in self.disks_of(name) if disk.target == path)
+        said = next((domain for domain in run.domains if domain["name"] == name), {})
+        if said.get("state") in ("created", "present"):
+            return True
+        return HALF_DONE in said.get("msg", "") or super().is_told(path, run)
+
+    def images_wrong(self) -> list[str]:
+        """Return what is wrong with the images and definitions, whatever the run was to do."""
+        wrong = super().images_wrong()
+        for name in self.numbers:
+            switched = self.switched(name)
+            if switched is None:
+                wrong.append(f"{name} has another definition: {definition_of(self.domain(name))}")
+            if switched and not all(os.path.lexists(disk.target) for disk in self.disks_of(name)):
+                wrong.append(f"{name} is on overlays that are not there")
+            if [checkpoint.getName() for checkpoint in self.domain(name).listAllCheckpoints()] != [CHECKPOINT]:
+                wrong.append(f"{name} has lost its checkpoint")
+        return wrong
+
+    def told_wrong(self, run: lab.Run) -> list[str]:
+        """Return what is wrong with what a run says of what it has left, domain by domain."""
+        if not run.domains:  # nothing was begun
+            untouched = not any(self.there()) and not any(self.switched(name) for name in self.numbers)
+            return [] if run.status and untouched else [f"says nothing of the domains: {run.message!r}"]
+        wrong = [problem for domain in run.domains for problem in self._told_of_domain_wrong(domain)]
+        if (run.status == 0) != all(domain["state"] == "created" for domain in run.domains):
+            wrong.append(f"exit {run.status} with {[domain['state'] for domain in run.domains]}")
+        return wrong
+
+    def _told_of_domain_wrong(self, domain: dict[str, t.Any]) -> list[str]:
+        """Return what is wrong with what a run says of one domain."""
+        name, state = domain["name"], domain["state"]
+        there = {os.path.lexists(disk.target) for disk in self.disks_of(name)}
+        switched = self.switched(name)
+        if HALF_DONE in domain.get("msg", ""):
+            return [] if there == {True} else [f"{name}: says that overlays were left, of which some are missing"]
+        expected = {"created": ({True}, True), "failed": ({False}, False)}.get(state)
+        if (there, switched) != expected:
+            return [f"{name} is {state}, but overlays there: {there}, switched: {switched}: {domain.get('msg')!r}"]
+        # None: it cannot be told, as after a fault that has kept the run from looking; the next run looks again.
+        if False in {checkpoint["valid"] for checkpoint in domain["checkpoints"]}:
+            return [f"{name}: its checkpoint is said to be of no use: {domain['checkpoints']}"]
+        return []
+
+    def rerun_wrong(self) -> list[str]:
+        """Return what is wrong with a second run, which must complete everything, and a third, which must change nothing."""
+        wrong = super().rerun_wrong()
+        wrong += [f"second run: {name} was not switched" for name in self.numbers if not self.switched(name)]
+        run = self.run()
+        unfit = {domain["name"] for domain in run.domains if [one["valid"] for one in domain["checkpoints"]] != [True]}
+        without_bitmaps = {name for name in self.numbers if not any(disk.bitmaps for disk in self.disks_of(name))}
+        states = {domain["state"] for domain in run.domains}
+        if run.status or (run.result or {}).get("changed") or states != {"present"} or unfit != without_bitmaps:
+            wrong.append(f"third run: exit {run.status}, {run.message} {run.result}")
+        return wrong
+
+
+def definition_of(domain: t.Any) -> str:
+    """Return what the next start of a domain uses."""
+    flags = libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE
+    return t.cast("str", domain.XMLDesc(flags))
+
+
+def _is_intact(domain: t.Any, definition: str | None) -> bool:
+    """Whether a domain still has this definition, and its checkpoint."""
+    return definition_of(domain) == definition and len(domain.listAllCheckpoints()) == 1
+
+
+def _uuid(name: str) -> str:
+    """Return the UUID of the domain of this name."""
+    return str(uuid.uuid5(uuid.NAMESPACE_DNS, name))
+
