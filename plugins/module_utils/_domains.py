@@ -17,11 +17,12 @@ from ._disks import examine
 from ._errors import Qcow2Error, advice, printable
 from ._image import Bitmap, open_image
 from ._libvirt import Domain, KnownCheckpoint, Libvirt, Unreadable, select
-from ._overlays import Settings, make_overlays
+from ._overlays import Machine, Settings, make_overlays
 from ._plan import CREATED, FAILED, PRESENT, Creation, Verdict, Wanted
 
 _EXTENSIONS = (".qcow2", ".qcow", ".img", ".raw")  # that are no part of an image's stem
 _NOT_ASKED_FOR = "not asked for"
+_READ_ONLY = ("cdrom", "floppy", "read-only")  # why a disk is unfit, of those that are not written to
 SKIPPED = "skipped"
 
 
@@ -108,7 +109,8 @@ def overlay_domains(
     sound = [plan for plan in plans if not plan.problems and plan.domain.name not in left_out]
     switches = {plan.domain.uuid: _Switch(libvirt, plan) for plan in sound if plan.overlays}
     wanted = [wanted for plan in sound for wanted in plan.wanted.values()]
-    outcome = make_overlays(wanted, settings, {uuid: switch.run for uuid, switch in switches.items()})
+    machines = {uuid: Machine(switch.run, _first_image(switch.plan.domain)) for uuid, switch in switches.items()}
+    outcome = make_overlays(wanted, settings, machines)
     verdicts = {(verdict.wanted.vm, verdict.wanted.path): verdict for verdict in outcome.verdicts}
     results = {
         plan.domain.name: _conclude(plan, verdicts, switches.get(plan.domain.uuid), settings.check_mode)
@@ -136,9 +138,15 @@ def _users_of_images(domains: t.Sequence[Domain]) -> Users:
                 layers, _problem = _layers_of(disk.source, disk.format)
                 for path in [os.path.realpath(disk.source), *(layer.real_path for layer in layers)]:
                     users.anyhow.setdefault(path, set()).add(domain.name)
-                if disk.unfit not in ("cdrom", "floppy", "read-only"):
+                if disk.unfit not in _READ_ONLY:
                     users.writing.setdefault(os.path.realpath(disk.source), set()).add(domain.name)
     return users
+
+
+def _first_image(domain: Domain) -> str | None:
+    """Return the image that a domain, when it starts, opens first for writing, for itself alone."""
+    own = [disk.source for disk in disks_of(domain.definition) if disk.unfit not in (*_READ_ONLY, "shareable")]
+    return next(filter(None, own), None)
 
 
 class _Switch:
@@ -146,17 +154,17 @@ class _Switch:
 
     def __init__(self, libvirt: Libvirt, plan: Plan) -> None:
         self._libvirt = libvirt
-        self._plan = plan
+        self.plan = plan
         self.problem: str | None = None
         self.is_done = False
 
     def run(self) -> None:
         """Switch the domain to its overlays; Qcow2Error when that fails."""
         try:
-            gone = [path for path in self._plan.overlays.values() if not os.path.exists(path)]
+            gone = [path for path in self.plan.overlays.values() if not os.path.exists(path)]
             if gone:
                 raise Qcow2Error(f"{gone[0]}: was removed meanwhile. Run this again.")
-            self._libvirt.switch(self._plan.domain, self._plan.definition, self._plan.overlays)
+            self._libvirt.switch(self.plan.domain, self.plan.definition, self.plan.overlays)
         except Qcow2Error as exc:
             self.problem = str(exc)
             raise

@@ -20,7 +20,15 @@ from ._plan import CREATED, FAILED, PRESENT, Verdict, Wanted
 from ._publish import Attire, Ownership, StagedFile, choose_attire, dress, find_leftovers, publish_together
 from ._qmp import Monitor, find_qemu
 
-Finish = t.Mapping[str, t.Callable[[], None]]  # by VM; see make_overlays
+
+class Machine(t.NamedTuple):
+    """What is known of a VM beside its overlays."""
+
+    finish: t.Callable[[], None]  # what must succeed for its overlays to stay
+    first_image: str | None = None  # path of what it opens first for writing when it starts
+
+
+Machines = t.Mapping[str, Machine]  # by the name of the VM
 
 
 class Settings(t.NamedTuple):
@@ -76,13 +84,13 @@ class _Engine:
         self._monitor = None
 
 
-def make_overlays(wanted: t.Sequence[Wanted], settings: Settings, finish: Finish | None = None) -> Outcome:
+def make_overlays(wanted: t.Sequence[Wanted], settings: Settings, machines: Machines | None = None) -> Outcome:
     """Make what is missing, VM by VM; in check mode only find out what a run would do.
 
-    finish has, by VM, what must succeed for its overlays to stay; it is called once all of them are there, the new and
-    the old ones, while no VM can start on any image. If it raises, the new ones are removed again.
+    A machine is finished once all its overlays are there, the new and the old ones, while no VM can start on any image.
+    If that raises, the new ones are removed again.
     """
-    finish = finish or {}
+    machines = machines or {}
     _allow_many_open_files()
     warnings = _leftovers(wanted, settings)
     groups = _groups(wanted)
@@ -91,7 +99,7 @@ def make_overlays(wanted: t.Sequence[Wanted], settings: Settings, finish: Finish
     to_do = [
         group
         for group in groups
-        if any(_is_pending(verdicts[index], finish) for index in group)
+        if any(_is_pending(verdicts[index], machines) for index in group)
         and all(verdicts[index].state != FAILED for index in group)
     ]
     done = 0
@@ -100,7 +108,7 @@ def make_overlays(wanted: t.Sequence[Wanted], settings: Settings, finish: Finish
             with interruptible():
                 pass  # a signal that has been waiting ends the run here
             with contextlib.ExitStack() as held:
-                some = _make_group([verdicts[index] for index in group], engine, settings, finish, held)
+                some = _make_group([verdicts[index] for index in group], engine, settings, machines, held)
                 _store(verdicts, group, some)
                 done += 1
     except Interrupted as exc:
@@ -179,32 +187,39 @@ def _observe(fd: int, wanted: Wanted) -> Active:
     return observe_active(fd, wanted.backing_file, wanted.backing_format, wanted.relative)
 
 
-def _is_pending(verdict: Verdict, finish: Finish) -> bool:
+def _is_pending(verdict: Verdict, machines: Machines) -> bool:
     """Whether there is something to be done for the overlay, or for its VM now that the overlay is there."""
-    return verdict.state == CREATED or (verdict.state == PRESENT and verdict.wanted.vm in finish)
+    return verdict.state == CREATED or (verdict.state == PRESENT and verdict.wanted.vm in machines)
 
 
 def _make_group(
-    verdicts: list[Verdict], engine: _Engine, settings: Settings, finish: Finish, held: contextlib.ExitStack
+    verdicts: list[Verdict], engine: _Engine, settings: Settings, machines: Machines, held: contextlib.ExitStack
 ) -> list[Verdict]:
     """Make the missing overlays of one VM and finish it, all or none, while every ACTIVE is locked by held."""
     work = _Work(held, engine, settings)
+    machine = machines.get(verdicts[0].wanted.vm or "")
     try:
-        work.lock([verdict for verdict in verdicts if _is_pending(verdict, finish)])
+        needed = {verdict.wanted.backing_file for verdict in verdicts if _is_pending(verdict, machines)}
+        work.lock(_opened_by_vm(verdicts, machine), needed)
     except (Qcow2Error, OSError) as exc:
-        return [_failed(verdict, exc) if _is_pending(verdict, finish) else verdict for verdict in verdicts]
+        return _all_failed(verdicts, machines, exc)
     for step in (work.judge, work.build):
         for index, verdict in enumerate(verdicts):
-            if _is_pending(verdict, finish):
+            if _is_pending(verdict, machines):
                 verdicts[index] = _attempt(step, verdict)
             if verdicts[index].state == FAILED:
                 engine.stop()
                 return _plan.all_or_none(verdicts)
     try:
-        work.publish(finish.get(verdicts[0].wanted.vm or ""))
+        work.publish(machine.finish if machine else None)
     except (Qcow2Error, OSError) as exc:
-        return [_failed(verdict, exc) if _is_pending(verdict, finish) else verdict for verdict in verdicts]
+        return _all_failed(verdicts, machines, exc)
     return verdicts
+
+
+def _all_failed(verdicts: t.Sequence[Verdict], machines: Machines, exc: Exception) -> list[Verdict]:
+    """Return the verdicts of a VM, those that are pending failed by an exception that is expected."""
+    return [_failed(verdict, exc) if _is_pending(verdict, machines) else verdict for verdict in verdicts]
 
 
 def _attempt(step: t.Callable[[Verdict], Verdict], verdict: Verdict) -> Verdict:
@@ -213,6 +228,26 @@ def _attempt(step: t.Callable[[Verdict], Verdict], verdict: Verdict) -> Verdict:
         return step(verdict)
     except (Qcow2Error, OSError) as exc:
         return _failed(verdict, exc)
+
+
+def _opened_by_vm(verdicts: t.Sequence[Verdict], machine: Machine | None) -> list[str]:
+    """Return the images that the VM opens for writing when it starts, in that order, as far as they are known."""
+    images = [machine.first_image] if machine and machine.first_image else []
+    for verdict in verdicts:
+        # Where the overlay is there already, the VM may have been pointed at it or not.
+        images += [verdict.wanted.path] if verdict.state == PRESENT else []
+        images.append(verdict.wanted.backing_file)
+    return list(dict.fromkeys(images))
+
+
+@contextlib.contextmanager
+def _unless(needed: bool) -> t.Iterator[None]:
+    """Ignore failures in the block, unless what it does is needed."""
+    try:
+        yield
+    except Qcow2Error:
+        if needed:
+            raise
 
 
 class _Site(t.NamedTuple):
@@ -235,20 +270,35 @@ class _Work:
         self._sites: dict[str, _Site] = {}  # by path
         self._staged: list[StagedFile] = []
 
-    def lock(self, verdicts: t.Sequence[Verdict]) -> None:
-        """Lock every ACTIVE against writers and against other runs of this collection."""
-        for path in {verdict.wanted.backing_file for verdict in verdicts}:
-            self._actives[path] = open_image(path)
-            self._held.callback(close_image, self._actives[path])
+    def lock(self, opened_by_vm: t.Sequence[str], needed: t.Collection[str]) -> None:
+        """Lock every ACTIVE that is needed against writers and against other runs of this collection.
+
+        A VM that is started meanwhile does not start, and should fail at its first disk: a QEMU that ends at its second
+        one leaves the bitmaps of the first in use, so inconsistent for good. So all images that the VM opens are locked
+        as far as that can be done, in the order in which it does, and released in the opposite one.
+        """
+        files: dict[tuple[int, int], tuple[str, int]] = {}  # path and descriptor by identity; a file with two names once
+        for path in opened_by_vm:
+            with _unless(path in needed):
+                fd = open_image(path)
+                self._held.callback(close_image, fd)
+                _path, fd = files.setdefault(identity_of(os.fstat(fd)), (path, fd))
+                if path in needed:
+                    self._actives[path] = fd
         if self._settings.check_mode:  # no lock, or a VM that starts just now would fail because of a mere question
             return
-        # In an order that all runs share, or two could wait for each other; and a file with two names once.
-        distinct = {identity_of(os.fstat(fd)): (path, fd) for path, fd in self._actives.items()}
-        for _identity, (path, fd) in sorted(distinct.items()):
-            _locks.take_turn(fd, path, self._settings.seconds)
-            _locks.hold_off_writers(fd, path)
-        for path, fd in self._actives.items():
-            self._actives[path] = distinct[identity_of(os.fstat(fd))][1]
+        actives = set(self._actives.values())
+        # In an order that all runs share, or two could wait for each other.
+        for _identity, (path, fd) in sorted(files.items()):
+            with _unless(fd in actives):
+                _locks.take_turn(fd, path, self._settings.seconds)
+        for path, fd in files.values():
+            try:
+                _locks.hold_off_writers(fd, path)
+            except Qcow2Error:
+                if fd in actives:
+                    raise
+                _locks.let_go(fd)  # or a VM that has it open would be taken for a run of ours
 
     def judge(self, verdict: Verdict) -> Verdict:
         """Decide again, now that nobody can change ACTIVE."""

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
+import json
 import os
 import random
 import resource
@@ -19,11 +21,11 @@ import time
 import types
 
 import pytest
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils import _overlays, _plan
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils import _locks, _overlays, _plan, _publish
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._errors import HalfDoneError, Qcow2Error
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._image import Bitmap
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._interrupt import Interrupted, ending_cleanly
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._overlays import Settings, make_overlays
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._overlays import Machine, Settings, make_overlays
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._plan import Creation, Wanted
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._publish import Ownership
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qmp import Monitor
@@ -215,7 +217,7 @@ def test_an_active_that_is_replaced_meanwhile_is_noticed(tmp_path, disk, monkeyp
 
 RUN = """
 import shutil, sys
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._overlays import Settings, make_overlays
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._overlays import Machine, Settings, make_overlays
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._plan import Wanted
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._publish import Ownership
 settings = Settings(False, 60, shutil.which, Ownership())
@@ -353,32 +355,32 @@ def finishing(tmp_path, done, error=None):
 def test_a_vm_is_finished_once_all_its_overlays_are_there_and_while_it_cannot_start(tmp_path, disk):
     wanted = [Wanted(str(tmp_path / name), disk, vm=name[0]) for name in ("a1", "b1", "a2")]
     done = []
-    finish = {"a": finishing(tmp_path, done)}
-    predicted = make_overlays(wanted, SETTINGS._replace(check_mode=True), finish)
+    machines = {"a": Machine(finishing(tmp_path, done))}
+    predicted = make_overlays(wanted, SETTINGS._replace(check_mode=True), machines)
     assert done == []
-    outcome = make_overlays(wanted, SETTINGS, finish)
+    outcome = make_overlays(wanted, SETTINGS, machines)
     assert outcome.as_result() == predicted.as_result()
     assert done[0] == ["a1", "a2", "active.qcow2"]
     # Once more, since the VM may still have to be finished although its overlays are there: a run can be killed.
-    again = make_overlays(wanted, SETTINGS._replace(find_program=lambda _name: None), finish)
+    again = make_overlays(wanted, SETTINGS._replace(find_program=lambda _name: None), machines)
     assert (states(again), len(done)) == (["present"] * 3, 2)
 
 
 def test_overlays_of_a_vm_that_cannot_be_finished_are_removed_again(tmp_path, disk):
     wanted = [Wanted(str(tmp_path / name), disk, vm=name) for name in ("a", "b")]
-    outcome = make_overlays(wanted, SETTINGS, {"a": finishing(tmp_path, [], Qcow2Error("libvirt says no"))})
+    outcome = make_overlays(wanted, SETTINGS, {"a": Machine(finishing(tmp_path, [], Qcow2Error("libvirt says no")))})
     assert states(outcome) == ["failed", "created"]
     assert outcome.failures == ["libvirt says no"]
     assert sorted(os.listdir(tmp_path)) == ["active.qcow2", "b"]
     # One that was there before stays.
-    outcome = make_overlays(wanted, SETTINGS, {"b": finishing(tmp_path, [], Qcow2Error("libvirt says no"))})
+    outcome = make_overlays(wanted, SETTINGS, {"b": Machine(finishing(tmp_path, [], Qcow2Error("libvirt says no")))})
     assert states(outcome) == ["created", "failed"]
     assert sorted(os.listdir(tmp_path)) == ["a", "active.qcow2", "b"]
 
 
 def test_overlays_that_may_be_in_use_already_stay(tmp_path, disk):
-    finish = {"a": finishing(tmp_path, [], HalfDoneError("half done"))}
-    outcome = make_overlays([Wanted(str(tmp_path / "a"), disk, vm="a")], SETTINGS, finish)
+    machines = {"a": Machine(finishing(tmp_path, [], HalfDoneError("half done")))}
+    outcome = make_overlays([Wanted(str(tmp_path / "a"), disk, vm="a")], SETTINGS, machines)
     assert (states(outcome), outcome.failures) == (["failed"], ["half done"])
     assert sorted(os.listdir(tmp_path)) == ["a", "active.qcow2"]
 
@@ -388,7 +390,7 @@ def test_a_vm_of_which_an_overlay_fails_is_not_finished(tmp_path, disk):
     wanted = [Wanted(str(tmp_path / name), disk, vm="a") for name in ("a1", "a2")]
     make_overlays(wanted[:1], SETTINGS)
     done = []
-    outcome = make_overlays(wanted, SETTINGS, {"a": finishing(tmp_path, done)})
+    outcome = make_overlays(wanted, SETTINGS, {"a": Machine(finishing(tmp_path, done))})
     assert (states(outcome), done) == (["present", "failed"], [])
 
 
@@ -400,7 +402,7 @@ def test_a_signal_waits_until_the_vm_is_finished(tmp_path, disk):
 
     with ending_cleanly():
         wanted = [Wanted(str(tmp_path / name), disk, vm=name) for name in "ab"]
-        outcome = make_overlays(wanted, SETTINGS, {"a": finish})
+        outcome = make_overlays(wanted, SETTINGS, {"a": Machine(finish)})
     assert sorted(os.listdir(tmp_path)) == ["a", "active.qcow2", "finished"]
     # What was made is said to be made.
     assert states(outcome) == ["created", "failed"]
@@ -415,6 +417,103 @@ def test_an_overlay_that_a_vm_has_written_to_is_not_taken_for_a_new_one(tmp_path
     assert states(make_overlays([wanted], SETTINGS)) == ["present"]
     outcome = make_overlays([wanted._replace(unused=True)], SETTINGS)
     assert "it holds data, so a VM has run on it" in outcome.failures[0]
+
+
+class StartedVM:
+    """A VM of two disks that somebody starts whenever images are about to be locked or released."""
+
+    def __init__(self, monkeypatch, *disks):
+        self._disks = disks  # by definition: the paths of both
+        self.tries = 0
+        for module, name in ((_locks, "hold_off_writers"), (_overlays, "close_image"), (_publish, "close_image")):
+            monkeypatch.setattr(module, name, self._before(getattr(module, name)))
+
+    def _before(self, call):
+        def start_then_call(*arguments):
+            for disks in self._disks:
+                if all(map(os.path.exists, disks)):
+                    self.tries += 1
+                    start_and_quit(disks)
+            return call(*arguments)
+
+        return start_then_call
+
+
+def start_and_quit(disks):
+    command = ["qemu-system-x86_64", "-machine", "none", "-nodefaults", "-display", "none", "-qmp", "stdio"]
+    for disk in disks:
+        command += ["-blockdev", json.dumps({"driver": "qcow2", "file": {"driver": "file", "filename": disk}})]
+        command[-1] = command[-1].replace("{", '{"node-name": "n%d", ' % len(command), 1)
+    words = b'{"execute": "qmp_capabilities"} {"execute": "quit"}'
+    started = subprocess.run(command, input=words, check=False, capture_output=True)
+    assert started.returncode == 0 or b"lock" in started.stderr
+
+
+@pytest.mark.parametrize("there", [(), (0,), (1,)], ids=["none there", "first there", "second there"])
+def test_a_vm_that_cannot_start_does_not_lose_the_bitmaps_of_its_first_disk(tmp_path, monkeypatch, there):
+    # A QEMU that cannot open its second disk ends with the bitmaps of the first one in use. Other names than the order of
+    # their inodes, since runs wait for each other in the order of the latter.
+    actives = [qemu.create(tmp_path / name) for name in ("second", "first")][::-1]
+    for active in actives:
+        qemu.add_bitmaps(active, [Bitmap("monday", 65536, True, False)])
+    overlays = [f"{active}.snap" for active in actives]
+    wanted = [Wanted(path, active) for path, active in zip(overlays, actives)]
+    for number in there:
+        make_overlays([wanted[number]], SETTINGS)
+    mixed = [overlays[number] if number in there else active for number, active in enumerate(actives)]
+    vm = StartedVM(monkeypatch, actives, overlays, mixed)
+    outcome = make_overlays(wanted, SETTINGS)
+    monkeypatch.undo()
+    assert set(states(outcome)) <= {"created", "present"}
+    assert vm.tries > 8
+    for path in (*actives, *overlays):
+        assert qemu.bitmaps_of(path) == {("monday", 65536, True, False)}, path
+
+
+def test_a_vm_is_kept_from_its_first_disk_though_only_the_second_takes_part(tmp_path, disk):
+    first = qemu.create(tmp_path / "first")
+
+    def finish():
+        started = subprocess.run(["qemu-io", "-c", "quit", first], check=False, capture_output=True)
+        assert b'Failed to get "write" lock' in started.stderr
+
+    wanted = [Wanted(str(tmp_path / "over"), disk, vm="a")]
+    assert states(make_overlays(wanted, SETTINGS, {"a": Machine(finish, first)})) == ["created"]
+
+
+def test_a_first_disk_that_is_missing_does_not_matter(tmp_path, disk):
+    machine = Machine(lambda: None, str(tmp_path / "first"))
+    assert states(make_overlays([Wanted(str(tmp_path / "over"), disk, vm="a")], SETTINGS, {"a": machine})) == ["created"]
+
+
+def test_a_first_disk_that_is_open_does_not_matter_and_is_seen_to_be_by_others(tmp_path, disk):
+    first = qemu.create(tmp_path / "first")
+    seen = []
+
+    def finish():
+        with open(first, "rb") as file:
+            seen.append(_locks.is_used(file.fileno(), _locks.WRITE, first))
+
+    with qemu.opened_for_writing(first):
+        wanted = [Wanted(str(tmp_path / "over"), disk, vm="a")]
+        assert states(make_overlays(wanted, SETTINGS, {"a": Machine(finish, first)})) == ["created"]
+    assert seen == [True]
+
+
+def test_a_vm_that_opens_an_overlay_just_before_it_would_be_locked_is_seen(tmp_path, disk, monkeypatch):
+    wanted = Wanted(str(tmp_path / "over"), disk, vm="a", unused=True)
+    make_overlays([wanted], SETTINGS)
+    take_turn = _locks.take_turn
+    with contextlib.ExitStack() as vm:
+
+        def start_vm(*arguments):
+            vm.enter_context(qemu.opened_for_writing(wanted.path))
+            monkeypatch.setattr(_locks, "take_turn", take_turn)
+            take_turn(*arguments)
+
+        monkeypatch.setattr(_locks, "take_turn", start_vm)
+        outcome = make_overlays([wanted], SETTINGS, {"a": Machine(lambda: None)})
+    assert "a process has it open for writing, most likely another VM" in outcome.failures[0]
 
 
 def signs_of_use(path, what):
