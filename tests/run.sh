@@ -13,6 +13,11 @@ say() { printf '\n== %s\n' "$*"; }
 # The matrix: ansible-core, the controller's Python, the managed host's Python. Oldest and newest that are supported.
 legs=("2.18 3.11 3.9" "2.21 3.13 3.13")
 
+# Put before a command: processes, mounts and loopback of its own. Two libvirt daemons would now and then choose the same
+# display port, and a daemon has a session of its own, so an interrupt would not reach it. The kernel ends all with bash.
+# shellcheck disable=SC2016  # bash expands it
+own_world=(unshare --net --pid --fork --kill-child --mount-proc bash -c 'ip link set lo up && "$@"; exit' -)
+
 find_python() {  # find_python X.Y: print the path of that Python, of the system or of pyenv
   local path
   for path in "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$1".*/bin/python /usr/bin/python"$1" /usr/local/bin/python"$1"; do
@@ -132,10 +137,7 @@ units() { each_leg units_leg; }
 
 integration_leg() {  # with a copy of the collection and a home of its own, since the legs run side by side
   local copy=$cache/leg-$1/ansible_collections/kvmfleet/qcow2 home=$cache/leg-$1/home
-  # With processes, mounts and loopback of its own: two libvirt daemons would now and then choose the same display port, and
-  # a daemon has a session of its own, so an interrupt would not reach it. The kernel ends all of them with bash.
-  # shellcheck disable=SC2016  # bash expands it
-  local alone=(unshare --net --pid --fork --kill-child --mount-proc bash -c 'ip link set lo up && "$@"; exit' -)
+  local alone=("${own_world[@]}")
   copy_collection "$copy"
   echo "ansible_python_interpreter: $cache/venv/host-$3/bin/python" > "$copy/tests/integration/integration_config.yml"
   ansible_test "$1" integration --local --python "$2" --allow-root --allow-destructive
@@ -191,9 +193,11 @@ prove() {
   [ "$(id -u)" -eq 0 ] || { as_root prove; return; }
   local program options
   read -ra options <<< "${PROVE:-}"
-  for program in kills faults hostile; do
+  local core=${usable[-1]%% *}
+  make_venv prove "$(readlink -f "$cache/venv/core-$core/bin/python")" "ansible-core==$core.*" libvirt-python
+  for program in kills faults domains hostile; do
     say "prove: tests/prove/$program.py ${options[*]}"
-    "$cache/venv/core-${usable[-1]%% *}/bin/python" "$copy/tests/prove/$program.py" "${options[@]}"
+    "${own_world[@]}" "$cache/venv/prove/bin/python" "$copy/tests/prove/$program.py" "${options[@]}"
   done
 }
 

@@ -120,8 +120,8 @@ class Disk(t.NamedTuple):
 def examine(path: str, follow: bool, count: bool, image_format: str | None = None) -> Disk:
     """Return everything about the disk with this topmost image; what is wrong there is in the answer.
 
-    follow: down to the base, not only the topmost image. count: the dirty bytes too. image_format: of the topmost image,
-    where it is known.
+    follow: down to the base, not only the topmost image. count: the dirty bytes too. image_format: of the topmost
+    image, where it is known.
     """
     for _attempt_number in range(_ATTEMPTS):
         with contextlib.ExitStack() as held:

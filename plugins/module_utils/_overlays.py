@@ -277,7 +277,9 @@ class _Work:
         one leaves the bitmaps of the first in use, so inconsistent for good. So all images that the VM opens are locked
         as far as that can be done, in the order in which it does, and released in the opposite one.
         """
-        files: dict[tuple[int, int], tuple[str, int]] = {}  # path and descriptor by identity; a file with two names once
+        files: dict[
+            tuple[int, int], tuple[str, int]
+        ] = {}  # path and descriptor by identity; a file with two names once
         for path in opened_by_vm:
             with _unless(path in needed):
                 fd = open_image(path)

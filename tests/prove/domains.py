@@ -1,14 +1,14 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Kill domain_overlay at every step, and let what is around it fail; judge images and definitions by libvirt's own words.
+"""Kill domain_overlay at every step, and let what is around it fail; judge images and definitions by libvirt's words.
 
 Run as root, with the Python of an environment that has ansible-core and libvirt-python: python tests/prove/domains.py.
 Needs QEMU, libvirt and gcc. Each lab has a libvirt daemon of its own.
 
-After each round a domain is either on all of its overlays, and they are complete, or its definition is the old one; never
-on one that is not there. A run that was not killed says just that, and leaves no overlay of a domain that it has not
-switched, unless it says so. A second run completes everything, and a third one changes nothing.
+After each round a domain is either on all of its overlays, and they are complete, or its definition is the old one;
+never on one that is not there. A run that was not killed says just that, and leaves no overlay of a domain that it has
+not switched, unless it says so. A second run completes everything, and a third one changes nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import estate
 import faults
 import kills
 import lab
-import libvirt
 
 Ground = t.Any  # an estate.Estate; the rounds of the other programs know a lab.Lab only
 FILLER = "filler"
@@ -56,22 +55,13 @@ def daemon_is_full(ground: Ground, pages: int) -> lab.Finding:
     return faults.judge(ground, run)
 
 
-def start(domain: t.Any) -> str:
-    """Start a domain; return why it does not start, or nothing."""
-    try:
-        domain.create()
-    except libvirt.libvirtError as exc:
-        return str(exc)
-    return ""
-
-
 def started_at_step(ground: Ground, number: int) -> lab.Finding:
     """Start a domain while the module is at a step."""
     ground.start(f"module:*:{number}:stop")
     if ground.runner.answer() is not None:
         return lab.Finding("the run was over", [])
     name = sorted(ground.numbers)[-1]
-    said = start(ground.domain(name))
+    said = ground.daemon.start_domain(name)
     ground.runner.say()
     return judge_started(ground, name, said, ground.runner.answer())
 
@@ -81,7 +71,7 @@ def started_at_moment(ground: Ground, pause: float) -> lab.Finding:
     ground.start()
     time.sleep(pause)
     name = sorted(ground.numbers)[-1]
-    said = start(ground.domain(name))
+    said = ground.daemon.start_domain(name)
     return judge_started(ground, name, said, ground.runner.answer())
 
 
@@ -148,7 +138,7 @@ def changed_at_step(ground: Ground, number: int) -> lab.Finding:
 
 
 def second_run(ground: Ground, number: int | None, pause: float) -> lab.Finding:
-    """Let two runs want the same snapshot of the same domains, the second while the first is at a step or after a pause."""
+    """Let two runs want the same snapshot of the same domains, the second at a step of the first or after a pause."""
     ground.start(f"module:*:{number}:stop" if number else "")
     first = ground.runner.answer() if number else None
     time.sleep(pause)

@@ -45,6 +45,15 @@ class Daemon:
         self._shell("start_daemon")
         self.connection = libvirt.open(self.uri)
 
+    def start_domain(self, name: str) -> str:
+        """Start a domain; return why it does not start, in the words of libvirt and of QEMU, or nothing."""
+        try:
+            self.connection.lookupByName(name).create()
+        except libvirt.libvirtError as exc:
+            log = self._folder / "log/qemu" / f"{name}.log"  # libvirt does not always wait for what QEMU says
+            return f"{exc} {log.read_text(encoding='utf-8', errors='replace').splitlines()[-2:]}"
+        return ""
+
     def kill(self) -> None:
         """Kill it; its state stays."""
         pid = int((self._folder / "libvirtd.pid").read_text(encoding="ascii"))
@@ -216,7 +225,7 @@ class Estate(lab.Lab):
         return []
 
     def rerun_wrong(self) -> list[str]:
-        """Return what is wrong with a second run, which must complete everything, and a third, which must change nothing."""
+        """Return what is wrong with a second run, which must complete everything, and a third, which changes nothing."""
         wrong = super().rerun_wrong()
         wrong += [f"second run: {name} was not switched" for name in self.numbers if not self.switched(name)]
         run = self.run()
@@ -242,4 +251,3 @@ def _is_intact(domain: t.Any, definition: str | None) -> bool:
 def _uuid(name: str) -> str:
     """Return the UUID of the domain of this name."""
     return str(uuid.uuid5(uuid.NAMESPACE_DNS, name))
-

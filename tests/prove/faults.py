@@ -148,7 +148,10 @@ def small_disk(ground: lab.Lab, options: str) -> t.Iterator[t.Callable[[], None]
 
 @contextlib.contextmanager
 def quota(ground: lab.Lab, limit: int) -> t.Iterator[t.Callable[[], None]]:
-    """Have a quota of so many bytes for the overlays, by btrfs, whose quotas hold for root too; what is yielded lifts it."""
+    """Have a quota of so many bytes for the overlays, of btrfs, whose quotas hold for root too.
+
+    What is yielded lifts it.
+    """
     image, top = ground.papers / "btrfs.img", ground.papers / "btrfs"
     image.unlink(missing_ok=True)
     image.touch()

@@ -94,7 +94,7 @@ class Run(t.NamedTuple):
 
     @property
     def messages(self) -> list[str]:
-        """Why overlays failed, each that is not only left out because of another; or why their domain did, or the run."""
+        """Why overlays failed, each that is not only left out because of another; or else their domain, or the run."""
         of_overlays = [overlay.get("msg", "") for overlay in self._overlays]
         said = [message for message in of_overlays if message and ": not made, because" not in message]
         said = said or [domain["msg"] for domain in self.domains if "msg" in domain]
@@ -349,7 +349,8 @@ class Lab:
             wrong.append("failed without a message")
         if self.leftovers():
             wrong.append(f"left {self.leftovers()} behind, and says {run.message!r}")
-        return [*wrong, *self.told_wrong(run)] if run.alone else [*wrong, *self.told_wrong(run), "left a process behind"]
+        wrong += self.told_wrong(run)
+        return wrong if run.alone else [*wrong, "left a process behind"]
 
     def told_wrong(self, run: Run) -> list[str]:
         """Return what is wrong with what a run says of what it has left."""

@@ -441,9 +441,9 @@ class StartedVM:
 
 def start_and_quit(disks):
     command = ["qemu-system-x86_64", "-machine", "none", "-nodefaults", "-display", "none", "-qmp", "stdio"]
-    for disk in disks:
-        command += ["-blockdev", json.dumps({"driver": "qcow2", "file": {"driver": "file", "filename": disk}})]
-        command[-1] = command[-1].replace("{", '{"node-name": "n%d", ' % len(command), 1)
+    for number, disk in enumerate(disks):
+        node = {"driver": "qcow2", "node-name": f"disk{number}", "file": {"driver": "file", "filename": disk}}
+        command += ["-blockdev", json.dumps(node)]
     words = b'{"execute": "qmp_capabilities"} {"execute": "quit"}'
     started = subprocess.run(command, input=words, check=False, capture_output=True)
     assert started.returncode == 0 or b"lock" in started.stderr
@@ -451,8 +451,8 @@ def start_and_quit(disks):
 
 @pytest.mark.parametrize("there", [(), (0,), (1,)], ids=["none there", "first there", "second there"])
 def test_a_vm_that_cannot_start_does_not_lose_the_bitmaps_of_its_first_disk(tmp_path, monkeypatch, there):
-    # A QEMU that cannot open its second disk ends with the bitmaps of the first one in use. Other names than the order of
-    # their inodes, since runs wait for each other in the order of the latter.
+    # A QEMU that cannot open its second disk ends with the bitmaps of the first one in use. The VM's first disk has the
+    # higher inode here, since runs wait for each other in the order of those.
     actives = [qemu.create(tmp_path / name) for name in ("second", "first")][::-1]
     for active in actives:
         qemu.add_bitmaps(active, [Bitmap("monday", 65536, True, False)])
@@ -483,7 +483,8 @@ def test_a_vm_is_kept_from_its_first_disk_though_only_the_second_takes_part(tmp_
 
 def test_a_first_disk_that_is_missing_does_not_matter(tmp_path, disk):
     machine = Machine(lambda: None, str(tmp_path / "first"))
-    assert states(make_overlays([Wanted(str(tmp_path / "over"), disk, vm="a")], SETTINGS, {"a": machine})) == ["created"]
+    wanted = [Wanted(str(tmp_path / "over"), disk, vm="a")]
+    assert states(make_overlays(wanted, SETTINGS, {"a": machine})) == ["created"]
 
 
 def test_a_first_disk_that_is_open_does_not_matter_and_is_seen_to_be_by_others(tmp_path, disk):
