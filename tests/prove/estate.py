@@ -225,7 +225,7 @@ class Estate(lab.Lab):
         return []
 
     def rerun_wrong(self) -> list[str]:
-        """Return what is wrong with a second run, which must complete everything, and a third, which changes nothing."""
+        """Return what is wrong with a second run, which completes everything, and a third, which changes nothing."""
         wrong = super().rerun_wrong()
         wrong += [f"second run: {name} was not switched" for name in self.numbers if not self.switched(name)]
         run = self.run()
