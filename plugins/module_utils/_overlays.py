@@ -284,6 +284,8 @@ class _Work:
             with _unless(path in needed):
                 fd = open_image(path)
                 self._held.callback(close_image, fd)
+                if path not in needed and _locks.is_used(fd, _locks.WRITE, path):  # no lock of a running VM is touched
+                    continue
                 _path, fd = files.setdefault(identity_of(os.fstat(fd)), (path, fd))
                 if path in needed:
                     self._actives[path] = fd

@@ -487,32 +487,49 @@ def test_a_first_disk_that_is_missing_does_not_matter(tmp_path, disk):
     assert states(make_overlays(wanted, SETTINGS, {"a": machine})) == ["created"]
 
 
-def test_a_first_disk_that_is_open_does_not_matter_and_is_seen_to_be_by_others(tmp_path, disk):
+@contextlib.contextmanager
+def opened_before_the_first_lock(path, monkeypatch):
+    take_turn = _locks.take_turn
+    with contextlib.ExitStack() as vm:
+
+        def start_vm(*arguments):
+            vm.enter_context(qemu.opened_for_writing(path))
+            monkeypatch.setattr(_locks, "take_turn", take_turn)
+            take_turn(*arguments)
+
+        monkeypatch.setattr(_locks, "take_turn", start_vm)
+        yield
+
+
+@pytest.mark.parametrize("when", ["before", "just before it would be locked"])
+def test_a_first_disk_that_is_open_does_not_matter_and_is_not_locked(tmp_path, disk, monkeypatch, when):
     first = qemu.create(tmp_path / "first")
-    seen = []
+    held = []
 
     def finish():
         with open(first, "rb") as file:
-            seen.append(_locks.is_used(file.fileno(), _locks.WRITE, first))
+            held.append(_locks.is_held(file.fileno(), _locks.OURS, first))
 
-    with qemu.opened_for_writing(first):
+    with qemu.opened_for_writing(first) if when == "before" else opened_before_the_first_lock(first, monkeypatch):
         wanted = [Wanted(str(tmp_path / "over"), disk, vm="a")]
         assert states(make_overlays(wanted, SETTINGS, {"a": Machine(finish, first)})) == ["created"]
-    assert seen == [True]
+    assert held == [False]
+
+
+def test_no_lock_is_taken_on_what_a_running_vm_has_open(tmp_path, disk, monkeypatch):
+    first = qemu.create(tmp_path / "first")
+    locked = []
+    monkeypatch.setattr(_locks, "_set_lock", lambda _fd, byte, _kind: locked.append(byte))
+    with qemu.opened_for_writing(first), open(first, "rb") as file, contextlib.ExitStack() as held:
+        assert _locks.is_used(file.fileno(), _locks.WRITE, first)
+        _overlays._Work(held, _overlays._Engine(SETTINGS), SETTINGS).lock([first], set())
+    assert locked == []
 
 
 def test_a_vm_that_opens_an_overlay_just_before_it_would_be_locked_is_seen(tmp_path, disk, monkeypatch):
     wanted = Wanted(str(tmp_path / "over"), disk, vm="a", unused=True)
     make_overlays([wanted], SETTINGS)
-    take_turn = _locks.take_turn
-    with contextlib.ExitStack() as vm:
-
-        def start_vm(*arguments):
-            vm.enter_context(qemu.opened_for_writing(wanted.path))
-            monkeypatch.setattr(_locks, "take_turn", take_turn)
-            take_turn(*arguments)
-
-        monkeypatch.setattr(_locks, "take_turn", start_vm)
+    with opened_before_the_first_lock(wanted.path, monkeypatch):
         outcome = make_overlays([wanted], SETTINGS, {"a": Machine(lambda: None)})
     assert "a process has it open for writing, most likely another VM" in outcome.failures[0]
 
