@@ -107,7 +107,7 @@ def overlay_domains(
     plans = [plan_domain(domain, request, users) for domain in found if isinstance(domain, Domain)]
     left_out = {plan.domain.name: _left_out(plan) for plan in plans if _is_to_be_left_out(plan, request, names)}
     sound = [plan for plan in plans if not plan.problems and plan.domain.name not in left_out]
-    switches = {plan.domain.uuid: _Switch(libvirt, plan) for plan in sound if plan.overlays}
+    switches = {plan.domain.uuid: _Switch(libvirt, plan, settings.seconds) for plan in sound if plan.overlays}
     wanted = [wanted for plan in sound for wanted in plan.wanted.values()]
     machines = {uuid: Machine(switch.run, _first_image(switch.plan.domain)) for uuid, switch in switches.items()}
     outcome = make_overlays(wanted, settings, machines)
@@ -152,8 +152,9 @@ def _first_image(domain: Domain) -> str | None:
 class _Switch:
     """The last step for a domain, which the engine takes once its overlays are there."""
 
-    def __init__(self, libvirt: Libvirt, plan: Plan) -> None:
+    def __init__(self, libvirt: Libvirt, plan: Plan, seconds: float) -> None:
         self._libvirt = libvirt
+        self._seconds = seconds
         self.plan = plan
         self.problem: str | None = None
         self.is_done = False
@@ -164,7 +165,7 @@ class _Switch:
             gone = [path for path in self.plan.overlays.values() if not os.path.exists(path)]
             if gone:
                 raise Qcow2Error(f"{gone[0]}: was removed meanwhile. Run this again.")
-            self._libvirt.switch(self.plan.domain, self.plan.definition, self.plan.overlays)
+            self._libvirt.switch(self.plan.domain, self.plan.definition, self.plan.overlays, self._seconds)
         except Qcow2Error as exc:
             self.problem = str(exc)
             raise

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import fnmatch
+import time
 import traceback
 import typing as t
 
@@ -90,10 +91,11 @@ class Libvirt:
             ) from exc
         return {name: _read(handle, name) for name, handle in handles.items()}
 
-    def switch(self, domain: Domain, new: str, overlays: t.Mapping[str, str]) -> None:
+    def switch(self, domain: Domain, new: str, overlays: t.Mapping[str, str], seconds: float) -> None:
         """Give the domain its new definition, in which these targets are these overlays, and read it back.
 
-        On Qcow2Error the old one stands; on HalfDoneError nobody knows.
+        On Qcow2Error the old one stands; on HalfDoneError nobody knows. A start that has begun just before is waited
+        for, so many seconds: its QEMU, which has not opened the old images yet, must find them locked.
         """
         try:
             handle = self._connection.lookupByUUIDString(domain.uuid)
@@ -110,6 +112,7 @@ class Libvirt:
         except libvirt.libvirtError as exc:
             raise _half_done(domain, f"libvirt says: {_words(exc)}.") from exc
         if _is_as_wanted(now, domain, overlays):
+            _wait_for_start(handle, domain, seconds)
             return
         if now != domain.definition:  # nor is it the old one: somebody else may be changing it, and is not overruled
             raise _half_done(domain, error)
@@ -117,6 +120,22 @@ class Libvirt:
             f"{domain.name}: its definition could not be changed, so the old one stands and new overlays were removed "
             f"again. {error} Check the space below /etc/libvirt and the log of libvirt's daemon, then run this again."
         )
+
+
+def _wait_for_start(handle: t.Any, domain: Domain, seconds: float) -> None:
+    """Wait, so many seconds at most, until a start that has begun with the old definition has failed."""
+    deadline = time.monotonic() + seconds
+    try:
+        while handle.isActive():
+            if time.monotonic() > deadline:
+                raise HalfDoneError(
+                    f"{domain.name}: was started while it was being switched, and runs on the images below its "
+                    "overlays although they were locked, so its overlays were left in place. What it writes there its "
+                    "bitmaps record, too. Shut it down, then run this again."
+                )
+            time.sleep(0.02)
+    except libvirt.libvirtError as exc:
+        raise _half_done(domain, f"libvirt says: {_words(exc)}.") from exc
 
 
 def _read(handle: t.Any, name: str) -> Domain | Unreadable:

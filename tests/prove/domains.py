@@ -13,6 +13,7 @@ not switched, unless it says so. A second run completes everything, and a third 
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import os
 import sys
@@ -64,6 +65,20 @@ def started_at_step(ground: Ground, number: int) -> lab.Finding:
     said = ground.daemon.start_domain(name)
     ground.runner.say()
     return judge_started(ground, name, said, ground.runner.answer())
+
+
+def being_started_at_question(ground: Ground, number: int) -> lab.Finding:
+    """Let a domain begin to start when the module is about to ask libvirt, before QEMU has opened the images."""
+    ground.start(f"module:ask:{number}:stop")
+    if ground.runner.answer() is not None:
+        return lab.Finding("the run was over", [])
+    name = sorted(ground.numbers)[-1]
+    with concurrent.futures.ThreadPoolExecutor(1) as starter:
+        start = starter.submit(ground.daemon.start_domain, name)
+        while not start.done() and not ground.domain(name).isActive():
+            time.sleep(0.001)
+        ground.runner.say()
+        return judge_started(ground, name, start.result(), ground.runner.answer())
 
 
 def started_at_moment(ground: Ground, pause: float) -> lab.Finding:
@@ -170,15 +185,17 @@ AT_STEPS = {
     "definition is changed at a step": ("edit", changed_at_step),
     "second run at a step": ("second", functools.partial(second_run, pause=0)),
 }
+AT_QUESTIONS = {"domain begins to start at a question to libvirt": ("starting", being_started_at_question)}
 
 
 def around(ground: Ground, kind: lab.Kind, asked: lab.Choice) -> list[lab.Job]:
     """Return the rounds in which something happens around a run."""
     ground.use(kind)
-    steps = sum(ground.calls()["module"].values())
+    calls = ground.calls()["module"]
     jobs = [
         lab.Job(f"{kind.name}: {series}", f"{kind.name}-{word}-step-{n}", functools.partial(play, number=n), kind)
-        for series, (word, play) in AT_STEPS.items()
+        for rounds, steps in ((AT_STEPS, sum(calls.values())), (AT_QUESTIONS, calls["ask"]))
+        for series, (word, play) in rounds.items()
         for n in range(1, steps + 1)
     ]
     for pages in range(4):
