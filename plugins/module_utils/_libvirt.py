@@ -118,7 +118,7 @@ class Libvirt:
             raise _half_done(domain, error)
         raise Qcow2Error(
             f"{domain.name}: its definition could not be changed, so the old one stands and new overlays were removed "
-            f"again. {error} Check the space below /etc/libvirt and the log of libvirt's daemon, then run this again."
+            f"again. {error} Check the space where libvirt keeps its definitions, and its log, then run this again."
         )
 
 

@@ -90,11 +90,6 @@ def take_turn(fd: int, path: str, seconds: float) -> None:
             time.sleep(random.uniform(0.005, 0.05))
 
 
-def let_go(fd: int) -> None:
-    """Give up all locks on the file that were taken through this descriptor."""
-    fcntl.fcntl(fd, _F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, 0, 0, 0, 0))
-
-
 def claim(fd: int, path: str) -> bool:
     """Mark a file of ours, open for writing, as in work, unless somebody else has; the mark goes with the process."""
     try:

@@ -234,20 +234,26 @@ def _opened_by_vm(verdicts: t.Sequence[Verdict], machine: Machine | None) -> lis
     """Return the images that the VM opens for writing when it starts, in that order, as far as they are known."""
     images = [machine.first_image] if machine and machine.first_image else []
     for verdict in verdicts:
-        # Where the overlay is there already, the VM may have been pointed at it or not.
-        images += [verdict.wanted.path] if verdict.state == PRESENT else []
-        images.append(verdict.wanted.backing_file)
+        # Where the overlay is there already, the VM may have been pointed at it or not. Without a name they may be many.
+        if verdict.state == PRESENT and verdict.wanted.vm is not None:
+            images.append(verdict.wanted.path)
+        if verdict.state != PRESENT or verdict.wanted.vm is not None:
+            images.append(verdict.wanted.backing_file)
     return list(dict.fromkeys(images))
 
 
-@contextlib.contextmanager
-def _unless(needed: bool) -> t.Iterator[None]:
-    """Ignore failures in the block, unless what it does is needed."""
+def _open_to_lock(path: str) -> int | None:
+    """Open an image that is not needed but to keep its VM from starting; None when it cannot be locked."""
     try:
-        yield
-    except Qcow2Error:
-        if needed:
-            raise
+        fd = open_image(path)
+    except Qcow2Error:  # then the VM cannot start anyhow
+        return None
+    try:
+        _locks.is_held(fd, _locks.OURS, path)
+    except Qcow2Error:  # its file system has no locks
+        os.close(fd)
+        return None
+    return fd
 
 
 class _Site(t.NamedTuple):
@@ -271,38 +277,31 @@ class _Work:
         self._staged: list[StagedFile] = []
 
     def lock(self, opened_by_vm: t.Sequence[str], needed: t.Collection[str]) -> None:
-        """Lock every ACTIVE that is needed against writers and against other runs of this collection.
+        """Lock every ACTIVE that is needed, and what else the VM opens, against writers and other runs like this one.
 
-        A VM that is started meanwhile does not start, and should fail at its first disk: a QEMU that ends at its second
+        A VM that is started meanwhile does not start, and must fail at its first disk: a QEMU that ends at its second
         one leaves the bitmaps of the first in use, so inconsistent for good. So all images that the VM opens are locked
-        as far as that can be done, in the order in which it does, and released in the opposite one.
+        in the order in which it does, and released in the opposite one; and if it was first at one of them, nothing
+        behind that one is locked.
         """
         files: dict[
             tuple[int, int], tuple[str, int]
         ] = {}  # path and descriptor by identity; a file with two names once
         for path in opened_by_vm:
-            with _unless(path in needed):
-                fd = open_image(path)
-                self._held.callback(close_image, fd)
-                if path not in needed and _locks.is_used(fd, _locks.WRITE, path):  # no lock of a running VM is touched
-                    continue
-                _path, fd = files.setdefault(identity_of(os.fstat(fd)), (path, fd))
-                if path in needed:
-                    self._actives[path] = fd
+            fd = open_image(path) if path in needed else _open_to_lock(path)
+            if fd is None:
+                continue
+            self._held.callback(close_image, fd)
+            _path, fd = files.setdefault(identity_of(os.fstat(fd)), (path, fd))
+            if path in needed:
+                self._actives[path] = fd
         if self._settings.check_mode:  # no lock, or a VM that starts just now would fail because of a mere question
             return
-        actives = set(self._actives.values())
         # In an order that all runs share, or two could wait for each other.
         for _identity, (path, fd) in sorted(files.items()):
-            with _unless(fd in actives):
-                _locks.take_turn(fd, path, self._settings.seconds)
+            _locks.take_turn(fd, path, self._settings.seconds)
         for path, fd in files.values():
-            try:
-                _locks.hold_off_writers(fd, path)
-            except Qcow2Error:
-                if fd in actives:
-                    raise
-                _locks.let_go(fd)  # or a VM that has it open would be taken for a run of ours
+            _locks.hold_off_writers(fd, path)
 
     def judge(self, verdict: Verdict) -> Verdict:
         """Decide again, now that nobody can change ACTIVE."""

@@ -74,7 +74,8 @@ notes:
     skips bitmaps that are not valid without a word. It is the better way if this collection cannot be used on the host.
   - No snapshot is added to C(virsh snapshot-list). To go back, switch the definition to the images below and remove the
     overlays.
-  - A domain that somebody starts meanwhile fails at its first disk, which is locked for that even if it takes no part.
+  - A domain that somebody starts meanwhile fails at its first disk, which is locked for that even if it takes no part,
+    and must not be in use.
     A QEMU that can open its first disk but not its second one, whatever the reason, ends with the bitmaps of the first
     inconsistent.
   - If the host dies between the making of overlays and the switch of the definition, the next run finds the overlays

@@ -34,9 +34,9 @@ options:
   overlays:
     description:
       - Several overlays in one call, which is much faster than a loop. The result is in the same order.
-      - Give all disks of a VM, in the order in which the VM has them. A VM that is started meanwhile then fails at its
-        first disk. A QEMU that can open its first disk but not its second one, whatever the reason, ends with the
-        bitmaps of the first inconsistent.
+      - Give all disks of a VM, with O(overlays[].vm), in the order in which the VM has them. A VM that is started
+        meanwhile then fails at its first disk. A QEMU that can open its first disk but not its second one, whatever the
+        reason, ends with the bitmaps of the first inconsistent.
       - Options that an item does not give are taken from the options of the task.
     type: list
     elements: dict

@@ -28,6 +28,9 @@ import lab
 Ground = t.Any  # an estate.Estate; the rounds of the other programs know a lab.Lab only
 FILLER = "filler"
 PAGE = 4096
+# Questions to libvirt, for each domain: lookup, active, managed save, definition, define, definition, active.
+TO_SWITCH = 7
+AFTER_DEFINING = 3  # the last two of them, and the end of the connection
 TITLE = "<title>changed by somebody else</title>"
 
 
@@ -67,7 +70,7 @@ def started_at_step(ground: Ground, number: int) -> lab.Finding:
     return judge_started(ground, name, said, ground.runner.answer())
 
 
-def being_started_at_question(ground: Ground, number: int) -> lab.Finding:
+def being_started_at_question(ground: Ground, number: int, questions: int) -> lab.Finding:
     """Let a domain begin to start when the module is about to ask libvirt, before QEMU has opened the images."""
     ground.start(f"module:ask:{number}:stop")
     if ground.runner.answer() is not None:
@@ -124,9 +127,9 @@ def sources(definition: str) -> list[str]:
     return [source.attrib["file"] for source in disks]
 
 
-def changed_at_step(ground: Ground, number: int) -> lab.Finding:
-    """Change the definition, as by virsh edit, while the module is at a step."""
-    ground.start(f"module:*:{number}:stop")
+def edited_at_question(ground: Ground, number: int, questions: int) -> lab.Finding:
+    """Edit the definition, as by virsh edit, when the module is about to ask libvirt something."""
+    ground.start(f"module:ask:{number}:stop")
     if ground.runner.answer() is not None:
         return lab.Finding("the run was over", [])
     name = sorted(ground.numbers)[-1]
@@ -139,12 +142,16 @@ def changed_at_step(ground: Ground, number: int) -> lab.Finding:
     is_edited = TITLE in now
     if is_edited:  # take it back, so that the rest is judged as ever
         ground.daemon.connection.defineXML(now.replace(TITLE, ""))
-    outcome = "when it was switched already" if was_switched else "before" if is_edited else "lost: too late to be seen"
+    outcome = "when it was switched already" if was_switched else "before" if is_edited else "too late to be seen"
     wrong = ground.images_wrong()
-    if run.status == 0 or (was_switched and run.result):  # switched, and read back, or else it says that it cannot tell
+    # Only when the very next word to libvirt is the new definition, nothing can be done: libvirt does not compare.
+    later = len(ground.numbers) - 1 - list(ground.numbers).index(name)
+    if not is_edited and number != questions - AFTER_DEFINING - later * TO_SWITCH:
+        wrong.append(f"{name}: the edit before question {number} of {questions} is lost")
+    if run.status == 0 or was_switched:
         wrong += [] if all(ground.there()) else [f"says {run.states}, which are {ground.there()}"]
     else:
-        wrong += ground.ended_wrong(run) if is_edited else [f"{name}: {run.message}, and the change is lost"]
+        wrong += ground.ended_wrong(run)
     return lab.Finding(
         f"{outcome}, told as {'success' if run.status == 0 else 'failure'}",
         wrong + faults.message_wrong(ground, run) + ground.rerun_wrong(),
@@ -182,22 +189,28 @@ def second_run(ground: Ground, number: int | None, pause: float) -> lab.Finding:
 AT_STEPS = {
     "libvirt's daemon dies at a step": ("daemon", daemon_dies),
     "domain is started at a step": ("start", started_at_step),
-    "definition is changed at a step": ("edit", changed_at_step),
     "second run at a step": ("second", functools.partial(second_run, pause=0)),
 }
-AT_QUESTIONS = {"domain begins to start at a question to libvirt": ("starting", being_started_at_question)}
+AT_QUESTIONS = {
+    "domain begins to start at a question to libvirt": ("starting", being_started_at_question),
+    "definition is edited at a question to libvirt": ("edit", edited_at_question),
+}
 
 
 def around(ground: Ground, kind: lab.Kind, asked: lab.Choice) -> list[lab.Job]:
     """Return the rounds in which something happens around a run."""
     ground.use(kind)
     calls = ground.calls()["module"]
+    steps, questions = sum(calls.values()), calls["ask"]
     jobs = [
         lab.Job(f"{kind.name}: {series}", f"{kind.name}-{word}-step-{n}", functools.partial(play, number=n), kind)
-        for rounds, steps in ((AT_STEPS, sum(calls.values())), (AT_QUESTIONS, calls["ask"]))
-        for series, (word, play) in rounds.items()
+        for series, (word, play) in AT_STEPS.items()
         for n in range(1, steps + 1)
     ]
+    for series, (word, play) in AT_QUESTIONS.items():
+        for n in range(1, questions + 1):
+            round_ = functools.partial(play, number=n, questions=questions)
+            jobs.append(lab.Job(f"{kind.name}: {series}", f"{kind.name}-{word}-question-{n}", round_, kind))
     for pages in range(4):
         play = functools.partial(daemon_is_full, pages=pages)
         jobs.append(lab.Job(f"{kind.name}: libvirt's disk is full", f"{kind.name}-daemon-full-{pages}", play, kind))

@@ -47,11 +47,13 @@ class Daemon:
 
     def start_domain(self, name: str) -> str:
         """Start a domain; return why it does not start, in the words of libvirt and of QEMU, or nothing."""
+        log = self._folder / "log/qemu" / f"{name}.log"
+        before = log.stat().st_size if log.exists() else 0
         try:
             self.connection.lookupByName(name).create()
-        except libvirt.libvirtError as exc:
-            log = self._folder / "log/qemu" / f"{name}.log"  # libvirt does not always wait for what QEMU says
-            return f"{exc} {log.read_text(encoding='utf-8', errors='replace').splitlines()[-2:]}"
+        except libvirt.libvirtError as exc:  # which does not always wait for what QEMU says
+            said = [line for line in log.read_bytes()[before:].decode(errors="replace").splitlines() if "ock" in line]
+            return f"{exc} {said}"
         return ""
 
     def kill(self) -> None:

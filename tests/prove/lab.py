@@ -264,7 +264,7 @@ class Lab:
         for folder in (self.folder, self.actives_folder):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(exist_ok=True)
-        for disk in self.disks:
+        for disk in reversed(self.disks):  # so that the order of their inodes is not that of the disks
             shutil.copyfile(self._templates.paths[disk.number], disk.active)
             disk.active.chmod(0o640)
         self.before = {disk.active: identity(disk.active) for disk in self.disks}

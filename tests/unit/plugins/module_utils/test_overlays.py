@@ -457,7 +457,7 @@ def test_a_vm_that_cannot_start_does_not_lose_the_bitmaps_of_its_first_disk(tmp_
     for active in actives:
         qemu.add_bitmaps(active, [Bitmap("monday", 65536, True, False)])
     overlays = [f"{active}.snap" for active in actives]
-    wanted = [Wanted(path, active) for path, active in zip(overlays, actives)]
+    wanted = [Wanted(path, active, vm="a") for path, active in zip(overlays, actives)]
     for number in there:
         make_overlays([wanted[number]], SETTINGS)
     mixed = [overlays[number] if number in there else active for number, active in enumerate(actives)]
@@ -501,29 +501,41 @@ def opened_before_the_first_lock(path, monkeypatch):
         yield
 
 
-@pytest.mark.parametrize("when", ["before", "just before it would be locked"])
-def test_a_first_disk_that_is_open_does_not_matter_and_is_not_locked(tmp_path, disk, monkeypatch, when):
-    first = qemu.create(tmp_path / "first")
+@pytest.mark.parametrize("what", ["takes no part", "has its overlay already"])
+def test_nothing_is_locked_behind_a_first_disk_that_its_vm_has_opened(tmp_path, disk, monkeypatch, what):
+    first, over = qemu.create(tmp_path / "first"), str(tmp_path / "over")
+    wanted, machines, opened = [Wanted(over, disk, vm="a")], {"a": Machine(lambda: None, first)}, first
+    if what == "has its overlay already":
+        wanted, machines, opened = [Wanted(f"{first}.snap", first, vm="a"), *wanted], {}, f"{first}.snap"
+        make_overlays(wanted[:1], SETTINGS)
+    hold = _locks.hold_off_writers
     held = []
-
-    def finish():
-        with open(first, "rb") as file:
-            held.append(_locks.is_held(file.fileno(), _locks.OURS, first))
-
-    with qemu.opened_for_writing(first) if when == "before" else opened_before_the_first_lock(first, monkeypatch):
-        wanted = [Wanted(str(tmp_path / "over"), disk, vm="a")]
-        assert states(make_overlays(wanted, SETTINGS, {"a": Machine(finish, first)})) == ["created"]
-    assert held == [False]
+    monkeypatch.setattr(_locks, "hold_off_writers", lambda fd, path: (hold(fd, path), held.append(path)))
+    with opened_before_the_first_lock(opened, monkeypatch):
+        outcome = make_overlays(wanted, SETTINGS, machines)
+    assert states(outcome)[-1] == "failed"
+    assert f"{opened}: is open for writing in another process" in outcome.failures[0]
+    assert held == []
+    assert not os.path.exists(over)
 
 
-def test_no_lock_is_taken_on_what_a_running_vm_has_open(tmp_path, disk, monkeypatch):
-    first = qemu.create(tmp_path / "first")
-    locked = []
-    monkeypatch.setattr(_locks, "_set_lock", lambda _fd, byte, _kind: locked.append(byte))
-    with qemu.opened_for_writing(first), open(first, "rb") as file, contextlib.ExitStack() as held:
-        assert _locks.is_used(file.fileno(), _locks.WRITE, first)
-        _overlays._Work(held, _overlays._Engine(SETTINGS), SETTINGS).lock([first], set())
-    assert locked == []
+def test_other_vms_of_a_call_that_names_none_are_not_locked(tmp_path, disk):
+    theirs = Wanted(str(tmp_path / "theirs.snap"), qemu.create(tmp_path / "theirs"))
+    make_overlays([theirs], SETTINGS)
+    with qemu.opened_for_writing(theirs.path):
+        outcome = make_overlays([theirs, Wanted(str(tmp_path / "over"), disk)], SETTINGS)
+    assert states(outcome) == ["present", "created"]
+
+
+@pytest.mark.parametrize("make_name", [os.symlink, os.link])
+def test_a_file_with_two_names_is_locked_once(tmp_path, disk, make_name):
+    other = str(tmp_path / "other")
+    make_name(disk, other)
+    settings = SETTINGS._replace(seconds=1)
+    wanted = [Wanted(str(tmp_path / "a"), disk, vm="a"), Wanted(str(tmp_path / "b"), other, vm="a")]
+    machines = {"a": Machine(lambda: None, other)}
+    assert states(make_overlays(wanted[:1], settings, machines)) == ["created"]
+    assert states(make_overlays(wanted, settings)) == ["present", "created"]
 
 
 def test_a_vm_that_opens_an_overlay_just_before_it_would_be_locked_is_seen(tmp_path, disk, monkeypatch):
@@ -531,7 +543,7 @@ def test_a_vm_that_opens_an_overlay_just_before_it_would_be_locked_is_seen(tmp_p
     make_overlays([wanted], SETTINGS)
     with opened_before_the_first_lock(wanted.path, monkeypatch):
         outcome = make_overlays([wanted], SETTINGS, {"a": Machine(lambda: None)})
-    assert "a process has it open for writing, most likely another VM" in outcome.failures[0]
+    assert "is open for writing in another process" in outcome.failures[0]
 
 
 def signs_of_use(path, what):
