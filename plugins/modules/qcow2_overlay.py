@@ -36,7 +36,8 @@ options:
       - Several overlays in one call, which is much faster than a loop. The result is in the same order.
       - Give all disks of a VM, with O(overlays[].vm), in the order in which the VM has them. A VM that is started
         meanwhile then fails at its first disk. A QEMU that can open its first disk but not its second one, whatever the
-        reason, ends with the bitmaps of the first inconsistent.
+        reason, ends with the bitmaps of the first inconsistent. So while others of its overlays are made, those that
+        it has already are locked too, and must not be in use.
       - Options that an item does not give are taken from the options of the task.
     type: list
     elements: dict
