@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
 import subprocess
+import sys
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils import _disks
@@ -350,3 +352,27 @@ def test_an_overlay_larger_than_its_backing_file(chain, tmp_path):
     qemu.add_bitmaps(grown, [MONDAY])
     result = examine(grown, True, True).as_result()
     assert checkpoints(result)["monday"] == (False, "different_size", "top", None)
+
+
+def test_files_that_report_an_error_when_they_are_closed_are_no_failure(chain, monkeypatch):
+    close = os.close
+
+    def failing(fd):
+        close(fd)
+        if sys._getframe(1).f_code.co_name != "open_image":  # whose failure is one, and is told
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    expected = examine(chain, True, True)
+    monkeypatch.setattr(os, "close", failing)
+    disk = examine(chain, True, True)
+    monkeypatch.undo()
+    assert (disk.problem, disk.as_result()) == (None, expected.as_result())
+
+
+def test_a_format_that_is_known_is_not_guessed(chain):
+    assert examine(chain, True, True, "raw").checkpoints == []
+    os.truncate(chain, 2)
+    assert examine(chain, True, True).problem is None
+    disk = examine(chain, True, True, "qcow2")
+    assert "qcow2" in disk.problem
+    assert (disk.members, disk.is_complete) == ([], False)
