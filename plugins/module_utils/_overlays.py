@@ -243,16 +243,22 @@ def _opened_by_vm(verdicts: t.Sequence[Verdict], machine: Machine | None) -> lis
 
 
 def _open_to_lock(path: str) -> int | None:
-    """Open an image that is not needed but to keep its VM from starting; None when it cannot be locked."""
+    """Open an image that is not needed but to keep its VM from starting; None when it cannot be locked.
+
+    Raises when it is in use already: then the VM runs, or is just being started.
+    """
     try:
         fd = open_image(path)
     except Qcow2Error:  # then the VM cannot start anyhow
         return None
     try:
-        _locks.is_held(fd, _locks.OURS, path)
+        used = _locks.is_used(fd, _locks.WRITE, path)
     except Qcow2Error:  # its file system has no locks
-        os.close(fd)
+        close_image(fd)
         return None
+    if used:
+        close_image(fd)
+        raise in_use(path)
     return fd
 
 
@@ -284,9 +290,8 @@ class _Work:
         in the order in which it does, and released in the opposite one; and if it was first at one of them, nothing
         behind that one is locked.
         """
-        files: dict[
-            tuple[int, int], tuple[str, int]
-        ] = {}  # path and descriptor by identity; a file with two names once
+        # Path and descriptor by identity, so a file with two names once.
+        files: dict[tuple[int, int], tuple[str, int]] = {}
         for path in opened_by_vm:
             fd = open_image(path) if path in needed else _open_to_lock(path)
             if fd is None:

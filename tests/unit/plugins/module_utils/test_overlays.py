@@ -519,6 +519,21 @@ def test_nothing_is_locked_behind_a_first_disk_that_its_vm_has_opened(tmp_path, 
     assert not os.path.exists(over)
 
 
+@pytest.mark.parametrize("check_mode", [True, False])
+@pytest.mark.parametrize("what", ["takes no part", "has its overlay already"])
+def test_a_first_disk_in_use_is_refused_in_check_mode_and_in_the_run(tmp_path, disk, what, check_mode):
+    first, over = qemu.create(tmp_path / "first"), str(tmp_path / "over")
+    wanted, machines, opened = [Wanted(over, disk, vm="a")], {"a": Machine(lambda: None, first)}, first
+    if what == "has its overlay already":
+        wanted, machines, opened = [Wanted(f"{first}.snap", first, vm="a"), *wanted], {}, f"{first}.snap"
+        make_overlays(wanted[:1], SETTINGS)
+    with qemu.opened_for_writing(opened):
+        outcome = make_overlays(wanted, SETTINGS._replace(check_mode=check_mode), machines)
+    assert states(outcome)[-1] == "failed"
+    assert f"{opened}: is open for writing in another process" in outcome.failures[0]
+    assert not os.path.exists(over)
+
+
 def test_other_vms_of_a_call_that_names_none_are_not_locked(tmp_path, disk):
     theirs = Wanted(str(tmp_path / "theirs.snap"), qemu.create(tmp_path / "theirs"))
     make_overlays([theirs], SETTINGS)
