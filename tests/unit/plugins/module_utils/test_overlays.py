@@ -501,13 +501,19 @@ def opened_before_the_first_lock(path, monkeypatch):
         yield
 
 
+def with_a_first_disk(tmp_path, disk, what):
+    """Return what is wanted of the second disk of a VM, what is known of that, and what it opens first."""
+    first, wanted = qemu.create(tmp_path / "first"), Wanted(str(tmp_path / "over"), disk, vm="a")
+    if what == "takes no part":
+        return [wanted], {"a": Machine(lambda: None, first)}, first
+    there = Wanted(f"{first}.snap", first, vm="a")
+    make_overlays([there], SETTINGS)
+    return [there, wanted], {}, there.path
+
+
 @pytest.mark.parametrize("what", ["takes no part", "has its overlay already"])
 def test_nothing_is_locked_behind_a_first_disk_that_its_vm_has_opened(tmp_path, disk, monkeypatch, what):
-    first, over = qemu.create(tmp_path / "first"), str(tmp_path / "over")
-    wanted, machines, opened = [Wanted(over, disk, vm="a")], {"a": Machine(lambda: None, first)}, first
-    if what == "has its overlay already":
-        wanted, machines, opened = [Wanted(f"{first}.snap", first, vm="a"), *wanted], {}, f"{first}.snap"
-        make_overlays(wanted[:1], SETTINGS)
+    wanted, machines, opened = with_a_first_disk(tmp_path, disk, what)
     hold = _locks.hold_off_writers
     held = []
     monkeypatch.setattr(_locks, "hold_off_writers", lambda fd, path: (hold(fd, path), held.append(path)))
@@ -516,22 +522,18 @@ def test_nothing_is_locked_behind_a_first_disk_that_its_vm_has_opened(tmp_path, 
     assert states(outcome)[-1] == "failed"
     assert f"{opened}: is open for writing in another process" in outcome.failures[0]
     assert held == []
-    assert not os.path.exists(over)
+    assert not os.path.exists(wanted[-1].path)
 
 
 @pytest.mark.parametrize("check_mode", [True, False])
 @pytest.mark.parametrize("what", ["takes no part", "has its overlay already"])
 def test_a_first_disk_in_use_is_refused_in_check_mode_and_in_the_run(tmp_path, disk, what, check_mode):
-    first, over = qemu.create(tmp_path / "first"), str(tmp_path / "over")
-    wanted, machines, opened = [Wanted(over, disk, vm="a")], {"a": Machine(lambda: None, first)}, first
-    if what == "has its overlay already":
-        wanted, machines, opened = [Wanted(f"{first}.snap", first, vm="a"), *wanted], {}, f"{first}.snap"
-        make_overlays(wanted[:1], SETTINGS)
+    wanted, machines, opened = with_a_first_disk(tmp_path, disk, what)
     with qemu.opened_for_writing(opened):
         outcome = make_overlays(wanted, SETTINGS._replace(check_mode=check_mode), machines)
     assert states(outcome)[-1] == "failed"
     assert f"{opened}: is open for writing in another process" in outcome.failures[0]
-    assert not os.path.exists(over)
+    assert not os.path.exists(wanted[-1].path)
 
 
 def test_other_vms_of_a_call_that_names_none_are_not_locked(tmp_path, disk):
