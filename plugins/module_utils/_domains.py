@@ -109,7 +109,8 @@ def overlay_domains(
     sound = [plan for plan in plans if not plan.problems and plan.domain.name not in left_out]
     switches = {plan.domain.uuid: _Switch(libvirt, plan, settings.seconds) for plan in sound if plan.overlays}
     wanted = [wanted for plan in sound for wanted in plan.wanted.values()]
-    machines = {uuid: Machine(switch.run, _first_image(switch.plan.domain)) for uuid, switch in switches.items()}
+    first_images = {plan.domain.uuid: _first_image(plan.domain) for plan in sound}
+    machines = {uuid: Machine(switch.run, first_images[uuid]) for uuid, switch in switches.items()}
     outcome = make_overlays(wanted, settings, machines)
     verdicts = {(verdict.wanted.vm, verdict.wanted.path): verdict for verdict in outcome.verdicts}
     results = {
@@ -155,17 +156,17 @@ class _Switch:
     def __init__(self, libvirt: Libvirt, plan: Plan, seconds: float) -> None:
         self._libvirt = libvirt
         self._seconds = seconds
-        self.plan = plan
+        self._plan = plan
         self.problem: str | None = None
         self.is_done = False
 
     def run(self) -> None:
         """Switch the domain to its overlays; Qcow2Error when that fails."""
         try:
-            gone = [path for path in self.plan.overlays.values() if not os.path.exists(path)]
+            gone = [path for path in self._plan.overlays.values() if not os.path.exists(path)]
             if gone:
                 raise Qcow2Error(f"{gone[0]}: was removed meanwhile. Run this again.")
-            self._libvirt.switch(self.plan.domain, self.plan.definition, self.plan.overlays, self._seconds)
+            self._libvirt.switch(self._plan.domain, self._plan.definition, self._plan.overlays, self._seconds)
         except Qcow2Error as exc:
             self.problem = str(exc)
             raise

@@ -234,11 +234,11 @@ def _opened_by_vm(verdicts: t.Sequence[Verdict], machine: Machine | None) -> lis
     """Return the images that the VM opens for writing when it starts, in that order, as far as they are known."""
     images = [machine.first_image] if machine and machine.first_image else []
     for verdict in verdicts:
-        # Where the overlay is there already, its VM may be on it or not. Without a name it may be the disk of any VM.
-        if verdict.state == PRESENT and verdict.wanted.vm is not None:
+        if verdict.state == PRESENT and verdict.wanted.vm is None:  # it may be the disk of any VM
+            continue
+        if verdict.state == PRESENT:  # its VM may be on it, or not yet
             images.append(verdict.wanted.path)
-        if verdict.state != PRESENT or verdict.wanted.vm is not None:
-            images.append(verdict.wanted.backing_file)
+        images.append(verdict.wanted.backing_file)
     return list(dict.fromkeys(images))
 
 

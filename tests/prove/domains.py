@@ -19,6 +19,7 @@ import os
 import sys
 import time
 import typing as t
+import xml.etree.ElementTree as ET
 
 import estate
 import faults
@@ -27,7 +28,6 @@ import lab
 
 Ground = t.Any  # an estate.Estate; the rounds of the other programs know a lab.Lab only
 FILLER = "filler"
-PAGE = 4096
 # Questions to libvirt, for each domain: lookup, active, managed save, definition, define, definition, active.
 TO_SWITCH = 7
 AFTER_DEFINING = 3  # the last two of them, and the end of the connection
@@ -36,8 +36,7 @@ TITLE = "<title>changed by somebody else</title>"
 
 def daemon_dies(ground: Ground, number: int) -> lab.Finding:
     """Kill libvirt's daemon while the module is at a step."""
-    ground.start(f"module:*:{number}:stop")
-    if ground.runner.answer() is not None:
+    if not ground.stops("*", number):
         return lab.Finding("the run was over", [])
     ground.daemon.kill()
     ground.runner.say()
@@ -52,7 +51,7 @@ def daemon_is_full(ground: Ground, pages: int) -> lab.Finding:
     space = os.statvfs(ground.daemon.etc)
     try:
         with open(filler, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, space.f_bavail * space.f_frsize - pages * PAGE)
+            os.posix_fallocate(file.fileno(), 0, space.f_bavail * space.f_frsize - pages * faults.PAGE)
         run = ground.run()
     finally:
         filler.unlink()
@@ -61,8 +60,7 @@ def daemon_is_full(ground: Ground, pages: int) -> lab.Finding:
 
 def started_at_step(ground: Ground, number: int) -> lab.Finding:
     """Start a domain while the module is at a step."""
-    ground.start(f"module:*:{number}:stop")
-    if ground.runner.answer() is not None:
+    if not ground.stops("*", number):
         return lab.Finding("the run was over", [])
     name = sorted(ground.numbers)[-1]
     said = ground.daemon.start_domain(name)
@@ -72,8 +70,7 @@ def started_at_step(ground: Ground, number: int) -> lab.Finding:
 
 def being_started_at_question(ground: Ground, number: int, questions: int) -> lab.Finding:
     """Let a domain begin to start when the module is about to ask libvirt, before QEMU has opened the images."""
-    ground.start(f"module:ask:{number}:stop")
-    if ground.runner.answer() is not None:
+    if not ground.stops("ask", number):
         return lab.Finding("the run was over", [])
     name = sorted(ground.numbers)[-1]
     with concurrent.futures.ThreadPoolExecutor(1) as starter:
@@ -123,14 +120,13 @@ def judge_started(ground: Ground, name: str, said: str, run: lab.Run) -> lab.Fin
 
 def sources(definition: str) -> list[str]:
     """Return the images of the disks of a definition."""
-    disks = estate.ET.fromstring(definition).iterfind("devices/disk/source")
+    disks = ET.fromstring(definition).iterfind("devices/disk/source")
     return [source.attrib["file"] for source in disks]
 
 
 def edited_at_question(ground: Ground, number: int, questions: int) -> lab.Finding:
     """Edit the definition, as by virsh edit, when the module is about to ask libvirt something."""
-    ground.start(f"module:ask:{number}:stop")
-    if ground.runner.answer() is not None:
+    if not ground.stops("ask", number):
         return lab.Finding("the run was over", [])
     name = sorted(ground.numbers)[-1]
     was_switched = ground.switched(name)

@@ -350,9 +350,7 @@ class VM:
 
 def vm_at_step(ground: lab.Lab, number: int, on_overlay: bool) -> lab.Finding:
     """Start a VM on ACTIVE, or on the overlay, while the module is at a step."""
-    ground.start(f"module:*:{number}:stop")
-    run = ground.runner.answer()
-    if run is not None:
+    if not ground.stops("*", number):
         return lab.Finding("the run was over", [])
     there = all(ground.there())
     disk = ground.disks[number % len(ground.disks)]

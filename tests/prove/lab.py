@@ -295,6 +295,11 @@ class Lab:
         assert run is not None
         return run
 
+    def stops(self, call: str, number: int) -> bool:
+        """Begin a run that stops itself at a step; False when it was over before. It waits for runner.say()."""
+        self.start(f"module:{call}:{number}:stop")
+        return self.runner.answer() is None
+
     def calls(self) -> dict[str, collections.Counter[str]]:
         """Return how often module and qemu make each call in a run in which nothing goes wrong."""
         log = self.papers / "log"
