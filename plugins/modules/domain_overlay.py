@@ -264,12 +264,12 @@ import typing as t
 
 from ansible.module_utils.basic import AnsibleModule, missing_required_lib
 
-from ..module_utils._arguments import creation_from, creation_spec, ownership_spec, settings_from
-from ..module_utils._domains import DomainOutcome, Request, overlay_domains
-from ..module_utils._errors import Qcow2Error
-from ..module_utils._interrupt import ending_cleanly
-from ..module_utils._libvirt import LIBVIRT_IMPORT_ERROR, Libvirt
-from ..module_utils._overlays import Settings
+from ..module_utils._base.errors import Qcow2Error
+from ..module_utils._base.signals import ending_cleanly
+from ..module_utils._disk.session import Settings
+from ..module_utils._domain.overlay import DomainOutcome, Request, overlay_domains
+from ..module_utils._libvirt.connection import LIBVIRT_IMPORT_ERROR, Libvirt
+from ..module_utils._module import creation_from, creation_spec, ownership_spec, settings_from
 
 
 def argument_spec() -> dict[str, t.Any]:

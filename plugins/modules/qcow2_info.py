@@ -285,8 +285,8 @@ import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ..module_utils._disks import Disk, examine
-from ..module_utils._errors import Qcow2Error, printable
+from ..module_utils._base.errors import Qcow2Error, printable
+from ..module_utils._disk.examine import Disk, examine
 
 
 def wanted_paths(params: dict[str, t.Any]) -> list[str]:

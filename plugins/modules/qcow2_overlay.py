@@ -215,7 +215,11 @@ import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ..module_utils._arguments import (
+from ..module_utils._base.errors import Qcow2Error
+from ..module_utils._base.signals import ending_cleanly
+from ..module_utils._disk.overlay import Wanted
+from ..module_utils._disk.session import make_overlays
+from ..module_utils._module import (
     BACKING_FORMATS,
     creation_from,
     creation_spec,
@@ -223,10 +227,6 @@ from ..module_utils._arguments import (
     ownership_spec,
     settings_from,
 )
-from ..module_utils._errors import Qcow2Error
-from ..module_utils._interrupt import ending_cleanly
-from ..module_utils._overlays import make_overlays
-from ..module_utils._plan import Wanted
 
 
 def argument_spec() -> dict[str, t.Any]:

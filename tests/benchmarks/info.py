@@ -28,7 +28,7 @@ BITMAPS = 14
 OURS = """
 import json, sys, time
 import ansible.module_utils.basic
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disks import examine
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.examine import examine
 paths, count = json.load(sys.stdin)
 start = time.perf_counter()
 disks = [examine(path, True, count) for path in paths]

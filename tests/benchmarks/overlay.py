@@ -20,7 +20,7 @@ import tempfile
 import time
 import typing as t
 
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qmp import Monitor, find_qemu
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu.monitor import Monitor, find_qemu
 
 ROUNDS = 9
 
@@ -43,9 +43,9 @@ done
 OURS = """
 import json, resource, shutil, sys, time
 import ansible.module_utils.basic
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._overlays import Settings, make_overlays
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._plan import Wanted
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._publish import Ownership
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.session import Settings, make_overlays
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay import Wanted
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.publish import Ownership
 wanted = [Wanted(path, active) for active, path in json.load(sys.stdin)]
 start = time.perf_counter()
 outcome = make_overlays(wanted, Settings(False, 60, shutil.which, Ownership()))

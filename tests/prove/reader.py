@@ -24,9 +24,9 @@ import typing as t
 
 import lab  # noqa: F401  # pylint: disable=unused-import  # finds the collection
 import mutants
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils import _image
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disks import examine
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._errors import Qcow2Error
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Qcow2Error
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.examine import examine
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2 import header as _image
 
 SECONDS = 5.0  # for one mutant
 MEMORY = 256 << 20  # bytes more than this process has before the first

@@ -25,7 +25,7 @@ import time
 import typing as t
 
 import ansible.module_utils.basic  # noqa: F401  # pylint: disable=unused-import
-import ansible_collections.kvmfleet.qcow2.plugins.module_utils._arguments  # noqa: F401  # pylint: disable=unused-import
+import ansible_collections.kvmfleet.qcow2.plugins.module_utils._module  # noqa: F401  # pylint: disable=unused-import
 
 MODULES = "ansible_collections.kvmfleet.qcow2.plugins.modules"
 _SET_CHILD_SUBREAPER = 36

@@ -13,8 +13,8 @@ import struct
 import subprocess
 import typing as t
 
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._image import Bitmap, Image, open_image, read_image
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qmp import Monitor, find_qemu
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.header import Bitmap, Image, open_image, read_image
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu.monitor import Monitor, find_qemu
 
 SECONDS = 60.0
 

@@ -1,0 +1,436 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Decide: what each overlay must be, whether what is there already is that, and why something is refused.
+
+Pure: values in, verdicts out. The same verdicts feed the prediction of check mode, the diff and the result.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import sys
+import typing as t
+
+from .._base.errors import below_running_vm, in_use, printable
+from .._qcow2.chain import MAX_LAYERS, has_protocol, unusable
+from .._qcow2.header import MAX_BACKING_FILE_NAME, MAX_BITMAP_DATA, MAX_L1_TABLE, Bitmap, Image, l1_bytes
+from .observe import Active, Target
+
+CREATED = "created"
+PRESENT = "present"
+FAILED = "failed"
+
+MAX_BITMAPS_CARRIED = 4096  # of one ACTIVE; QEMU's time grows with the square of them
+MAX_ALL_BITMAP_DATA = 4 * 1024 * 1024 * 1024  # bytes of memory that QEMU needs to have all bitmaps of ACTIVE open
+_HEADER_ROOM = 168  # bytes that an overlay's header and extensions take, beside the name of the backing file
+_SHOWN = 5  # bitmaps that a message names
+
+
+class Creation(t.NamedTuple):
+    """How a new overlay is laid out; the names are those of qemu-img create -o."""
+
+    cluster_size: int = 65536  # bytes
+    extended_l2: bool = False
+    lazy_refcounts: bool = False
+    refcount_bits: int = 16
+    compression_type: str = "zlib"
+
+
+class Wanted(t.NamedTuple):
+    """One overlay as it was asked for."""
+
+    path: str
+    backing_file: str
+    backing_format: str = "qcow2"
+    vm: str | None = None
+    relative: bool = False
+    creation: Creation = Creation()
+    unused: bool = False  # the VM is not on it yet, so one that exists already must hold no data
+
+
+class Skipped(t.NamedTuple):
+    """A bitmap of ACTIVE that the overlay does not go on recording."""
+
+    name: str
+    granularity: int  # bytes
+    reason: str  # disabled or inconsistent
+
+
+class Verdict(t.NamedTuple):
+    """What is to become, or became, of one overlay."""
+
+    wanted: Wanted
+    state: str  # created, present or failed
+    problems: tuple[str, ...] = ()
+    virtual_size: int | None = None  # bytes
+    bitmaps: tuple[Bitmap, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def failed(self, problem: str) -> Verdict:
+        """Return this verdict as a failure."""
+        return self.with_problems((*self.problems, problem))
+
+    def with_problems(self, problems: t.Iterable[str]) -> Verdict:
+        """Return this verdict, failed if there are problems."""
+        found = tuple(problems)
+        return Verdict(self.wanted, FAILED, found, warnings=self.warnings) if found else self
+
+    @property
+    def message(self) -> str:
+        """Why it failed, in one text."""
+        return printable(" ".join(self.problems))
+
+    def as_result(self) -> dict[str, t.Any]:
+        """Return the verdict in the form in which the module returns it."""
+        result: dict[str, t.Any] = {
+            "path": self.wanted.path,
+            "backing_file": self.wanted.backing_file,
+            "backing_format": self.wanted.backing_format,
+            "virtual_size": self.virtual_size,
+            "state": self.state,
+            "bitmaps": [{"name": b.name, "granularity": b.granularity} for b in self.bitmaps],
+            "skipped_bitmaps": [b._asdict() for b in self.skipped],
+        }
+        return {**result, "msg": self.message} if self.state == FAILED else result
+
+
+def request_problems(wanted: Wanted) -> list[str]:
+    """Return what is wrong with a request whatever the host looks like."""
+    problems = []
+    for option, path in (("path", wanted.path), ("backing_file", wanted.backing_file)):
+        if not path.startswith("/"):
+            problems.append(f"{path or repr(path)}: {option} must be an absolute path, one that begins with a slash.")
+        if "\0" in path:
+            problems.append(f"{path!r}: {option} has a NUL byte in it, which no file name can have. Correct it.")
+        elif not _is_expressible(path):
+            problems.append(
+                f"{path!r}: {option} is not UTF-8, or has code points that are no characters, so Ansible or QEMU's "
+                "monitor cannot be given it. Rename the file."
+            )
+        elif not path.isascii() and sys.getfilesystemencoding() != "utf-8":
+            problems.append(f"{path!r}: {option} is not ASCII, and the locale is not UTF-8. Set LC_ALL=C.UTF-8.")
+    return problems + _creation_problems(wanted)
+
+
+def _creation_problems(wanted: Wanted) -> list[str]:
+    """Return what QEMU would refuse about the creation options."""
+    creation = wanted.creation
+    problems = []
+    if not _is_power_of_two(creation.cluster_size, 512, 2 * 1024 * 1024):
+        problems.append(f"{wanted.path}: cluster_size must be a power of two from 512 to 2M bytes.")
+    if not _is_power_of_two(creation.refcount_bits, 1, 64):
+        problems.append(f"{wanted.path}: refcount_bits must be a power of two from 1 to 64.")
+    if creation.extended_l2 and creation.cluster_size < 16384:
+        problems.append(f"{wanted.path}: extended_l2 needs a cluster_size of at least 16K.")
+    return problems
+
+
+def repeated_problems(targets: t.Sequence[str], actives: t.Sequence[str]) -> list[str | None]:
+    """Return for each of the resolved overlay paths of one call what is wrong with it beside the others."""
+    problems: list[str | None] = []
+    times, lower = collections.Counter(targets), collections.Counter(actives)
+    for path, active in zip(targets, actives):
+        if times[path] > 1:
+            problems.append(f"{path}: is asked for more than once in this call, perhaps through a symlink.")
+        elif lower[path] > (path == active):  # an item of which it is the own ACTIVE is another matter
+            problems.append(
+                f"{path}: is the overlay of one item of this call and the backing file of another. Make one per "
+                "call, the lower one first."
+            )
+        else:
+            problems.append(None)
+    return problems
+
+
+def recorded_backing_file(wanted: Wanted, active: Active, target: Target) -> str:
+    """Return the name under which the overlay records ACTIVE."""
+    if not wanted.relative:
+        return wanted.backing_file
+    name = os.path.relpath(active.chain[0].real_path, target.folder)
+    return f"./{name}" if has_protocol(name) else name
+
+
+def decide(wanted: Wanted, active: Active, target: Target) -> Verdict:
+    """Return what must become of one overlay: it is to be created, is present already, or is refused."""
+    problems = [*_active_problems(active), *_place_problems(wanted, active, target)]
+    if not problems and target.image is None:
+        problems = _new_problems(wanted, active, target)
+    elif not problems and target.image is not None:
+        problems = _drift_problems(wanted, active, target, target.image)
+    return _promise(wanted, active, target).with_problems(problems)
+
+
+def _promise(wanted: Wanted, active: Active, target: Target) -> Verdict:
+    """Return the verdict for the case that nothing is wrong."""
+    own = active.image.bitmaps if active.image else ()
+    carried = tuple(bitmap for bitmap in own if bitmap.carries_over)
+    skipped = tuple(
+        Skipped(b.name, b.granularity, "inconsistent" if b.inconsistent else "disabled")
+        for b in own
+        if not b.carries_over
+    )
+    warnings = _active_warnings(active)
+    if target.image is None:
+        return Verdict(wanted, CREATED, (), active.virtual_size, carried, skipped, tuple(warnings))
+    there = {bitmap.name: bitmap for bitmap in target.image.bitmaps}
+    present = tuple(there[bitmap.name] for bitmap in carried if bitmap.name in there)
+    warnings += [
+        f"{target.path}: bitmap {b.name!r} has a granularity of {there[b.name].granularity} bytes, in "
+        f"ACTIVE it has {b.granularity}. Backups stay right; they copy in steps of the coarser one."
+        for b in carried
+        if b.name in there and there[b.name].granularity != b.granularity
+    ]
+    return Verdict(wanted, PRESENT, (), target.image.virtual_size, present, skipped, tuple(warnings))
+
+
+def _active_warnings(active: Active) -> list[str]:
+    """Return what is odd about ACTIVE but no reason to refuse."""
+    warnings = []
+    if active.image and active.image.lost_bitmaps:
+        warnings.append(
+            f"{active.path}: its {active.image.lost_bitmaps} bitmaps are worthless, because a program that does not "
+            "know bitmaps has written to it since (autoclear bit 0). None is carried over; make a full backup."
+        )
+    if active.disguised:
+        warnings.append(
+            f"{active.path}: is used as raw, as asked, but begins like a qcow2 image. If it is one, the VM would "
+            "read garbage: then remove the overlay and use backing_format=qcow2."
+        )
+    return warnings
+
+
+def _active_problems(active: Active) -> list[str]:
+    """Return why nothing can be put on top of this ACTIVE."""
+    problems = []
+    if active.open_for_writing:
+        problems.append(str(in_use(active.path)))
+    image = active.image
+    if image is None:
+        return problems
+    if image.encrypted:
+        problems.append(
+            f"{active.path}: is encrypted. An overlay would hold the guest's new data in plain text; not supported."
+        )
+    problems += unusable(active.path, image)
+    return problems + _bitmap_problems(active, image)
+
+
+def _bitmap_problems(active: Active, image: Image) -> list[str]:
+    """Return why the bitmaps of this ACTIVE are more, or other, than can be handled."""
+    if len(image.bitmaps) > MAX_BITMAPS_CARRIED:
+        return [
+            f"{active.path}: has {len(image.bitmaps)} bitmaps, more than the {MAX_BITMAPS_CARRIED} that can be handled "
+            "in reasonable time. Remove those that no backup needs with 'qemu-img bitmap --remove'."
+        ]
+    problems = []
+    odd = [bitmap for bitmap in image.bitmaps if not _is_expressible(bitmap.name)]
+    if odd:
+        problems.append(
+            f"{active.path}: the bitmap name {_names(odd)} cannot be passed to QEMU's monitor (it is not UTF-8, or has "
+            "code points that are no characters). Remove the bitmap with 'qemu-img bitmap --remove'."
+        )
+    carried = [bitmap for bitmap in image.bitmaps if bitmap.carries_over]
+    large = [bitmap for bitmap in carried if bitmap.data_bytes(image.virtual_size) > MAX_BITMAP_DATA]
+    whole = sum(bitmap.data_bytes(image.virtual_size) for bitmap in image.bitmaps if not bitmap.inconsistent)
+    if large:
+        problems.append(
+            f"{active.path}: the granularity of the bitmap {_names(large)} is so fine that it needs more than "
+            f"{MAX_BITMAP_DATA >> 20} MiB for {image.virtual_size} bytes. QEMU stores no larger one: remove it and "
+            "make a full backup with a coarser bitmap."
+        )
+    elif whole > MAX_ALL_BITMAP_DATA:
+        problems.append(
+            f"{active.path}: its {len(image.bitmaps)} bitmaps need {whole >> 20} MiB of memory to be opened; at most "
+            f"{MAX_ALL_BITMAP_DATA >> 20} MiB is given. Remove those that no backup needs."
+        )
+    return problems
+
+
+def _place_problems(wanted: Wanted, active: Active, target: Target) -> list[str]:
+    """Return why no overlay of this ACTIVE can stand at this place."""
+    if target.problem is not None:
+        return [target.problem]
+    for depth, layer in enumerate(active.chain):
+        if target.path == layer.real_path or (target.identity is not None and target.identity == layer.identity):
+            if depth == 0:
+                return [f"{wanted.path}: is ACTIVE itself. An overlay needs a name of its own."]
+            return [
+                f"{wanted.path}: is part of the backing chain of {active.path}, so the overlay would back itself. "
+                "Choose another path."
+            ]
+    return []
+
+
+def _new_problems(wanted: Wanted, active: Active, target: Target) -> list[str]:
+    """Return why this overlay cannot be made where nothing stands yet."""
+    problems = []
+    if len(active.chain) >= MAX_LAYERS:
+        problems.append(
+            f"{wanted.path}: its backing chain would have more than {MAX_LAYERS} images. Merge some with "
+            "'qemu-img commit'."
+        )
+    if active.below_running_vm and active.is_recording:
+        problems.append(str(below_running_vm(active.path)))
+    if wanted.relative and active.chain[0].is_device:
+        problems.append(
+            f"{active.path}: is a block device, whose name relative to a folder may be another disk's after the next "
+            "start. Leave out relative."
+        )
+    name = recorded_backing_file(wanted, active, target)
+    if len(os.fsencode(name)) > MAX_BACKING_FILE_NAME:
+        problems.append(f"{name}: is longer than the {MAX_BACKING_FILE_NAME} bytes that qcow2 records. Shorten it.")
+    elif len(os.fsencode(name)) + _HEADER_ROOM > wanted.creation.cluster_size:
+        problems.append(
+            f"{name}: does not fit into a header of {wanted.creation.cluster_size} bytes. Use a larger cluster_size."
+        )
+    if l1_bytes(active.virtual_size, wanted.creation.cluster_size, wanted.creation.extended_l2) > MAX_L1_TABLE:
+        problems.append(
+            f"{wanted.path}: ACTIVE's {active.virtual_size} bytes are too many for a cluster_size of "
+            f"{wanted.creation.cluster_size}. Use a larger cluster_size."
+        )
+    return problems
+
+
+def _drift_problems(wanted: Wanted, active: Active, target: Target, image: Image) -> list[str]:
+    """Return how the image that stands there differs from the overlay that was asked for."""
+    drift = []
+    if target.backing_path != active.chain[0].real_path and target.backing_identity != active.chain[0].identity:
+        drift.append(f"its backing file is {target.backing_path or 'none'}, not {active.chain[0].real_path}")
+    elif image.backing_format != wanted.backing_format:
+        drift.append(f"it records the backing format {image.backing_format or 'none'}, not {wanted.backing_format}")
+    if image.virtual_size < active.virtual_size:
+        drift.append(f"its virtual size is {image.virtual_size}, smaller than ACTIVE's {active.virtual_size}")
+    if image.corrupt:
+        drift.append("it is marked corrupt")
+    if wanted.unused:
+        drift += _signs_of_use(active, target, image)
+    drift += _bitmap_drift(active, image, target.open_for_writing)
+    if not drift:
+        return []
+    return [
+        f"{wanted.path}: exists already, but is not the overlay that was asked for: {'; '.join(drift)}. Nothing was "
+        "changed. If the VM has never run on it, remove it and run this again; a bitmap cannot be added later without "
+        "losing what was written before, so if the VM has run on it, make a full backup."
+    ]
+
+
+def _signs_of_use(active: Active, target: Target, image: Image) -> list[str]:
+    """Return why an overlay that exists already is none that was just made, for a VM that is not on it yet."""
+    own = {bitmap.name for bitmap in active.image.bitmaps} if active.image else set()
+    foreign = [bitmap for bitmap in image.bitmaps if bitmap.name not in own]
+    signs = []
+    if target.has_data:
+        signs.append("it holds data, so a VM has run on it and was later put back to the image below")
+    if foreign:
+        signs.append(f"it has the bitmap {_names(foreign)}, made while a VM ran on it, and would lack what came after")
+    if target.open_for_writing:
+        signs.append("a process has it open for writing, most likely another VM")
+    if image.virtual_size != active.virtual_size:
+        signs.append(f"its virtual size is {image.virtual_size}, not ACTIVE's {active.virtual_size}")
+    if image.encrypted or image.has_data_file or image.dirty:
+        signs.append("it is encrypted, has a data file, or was not closed properly, so this collection has not made it")
+    return signs
+
+
+def _bitmap_drift(active: Active, image: Image, live: bool) -> list[str]:
+    """Return which bitmaps the overlay should be recording and is not; in a live one in-use means nothing."""
+    there = {bitmap.name: bitmap for bitmap in image.bitmaps}
+    wanted = [bitmap for bitmap in active.image.bitmaps if bitmap.carries_over] if active.image else []
+    own = [there[bitmap.name] for bitmap in wanted if bitmap.name in there]
+    found = {
+        "it lacks the bitmap {}": [bitmap for bitmap in wanted if bitmap.name not in there],
+        "its bitmap {} is not recording": [bitmap for bitmap in own if not bitmap.recording],
+        "its bitmap {} is inconsistent": [bitmap for bitmap in own if bitmap.inconsistent and not live],
+    }
+    return [what.format(_names(bitmaps)) for what, bitmaps in found.items() if bitmaps]
+
+
+def verify(verdict: Verdict, backing_file: str, image: Image) -> list[str]:
+    """Return how a finished overlay, as read back, differs from what it was to be; nothing when it is right."""
+    creation = verdict.wanted.creation
+    expected = {
+        "version": 3,
+        "virtual_size": verdict.virtual_size,
+        "backing_file": backing_file,
+        "backing_format": verdict.wanted.backing_format,
+        "encrypted": False,
+        "dirty": False,
+        "corrupt": False,
+        "has_data_file": False,
+        "lost_bitmaps": 0,
+        **creation._asdict(),
+    }
+    wrong = [f"{name} is {getattr(image, name)!r}, not {value!r}" for name, value in expected.items()
+             if getattr(image, name) != value]  # fmt: skip
+    there, wanted = set(image.bitmaps), set(verdict.bitmaps)
+    if wanted - there:
+        wrong.append(f"the bitmap {_names(sorted(wanted - there))} is missing or different")
+    if there - wanted:
+        wrong.append(f"there is an unexpected bitmap {_names(sorted(there - wanted))}")
+    return wrong
+
+
+def all_or_none(verdicts: t.Sequence[Verdict]) -> list[Verdict]:
+    """Return the verdicts of one VM, where one failure means that none of its overlays is made."""
+    failed = next((verdict for verdict in verdicts if verdict.state == FAILED), None)
+    if failed is None:
+        return list(verdicts)
+    reason = (
+        f"not made, because the overlays that belong together are made all or none and {failed.wanted.path} failed."
+    )
+    return [v.failed(f"{v.wanted.path}: {reason}") if v.state == CREATED else v for v in verdicts]
+
+
+def needed_bytes(verdict: Verdict) -> int:
+    """Return how many bytes the new overlay takes on disk at least, where blocks are of 4 KiB or larger."""
+    creation, size = verdict.wanted.creation, verdict.virtual_size or 0
+    needed = 3 * creation.cluster_size + l1_bytes(
+        size, creation.cluster_size, creation.extended_l2
+    )  # header, refcount table, one refcount block
+    for bitmap in verdict.bitmaps:
+        entries = -(-bitmap.data_bytes(size) // creation.cluster_size)
+        needed += max(entries * 8, min(4096, creation.cluster_size))
+    return needed
+
+
+def within_space(verdicts: t.Sequence[Verdict], targets: t.Sequence[Target], free: dict[int, int]) -> list[Verdict]:
+    """Return the verdicts of one VM, failed where they do not fit; free, bytes by device, is what is left for all."""
+    settled = list(verdicts)
+    left = dict(free)
+    for index, (verdict, target) in enumerate(zip(verdicts, targets)):
+        if verdict.state != CREATED or target.free_bytes is None:
+            continue
+        available = left.setdefault(target.device, target.free_bytes)
+        needed = needed_bytes(verdict)
+        if needed > available:
+            settled[index] = verdict.failed(
+                f"{verdict.wanted.path}: needs at least {needed} bytes in {target.folder}, where "
+                f"{max(available, 0)} are left after the overlays before it. Make room, or choose another folder."
+            )
+        left[target.device] = available - needed
+    settled = all_or_none(settled)
+    if all(verdict.state != FAILED for verdict in settled):
+        free.update(left)
+    return settled
+
+
+def _is_power_of_two(number: int, low: int, high: int) -> bool:
+    """Whether the number is a power of two within the bounds."""
+    return low <= number <= high and number & (number - 1) == 0
+
+
+def _is_expressible(name: str) -> bool:
+    """Whether QEMU's JSON parser takes the name: it refuses bytes that are not UTF-8, and Unicode's noncharacters."""
+    return not any(
+        0xD800 <= ord(character) <= 0xDFFF or 0xFDD0 <= ord(character) <= 0xFDEF or ord(character) & 0xFFFE == 0xFFFE
+        for character in name
+    )
+
+
+def _names(bitmaps: t.Sequence[Bitmap]) -> str:
+    """Return the names for a message; where they are many or long, the first of them."""
+    shown = [repr(b.name if len(b.name) <= 100 else f"{b.name[:100]}…") for b in bitmaps[:_SHOWN]]
+    return ", ".join(shown) + (f" and {len(bitmaps) - _SHOWN} more" if len(bitmaps) > _SHOWN else "")

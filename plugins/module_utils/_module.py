@@ -1,0 +1,120 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The options that modules which make overlays share, and what they mean."""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+import stat
+import typing as t
+
+from ansible.module_utils.basic import AnsibleModule
+
+from ._base.errors import Qcow2Error
+from ._disk.overlay import Creation
+from ._disk.publish import Ownership
+from ._disk.session import Outcome, Settings
+
+BACKING_FORMATS = ["qcow2", "raw"]
+_LONGEST_TIMEOUT = 86400  # seconds
+_LARGEST_ID = (1 << 32) - 2  # the number above means "leave it" to chown
+
+
+def creation_spec(defaults: bool) -> dict[str, t.Any]:
+    """Return the argument spec of the creation options, for a task with defaults, for an item of a list without."""
+    spec: dict[str, dict[str, t.Any]] = {
+        "relative": {"type": "bool", "default": False},
+        "cluster_size": {"type": "bytes", "default": "64K"},
+        "extended_l2": {"type": "bool", "default": False},
+        "lazy_refcounts": {"type": "bool", "default": False},
+        "refcount_bits": {"type": "int", "default": 16},
+        "compression_type": {"type": "str", "choices": ["zlib", "zstd"], "default": "zlib"},
+    }
+    if defaults:
+        return spec
+    return {name: {key: option[key] for key in option if key != "default"} for name, option in spec.items()}
+
+
+def ownership_spec() -> dict[str, t.Any]:
+    """Return the argument spec of the file options."""
+    strings = ("owner", "group", "seuser", "serole", "setype", "selevel")
+    return {**{name: {"type": "str"} for name in strings}, "mode": {"type": "raw"}}
+
+
+def creation_from(params: dict[str, t.Any]) -> Creation:
+    """Return the creation options of one overlay."""
+    return Creation(**{name: params[name] for name in Creation._fields})
+
+
+def settings_from(module: AnsibleModule) -> Settings:
+    """Return what holds for all overlays of the call; Qcow2Error for a value that cannot be."""
+    if not 1 <= module.params["timeout"] <= _LONGEST_TIMEOUT:
+        raise Qcow2Error(f"timeout={module.params['timeout']}: must be from 1 to {_LONGEST_TIMEOUT} seconds.")
+    return Settings(
+        check_mode=module.check_mode,
+        seconds=float(module.params["timeout"]),
+        find_program=module.get_bin_path,
+        ownership=_ownership_from(module.params),
+    )
+
+
+def _ownership_from(params: dict[str, t.Any]) -> Ownership:
+    """Return who may use the new overlays."""
+    return Ownership(
+        uid=_number("owner", params["owner"], lambda name: pwd.getpwnam(name).pw_uid),
+        gid=_number("group", params["group"], lambda name: grp.getgrnam(name).gr_gid),
+        mode=_mode(params["mode"]),
+        context=(params["seuser"], params["serole"], params["setype"], params["selevel"]),
+    )
+
+
+def _number(option: str, name: str | None, look_up: t.Callable[[str], int]) -> int | None:
+    """Return the number of a user or group that is given by name or number."""
+    if name is None:
+        return None
+    try:
+        number = int(name) if name.isascii() and name.isdigit() else look_up(name)
+    except (KeyError, ValueError) as exc:
+        raise Qcow2Error(f"{option}={name}: this host knows no such {option}. Give another, or its number.") from exc
+    if number > _LARGEST_ID:
+        raise Qcow2Error(f"{option}={name}: is too large a number; at most {_LARGEST_ID} is possible.")
+    return number
+
+
+def _mode(wanted: t.Any) -> t.Callable[[int], int] | None:
+    """Return how the wanted mode comes from ACTIVE's, for an octal number, its text, or a symbolic mode."""
+    if wanted is None:
+        return None
+
+    def resulting(current: int) -> int:
+        if isinstance(wanted, int):
+            return wanted
+        if all(character in "01234567" for character in wanted):
+            return int(wanted, 8)
+        status = os.stat_result((stat.S_IFREG | current, *[0] * 9))
+        return int(AnsibleModule._symbolic_mode_to_octal(status, wanted))
+
+    try:
+        if 0 <= resulting(0o600) <= 0o7777:
+            return resulting
+    except Exception as exc:  # what the private parser of Ansible raises is not said anywhere
+        raise _no_mode(wanted) from exc
+    raise _no_mode(wanted)
+
+
+def _no_mode(wanted: t.Any) -> Qcow2Error:
+    """Return the error for a mode that is none."""
+    return Qcow2Error(f"mode={wanted}: is neither an octal number up to 7777 nor a symbolic mode such as u=rw,g=r.")
+
+
+def exit_with(module: AnsibleModule, outcome: Outcome) -> None:
+    """End the module with the result of making overlays."""
+    for warning in outcome.warnings:
+        module.warn(warning)
+    failures = outcome.failures
+    if failures:
+        module.fail_json(msg="\n".join(failures), **outcome.as_result())
+    module.exit_json(**outcome.as_result())

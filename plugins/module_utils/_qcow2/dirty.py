@@ -1,0 +1,129 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Read: how much of a disk is dirty according to a stored bitmap, or to the bitmaps of a chain together.
+
+Only reads. Memory is bounded by a piece of the disk at a time, however large the bitmaps are.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import typing as t
+
+from .header import TABLE_ENTRY_SIZE, Bitmap, BitmapTable, Image, damaged
+
+_PIECE = 1 << 19  # bits of the finest bitmap that are looked at together
+_ENTRY_ALL_ONES = 1 << 0
+_ENTRY_OFFSET = 0x00FFFFFFFFFFFE00  # bits 9 to 55
+_DIGITS = "01"
+
+
+class DirtyMap:
+    """The bits of one consistent bitmap of an open image (qcow2 spec, Bitmap table and Bitmap data)."""
+
+    def __init__(self, fd: int, path: str, image: Image, bitmap: Bitmap, table: BitmapTable) -> None:
+        """Read the table; Qcow2Error when it is damaged."""
+        self.granularity = bitmap.granularity
+        self._fd = fd
+        self._path = path
+        self._virtual_size = image.virtual_size
+        self._cluster_size = image.cluster_size
+        if table.entries != -(-bitmap.data_bytes(image.virtual_size) // image.cluster_size):
+            raise damaged(path, f"the table of the bitmap {bitmap.name!r} has {table.entries} entries")
+        data = os.pread(fd, table.entries * TABLE_ENTRY_SIZE, table.offset)
+        if len(data) != table.entries * TABLE_ENTRY_SIZE:
+            raise damaged(path, f"the file ends within the table of the bitmap {bitmap.name!r}")
+        self._entries = struct.unpack(f">{table.entries}Q", data)
+        for entry in self._entries:
+            self._check(entry, bitmap)
+
+    @property
+    def dirty_bits(self) -> int:
+        """How many bits may be set at most, without a look at them."""
+        clusters = sum(1 for entry in self._entries if entry)
+        return min(clusters * self._cluster_size * 8, -(-self._virtual_size // self.granularity))
+
+    def _check(self, entry: int, bitmap: Bitmap) -> None:
+        """Raise what QEMU too would refuse about an entry of the table."""
+        offset = entry & _ENTRY_OFFSET
+        if entry & ~_ENTRY_OFFSET & ~_ENTRY_ALL_ONES or (offset and (entry & 1 or offset % self._cluster_size)):
+            raise damaged(self._path, f"an entry of the table of the bitmap {bitmap.name!r} is {entry:#x}")
+
+    def bits(self, start: int, length: int) -> int:
+        """Return the bits that cover so many bytes of the disk from start, the first as the lowest of the number.
+
+        Both are multiples of eight granules.
+        """
+        end = min(start + length, self._virtual_size)
+        if start >= end:
+            return 0
+        per_byte = self.granularity * 8
+        first, last = start // per_byte, (end - 1) // per_byte
+        if not any(self._entries[first // self._cluster_size : last // self._cluster_size + 1]):
+            return 0  # as most of a disk is
+        bits = int.from_bytes(self._data(first, last + 1), "little")
+        return bits & ((1 << -(-(end - start) // self.granularity)) - 1)
+
+    def _data(self, first: int, end: int) -> bytes:
+        """Return the bytes of the bitmap from the first up to the end."""
+        pieces = []
+        while first < end:
+            index, within = divmod(first, self._cluster_size)
+            length = min(self._cluster_size - within, end - first)
+            entry = self._entries[index]
+            if entry & _ENTRY_OFFSET:
+                piece = os.pread(self._fd, length, (entry & _ENTRY_OFFSET) + within)
+                if len(piece) != length:
+                    raise damaged(self._path, f"a bitmap has data at offset {entry & _ENTRY_OFFSET}, outside the file")
+            else:
+                piece = (b"\xff" if entry & _ENTRY_ALL_ONES else b"\0") * length
+            pieces.append(piece)
+            first += length
+        return b"".join(pieces)
+
+
+def dirty_bytes(maps: t.Sequence[DirtyMap], virtual_size: int) -> int:
+    """Return how many bytes of the disk are dirty in any of the maps, in granules of the first.
+
+    This is how a backup merges the bitmaps of a chain: into one with the granularity of the topmost image.
+    """
+    granularity = maps[0].granularity
+    finest, coarsest = min(one.granularity for one in maps), max(one.granularity for one in maps)
+    length = max(finest * _PIECE, coarsest * 8)
+    dirty = 0
+    for start in range(0, virtual_size, length):
+        bits = 0
+        for one in maps:
+            bits |= _rescaled(one.bits(start, length), one.granularity, granularity)
+        if not bits:
+            continue
+        here = min(length, virtual_size - start)  # bytes of the disk
+        granules = -(-here // granularity)
+        bits &= (1 << granules) - 1  # a coarser map marks some beyond the end of the disk
+        dirty += bin(bits).count("1") * granularity
+        if bits >> (granules - 1):  # the last granule may reach beyond the end of the disk
+            dirty -= -here % granularity
+    return dirty
+
+
+def counting_cost(maps: t.Sequence[DirtyMap]) -> int:
+    """Return how many bits have to be looked at to count the dirty bytes of these maps together."""
+    finest = min(one.granularity for one in maps)
+    return sum(one.dirty_bits * (one.granularity // finest) for one in maps)
+
+
+def _rescaled(bits: int, granularity: int, wanted: int) -> int:
+    """Return the bits in another granularity: a granule is dirty if any part of it is."""
+    if bits == 0 or granularity == wanted:
+        return bits
+    if granularity > wanted:
+        factor = granularity // wanted
+        return int(bin(bits)[2:].translate({ord(digit): digit * factor for digit in _DIGITS}), 2)
+    factor = wanted // granularity
+    covered = 1
+    while covered < factor:  # now each bit tells about itself and the covered - 1 bits above it
+        bits |= bits >> covered
+        covered *= 2
+    return int(bin(bits)[:1:-1][::factor][::-1], 2)

@@ -1,0 +1,129 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Which checkpoints are valid: a table, and every chain of up to five images against libvirt's rule put another way."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.bitmap_rules import Link, judge, judge_all
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.header import Bitmap
+
+# One letter for each image, top to base: has the bitmap and it is (g)ood, (d)isabled, (i)nconsistent, both (b), good in
+# an image of another size (s), or it is absent (-). In capitals: the image is open for writing.
+STATES = {
+    "g": Bitmap("x", 65536, True, False),
+    "d": Bitmap("x", 65536, False, False),
+    "i": Bitmap("x", 65536, True, True),
+    "b": Bitmap("x", 65536, False, True),
+    "s": Bitmap("x", 65536, True, False),
+}
+
+
+def link(letter, number):
+    """Return the image that a letter stands for."""
+    bitmap = STATES.get(letter.lower())
+    size = 512 if letter == "s" else 1024
+    return Link(f"/{number}", size, {"x": bitmap} if bitmap else {}, in_use=letter.isupper() or letter == "_")
+
+
+def judged(letters, complete=True):
+    """Return (valid, problem, number of the image at fault) for a chain; _ is an image that lacks it and is open."""
+    chain = [link(letter, number) for number, letter in enumerate(letters)]
+    verdict = judge("x", chain, complete)
+    assert verdict.name == "x"
+    assert (verdict.advice is None) == (verdict.valid is True)
+    return verdict.valid, verdict.problem, int(verdict.image[1:]) if verdict.image else None
+
+
+TABLE = [
+    ("g", True, None, None),
+    ("ggggg", True, None, None),
+    ("g----", True, None, None),
+    ("ggg--", True, None, None),
+    ("-g", False, "not_in_top", 0),
+    ("--d--", False, "not_in_top", 0),
+    ("-ii", False, "not_in_top", 0),
+    ("g-g", False, "gap", 1),
+    ("gg--g", False, "gap", 2),
+    ("g-g-g", False, "gap", 1),
+    ("g-i", False, "gap", 1),
+    ("d", False, "not_recording", 0),
+    ("gd", False, "not_recording", 1),
+    ("ggggd", False, "not_recording", 4),
+    ("dg", False, "not_recording", 0),
+    ("i", False, "inconsistent", 0),
+    ("gi", False, "inconsistent", 1),
+    ("ggi-g", False, "inconsistent", 2),
+    ("b", False, "inconsistent", 0),
+    ("di", False, "not_recording", 0),
+    ("id", False, "inconsistent", 0),
+    ("gs", False, "different_size", 1),
+    ("gss", False, "different_size", 1),
+    ("g-s", False, "gap", 1),
+    ("ss", True, None, None),
+    # A running VM: nothing is known of its topmost image, but what is wrong further down is wrong.
+    ("G", None, "in_use", 0),
+    ("I", None, "in_use", 0),
+    ("D", None, "in_use", 0),
+    ("Igg", None, "in_use", 0),
+    ("_gg", None, "in_use", 0),
+    ("Ig-g", False, "gap", 2),
+    ("_-g", False, "gap", 1),
+    ("Id", False, "not_recording", 1),
+    ("_i", False, "inconsistent", 1),
+    # An image further down is open: the VM's topmost image is another one.
+    ("gIg", None, "in_use", 1),
+    ("III", None, "in_use", 0),
+    ("gI-", None, "in_use", 1),
+    ("-I", False, "not_in_top", 0),
+    ("g-I", None, "in_use", 2),
+    ("g-Ig", False, "gap", 1),
+]
+
+
+@pytest.mark.parametrize("letters, valid, problem, image", TABLE)
+def test_decision_table(letters, valid, problem, image):
+    assert judged(letters) == (valid, problem, image)
+
+
+@pytest.mark.parametrize("letters, valid, problem, image", TABLE)
+def test_a_chain_that_was_not_read_to_its_base_is_never_valid(letters, valid, problem, image):
+    expected = (None, "incomplete", len(letters) - 1) if valid else (valid, problem, image)
+    assert judged(letters, complete=False) == expected
+
+
+@pytest.mark.parametrize("length", range(1, 6))
+def test_libvirts_rule_on_every_chain(length):
+    valid = 0
+    for letters in map("".join, itertools.product("gdib-", repeat=length)):
+        if not letters.strip("-"):
+            continue  # the name occurs nowhere
+        having = letters.rstrip("-")
+        expected = bool(having) and set(having) == {"g"}
+        assert judged(letters)[0] is expected, letters
+        valid += expected
+    assert valid == length
+
+
+def test_every_name_of_the_chain_is_judged_once_in_order_of_appearance():
+    names = [["b", "a"], ["a", "c"], ["b"]]
+    chain = [Link(f"/{i}", 1, {n: Bitmap(n, 512, True, False) for n in row}) for i, row in enumerate(names)]
+    verdicts = [(one.name, one.valid, one.problem) for one in judge_all(chain, True)]
+    assert verdicts == [("b", False, "gap"), ("a", True, None), ("c", False, "not_in_top")]
+    assert judge_all([], True) == []
+
+
+def test_advice_names_the_images_and_the_cause():
+    good = {"x": STATES["g"]}
+    advice = judge("x", [Link("/top", 1, {}), Link("/base", 1, good)]).advice
+    assert "/base below has it" in advice
+    assert "qemu-img" in advice
+    assert "full backup" in advice
+    advice = judge("x", [Link("/top", 1, {}, lost_bitmaps=2), Link("/base", 1, good)]).advice
+    assert "does not know bitmaps" in advice
+    assert "qemu-img" not in advice
+    advice = judge("x", [Link("/top", 2048, good), Link("/base", 1024, good)]).advice
+    assert "1024 bytes and the one above it 2048" in advice

@@ -1,0 +1,347 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Publishing on a real file system: never replaces, all or none, and dressed as asked."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Qcow2Error
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import observe as _observe
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import publish as _publish
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.observe import observe_target
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.publish import (
+    Ownership,
+    StagedFile,
+    choose_attire,
+    dress,
+    find_leftovers,
+    publish_together,
+)
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu import locks as _locks
+
+from .. import qemu
+
+
+def staged(path, content=b"ours"):
+    file = StagedFile(observe_target(str(path)))
+    os.write(file.fd, content)
+    return file
+
+
+def no_hard_links(*_args, **_kwargs):
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+
+@pytest.fixture(name="links", params=["hard links", "no hard links"])
+def fixture_links(request, monkeypatch):
+    if request.param == "no hard links":
+        monkeypatch.setattr(_publish.os, "link", no_hard_links)
+
+
+@pytest.mark.usefixtures("links")
+def test_files_are_private_until_they_are_published(tmp_path):
+    with staged(tmp_path / "a") as first, staged(tmp_path / "b") as second:
+        names = os.listdir(tmp_path)
+        assert sorted(names) == sorted([first.name, second.name])
+        assert all(stat.S_IMODE(os.stat(tmp_path / name).st_mode) == 0o600 for name in names)
+        publish_together([first, second])
+        assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+    assert os.stat(tmp_path / "a").st_nlink == 1
+
+
+@pytest.mark.usefixtures("links")
+@pytest.mark.parametrize("obstacle", ["file", "folder", "dangling symlink"])
+def test_nothing_is_ever_replaced_and_the_first_is_taken_back(tmp_path, obstacle):
+    with staged(tmp_path / "a") as first, staged(tmp_path / "b") as second:
+        if obstacle == "file":
+            (tmp_path / "b").write_text("theirs")
+        elif obstacle == "folder":
+            (tmp_path / "b").mkdir()
+        else:
+            (tmp_path / "b").symlink_to("nowhere")
+        with pytest.raises(Qcow2Error, match="has appeared"):
+            publish_together([first, second])
+    assert os.listdir(tmp_path) == ["b"]
+    if obstacle == "file":
+        assert (tmp_path / "b").read_text() == "theirs"
+
+
+def test_a_file_slipped_in_under_the_temporary_name_is_not_published(tmp_path):
+    with staged(tmp_path / "a") as file:
+        os.unlink(tmp_path / file.name)
+        (tmp_path / file.name).write_text("theirs")
+        with pytest.raises(OSError, match="No such file"):
+            publish_together([file])
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_failing_fsync_of_the_folder_takes_everything_back(tmp_path, monkeypatch):
+    with staged(tmp_path / "a") as file:
+        calls = []
+
+        def fsync(fd):
+            calls.append(fd)
+            if len(calls) == 1:
+                raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(_publish.os, "fsync", fsync)
+        with pytest.raises(OSError, match="Input/output"):
+            publish_together([file])
+    assert os.listdir(tmp_path) == []
+
+
+def failing(number):
+    def fail(*_args, **_keywords):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def test_an_overlay_that_cannot_be_removed_again_is_told(tmp_path, monkeypatch):
+    with staged(tmp_path / "a") as first, staged(tmp_path / "b") as second:
+        with monkeypatch.context() as patch:
+            patch.setattr(_publish.os, "unlink", failing(errno.EROFS))
+            with pytest.raises(Qcow2Error) as raised:
+                publish_together([first, second])
+        for path in (tmp_path / "a", tmp_path / "b"):
+            assert f"{path}: could not be removed again: Read-only file system." in str(raised.value)
+        assert "run this again" in str(raised.value)
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+def test_what_was_not_published_yet_is_not_said_to_be_stuck(tmp_path, monkeypatch):
+    with staged(tmp_path / "a") as first, staged(tmp_path / "b") as second:
+        monkeypatch.setattr(StagedFile, "publish", failing(errno.EIO))
+        with pytest.raises(OSError, match="Input/output"):
+            publish_together([first, second])
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_listed_has_no_leftovers(tmp_path, monkeypatch):
+    monkeypatch.setattr(_publish.os, "listdir", failing(errno.EIO))
+    assert find_leftovers(str(tmp_path), remove=True) == []
+
+
+def test_a_close_that_fails_fails_nothing(tmp_path, monkeypatch):
+    real = os.close
+
+    def close(fd):
+        real(fd)
+        raise OSError(errno.EIO, "Input/output error")
+
+    with staged(tmp_path / "a") as file:
+        publish_together([file])
+        monkeypatch.setattr(_publish.os, "close", close)
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_no_vm_can_start_on_an_overlay_before_all_are_published(tmp_path, monkeypatch):
+    path = qemu.create(tmp_path / "image", "1M")
+    with staged(tmp_path / "a", open(path, "rb").read()) as file:
+        held = []
+
+        def not_publishing(self):
+            fd = os.open(os.path.join(self.target.folder, self.name), os.O_RDONLY)
+            held.append((_locks.is_held(fd, _locks.WRITE, ""), _locks.is_held(fd, _locks.WRITE_UNSHARED, "")))
+            os.close(fd)
+
+        monkeypatch.setattr(StagedFile, "publish", not_publishing)
+        with pytest.raises(Qcow2Error, match="moved or mounted over"):  # for it is not published in this test
+            publish_together([file])
+    assert held == [(True, True)]
+
+
+def test_only_what_killed_runs_have_left_is_removed(tmp_path):
+    (tmp_path / "other.tmp").touch()
+    (tmp_path / ".qcow2_overlay-folder.tmp").mkdir()
+    (tmp_path / ".qcow2_overlay-link.tmp").symlink_to("other.tmp")
+    abandoned = tmp_path / ".qcow2_overlay-0123456789abcdef.tmp"
+    abandoned.touch()
+    with staged(tmp_path / "a") as alive:
+        assert find_leftovers(str(tmp_path), remove=False) == [str(abandoned)]
+        assert abandoned.exists()
+        assert find_leftovers(str(tmp_path), remove=True) == [str(abandoned)]
+        assert find_leftovers(str(tmp_path), remove=True) == []
+        assert alive.name in os.listdir(tmp_path)
+    assert len(os.listdir(tmp_path)) == 3
+    assert find_leftovers(str(tmp_path / "absent"), remove=True) == []
+
+
+def dressed(tmp_path, active_mode, ownership):
+    """Return mode, owner and context of an overlay of an ACTIVE with this mode."""
+    active = tmp_path / "active"
+    active.touch()
+    active.chmod(active_mode)
+    active_fd = os.open(active, os.O_RDONLY)
+    with staged(tmp_path / "a") as file:
+        attire = choose_attire(active_fd, ownership, str(tmp_path / "a"))
+        dress(file.fd, attire, str(tmp_path / "a"))
+        status = os.fstat(file.fd)
+    os.close(active_fd)
+    return stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid
+
+
+@pytest.mark.parametrize(
+    "active_mode, asked, expected",
+    [
+        (0o640, None, 0o640),
+        (0o444, None, 0o644),
+        (0o4755, None, 0o755),
+        (0o640, lambda _current: 0o600, 0o600),
+        (0o444, lambda current: current | 0o020, 0o664),
+    ],
+)
+def test_modes(tmp_path, active_mode, asked, expected):
+    assert dressed(tmp_path, active_mode, Ownership(mode=asked)) == (expected, os.getuid(), os.getgid())
+
+
+def test_an_owner_that_cannot_be_given_is_named_with_a_way_out(tmp_path, monkeypatch):
+    def refuse(*_args):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(_publish.os, "fchown", refuse)
+    with pytest.raises(Qcow2Error, match="cannot be given owner 4242.*Run with become"):
+        dressed(tmp_path, 0o640, Ownership(uid=4242))
+
+
+def test_a_folder_that_is_moved_away_meanwhile_is_noticed(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with staged(tmp_path / "folder" / "a") as file:
+        (tmp_path / "folder").rename(tmp_path / "moved")
+        (tmp_path / "folder").mkdir()
+        with pytest.raises(Qcow2Error, match="moved or mounted over"):
+            publish_together([file])
+    assert os.listdir(tmp_path / "folder") == os.listdir(tmp_path / "moved") == []
+
+
+def test_a_temporary_file_that_is_taken_for_a_leftover_is_made_anew(tmp_path, monkeypatch):
+    real, removed = _locks.claim, []
+
+    def slow_claim(fd, path):
+        if not removed:
+            removed.append(path)
+            os.unlink(tmp_path / path)
+        return real(fd, path)
+
+    monkeypatch.setattr(_locks, "claim", slow_claim)
+    with staged(tmp_path / "a") as file:
+        assert file.name != removed[0]
+        publish_together([file])
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_folder_where_every_new_file_is_locked_by_others_is_told_and_left_clean(tmp_path, monkeypatch):
+    descriptors = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(_locks, "claim", lambda *_args: False)
+    with pytest.raises(Qcow2Error, match=f"{tmp_path}: 100 new files .* run this again"):
+        staged(tmp_path / "a")
+    assert os.listdir(tmp_path) == []
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_a_file_that_cannot_be_marked_is_not_left_behind(tmp_path, monkeypatch):
+    def refuse(fd, path):
+        raise Qcow2Error(f"{path}: no locks here")
+
+    monkeypatch.setattr(_locks, "claim", refuse)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(Qcow2Error, match="no locks"):
+        StagedFile(observe_target(str(tmp_path / "a")))
+    assert os.listdir(tmp_path) == []
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+@pytest.fixture(name="link")
+def fixture_link(tmp_path):
+    """Have a symlink, relative and on the way, to a folder."""
+    (tmp_path / "real" / "folder").mkdir(parents=True)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "link").symlink_to("../links/../real")
+    return tmp_path / "links" / "link"
+
+
+def owned_by(monkeypatch, link_owner, me):
+    """Have every symlink belong to this user, and be that one."""
+    real = _observe._read_link
+    monkeypatch.setattr(_observe, "_read_link", lambda *args: (real(*args)[0], link_owner))
+    monkeypatch.setattr(_observe.os, "geteuid", lambda: me)
+
+
+@pytest.mark.parametrize(
+    "link_owner, me, is_followed",
+    [
+        (0, 4242, True),
+        (4242, 4242, True),
+        (os.geteuid(), 4242, True),  # the folder is that user's too
+        (4243, 4242, False),
+        (4243, 0, False),
+    ],
+)
+def test_a_symlink_leads_only_to_what_its_owner_has(tmp_path, link, monkeypatch, link_owner, me, is_followed):
+    owned_by(monkeypatch, link_owner, me)
+    (tmp_path / "real" / "folder" / ".qcow2_overlay-0123456789abcdef.tmp").touch()
+    target = observe_target(f"{link}//./folder/a")
+    descriptors = len(os.listdir("/proc/self/fd"))
+    found = find_leftovers(f"{link}/folder", remove=False)
+    if is_followed:
+        assert (target.path, target.problem) == (str(tmp_path / "real" / "folder" / "a"), None)
+        assert len(found) == 1
+    else:
+        assert "leads through a symlink of the user 4243 into a folder of" in target.problem
+        assert "Give the real path" in target.problem
+        assert found == []
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_a_folder_swapped_with_a_symlink_is_not_followed(tmp_path, link):
+    target = observe_target(str(tmp_path / "real" / "folder" / "a"))
+    (tmp_path / "bait").mkdir()
+    (tmp_path / "real" / "folder").rename(tmp_path / "real" / "aside")
+    (tmp_path / "real" / "folder").symlink_to(tmp_path / "bait")
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(Qcow2Error, match="was replaced by a symlink"):
+        StagedFile(target)
+    assert os.listdir(tmp_path / "bait") == []
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+@pytest.mark.parametrize(
+    "what, message", [("loop", "Too many levels"), ("file", "is not a folder"), ("no", "not exist")]
+)
+def test_a_way_that_ends_nowhere(tmp_path, what, message):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    assert message in observe_target(str(tmp_path / what / "a")).problem
+
+
+@pytest.mark.parametrize("what", ["fifo", "symlink", "folder"])
+def test_what_only_looks_like_a_leftover_is_left_alone(tmp_path, what):
+    place = tmp_path / ".qcow2_overlay-0123456789abcdef.tmp"
+    (tmp_path / "file").touch()
+    {"fifo": lambda: os.mkfifo(place), "symlink": lambda: place.symlink_to("file"), "folder": place.mkdir}[what]()
+    assert find_leftovers(str(tmp_path), remove=True) == []
+    assert len(os.listdir(tmp_path)) == 2
+
+
+def test_who_may_not_give_files_away_is_told_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(_publish.os, "geteuid", lambda: 4242)
+    with pytest.raises(Qcow2Error, match="cannot be given owner 0 and group 0.*Run with become"):
+        dressed(tmp_path, 0o640, Ownership(uid=0, gid=0))
+
+
+def test_a_context_needs_one_to_begin_with(tmp_path):
+    with pytest.raises(Qcow2Error, match="no SELinux context"):
+        dressed(tmp_path, 0o640, Ownership(context=(None, None, "virt_image_t", None)))
+
+
+def test_a_folder_that_is_missing_for_a_moment_is_not_said_to_be_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(_observe, "open_folder", failing(errno.ENOENT))
+    problem = observe_target(str(tmp_path / "a")).problem
+    assert f"its folder {tmp_path} does not exist. Create it first." in problem

@@ -1,0 +1,198 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Definitions of domains: what they say of their disks, and that a switch changes nothing else."""
+
+from __future__ import annotations
+
+import difflib
+
+import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.overlay import stem_of
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import (
+    StatedChain,
+    StatedImage,
+    bitmaps_of,
+    disks_of,
+    parts_of,
+    switched,
+    without,
+)
+
+DEFINITION = """<domain xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0' type='kvm'>
+  <name>a &amp; b</name>
+  <!-- kept -->
+  <devices>
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='qcow2' cache='none' discard='unmap'/>
+      <source file='/srv/it&apos;s.qcow2' startupPolicy='optional'>
+        <seclabel model='dac' relabel='no'/>
+      </source>
+      <backingStore type='file'>
+        <format type='qcow2'/>
+        <source file='/srv/mid'/>
+        <backingStore type='file'>
+          <format type='raw'/>
+          <source file='/srv/base'/>
+          <backingStore/>
+        </backingStore>
+      </backingStore>
+      <target dev='vda' bus='virtio'/>
+      <serial>x</serial>
+    </disk>
+    <disk type='block' device='disk'>
+      <source dev='/dev/vg/lv'/>
+      <target dev='vdb' bus='virtio'/>
+    </disk>
+    <disk type='file' device='disk' snapshot='no'>
+      <driver name='qemu' type='raw' io='native'/>
+      <source file='/srv/c.img'/>
+      <backingStore/>
+      <target dev='vdc' bus='virtio'/>
+    </disk>
+    <graphics type='vnc' passwd='secret'/>
+  </devices>
+  <qemu:commandline>
+    <qemu:arg value='-foo'/>
+  </qemu:commandline>
+</domain>
+"""
+
+
+def changes(before, after):
+    """Return the lines that are gone and those that are new, whatever the kind of quotes."""
+    diff = difflib.ndiff(before.replace("'", '"').splitlines(), after.replace("'", '"').splitlines())
+    lines = [line for line in diff if line[0] in "+-"]
+    return [line[2:].strip() for line in lines if line[0] == "-"], [
+        line[2:].strip() for line in lines if line[0] == "+"
+    ]
+
+
+def test_what_a_definition_says_of_its_disks():
+    first, second, third = disks_of(DEFINITION)
+    assert first[:5] == ("vda", "file", "/srv/it's.qcow2", "qcow2", None)
+    assert first.stated_chain == StatedChain((StatedImage("/srv/mid", "qcow2"), StatedImage("/srv/base", "raw")), True)
+    assert second == ("vdb", "block", "/dev/vg/lv", "raw", None, False, None)
+    assert third == ("vdc", "file", "/srv/c.img", "raw", None, True, StatedChain((), True))
+
+
+def test_a_switch_changes_the_path_and_drops_the_stated_chain():
+    after = switched(DEFINITION, {"vda": "/srv/it's.snap.qcow2"})
+    gone, new = changes(DEFINITION, after)
+    assert new == ['<source file="/srv/it"s.snap.qcow2" startupPolicy="optional">']
+    assert gone[0] == '<source file="/srv/it&apos;s.qcow2" startupPolicy="optional">'
+    assert [line.split()[0].strip("</>") for line in gone[1:]] == [
+        "backingStore", "format", "source", "backingStore", "format", "source",
+        "backingStore", "backingStore", "backingStore",
+    ]  # fmt: skip
+    assert disks_of(after)[0][2:] == ("/srv/it's.snap.qcow2", "qcow2", None, False, None)
+    assert without(after, {"vda"}) == without(DEFINITION, {"vda"})
+
+
+def test_everything_outside_the_switched_disks_stays_byte_by_byte():
+    odd = "<metadata><x k='one&#10;two&#9;three'>ü&#13;\n<![CDATA[<disk>]]></x></metadata>\r\n  <devices>"
+    definition = DEFINITION.replace("  <devices>", odd).replace("<name>", "<!-- <disk/> --><name>")
+    after = switched(definition, {"vdc": "/srv/c.x.qcow2"})
+    start, end = definition.index("<disk type='file' device='disk' snapshot"), definition.index("    <graphics")
+    assert after.startswith(definition[:start])
+    assert after.endswith(definition[end:])
+    assert "/srv/c.x.qcow2" in after
+    assert switched(definition, {}) == definition
+
+
+def test_a_raw_disk_becomes_qcow2_and_a_device_a_file():
+    after = switched(DEFINITION, {"vdb": "/srv/lv.x.qcow2", "vdc": "/srv/c.x.qcow2"})
+    assert disks_of(after)[1] == ("vdb", "file", "/srv/lv.x.qcow2", "qcow2", None, False, None)
+    assert disks_of(after)[2] == ("vdc", "file", "/srv/c.x.qcow2", "qcow2", None, True, None)
+    _gone, new = changes(DEFINITION, after)
+    assert '<driver name="qemu" type="qcow2" io="native"/>' in new
+    assert "/dev/vg/lv" not in after
+    assert switched(after, {"vdb": "/srv/lv.x.qcow2", "vdc": "/srv/c.x.qcow2"}) == after
+
+
+def test_a_diff_shows_the_disks_only():
+    text = parts_of(DEFINITION, {"vdc"})
+    assert "/srv/c.img" in text
+    assert "secret" not in text
+    assert "vda" not in text
+    assert parts_of(DEFINITION, set()) == ""
+
+
+UNFIT = {
+    "cdrom": "<disk type='file' device='cdrom'><source file='/x'/><target dev='sda'/></disk>",
+    "floppy": "<disk type='file' device='floppy'><target dev='sda'/></disk>",
+    "lun": "<disk type='block' device='lun'><source dev='/dev/x'/><target dev='sda'/></disk>",
+    "read-only": "<disk type='file'><source file='/x'/><target dev='sda'/><readonly/></disk>",
+    "shareable": "<disk type='file'><source file='/x'/><target dev='sda'/><shareable/></disk>",
+    "transient": "<disk type='file'><source file='/x'/><target dev='sda'/><transient/></disk>",
+    "network": "<disk type='network'><source protocol='rbd' name='x'/><target dev='sda'/></disk>",
+    "volume": "<disk type='volume'><source pool='p' volume='v'/><target dev='sda'/></disk>",
+    "no source": "<disk type='file'><target dev='sda'/></disk>",
+    "encrypted": "<disk type='file'><source file='/x'><encryption format='luks'/></source><target dev='sda'/></disk>",
+    "slice of a file": "<disk type='file'><source file='/x'><slices/></source><target dev='sda'/></disk>",
+    "format vmdk": "<disk type='file'><driver type='vmdk'/><source file='/x'/><target dev='sda'/></disk>",
+}
+
+
+@pytest.mark.parametrize("reason", UNFIT)
+def test_disks_that_can_take_no_part(reason):
+    (disk,) = disks_of(f"<domain><devices>{UNFIT[reason]}</devices></domain>")
+    assert disk.unfit == reason
+
+
+@pytest.mark.parametrize(
+    "stated, expected",
+    [
+        ("<backingStore/>", StatedChain((), True)),
+        (
+            "<backingStore type='file'><source file='/a'/></backingStore>",
+            StatedChain((StatedImage("/a", "raw"),), False),
+        ),
+        (
+            "<backingStore type='file'><source file='/a'/><backingStore/></backingStore>",
+            StatedChain((StatedImage("/a", "raw"),), True),
+        ),
+        (
+            "<backingStore type='network'><source protocol='nbd'/></backingStore>",
+            StatedChain((StatedImage("network", "raw"),), False),
+        ),
+        (
+            "<backingStore type='block'><format type='qcow2'/><source dev='/b'/></backingStore>",
+            StatedChain((StatedImage("/b", "qcow2"),), False),
+        ),
+        ("", None),
+    ],
+)
+def test_the_chain_that_a_definition_states(stated, expected):
+    text = (
+        f"<domain><devices><disk type='file'><source file='/x'/>{stated}<target dev='vda'/></disk></devices></domain>"
+    )
+    assert disks_of(text)[0].stated_chain == expected
+
+
+def test_the_bitmaps_of_a_checkpoint():
+    text = """<domaincheckpoint><name>one</name><disks>
+      <disk name='vda' checkpoint='bitmap' bitmap='one'/><disk name='vdb' checkpoint='no'/>
+      <disk name='vdc' checkpoint='bitmap' bitmap='other'/></disks><domain><devices><disk/></devices></domain>
+      </domaincheckpoint>"""
+    assert bitmaps_of(text) == {"vda": "one", "vdc": "other"}
+
+
+@pytest.mark.parametrize(
+    "paths, stem",
+    [
+        (["/srv/web.qcow2"], "web"),
+        (["/srv/web.img"], "web"),
+        (["/srv/web"], "web"),
+        (["/srv/web-1.5"], "web-1.5"),
+        (["/srv/web.monday.qcow2", "/srv/web.qcow2"], "web"),
+        (["/srv/web.tuesday.qcow2", "/srv/web.monday.qcow2", "/srv/web.qcow2"], "web"),
+        (["/fast/web.live", "/srv/web.monday.qcow2", "/srv/web.qcow2"], "web"),
+        (["/srv/web.qcow2", "/srv/debian.qcow2"], "web"),
+        (["/srv/web.monday.qcow2", "/srv/web.qcow2", "/srv/debian.qcow2"], "web"),
+        (["/srv/website.qcow2", "/srv/web.qcow2"], "website"),
+        (["/srv/.qcow2"], ".qcow2"),
+    ],
+)
+def test_names_do_not_grow(paths, stem):
+    assert stem_of(paths) == stem
