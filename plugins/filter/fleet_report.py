@@ -48,7 +48,8 @@ _value:
 
 import typing as t
 
-from ..plugin_utils._report import fleet_report, summary_of_fleet
+from ..plugin_utils._report.fleet import fleet_report
+from ..plugin_utils._report.text import summary_of_fleet
 
 
 def make_fleet_report(

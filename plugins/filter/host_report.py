@@ -70,7 +70,8 @@ _value:
 
 import typing as t
 
-from ..plugin_utils._report import Pass, Steps, host_report, summary_of_host
+from ..plugin_utils._report.host import Pass, Steps, host_report
+from ..plugin_utils._report.text import summary_of_host
 
 
 def _taken(result: t.Mapping[str, t.Any] | None) -> t.Mapping[str, t.Any] | None:

@@ -13,10 +13,11 @@ import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
 
+from ._base.attributes import Ownership
 from ._base.errors import Qcow2Error
-from ._disk.overlay import Creation
-from ._disk.publish import Ownership
-from ._disk.session import Outcome, Settings
+from ._disk.run import Outcome
+from ._disk.session import Settings
+from ._disk.verdict import Creation
 
 BACKING_FORMATS = ["qcow2", "raw"]
 _LONGEST_TIMEOUT = 86400  # seconds

@@ -267,7 +267,8 @@ from ansible.module_utils.basic import AnsibleModule, missing_required_lib
 from ..module_utils._base.errors import Qcow2Error
 from ..module_utils._base.signals import ending_cleanly
 from ..module_utils._disk.session import Settings
-from ..module_utils._domain.overlay import DomainOutcome, Request, overlay_domains
+from ..module_utils._domain.plan import DomainOutcome, Request
+from ..module_utils._domain.run import overlay_domains
 from ..module_utils._libvirt.connection import LIBVIRT_IMPORT_ERROR, Libvirt
 from ..module_utils._module import creation_from, creation_spec, ownership_spec, settings_from
 

@@ -217,8 +217,8 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils._base.errors import Qcow2Error
 from ..module_utils._base.signals import ending_cleanly
-from ..module_utils._disk.overlay import Wanted
-from ..module_utils._disk.session import make_overlays
+from ..module_utils._disk.run import make_overlays
+from ..module_utils._disk.verdict import Wanted
 from ..module_utils._module import (
     BACKING_FORMATS,
     creation_from,

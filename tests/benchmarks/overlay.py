@@ -43,9 +43,10 @@ done
 OURS = """
 import json, resource, shutil, sys, time
 import ansible.module_utils.basic
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.session import Settings, make_overlays
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay import Wanted
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.publish import Ownership
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.attributes import Ownership
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import make_overlays
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.session import Settings
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.verdict import Wanted
 wanted = [Wanted(path, active) for active, path in json.load(sys.stdin)]
 start = time.perf_counter()
 outcome = make_overlays(wanted, Settings(False, 60, shutil.which, Ownership()))

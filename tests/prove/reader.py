@@ -25,8 +25,10 @@ import typing as t
 import lab  # noqa: F401  # pylint: disable=unused-import  # finds the collection
 import mutants
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Qcow2Error
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.examine import examine
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2 import header as _image
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.extents import holds_data
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.image import read_image
 
 SECONDS = 5.0  # for one mutant
 MEMORY = 256 << 20  # bytes more than this process has before the first
@@ -34,10 +36,10 @@ MEMORY = 256 << 20  # bytes more than this process has before the first
 
 def read(path: pathlib.Path) -> str:
     """Read all that there is to be read; return the outcome."""
-    fd = _image.open_image(str(path))
+    fd = open_image(str(path))
     try:
-        image = _image.read_image(fd, str(path))
-        _image.holds_data(fd, str(path))
+        image = read_image(fd, str(path))
+        holds_data(fd, str(path))
     except Qcow2Error as exc:
         if str(path) not in str(exc):
             raise AssertionError(f"the message names no file: {exc}") from exc

@@ -47,20 +47,3 @@ def advice_on(words: str) -> str:
     if "arameter '" in words:  # QAPI refuses what it does not know or was built without, such as zstd
         return "This QEMU does not know that option: leave it out, or update QEMU on this host."
     return next((text for number, text in _ADVICE.items() if os.strerror(number) in words), CHECK_STORAGE)
-
-
-def in_use(path: str) -> Qcow2Error:
-    """Return the error for an ACTIVE that a process has open for writing."""
-    return Qcow2Error(
-        f"{path}: is open for writing in another process, most likely a running VM. "
-        "Only images of VMs that are shut off can be worked on; shut it down and run this again."
-    )
-
-
-def below_running_vm(path: str) -> Qcow2Error:
-    """Return the error for an ACTIVE that is not the top of its VM's chain any more."""
-    return Qcow2Error(
-        f"{path}: is the backing file of a running VM, or is being read by a tool such as qemu-img convert, and has "
-        "bitmaps that are recording. It is most likely not the topmost image of that VM any more: name the image "
-        "that is (virsh domblklist), and shut the VM down."
-    )

@@ -13,7 +13,13 @@ from __future__ import annotations
 import typing as t
 
 from .._base.errors import printable
-from .._qcow2.header import Bitmap
+from .._qcow2.bitmaps import MAX_BITMAP_DATA, Bitmap
+from .._qcow2.image import Image
+from .observe import Active
+
+MAX_BITMAPS_CARRIED = 4096  # of one ACTIVE; QEMU's time grows with the square of them
+MAX_ALL_BITMAP_DATA = 4 * 1024 * 1024 * 1024  # bytes of memory that QEMU needs to have all bitmaps of ACTIVE open
+_SHOWN = 5  # bitmaps that a message names
 
 NOT_IN_TOP = "not_in_top"
 GAP = "gap"
@@ -130,3 +136,61 @@ def _fault(bitmap: Bitmap, link: Link, above: Link | None) -> Checkpoint | None:
     if problem is None:
         return None
     return Checkpoint(bitmap.name, False, problem, link.path, f"{why} {_FULL}")
+
+
+def bitmap_problems(active: Active, image: Image) -> list[str]:
+    """Return why the bitmaps of this ACTIVE are more, or other, than can be handled."""
+    if len(image.bitmaps) > MAX_BITMAPS_CARRIED:
+        return [
+            f"{active.path}: has {len(image.bitmaps)} bitmaps, more than the {MAX_BITMAPS_CARRIED} that can be handled "
+            "in reasonable time. Remove those that no backup needs with 'qemu-img bitmap --remove'."
+        ]
+    problems = []
+    odd = [bitmap for bitmap in image.bitmaps if not is_expressible(bitmap.name)]
+    if odd:
+        problems.append(
+            f"{active.path}: the bitmap name {names_of(odd)} cannot be passed to QEMU's monitor (it is not UTF-8, or "
+            "has code points that are no characters). Remove the bitmap with 'qemu-img bitmap --remove'."
+        )
+    carried = [bitmap for bitmap in image.bitmaps if bitmap.carries_over]
+    large = [bitmap for bitmap in carried if bitmap.data_bytes(image.virtual_size) > MAX_BITMAP_DATA]
+    whole = sum(bitmap.data_bytes(image.virtual_size) for bitmap in image.bitmaps if not bitmap.inconsistent)
+    if large:
+        problems.append(
+            f"{active.path}: the granularity of the bitmap {names_of(large)} is so fine that it needs more than "
+            f"{MAX_BITMAP_DATA >> 20} MiB for {image.virtual_size} bytes. QEMU stores no larger one: remove it and "
+            "make a full backup with a coarser bitmap."
+        )
+    elif whole > MAX_ALL_BITMAP_DATA:
+        problems.append(
+            f"{active.path}: its {len(image.bitmaps)} bitmaps need {whole >> 20} MiB of memory to be opened; at most "
+            f"{MAX_ALL_BITMAP_DATA >> 20} MiB is given. Remove those that no backup needs."
+        )
+    return problems
+
+
+def bitmap_drift(active: Active, image: Image, live: bool) -> list[str]:
+    """Return which bitmaps the overlay should be recording and is not; in a live one in-use means nothing."""
+    there = {bitmap.name: bitmap for bitmap in image.bitmaps}
+    wanted = [bitmap for bitmap in active.image.bitmaps if bitmap.carries_over] if active.image else []
+    own = [there[bitmap.name] for bitmap in wanted if bitmap.name in there]
+    found = {
+        "it lacks the bitmap {}": [bitmap for bitmap in wanted if bitmap.name not in there],
+        "its bitmap {} is not recording": [bitmap for bitmap in own if not bitmap.recording],
+        "its bitmap {} is inconsistent": [bitmap for bitmap in own if bitmap.inconsistent and not live],
+    }
+    return [what.format(names_of(bitmaps)) for what, bitmaps in found.items() if bitmaps]
+
+
+def is_expressible(name: str) -> bool:
+    """Whether QEMU's JSON parser takes the name: it refuses bytes that are not UTF-8, and Unicode's noncharacters."""
+    return not any(
+        0xD800 <= ord(character) <= 0xDFFF or 0xFDD0 <= ord(character) <= 0xFDEF or ord(character) & 0xFFFE == 0xFFFE
+        for character in name
+    )
+
+
+def names_of(bitmaps: t.Sequence[Bitmap]) -> str:
+    """Return the names for a message; where they are many or long, the first of them."""
+    shown = [repr(b.name if len(b.name) <= 100 else f"{b.name[:100]}…") for b in bitmaps[:_SHOWN]]
+    return ", ".join(shown) + (f" and {len(bitmaps) - _SHOWN} more" if len(bitmaps) > _SHOWN else "")

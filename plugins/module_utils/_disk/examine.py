@@ -11,11 +11,14 @@ import os
 import typing as t
 
 from .._base.errors import Qcow2Error, printable
+from .._base.files import close_image, open_image
+from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer, unusable, walk_chain
 from .._qcow2.dirty import DirtyMap, counting_cost, dirty_bytes
-from .._qcow2.header import SECTOR, Bitmap, Image, close_image, open_image
+from .._qcow2.header import SECTOR
+from .._qcow2.image import Image
+from .._qemu.settled import is_written, read_settled
 from .bitmap_rules import Checkpoint, Link, judge_all
-from .observe import is_written, read_settled
 
 MAX_BITMAPS_OF_CHAIN = 16384
 MAX_BITMAP_BYTES = 64 << 30  # of the bits of all bitmaps of one chain; each look at them takes seconds

@@ -9,19 +9,16 @@ import contextlib
 import errno
 import os
 import stat
-import time
 import typing as t
 
 from .._base.errors import Qcow2Error
+from .._base.files import open_folder, open_image
 from .._qcow2.chain import Layer, has_protocol, identity_of, read_chain, resolve_name
-from .._qcow2.header import Image, holds_data, is_qcow2, open_image, read_image
-from .._qemu import locks as _locks
-
-_MOST_LINKS = 40  # on the way to a folder; the kernel follows no more either
-# With O_DIRECTORY, or what is mounted on demand would not be mounted.
-_PASS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
-_ENTER = _PASS | os.O_DIRECTORY
-_LOOKS = 20  # at an image whose header is being changed, 10 ms apart
+from .._qcow2.extents import holds_data
+from .._qcow2.header import is_qcow2
+from .._qcow2.image import Image
+from .._qemu import locks
+from .._qemu.settled import is_written, read_settled
 
 
 class Active(t.NamedTuple):
@@ -67,14 +64,14 @@ class Target(t.NamedTuple):
 
 def observe_active(fd: int, path: str, backing_format: str, relative: bool) -> Active:
     """Return what the open ACTIVE and the chain below it are; Qcow2Error when something there is unusable."""
-    written_before = _locks.is_used(fd, _locks.WRITE, path)
+    written_before = locks.is_used(fd, locks.WRITE, path)
     # An overlay that records ACTIVE relative to its own folder records its real path.
     chain = read_chain(fd, os.path.realpath(path) if relative else path, backing_format)
     return Active(
         path=path,
         chain=chain,
         open_for_writing=written_before or is_written(fd, path),
-        below_running_vm=_locks.is_used(fd, _locks.WRITE_UNSHARED, path),
+        below_running_vm=locks.is_used(fd, locks.WRITE_UNSHARED, path),
         disguised=backing_format == "raw" and is_qcow2(fd),
     )
 
@@ -88,88 +85,6 @@ def observe_target(path: str) -> Target:
     except OSError as exc:
         problem = f"{path}: cannot be looked at: {exc.strerror}. Check the path and its permissions."
         return Target(path, os.path.dirname(path), problem=problem)
-
-
-def open_folder(path: str) -> tuple[int, str]:
-    """Return a descriptor that stands for the folder, and its path without symlinks; OSError when there is none.
-
-    Who may write to a folder on the way must not lead us, by a symlink, into one that belongs to somebody else. So each
-    step goes through the folder that the step before has found, where nobody can swap what was checked.
-    """
-    here, names, way, owners = os.open("/", _ENTER), list[str](), path.split("/")[::-1], list[int]()
-    try:
-        while way:
-            name = way.pop()
-            if name in ("", "."):
-                continue
-            try:
-                below = os.open(name, _ENTER, dir_fd=here)
-            except NotADirectoryError:
-                text, owner = _read_link(here, name)
-                owners.append(owner)
-                if len(owners) > _MOST_LINKS:
-                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP)) from None
-                way += text.split("/")[::-1]
-                if not text.startswith("/"):
-                    continue
-                name, below, names = "", os.open("/", _ENTER), []
-            os.close(here)
-            here, names = below, names[:-1] if name == ".." else [*names, *filter(None, [name])]
-        _check_links(owners, here, path)
-    except BaseException:
-        os.close(here)
-        raise
-    return here, "/" + "/".join(names)
-
-
-def _read_link(folder_fd: int, name: str) -> tuple[str, int]:
-    """Return where the symlink in the folder leads, and whose it is; NotADirectoryError when it is none."""
-    fd = os.open(name, _PASS, dir_fd=folder_fd)
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISLNK(status.st_mode):
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        return os.readlink("", dir_fd=fd), status.st_uid
-    finally:
-        os.close(fd)
-
-
-def _check_links(owners: t.Sequence[int], folder_fd: int, path: str) -> None:
-    """Raise when a symlink on the way, of the user who is given, leads into a folder of somebody else."""
-    owner = os.fstat(folder_fd).st_uid
-    foreign = [one for one in owners if one not in (0, os.geteuid(), owner)]
-    if foreign:
-        raise Qcow2Error(
-            f"{path} leads through a symlink of the user {foreign[0]} into a folder of the user {owner}. Such a link "
-            "can be a trap. Give the real path, or have the owner of that folder or root make the symlink."
-        )
-
-
-def is_written(fd: int, path: str) -> bool:
-    """Whether a VM or a tool has the open image open for writing."""
-    if _locks.is_used(fd, _locks.WRITE, path):
-        return True
-    status = os.fstat(fd)
-    # Of a device there can be several nodes, each with locks of its own: libvirt gives every VM a /dev of its own.
-    return stat.S_ISBLK(status.st_mode) and _device_is_written(status.st_rdev)
-
-
-def _device_is_written(device: int) -> bool:
-    """Whether any process has a node of this block device open for writing, as far as this user may see."""
-    for process in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):  # it has ended, or is not ours to see
-            for number in os.listdir(f"/proc/{process}/fd"):
-                status = os.stat(f"/proc/{process}/fd/{number}")
-                if stat.S_ISBLK(status.st_mode) and status.st_rdev == device and _is_writable(process, number):
-                    return True
-    return False
-
-
-def _is_writable(process: str, number: str) -> bool:
-    """Whether a process has this descriptor open for writing (proc_pid_fdinfo(5), flags)."""
-    with open(f"/proc/{process}/fdinfo/{number}", encoding="ascii") as file:
-        flags = next(int(line.split()[1], 8) for line in file if line.startswith("flags:"))
-    return flags & os.O_ACCMODE != os.O_RDONLY
 
 
 def _observe_target(path: str) -> Target:
@@ -262,50 +177,3 @@ def _observe_image(fd: int, target: Target, path: str) -> Target:
     with contextlib.suppress(OSError):
         target = target._replace(backing_identity=identity_of(os.stat(backing)))
     return target
-
-
-class _Look(t.NamedTuple):
-    """What one look at an image shows."""
-
-    image: Image
-    live_before: bool  # a process had it open for writing before it was read
-    live_after: bool
-    at_work: bool  # a run of this collection has the image locked, which looks like a process that has it open
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether nothing hints at somebody who is opening or closing the image just now."""
-        bitmaps_fit = self.live_after or not any(bitmap.inconsistent for bitmap in self.image.bitmaps)
-        is_still = self.live_before == self.live_after and not self.at_work
-        return is_still and bitmaps_fit and not self.image.lost_bitmaps
-
-
-def _look(fd: int, path: str) -> _Look:
-    """Read the image between two questions for its locks."""
-    live_before = _locks.is_held(fd, _locks.WRITE, path)
-    image = read_image(fd, path)
-    live_after = _locks.is_held(fd, _locks.WRITE, path)
-    return _Look(image, live_before, live_after, (live_before or live_after) and _locks.is_held(fd, _locks.OURS, path))
-
-
-def read_settled(fd: int, path: str) -> tuple[Image, bool]:
-    """Return the open image and whether a process has it open for writing, from a moment when nothing changes in it.
-
-    While a QEMU opens or closes an image it declares the bitmaps worthless for a moment, and then writes them anew.
-    """
-    seen: _Look | None = None
-    error: Qcow2Error | None = None
-    for _attempt in range(_LOOKS):
-        previous = seen
-        try:
-            seen, error = _look(fd, path), None
-        except Qcow2Error as exc:
-            seen, error = None, exc
-            if not _locks.is_held(fd, _locks.WRITE, path):
-                raise
-        if seen is not None and (seen.is_plain or (seen == previous and not seen.live_after)):
-            break
-        time.sleep(0.01)
-    if seen is None:
-        raise error or Qcow2Error(f"{path}: cannot be read.")
-    return seen.image, seen.live_before or seen.live_after

@@ -13,88 +13,15 @@ import os
 import sys
 import typing as t
 
-from .._base.errors import below_running_vm, in_use, printable
 from .._qcow2.chain import MAX_LAYERS, has_protocol, unusable
-from .._qcow2.header import MAX_BACKING_FILE_NAME, MAX_BITMAP_DATA, MAX_L1_TABLE, Bitmap, Image, l1_bytes
+from .._qcow2.header import MAX_BACKING_FILE_NAME, MAX_L1_TABLE, l1_bytes
+from .._qcow2.image import Image
+from .._qemu.locks import below_running_vm, in_use
+from .bitmap_rules import bitmap_drift, bitmap_problems, is_expressible, names_of
 from .observe import Active, Target
+from .verdict import CREATED, PRESENT, SkippedBitmap, Verdict, Wanted
 
-CREATED = "created"
-PRESENT = "present"
-FAILED = "failed"
-
-MAX_BITMAPS_CARRIED = 4096  # of one ACTIVE; QEMU's time grows with the square of them
-MAX_ALL_BITMAP_DATA = 4 * 1024 * 1024 * 1024  # bytes of memory that QEMU needs to have all bitmaps of ACTIVE open
 _HEADER_ROOM = 168  # bytes that an overlay's header and extensions take, beside the name of the backing file
-_SHOWN = 5  # bitmaps that a message names
-
-
-class Creation(t.NamedTuple):
-    """How a new overlay is laid out; the names are those of qemu-img create -o."""
-
-    cluster_size: int = 65536  # bytes
-    extended_l2: bool = False
-    lazy_refcounts: bool = False
-    refcount_bits: int = 16
-    compression_type: str = "zlib"
-
-
-class Wanted(t.NamedTuple):
-    """One overlay as it was asked for."""
-
-    path: str
-    backing_file: str
-    backing_format: str = "qcow2"
-    vm: str | None = None
-    relative: bool = False
-    creation: Creation = Creation()
-    unused: bool = False  # the VM is not on it yet, so one that exists already must hold no data
-
-
-class Skipped(t.NamedTuple):
-    """A bitmap of ACTIVE that the overlay does not go on recording."""
-
-    name: str
-    granularity: int  # bytes
-    reason: str  # disabled or inconsistent
-
-
-class Verdict(t.NamedTuple):
-    """What is to become, or became, of one overlay."""
-
-    wanted: Wanted
-    state: str  # created, present or failed
-    problems: tuple[str, ...] = ()
-    virtual_size: int | None = None  # bytes
-    bitmaps: tuple[Bitmap, ...] = ()
-    skipped: tuple[Skipped, ...] = ()
-    warnings: tuple[str, ...] = ()
-
-    def failed(self, problem: str) -> Verdict:
-        """Return this verdict as a failure."""
-        return self.with_problems((*self.problems, problem))
-
-    def with_problems(self, problems: t.Iterable[str]) -> Verdict:
-        """Return this verdict, failed if there are problems."""
-        found = tuple(problems)
-        return Verdict(self.wanted, FAILED, found, warnings=self.warnings) if found else self
-
-    @property
-    def message(self) -> str:
-        """Why it failed, in one text."""
-        return printable(" ".join(self.problems))
-
-    def as_result(self) -> dict[str, t.Any]:
-        """Return the verdict in the form in which the module returns it."""
-        result: dict[str, t.Any] = {
-            "path": self.wanted.path,
-            "backing_file": self.wanted.backing_file,
-            "backing_format": self.wanted.backing_format,
-            "virtual_size": self.virtual_size,
-            "state": self.state,
-            "bitmaps": [{"name": b.name, "granularity": b.granularity} for b in self.bitmaps],
-            "skipped_bitmaps": [b._asdict() for b in self.skipped],
-        }
-        return {**result, "msg": self.message} if self.state == FAILED else result
 
 
 def request_problems(wanted: Wanted) -> list[str]:
@@ -105,7 +32,7 @@ def request_problems(wanted: Wanted) -> list[str]:
             problems.append(f"{path or repr(path)}: {option} must be an absolute path, one that begins with a slash.")
         if "\0" in path:
             problems.append(f"{path!r}: {option} has a NUL byte in it, which no file name can have. Correct it.")
-        elif not _is_expressible(path):
+        elif not is_expressible(path):
             problems.append(
                 f"{path!r}: {option} is not UTF-8, or has code points that are no characters, so Ansible or QEMU's "
                 "monitor cannot be given it. Rename the file."
@@ -168,7 +95,7 @@ def _promise(wanted: Wanted, active: Active, target: Target) -> Verdict:
     own = active.image.bitmaps if active.image else ()
     carried = tuple(bitmap for bitmap in own if bitmap.carries_over)
     skipped = tuple(
-        Skipped(b.name, b.granularity, "inconsistent" if b.inconsistent else "disabled")
+        SkippedBitmap(b.name, b.granularity, "inconsistent" if b.inconsistent else "disabled")
         for b in own
         if not b.carries_over
     )
@@ -215,38 +142,7 @@ def _active_problems(active: Active) -> list[str]:
             f"{active.path}: is encrypted. An overlay would hold the guest's new data in plain text; not supported."
         )
     problems += unusable(active.path, image)
-    return problems + _bitmap_problems(active, image)
-
-
-def _bitmap_problems(active: Active, image: Image) -> list[str]:
-    """Return why the bitmaps of this ACTIVE are more, or other, than can be handled."""
-    if len(image.bitmaps) > MAX_BITMAPS_CARRIED:
-        return [
-            f"{active.path}: has {len(image.bitmaps)} bitmaps, more than the {MAX_BITMAPS_CARRIED} that can be handled "
-            "in reasonable time. Remove those that no backup needs with 'qemu-img bitmap --remove'."
-        ]
-    problems = []
-    odd = [bitmap for bitmap in image.bitmaps if not _is_expressible(bitmap.name)]
-    if odd:
-        problems.append(
-            f"{active.path}: the bitmap name {_names(odd)} cannot be passed to QEMU's monitor (it is not UTF-8, or has "
-            "code points that are no characters). Remove the bitmap with 'qemu-img bitmap --remove'."
-        )
-    carried = [bitmap for bitmap in image.bitmaps if bitmap.carries_over]
-    large = [bitmap for bitmap in carried if bitmap.data_bytes(image.virtual_size) > MAX_BITMAP_DATA]
-    whole = sum(bitmap.data_bytes(image.virtual_size) for bitmap in image.bitmaps if not bitmap.inconsistent)
-    if large:
-        problems.append(
-            f"{active.path}: the granularity of the bitmap {_names(large)} is so fine that it needs more than "
-            f"{MAX_BITMAP_DATA >> 20} MiB for {image.virtual_size} bytes. QEMU stores no larger one: remove it and "
-            "make a full backup with a coarser bitmap."
-        )
-    elif whole > MAX_ALL_BITMAP_DATA:
-        problems.append(
-            f"{active.path}: its {len(image.bitmaps)} bitmaps need {whole >> 20} MiB of memory to be opened; at most "
-            f"{MAX_ALL_BITMAP_DATA >> 20} MiB is given. Remove those that no backup needs."
-        )
-    return problems
+    return problems + bitmap_problems(active, image)
 
 
 def _place_problems(wanted: Wanted, active: Active, target: Target) -> list[str]:
@@ -307,7 +203,7 @@ def _drift_problems(wanted: Wanted, active: Active, target: Target, image: Image
         drift.append("it is marked corrupt")
     if wanted.unused:
         drift += _signs_of_use(active, target, image)
-    drift += _bitmap_drift(active, image, target.open_for_writing)
+    drift += bitmap_drift(active, image, target.open_for_writing)
     if not drift:
         return []
     return [
@@ -325,7 +221,9 @@ def _signs_of_use(active: Active, target: Target, image: Image) -> list[str]:
     if target.has_data:
         signs.append("it holds data, so a VM has run on it and was later put back to the image below")
     if foreign:
-        signs.append(f"it has the bitmap {_names(foreign)}, made while a VM ran on it, and would lack what came after")
+        signs.append(
+            f"it has the bitmap {names_of(foreign)}, made while a VM ran on it, and would lack what came after"
+        )
     if target.open_for_writing:
         signs.append("a process has it open for writing, most likely another VM")
     if image.virtual_size != active.virtual_size:
@@ -333,19 +231,6 @@ def _signs_of_use(active: Active, target: Target, image: Image) -> list[str]:
     if image.encrypted or image.has_data_file or image.dirty:
         signs.append("it is encrypted, has a data file, or was not closed properly, so this collection has not made it")
     return signs
-
-
-def _bitmap_drift(active: Active, image: Image, live: bool) -> list[str]:
-    """Return which bitmaps the overlay should be recording and is not; in a live one in-use means nothing."""
-    there = {bitmap.name: bitmap for bitmap in image.bitmaps}
-    wanted = [bitmap for bitmap in active.image.bitmaps if bitmap.carries_over] if active.image else []
-    own = [there[bitmap.name] for bitmap in wanted if bitmap.name in there]
-    found = {
-        "it lacks the bitmap {}": [bitmap for bitmap in wanted if bitmap.name not in there],
-        "its bitmap {} is not recording": [bitmap for bitmap in own if not bitmap.recording],
-        "its bitmap {} is inconsistent": [bitmap for bitmap in own if bitmap.inconsistent and not live],
-    }
-    return [what.format(_names(bitmaps)) for what, bitmaps in found.items() if bitmaps]
 
 
 def verify(verdict: Verdict, backing_file: str, image: Image) -> list[str]:
@@ -367,70 +252,12 @@ def verify(verdict: Verdict, backing_file: str, image: Image) -> list[str]:
              if getattr(image, name) != value]  # fmt: skip
     there, wanted = set(image.bitmaps), set(verdict.bitmaps)
     if wanted - there:
-        wrong.append(f"the bitmap {_names(sorted(wanted - there))} is missing or different")
+        wrong.append(f"the bitmap {names_of(sorted(wanted - there))} is missing or different")
     if there - wanted:
-        wrong.append(f"there is an unexpected bitmap {_names(sorted(there - wanted))}")
+        wrong.append(f"there is an unexpected bitmap {names_of(sorted(there - wanted))}")
     return wrong
-
-
-def all_or_none(verdicts: t.Sequence[Verdict]) -> list[Verdict]:
-    """Return the verdicts of one VM, where one failure means that none of its overlays is made."""
-    failed = next((verdict for verdict in verdicts if verdict.state == FAILED), None)
-    if failed is None:
-        return list(verdicts)
-    reason = (
-        f"not made, because the overlays that belong together are made all or none and {failed.wanted.path} failed."
-    )
-    return [v.failed(f"{v.wanted.path}: {reason}") if v.state == CREATED else v for v in verdicts]
-
-
-def needed_bytes(verdict: Verdict) -> int:
-    """Return how many bytes the new overlay takes on disk at least, where blocks are of 4 KiB or larger."""
-    creation, size = verdict.wanted.creation, verdict.virtual_size or 0
-    needed = 3 * creation.cluster_size + l1_bytes(
-        size, creation.cluster_size, creation.extended_l2
-    )  # header, refcount table, one refcount block
-    for bitmap in verdict.bitmaps:
-        entries = -(-bitmap.data_bytes(size) // creation.cluster_size)
-        needed += max(entries * 8, min(4096, creation.cluster_size))
-    return needed
-
-
-def within_space(verdicts: t.Sequence[Verdict], targets: t.Sequence[Target], free: dict[int, int]) -> list[Verdict]:
-    """Return the verdicts of one VM, failed where they do not fit; free, bytes by device, is what is left for all."""
-    settled = list(verdicts)
-    left = dict(free)
-    for index, (verdict, target) in enumerate(zip(verdicts, targets)):
-        if verdict.state != CREATED or target.free_bytes is None:
-            continue
-        available = left.setdefault(target.device, target.free_bytes)
-        needed = needed_bytes(verdict)
-        if needed > available:
-            settled[index] = verdict.failed(
-                f"{verdict.wanted.path}: needs at least {needed} bytes in {target.folder}, where "
-                f"{max(available, 0)} are left after the overlays before it. Make room, or choose another folder."
-            )
-        left[target.device] = available - needed
-    settled = all_or_none(settled)
-    if all(verdict.state != FAILED for verdict in settled):
-        free.update(left)
-    return settled
 
 
 def _is_power_of_two(number: int, low: int, high: int) -> bool:
     """Whether the number is a power of two within the bounds."""
     return low <= number <= high and number & (number - 1) == 0
-
-
-def _is_expressible(name: str) -> bool:
-    """Whether QEMU's JSON parser takes the name: it refuses bytes that are not UTF-8, and Unicode's noncharacters."""
-    return not any(
-        0xD800 <= ord(character) <= 0xDFFF or 0xFDD0 <= ord(character) <= 0xFDEF or ord(character) & 0xFFFE == 0xFFFE
-        for character in name
-    )
-
-
-def _names(bitmaps: t.Sequence[Bitmap]) -> str:
-    """Return the names for a message; where they are many or long, the first of them."""
-    shown = [repr(b.name if len(b.name) <= 100 else f"{b.name[:100]}…") for b in bitmaps[:_SHOWN]]
-    return ", ".join(shown) + (f" and {len(bitmaps) - _SHOWN} more" if len(bitmaps) > _SHOWN else "")

@@ -18,26 +18,15 @@ import stat
 import typing as t
 
 from .._base.errors import CHECK_STORAGE, HalfDoneError, Qcow2Error
-from .._qcow2.header import close_image
-from .._qemu import locks as _locks
-from .observe import Target, open_folder
+from .._base.files import close_image, open_folder
+from .._qemu import locks
+from .observe import Target
 
 _PREFIX = ".qcow2_overlay-"
 _SUFFIX = ".tmp"
 _MOST_TRIES = 100  # more runs than that do not collide in one folder
 _RENAME_NOREPLACE = 1
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
-_SELINUX = "security.selinux"
-_ACL = "system.posix_acl_access"
-
-
-class Ownership(t.NamedTuple):
-    """Who may use the new overlays; None means as ACTIVE."""
-
-    uid: int | None = None
-    gid: int | None = None
-    mode: t.Callable[[int], int] | None = None  # from ACTIVE's permission bits to the wanted ones
-    context: tuple[str | None, str | None, str | None, str | None] = (None, None, None, None)  # user, role, type, level
 
 
 class StagedFile:
@@ -128,7 +117,7 @@ def _new_file(folder_fd: int, folder: str) -> tuple[str, int]:
         is_ours = False
         try:
             # Not ours any more if another run took it for a leftover before it was marked.
-            is_ours = _locks.claim(fd, os.path.join(folder, name)) and os.fstat(fd).st_nlink > 0
+            is_ours = locks.claim(fd, os.path.join(folder, name)) and os.fstat(fd).st_nlink > 0
             if is_ours:
                 return name, fd
         finally:
@@ -149,8 +138,8 @@ def publish_together(staged: t.Sequence[StagedFile], finish: t.Callable[[], None
     """
     for file in staged:
         # No VM may start on the first overlay while the second can still fail.
-        _locks.hold_off_writers(file.fd, file.target.path)
-        _locks.hold_off_everybody(file.fd, file.target.path)
+        locks.hold_off_writers(file.fd, file.target.path)
+        locks.hold_off_everybody(file.fd, file.target.path)
     begun = []
     try:
         for file in staged:
@@ -182,65 +171,6 @@ def _retract_all(begun: t.Sequence[StagedFile], exc: BaseException) -> None:
         ) from exc
 
 
-class Attire(t.NamedTuple):
-    """What a new overlay is given."""
-
-    uid: int
-    gid: int
-    mode: int
-    attributes: dict[str, bytes]  # extended attributes: ACL and SELinux context
-
-
-def choose_attire(active_fd: int, ownership: Ownership, path: str) -> Attire:
-    """Return the owner, mode, ACL and context that were asked for, or ACTIVE's; Qcow2Error for what cannot be given."""
-    active = os.fstat(active_fd)
-    uid = active.st_uid if ownership.uid is None else ownership.uid
-    gid = active.st_gid if ownership.gid is None else ownership.gid
-    if os.geteuid() != 0 and (uid != os.geteuid() or gid not in (os.getegid(), *os.getgroups())):
-        raise _not_permitted(path, f"owner {uid} and group {gid}", os.strerror(errno.EPERM))
-    # A template is often read-only, but an overlay that its owner cannot write to is of no use.
-    mode = (stat.S_IMODE(active.st_mode) & 0o777) | stat.S_IRUSR | stat.S_IWUSR
-    attributes = {}
-    if not stat.S_ISBLK(active.st_mode):  # those of a device do not fit a file
-        for name in (_SELINUX, _ACL) if ownership.mode is None else (_SELINUX,):
-            with _ignoring(errno.ENODATA, errno.ENOTSUP):
-                attributes[name] = os.getxattr(active_fd, name)
-    if any(ownership.context):
-        attributes[_SELINUX] = _context(attributes.get(_SELINUX), ownership, path)
-    return Attire(uid, gid, mode if ownership.mode is None else ownership.mode(mode), attributes)
-
-
-def _context(of_active: bytes | None, ownership: Ownership, path: str) -> bytes:
-    """Return ACTIVE's SELinux context with the parts that were asked for."""
-    if of_active is None:
-        raise Qcow2Error(f"{path}: ACTIVE has no SELinux context of which parts could be changed. Leave out se*.")
-    own = of_active.rstrip(b"\0").decode().split(":", 3)
-    parts = [asked or current for asked, current in zip(ownership.context, [*own, "s0"])]
-    return ":".join(parts).encode() + b"\0"
-
-
-def dress(fd: int, attire: Attire, path: str) -> None:
-    """Give the overlay's file its owner, mode, ACL and context."""
-    try:
-        own = os.fstat(fd)
-        if (own.st_uid, own.st_gid) != (attire.uid, attire.gid):
-            os.fchown(fd, attire.uid, attire.gid)
-        for name, value in attire.attributes.items():
-            with _ignoring(errno.ENOTSUP):  # another file system than ACTIVE's
-                os.setxattr(fd, name, value)
-        os.fchmod(fd, attire.mode)  # last, since an ACL sets the mode too
-    except OSError as exc:
-        what = f"owner {attire.uid}, group {attire.gid}, mode {attire.mode:04o} and the security attributes of ACTIVE"
-        raise _not_permitted(path, what, exc.strerror) from exc
-
-
-def _not_permitted(path: str, what: str, why: str | None) -> Qcow2Error:
-    """Return the error for an owner or the like that cannot be given."""
-    return Qcow2Error(
-        f"{path}: cannot be given {what}: {why}. Run with become, or ask for others with owner, group and mode."
-    )
-
-
 def find_leftovers(folder: str, remove: bool) -> list[str]:
     """Return the paths of the files in the folder that killed runs have left, removed if so wanted."""
     try:
@@ -263,9 +193,9 @@ def _is_abandoned(name: str, folder_fd: int, remove: bool) -> bool:
     except OSError:
         return False
     try:
-        abandoned = not _locks.is_held(fd, _locks.OURS, name)
+        abandoned = not locks.is_held(fd, locks.OURS, name)
         if abandoned and remove:
-            abandoned = _locks.claim(fd, name)
+            abandoned = locks.claim(fd, name)
             if abandoned:
                 os.unlink(name, dir_fd=folder_fd)
     except (OSError, Qcow2Error):
@@ -284,16 +214,6 @@ def _open_file(name: str, folder_fd: int) -> int:
         return os.open(f"/proc/self/fd/{place}", os.O_RDWR | os.O_CLOEXEC)
     finally:
         os.close(place)
-
-
-@contextlib.contextmanager
-def _ignoring(*numbers: int) -> t.Iterator[None]:
-    """Ignore the OSErrors of these numbers."""
-    try:
-        yield
-    except OSError as exc:
-        if exc.errno not in numbers:
-            raise
 
 
 def _rename_without_replacing(folder_fd: int, name: str, place: str, path: str) -> None:

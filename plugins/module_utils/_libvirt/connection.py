@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import time
 import traceback
 import typing as t
@@ -51,22 +50,6 @@ class Unreadable(t.NamedTuple):
     problem: str
 
 
-def select(
-    domains: t.Mapping[str, Domain | Unreadable], names: t.Sequence[str]
-) -> tuple[list[Domain | Unreadable], list[str]]:
-    """Return the domains of these names and patterns, each once; and the patterns that match none."""
-    found: dict[str, Domain | Unreadable] = {}
-    unmatched = []
-    for name in names:
-        matching = [name] if name in domains else fnmatch.filter(sorted(domains), name)
-        found.update({match: domains[match] for match in matching})
-        if not matching and any(character in name for character in "*?["):
-            unmatched.append(name)
-        elif not matching:
-            found[name] = Unreadable(name, f"{name}: libvirt knows no such domain on this host. Check the name.")
-    return list(found.values()), unmatched
-
-
 class Libvirt:
     """A connection to the daemon."""
 
@@ -77,8 +60,8 @@ class Libvirt:
             self._connection = libvirt.open(uri)
         except libvirt.libvirtError as exc:
             raise Qcow2Error(
-                f"libvirt cannot be reached at {uri}: {_words(exc)}. Is its daemon running, and may this user use it? "
-                "Run with become, or give another uri."
+                f"libvirt cannot be reached at {uri}: {words_of(exc)}. Is its daemon running, and may this user use "
+                "it? Run with become, or give another uri."
             ) from exc
 
     def domains(self) -> dict[str, Domain | Unreadable]:
@@ -87,7 +70,7 @@ class Libvirt:
             handles = {handle.name(): handle for handle in self._connection.listAllDomains(0)}
         except libvirt.libvirtError as exc:
             raise Qcow2Error(
-                f"libvirt cannot list its domains: {_words(exc)}. See that its daemon runs, then run this again."
+                f"libvirt cannot list its domains: {words_of(exc)}. See that its daemon runs, then run this again."
             ) from exc
         return {name: _read(handle, name) for name, handle in handles.items()}
 
@@ -101,16 +84,16 @@ class Libvirt:
             handle = self._connection.lookupByUUIDString(domain.uuid)
             _check_unchanged(handle, domain)
         except libvirt.libvirtError as exc:
-            raise Qcow2Error(f"{domain.name}: libvirt cannot look at it: {_words(exc)}. Run this again.") from exc
+            raise Qcow2Error(f"{domain.name}: libvirt cannot look at it: {words_of(exc)}. Run this again.") from exc
         error = "libvirt took it, but made something else of it."
         try:
             self._connection.defineXML(new)
         except libvirt.libvirtError as exc:
-            error = f"libvirt says: {_words(exc)}."
+            error = f"libvirt says: {words_of(exc)}."
         try:
-            now = _definition_of(handle)
+            now = definition_of(handle)
         except libvirt.libvirtError as exc:
-            raise _half_done(domain, f"libvirt says: {_words(exc)}.") from exc
+            raise _half_done(domain, f"libvirt says: {words_of(exc)}.") from exc
         if _is_as_wanted(now, domain, overlays):
             _wait_for_start(handle, domain, seconds)
             return
@@ -135,7 +118,7 @@ def _wait_for_start(handle: t.Any, domain: Domain, seconds: float) -> None:
                 )
             time.sleep(0.02)
     except libvirt.libvirtError as exc:
-        raise _half_done(domain, f"libvirt says: {_words(exc)}.") from exc
+        raise _half_done(domain, f"libvirt says: {words_of(exc)}.") from exc
 
 
 def _read(handle: t.Any, name: str) -> Domain | Unreadable:
@@ -150,15 +133,15 @@ def _read(handle: t.Any, name: str) -> Domain | Unreadable:
             activity=activity,
             persistent=bool(handle.isPersistent()),
             managed_save=bool(handle.hasManagedSaveImage(0)),
-            definition=_definition_of(handle),
+            definition=definition_of(handle),
             running_definition=handle.XMLDesc(0) if activity else None,
             checkpoints=_checkpoints_of(handle),
         )
     except libvirt.libvirtError as exc:
-        return Unreadable(name, f"{name}: libvirt cannot tell about it: {_words(exc)}. Run this again.")
+        return Unreadable(name, f"{name}: libvirt cannot tell about it: {words_of(exc)}. Run this again.")
 
 
-def _definition_of(handle: t.Any) -> str:
+def definition_of(handle: t.Any) -> str:
     """Return what the next start uses; with its secrets, or defining it anew would lose them."""
     return t.cast("str", handle.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE))
 
@@ -180,7 +163,7 @@ def _check_unchanged(handle: t.Any, domain: Domain) -> None:
         raise Qcow2Error(f"{domain.name}: was started meanwhile. Shut it down and run this again.")
     if handle.hasManagedSaveImage(0):
         raise Qcow2Error(f"{domain.name}: has got a managed save meanwhile. Start it and shut it down, then run again.")
-    if _definition_of(handle) != domain.definition:
+    if definition_of(handle) != domain.definition:
         raise Qcow2Error(f"{domain.name}: its definition was changed meanwhile. Run this again.")
 
 
@@ -201,6 +184,6 @@ def _half_done(domain: Domain, error: str) -> HalfDoneError:
     )
 
 
-def _words(exc: t.Any) -> str:
+def words_of(exc: t.Any) -> str:
     """Return libvirt's own words."""
     return t.cast("str", exc.get_error_message() or str(exc)).rstrip(".")

@@ -10,7 +10,9 @@ import stat
 import typing as t
 
 from .._base.errors import Qcow2Error
-from .header import SECTOR, Image, close_image, is_qcow2, length_of, open_image, read_image
+from .._base.files import close_image, length_of, open_image
+from .header import SECTOR, is_qcow2
+from .image import Image, read_image
 
 _ANY_DEVICE = -1  # stands for the file system of a block device, which can have several nodes
 MAX_LAYERS = 200  # libvirt follows no chain further either

@@ -12,7 +12,9 @@ import os
 import struct
 import typing as t
 
-from .header import TABLE_ENTRY_SIZE, Bitmap, BitmapTable, Image, damaged
+from .bitmaps import TABLE_ENTRY_SIZE, Bitmap, BitmapTable
+from .header import damaged
+from .image import Image
 
 _PIECE = 1 << 19  # bits of the finest bitmap that are looked at together
 _ENTRY_ALL_ONES = 1 << 0

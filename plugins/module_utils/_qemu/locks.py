@@ -21,7 +21,7 @@ import random
 import struct
 import time
 
-from .._base.errors import Qcow2Error, below_running_vm, in_use
+from .._base.errors import Qcow2Error
 from .._base.signals import interruptible
 
 # Linux, fcntl(2), "Open file description locks"; not every build of Python has names for them.
@@ -116,4 +116,21 @@ def _no_locks(path: str, exc: OSError) -> Qcow2Error:
     return Qcow2Error(
         f"{path}: its file system does not support the locks that QEMU uses ({exc.strerror}), so a running VM "
         "could not be seen. Mount it with locks (NFS: without nolock)."
+    )
+
+
+def in_use(path: str) -> Qcow2Error:
+    """Return the error for an ACTIVE that a process has open for writing."""
+    return Qcow2Error(
+        f"{path}: is open for writing in another process, most likely a running VM. "
+        "Only images of VMs that are shut off can be worked on; shut it down and run this again."
+    )
+
+
+def below_running_vm(path: str) -> Qcow2Error:
+    """Return the error for an ACTIVE that is not the top of its VM's chain any more."""
+    return Qcow2Error(
+        f"{path}: is the backing file of a running VM, or is being read by a tool such as qemu-img convert, and has "
+        "bitmaps that are recording. It is most likely not the topmost image of that VM any more: name the image "
+        "that is (virsh domblklist), and shut the VM down."
     )

@@ -13,7 +13,9 @@ import struct
 import subprocess
 import typing as t
 
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.header import Bitmap, Image, open_image, read_image
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.image import Image, read_image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu.monitor import Monitor, find_qemu
 
 SECONDS = 60.0

@@ -9,7 +9,7 @@ import itertools
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.bitmap_rules import Link, judge, judge_all
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.header import Bitmap
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
 
 # One letter for each image, top to base: has the bitmap and it is (g)ood, (d)isabled, (i)nconsistent, both (b), good in
 # an image of another size (s), or it is absent (-). In capitals: the image is open for writing.

@@ -15,7 +15,7 @@ import sys
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import examine as _disks
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.examine import examine
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.header import Bitmap
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
 
 from .. import qemu
 

@@ -10,6 +10,13 @@ import itertools
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.observe import Active, Target
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay import (
+    decide,
+    recorded_backing_file,
+    repeated_problems,
+    request_problems,
+    verify,
+)
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.verdict import (
     CREATED,
     FAILED,
     PRESENT,
@@ -17,15 +24,11 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay impor
     Verdict,
     Wanted,
     all_or_none,
-    decide,
-    recorded_backing_file,
-    repeated_problems,
-    request_problems,
-    verify,
     within_space,
 )
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.chain import Layer
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.header import Bitmap, Image
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.image import Image
 
 GIB = 1 << 30
 ACTIVE_ID, OTHER_ID, OVERLAY_ID = (1, 10), (1, 11), (1, 12)

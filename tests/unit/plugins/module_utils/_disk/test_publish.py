@@ -10,15 +10,14 @@ import os
 import stat
 
 import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base import files
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.attributes import Ownership, choose_attire, dress
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Qcow2Error
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import observe as _observe
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import observe
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import publish as _publish
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.observe import observe_target
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.publish import (
-    Ownership,
     StagedFile,
-    choose_attire,
-    dress,
     find_leftovers,
     publish_together,
 )
@@ -269,9 +268,9 @@ def fixture_link(tmp_path):
 
 def owned_by(monkeypatch, link_owner, me):
     """Have every symlink belong to this user, and be that one."""
-    real = _observe._read_link
-    monkeypatch.setattr(_observe, "_read_link", lambda *args: (real(*args)[0], link_owner))
-    monkeypatch.setattr(_observe.os, "geteuid", lambda: me)
+    real = files._read_link
+    monkeypatch.setattr(files, "_read_link", lambda *args: (real(*args)[0], link_owner))
+    monkeypatch.setattr(files.os, "geteuid", lambda: me)
 
 
 @pytest.mark.parametrize(
@@ -342,6 +341,6 @@ def test_a_context_needs_one_to_begin_with(tmp_path):
 
 
 def test_a_folder_that_is_missing_for_a_moment_is_not_said_to_be_no_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(_observe, "open_folder", failing(errno.ENOENT))
+    monkeypatch.setattr(observe, "open_folder", failing(errno.ENOENT))
     problem = observe_target(str(tmp_path / "a")).problem
     assert f"its folder {tmp_path} does not exist. Create it first." in problem

@@ -21,16 +21,17 @@ import time
 import types
 
 import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.attributes import Ownership
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import HalfDoneError, Qcow2Error
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.signals import Interrupted, ending_cleanly
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import overlay as _plan
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import publish as _publish
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import session as _overlays
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay import Creation, Wanted
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.publish import Ownership
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.session import Machine, Settings, make_overlays
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.header import Bitmap
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import make_overlays
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.session import Machine, Settings
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.verdict import Creation, Wanted, needed_bytes
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu import locks as _locks
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu import nodes
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu.monitor import Monitor
 
 from .. import qemu
@@ -115,7 +116,7 @@ def test_needed_space_is_a_lower_bound_and_creation_options_are_kept(tmp_path, s
     assert data["compression-type"] == creation.compression_type
     assert qemu.bitmaps_of(tmp_path / "over") == {tuple(bitmap) for bitmap in bitmaps}
     taken = os.stat(tmp_path / "over").st_blocks * 512
-    assert 0.7 * taken <= _plan.needed_bytes(outcome.verdicts[0]) <= taken
+    assert 0.7 * taken <= needed_bytes(outcome.verdicts[0]) <= taken
 
 
 def test_one_vm_fails_whole_and_the_other_is_made(tmp_path, disk):
@@ -135,8 +136,7 @@ def test_one_vm_fails_whole_and_the_other_is_made(tmp_path, disk):
 @pytest.mark.parametrize("step", ["fill", "dress", "_read_back", "publish_together"])
 @pytest.mark.parametrize("error", [Qcow2Error("/x: because"), OSError(28, "No space left on device")])
 def test_a_failure_at_any_step_leaves_nothing_and_does_not_stop_other_vms(tmp_path, disk, monkeypatch, step, error):
-    where = _overlays._build if step == "fill" else _overlays
-    real, calls = getattr(where, step), []
+    real, calls = getattr(_overlays, step), []
 
     def failing(*args):
         calls.append(args)
@@ -144,7 +144,7 @@ def test_a_failure_at_any_step_leaves_nothing_and_does_not_stop_other_vms(tmp_pa
             raise error
         return real(*args)
 
-    monkeypatch.setattr(where, step, failing)
+    monkeypatch.setattr(_overlays, step, failing)
     wanted = [Wanted(str(tmp_path / name), disk, vm=name[0]) for name in ("a1", "a2", "b1", "b2")]
     outcome = make_overlays(wanted, SETTINGS)
     assert states(outcome) == ["failed", "failed", "created", "created"]
@@ -205,14 +205,14 @@ def test_what_qemu_and_the_reader_see_differently_is_refused(tmp_path, disk, mon
 
 
 def test_an_active_that_is_replaced_meanwhile_is_noticed(tmp_path, disk, monkeypatch):
-    real = _overlays._build.fill
+    real = _overlays.fill
 
     def replacing(*args):
         os.rename(disk, tmp_path / "old")
         shutil.copy(tmp_path / "old", disk)
         real(*args)
 
-    monkeypatch.setattr(_overlays._build, "fill", replacing)
+    monkeypatch.setattr(_overlays, "fill", replacing)
     outcome = make_overlays([Wanted(str(tmp_path / "over"), disk)], SETTINGS)
     assert "was moved or replaced" in outcome.failures[0]
     assert sorted(os.listdir(tmp_path)) == ["active.qcow2", "old"]
@@ -220,9 +220,10 @@ def test_an_active_that_is_replaced_meanwhile_is_noticed(tmp_path, disk, monkeyp
 
 RUN = """
 import shutil, sys
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.session import Machine, Settings, make_overlays
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay import Wanted
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.publish import Ownership
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.attributes import Ownership
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import make_overlays
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.session import Settings
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.verdict import Wanted
 settings = Settings(False, 60, shutil.which, Ownership())
 pairs = zip(sys.argv[1::2], sys.argv[2::2])
 outcome = make_overlays([Wanted(path, active) for active, path in pairs], settings)
@@ -306,7 +307,7 @@ def test_a_relative_overlay_of_a_symlinked_active_opens(tmp_path, disk):
 
 
 def test_a_proc_of_another_namespace_is_not_trusted(tmp_path, disk, monkeypatch):
-    monkeypatch.setattr(_overlays._build, "os", types.SimpleNamespace(**{**vars(os), "getpid": lambda: 1}))
+    monkeypatch.setattr(nodes, "os", types.SimpleNamespace(**{**vars(os), "getpid": lambda: 1}))
     outcome = make_overlays([Wanted(str(tmp_path / "over"), disk)], SETTINGS)
     assert "/proc: is missing, or not that of" in outcome.failures[0]
 

@@ -12,8 +12,9 @@ import subprocess
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Qcow2Error
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.dirty import DirtyMap, _rescaled, dirty_bytes
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.header import Bitmap, open_image
 
 from .. import qemu
 

@@ -14,7 +14,9 @@ import time
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Qcow2Error
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.header import Bitmap, open_image, read_image
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.image import read_image
 
 from .. import qemu
 

@@ -15,7 +15,7 @@ import subprocess
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Qcow2Error
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.header import Bitmap
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

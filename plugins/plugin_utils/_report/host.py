@@ -8,13 +8,11 @@ from __future__ import annotations
 import collections
 import typing as t
 
-Result = t.Mapping[str, t.Any]  # what a module returned, or what Ansible says in its place
+from ...module_utils._disk.verdict import CREATED, FAILED, PRESENT
+from ...module_utils._domain.plan import SKIPPED
+from .rows import Found, Result, from_disks, from_domains, reason
 
-CREATED = "created"
-PRESENT = "present"
-SKIPPED = "skipped"
 OK = "ok"
-FAILED = "failed"
 UNREACHABLE = "unreachable"
 NOT_RUN = "not run"
 
@@ -32,15 +30,6 @@ class Pass(t.NamedTuple):
         return self.run is not None and "overlays" not in self.run and "domains" not in self.run
 
 
-class Found(t.NamedTuple):
-    """What the results of one module tell."""
-
-    overlays: list[dict[str, t.Any]]
-    skipped_disks: list[dict[str, t.Any]]
-    problems: list[str]
-    checkpoints: list[tuple[str, dict[str, t.Any]]]  # those of libvirt, with the name of the domain
-
-
 class Steps(t.NamedTuple):
     """Everything that was done on one host."""
 
@@ -54,7 +43,7 @@ class Steps(t.NamedTuple):
 
 def host_report(steps: Steps, check_mode: bool) -> dict[str, t.Any]:
     """Return the report of one host."""
-    passes = [(steps.disks, _from_disks), (steps.domains, _from_domains)]
+    passes = [(steps.disks, from_disks), (steps.domains, from_domains)]
     why_not = _HELD_BACK if steps.all_or_none else _NOT_BEGUN
     found = [_what_became_of(one, read, check_mode, why_not) for one, read in passes]
     if check_mode and steps.all_or_none and any(one.problems for one in found):
@@ -78,109 +67,7 @@ def host_report(steps: Steps, check_mode: bool) -> dict[str, t.Any]:
         "warnings": list(dict.fromkeys(_warnings([*steps.disks, *steps.domains]))),
         "problems": list(dict.fromkeys([*lost, *problems])),
     }
-    return {**report, **_counts([report])}
-
-
-def fleet_report(reports: t.Mapping[str, t.Mapping[str, t.Any] | None], check_mode: bool) -> dict[str, t.Any]:
-    """Return the report of the fleet, from the report of each host, which is None if its turn never came."""
-    nothing = host_report(Steps(problem="Its turn never came, because too many hosts before it failed."), check_mode)
-    not_run = {**nothing, "state": NOT_RUN}
-    hosts = {host: report or not_run for host, report in reports.items()}
-    states = collections.Counter(report["state"] for report in hosts.values())
-    known = {state: states[state] for state in (OK, FAILED, UNREACHABLE, NOT_RUN)}
-    return {"check_mode": check_mode, "states": known, **_counts(list(hosts.values())), "hosts": hosts}
-
-
-def summary_of_host(report: t.Mapping[str, t.Any]) -> str:
-    """Return the line of a host."""
-    if report["waiting_for"]:
-        return f"would install {', '.join(report['waiting_for'])}; what comes then cannot be predicted"
-    return _summary_of_counts(report)
-
-
-def _summary_of_counts(report: t.Mapping[str, t.Any]) -> str:
-    """Return the counts of a host, or of the fleet, in words."""
-    counts = (
-        f"{report[CREATED]} created, {report[PRESENT]} present, {report[SKIPPED]} skipped"
-        f"{_reasons(report['skipped_because'])}, {report[FAILED]} failed"
-    )
-    left_behind = sum(report["bitmaps_left_behind"].values())
-    bitmaps = f"bitmaps: {report['bitmaps_carried']} carried, {left_behind} left behind"
-    running = f", {report['bitmaps_unverified']} not verified, as a VM runs" if report["bitmaps_unverified"] else ""
-    return f"{counts}; {bitmaps}{_reasons(report['bitmaps_left_behind'])}{running}"
-
-
-def _reasons(counts: t.Mapping[str, int]) -> str:
-    """Return how many of something there are for which reason, as an addition to a text."""
-    return f" ({', '.join(f'{count} {reason}' for reason, count in counts.items())})" if counts else ""
-
-
-def summary_of_fleet(report: t.Mapping[str, t.Any]) -> list[str]:
-    """Return the lines that a person reads at the end: one for each host, its problems below, and the sum."""
-    width = max((len(host) for host in report["hosts"]), default=0)
-    lines = []
-    for host, one in report["hosts"].items():
-        state = one["state"] if one["state"] == OK else one["state"].upper()
-        texts = [" ".join(problem.splitlines()) for problem in one["problems"]]
-        told = texts if _is_unknown(one) else [summary_of_host(one), *(f"- {text}" for text in texts)]
-        lines.append(f"{host:{width}}  {state:11}  {told[0]}")
-        lines.extend(f"{'':{width}}  {text}" for text in told[1:])
-    states = ", ".join(f"{count} {state}" for state, count in report["states"].items())
-    planned = "Check mode, nothing was changed. " if report["check_mode"] else ""
-    return [*lines, f"{planned}{len(report['hosts'])} hosts: {states}. {_summary_of_counts(report)}"]
-
-
-def _is_unknown(report: t.Mapping[str, t.Any]) -> bool:
-    """Whether there is nothing to tell of a host but why that is so."""
-    return report["state"] in (UNREACHABLE, NOT_RUN) and not report["overlays"]
-
-
-def _from_disks(result: Result | None, check_mode: bool) -> Found:
-    """Return what qcow2_overlay tells."""
-    if result is None or "overlays" not in result:
-        return _found_nothing(result)
-    overlays = [_overlay(overlay, None, check_mode) for overlay in result["overlays"]]
-    return Found(overlays, [], [overlay["msg"] for overlay in overlays if "msg" in overlay], [])
-
-
-def _from_domains(result: Result | None, check_mode: bool) -> Found:
-    """Return what domain_overlay tells."""
-    if result is None or "domains" not in result:
-        return _found_nothing(result)
-    domains = result["domains"]
-    overlays = [_overlay(overlay, domain, check_mode) for domain in domains for overlay in domain["overlays"]]
-    failed = [domain for domain in domains if domain["state"] == FAILED and not domain["overlays"]]
-    overlays += [_overlay(None, domain, check_mode) for domain in failed]
-    skipped = [{"domain": domain["name"], **disk} for domain in domains for disk in domain["skipped_disks"]]
-    checkpoints = [(domain["name"], checkpoint) for domain in domains for checkpoint in domain["checkpoints"]]
-    return Found(overlays, skipped, [domain["msg"] for domain in domains if "msg" in domain], checkpoints)
-
-
-def _found_nothing(result: Result | None) -> Found:
-    """Return what is told by a step that was not taken, or by one that returned nothing of use."""
-    return Found([], [], [] if result is None else [_reason(result)], [])
-
-
-def _overlay(overlay: Result | None, domain: Result | None, check_mode: bool) -> dict[str, t.Any]:
-    """Return what the report says of one overlay, or of a domain that did not get as far as overlays."""
-    source: Result = overlay or {"path": None, "backing_file": None, "bitmaps": [], "skipped_bitmaps": []}
-    # What belongs to a domain that failed is not in use, whatever became of it by itself.
-    is_lost = domain is not None and domain["state"] == FAILED
-    state = FAILED if is_lost else source["state"]
-    message = domain.get("msg") if domain is not None else source.get("msg")
-    return {
-        "domain": domain["name"] if domain is not None else None,
-        "path": source["path"],
-        "backing_file": source["backing_file"],
-        # Of which the chain tells: the topmost image, which in check mode is not there yet.
-        "examine": source["backing_file"] if check_mode and state == CREATED else source.get("topmost", source["path"]),
-        "state": state,
-        "bitmaps": [bitmap["name"] for bitmap in source["bitmaps"]] if state != FAILED else [],
-        "skipped_bitmaps": [
-            {"name": bitmap["name"], "reason": bitmap["reason"]} for bitmap in source["skipped_bitmaps"]
-        ],
-        **({"msg": message} if state == FAILED else {}),
-    }
+    return {**report, **counts([report])}
 
 
 _HELD_BACK = "is not made, because something else of this host was refused, and overlay_all_or_none is set."
@@ -199,7 +86,7 @@ def _what_became_of(one: Pass, read: t.Callable[[Result | None, bool], Found], c
         return read(one.run, False)
     afterwards = read(one.again, False)
     overlays = [_not_made(overlay, why_not) for overlay in afterwards.overlays]
-    return afterwards._replace(overlays=overlays, problems=[_reason(one.run), _LOST, *afterwards.problems])
+    return afterwards._replace(overlays=overlays, problems=[reason(one.run), _LOST, *afterwards.problems])
 
 
 def _not_made(overlay: dict[str, t.Any], why: str) -> dict[str, t.Any]:
@@ -211,7 +98,7 @@ def _not_made(overlay: dict[str, t.Any], why: str) -> dict[str, t.Any]:
 
 def _lost_connections(results: t.Sequence[Result | None]) -> list[str]:
     """Return why a host could not be reached."""
-    return [_reason(result) for result in results if result and result.get("unreachable")]
+    return [reason(result) for result in results if result and result.get("unreachable")]
 
 
 def _warnings(results: t.Sequence[Result | None]) -> t.Iterator[str]:
@@ -225,7 +112,7 @@ def _unstable(one: Pass, key: str) -> list[str]:
     if one.run is None or one.is_lost or one.again is None:
         return []
     if key not in one.again:
-        return [f"The idempotence check could not be made: {_reason(one.again)}"]
+        return [f"The idempotence check could not be made: {reason(one.again)}"]
     after = {_name(item): item for item in one.again[key]}
     problems = []
     for item in one.run[key]:
@@ -248,7 +135,7 @@ def _unusable(overlays: t.Sequence[Result], chains: Result | None) -> tuple[list
     if not carrying or chains is None:
         return [], []
     if "disks" not in chains:
-        return [f"The chains could not be examined: {_reason(chains)}"], []
+        return [f"The chains could not be examined: {reason(chains)}"], []
     disks = {disk["path"]: disk for disk in chains["disks"]}
     problems, unverified = [], []
     for path, name in dict.fromkeys((overlay["examine"], name) for overlay in carrying for name in overlay["bitmaps"]):
@@ -278,7 +165,7 @@ def _broken_checkpoints(domains: Found, unusable: t.Sequence[str]) -> list[str]:
     return problems
 
 
-def _counts(reports: t.Sequence[t.Mapping[str, t.Any]]) -> dict[str, t.Any]:
+def counts(reports: t.Sequence[t.Mapping[str, t.Any]]) -> dict[str, t.Any]:
     """Return how many overlays are in which state, and what became of the bitmaps."""
     overlays = [overlay for report in reports for overlay in report["overlays"]]
     skipped = collections.Counter(disk["reason"] for report in reports for disk in report["skipped_disks"])
@@ -294,10 +181,3 @@ def _counts(reports: t.Sequence[t.Mapping[str, t.Any]]) -> dict[str, t.Any]:
         "bitmaps_left_behind": dict(sorted(reasons.items())),
         "bitmaps_unverified": sum(len(report["unverified"]) for report in reports),
     }
-
-
-def _reason(result: Result) -> str:
-    """Return why a module returned nothing of use."""
-    reason = str(result.get("msg") or "No reason was given.").strip()
-    details = str(result.get("module_stderr") or "").strip().splitlines()  # such as what an old Python says
-    return f"{reason} {details[-1]}" if details and details[-1] not in reason else reason

@@ -6,14 +6,9 @@
 from __future__ import annotations
 
 import pytest
-from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils._report import (
-    Pass,
-    Steps,
-    fleet_report,
-    host_report,
-    summary_of_fleet,
-    summary_of_host,
-)
+from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils._report.fleet import fleet_report
+from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils._report.host import Pass, Steps, host_report
+from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils._report.text import summary_of_fleet, summary_of_host
 
 GONE = {"unreachable": True, "changed": False, "msg": "Connection refused"}
 CRASHED = {"failed": True, "msg": "MODULE FAILURE", "module_stderr": "Traceback\nSyntaxError: f-string", "rc": 1}

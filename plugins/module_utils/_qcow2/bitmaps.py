@@ -1,0 +1,131 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Read: the bitmap directory and tables of one qcow2 image (qcow2 spec, Bitmaps extension)."""
+
+from __future__ import annotations
+
+import os
+import struct
+import typing as t
+
+from .._base.files import length_of
+from .header import AUTOCLEAR_BITMAPS, SECTOR, Header, damaged
+
+MAX_BITMAPS = 65535  # QEMU's QCOW2_MAX_BITMAPS
+MAX_BITMAP_NAME = 1023  # bytes; QEMU's BME_MAX_NAME_SIZE
+MAX_BITMAP_DIRECTORY = 1024 * MAX_BITMAPS  # bytes; QEMU's QCOW2_MAX_BITMAP_DIRECTORY_SIZE
+TABLE_ENTRY_SIZE = 8  # bytes of an entry of a bitmap table
+MAX_BITMAP_DATA = 512 * 1024 * 1024  # bytes that one bitmap may take; QEMU's BME_MAX_PHYS_SIZE
+_BITMAPS_EXTENSION = struct.Struct(">IIQQ")
+_BITMAP_ENTRY = struct.Struct(">QIIBBHI")
+_FLAG_IN_USE = 1 << 0
+_FLAG_AUTO = 1 << 1
+_TYPE_DIRTY_TRACKING = 1
+
+
+class Bitmap(t.NamedTuple):
+    """One bitmap as the directory describes it (qcow2 spec, Bitmap directory entry)."""
+
+    name: str
+    granularity: int  # bytes covered by one bit
+    recording: bool  # flag auto
+    inconsistent: bool  # flag in-use; in an image that a process has open for writing it is set and means nothing
+
+    @property
+    def carries_over(self) -> bool:
+        """Whether an overlay must go on recording this bitmap."""
+        return self.recording and not self.inconsistent
+
+    def data_bytes(self, virtual_size: int) -> int:
+        """Return how many bytes the bits take for an image of that virtual size in bytes."""
+        return -(-virtual_size // (self.granularity * 8))
+
+
+class BitmapTable(t.NamedTuple):
+    """Where the bitmap table of one bitmap lies (qcow2 spec, Bitmap table)."""
+
+    offset: int  # bytes
+    entries: int  # of eight bytes
+
+
+def read_bitmaps(fd: int, extension: bytes | None, header: Header, path: str) -> dict[str, t.Any]:
+    """Return the fields of the image that tell of bitmaps (qcow2 spec, Bitmaps extension)."""
+    if extension is None or header.version == 2:
+        return {"bitmaps": (), "bitmap_tables": (), "lost_bitmaps": 0}
+    if len(extension) != _BITMAPS_EXTENSION.size:
+        raise damaged(path, f"its bitmaps extension is {len(extension)} bytes long instead of 24")
+    count, reserved, size, offset = _BITMAPS_EXTENSION.unpack(extension)
+    if not header.autoclear & AUTOCLEAR_BITMAPS:
+        return {"bitmaps": (), "bitmap_tables": (), "lost_bitmaps": count}
+    if reserved or not 1 <= count <= MAX_BITMAPS:
+        raise damaged(path, f"its bitmaps extension announces {count} bitmaps; allowed is 1 to {MAX_BITMAPS}")
+    if not count * _BITMAP_ENTRY.size < size <= MAX_BITMAP_DIRECTORY:
+        raise damaged(path, f"its bitmap directory of {count} entries has an impossible length of {size} bytes")
+    if offset % header.cluster_size or offset < header.cluster_size or offset + size > length_of(fd):
+        raise damaged(path, f"its bitmap directory lies at offset {offset}, outside the image")
+    directory = os.pread(fd, size, offset)
+    if len(directory) != size:
+        raise damaged(path, "the file ends within the bitmap directory")
+    bitmaps, tables = _parse_directory(directory, count, header, path)
+    extents = [(offset, size), *((table.offset, table.entries * TABLE_ENTRY_SIZE) for table in tables)]
+    _check_apart(extents, length_of(fd), path)
+    return {"bitmaps": tuple(bitmaps), "bitmap_tables": tuple(tables), "lost_bitmaps": 0}
+
+
+def _parse_directory(directory: bytes, count: int, header: Header, path: str) -> tuple[list[Bitmap], list[BitmapTable]]:
+    """Return the bitmaps and where their tables lie."""
+    bitmaps: list[Bitmap] = []
+    tables: list[BitmapTable] = []
+    names: set[str] = set()
+    position = 0
+    while position < len(directory):
+        if position + _BITMAP_ENTRY.size > len(directory):
+            raise damaged(path, "its bitmap directory ends within an entry")
+        fields = _BITMAP_ENTRY.unpack_from(directory, position)
+        table_offset, table_size, flags, _kind, granularity_bits, name_size, _extra = fields
+        _check_entry(fields, header, path)
+        start = position + _BITMAP_ENTRY.size
+        name = directory[start : start + name_size].decode("utf-8", "surrogateescape")
+        if start + name_size > len(directory) or "\0" in name or name in names:
+            raise damaged(path, f"entry {len(bitmaps)} of its bitmap directory has an impossible name")
+        names.add(name)
+        bitmaps.append(Bitmap(name, 1 << granularity_bits, bool(flags & _FLAG_AUTO), bool(flags & _FLAG_IN_USE)))
+        tables.append(BitmapTable(table_offset, table_size))
+        position = (start + name_size + 7) // 8 * 8
+    if len(bitmaps) != count:
+        raise damaged(path, f"its bitmap directory has {len(bitmaps)} entries, its header says {count}")
+    return bitmaps, tables
+
+
+def _check_entry(fields: tuple[int, ...], header: Header, path: str) -> None:
+    """Raise what QEMU too would refuse about an entry (qcow2 spec, Bitmap directory entry)."""
+    table_offset, table_size, flags, kind, granularity_bits, name_size, extra_data_size = fields
+    data = table_size * header.cluster_size
+    covered = (data * 8) << granularity_bits if granularity_bits < 64 else 0
+    if (
+        flags & ~(_FLAG_IN_USE | _FLAG_AUTO)
+        or kind != _TYPE_DIRTY_TRACKING
+        or extra_data_size
+        or not 9 <= granularity_bits <= 31
+        or not 1 <= name_size <= MAX_BITMAP_NAME
+        or table_offset < header.cluster_size
+        or table_offset % header.cluster_size
+        or not 0 < data <= MAX_BITMAP_DATA
+        or (not flags & _FLAG_IN_USE and covered < header.virtual_size // SECTOR * SECTOR)
+    ):
+        raise damaged(
+            path,
+            "an entry of its bitmap directory breaks the format "
+            f"(table {table_offset}+{table_size}, flags {flags:#x}, type {kind}, granularity bits {granularity_bits}, "
+            f"name of {name_size} bytes, extra data of {extra_data_size} bytes)",
+        )
+
+
+def _check_apart(extents: list[tuple[int, int]], end: int, path: str) -> None:
+    """Raise when the bitmap directory and the bitmap tables, (offset, length) each, overlap or leave the file."""
+    previous_end = 0
+    for offset, length in sorted(extents):
+        if offset < previous_end or offset + length > end:
+            raise damaged(path, f"the bitmap structure at offset {offset} overlaps another one or leaves the file")
+        previous_end = offset + length

@@ -1,0 +1,78 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Read: header and bitmaps of one open qcow2 image."""
+
+from __future__ import annotations
+
+import os
+import typing as t
+
+from .bitmaps import Bitmap, BitmapTable, read_bitmaps
+from .header import (
+    AUTOCLEAR_DATA_FILE_RAW,
+    COMPATIBLE_LAZY_REFCOUNTS,
+    COMPRESSION_TYPES,
+    EXT_BACKING_FORMAT,
+    EXT_BITMAPS,
+    EXT_DATA_FILE,
+    INCOMPATIBLE_CORRUPT,
+    INCOMPATIBLE_DATA_FILE,
+    INCOMPATIBLE_DIRTY,
+    INCOMPATIBLE_EXTENDED_L2,
+    SECTOR,
+    backing_file_of,
+    read_extensions,
+    read_header,
+    text_of,
+)
+
+
+class Image(t.NamedTuple):
+    """What the header of a qcow2 image says (qcow2 spec, Header and Header extensions)."""
+
+    version: int  # 2 or 3; qemu-img calls them compat 0.10 and 1.1
+    virtual_size: int  # bytes
+    cluster_size: int  # bytes
+    refcount_bits: int
+    backing_file: str | None  # as recorded, not resolved
+    backing_format: str | None
+    encrypted: bool
+    dirty: bool
+    corrupt: bool
+    lazy_refcounts: bool
+    extended_l2: bool
+    compression_type: str
+    has_data_file: bool
+    data_file: str | None  # as recorded; None too when the image has one but does not name it
+    data_file_raw: bool
+    bitmaps: tuple[Bitmap, ...]  # in the order of the directory
+    bitmap_tables: tuple[BitmapTable, ...]  # in the same order
+    lost_bitmaps: int  # bitmaps that a program which does not know them has made worthless (autoclear bit 0)
+
+
+def read_image(fd: int, path: str, with_bitmaps: bool = True) -> Image:
+    """Return what the open qcow2 image says of itself; Qcow2Error when it is none, or damaged."""
+    header = read_header(fd, path)
+    end = header.backing_offset or header.cluster_size
+    area = os.pread(fd, header.cluster_size, 0)
+    extensions = read_extensions(area[: min(end, len(area))], header, path)
+    backing_file = backing_file_of(area, header, path)
+    return Image(
+        version=header.version,
+        virtual_size=header.virtual_size // SECTOR * SECTOR,
+        cluster_size=header.cluster_size,
+        refcount_bits=1 << header.refcount_order,
+        backing_file=backing_file,
+        backing_format=text_of(extensions.get(EXT_BACKING_FORMAT)) if backing_file is not None else None,
+        encrypted=header.crypt_method != 0,
+        dirty=bool(header.incompatible & INCOMPATIBLE_DIRTY),
+        corrupt=bool(header.incompatible & INCOMPATIBLE_CORRUPT),
+        lazy_refcounts=bool(header.compatible & COMPATIBLE_LAZY_REFCOUNTS),
+        extended_l2=bool(header.incompatible & INCOMPATIBLE_EXTENDED_L2),
+        compression_type=COMPRESSION_TYPES[header.compression_type],
+        has_data_file=bool(header.incompatible & INCOMPATIBLE_DATA_FILE),
+        data_file=text_of(extensions.get(EXT_DATA_FILE)) if header.incompatible & INCOMPATIBLE_DATA_FILE else None,
+        data_file_raw=bool(header.autoclear & AUTOCLEAR_DATA_FILE_RAW),
+        **read_bitmaps(fd, extensions.get(EXT_BITMAPS) if with_bitmaps else None, header, path),
+    )
