@@ -13,7 +13,7 @@ import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ._base.attributes import Ownership
+from ._base.attributes import AttributeOptions
 from ._base.errors import Qcow2Error
 from ._disk.run import Outcome
 from ._disk.session import Settings
@@ -62,9 +62,9 @@ def settings_from(module: AnsibleModule) -> Settings:
     )
 
 
-def _ownership_from(params: dict[str, t.Any]) -> Ownership:
+def _ownership_from(params: dict[str, t.Any]) -> AttributeOptions:
     """Return who may use the new overlays."""
-    return Ownership(
+    return AttributeOptions(
         uid=_number("owner", params["owner"], lambda name: pwd.getpwnam(name).pw_uid),
         gid=_number("group", params["group"], lambda name: grp.getgrnam(name).gr_gid),
         mode=_mode(params["mode"]),

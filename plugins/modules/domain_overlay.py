@@ -267,7 +267,7 @@ from ansible.module_utils.basic import AnsibleModule, missing_required_lib
 from ..module_utils._base.errors import Qcow2Error
 from ..module_utils._base.signals import ending_cleanly
 from ..module_utils._disk.session import Settings
-from ..module_utils._domain.plan import DomainOutcome, Request
+from ..module_utils._domain.plan import DomainOutcome, SnapshotRequest
 from ..module_utils._domain.run import overlay_domains
 from ..module_utils._libvirt.connection import LIBVIRT_IMPORT_ERROR, Libvirt
 from ..module_utils._module import creation_from, creation_spec, ownership_spec, settings_from
@@ -288,7 +288,7 @@ def argument_spec() -> dict[str, t.Any]:
     }
 
 
-def request_from(params: dict[str, t.Any]) -> Request:
+def request_from(params: dict[str, t.Any]) -> SnapshotRequest:
     """Return what is wanted of every domain; Qcow2Error for what cannot be."""
     snapshot, directory = params["snapshot"], params["directory"]
     if not snapshot.strip(".") or "/" in snapshot or not snapshot.isprintable():
@@ -298,10 +298,12 @@ def request_from(params: dict[str, t.Any]) -> Request:
     if directory is not None and not (os.path.isabs(directory) and directory.isprintable()):
         raise Qcow2Error(f"directory={directory!r}: must be the absolute path of a folder, without control characters.")
     skips_running = params["running"] == "skip"
-    return Request(snapshot, params["disks"], directory, params["relative"], creation_from(params), skips_running)
+    return SnapshotRequest(
+        snapshot, params["disks"], directory, params["relative"], creation_from(params), skips_running
+    )
 
 
-def run(module: AnsibleModule, request: Request, settings: Settings) -> list[DomainOutcome]:
+def run(module: AnsibleModule, request: SnapshotRequest, settings: Settings) -> list[DomainOutcome]:
     """Find the domains and put them on overlays."""
     domains, warnings = overlay_domains(Libvirt(module.params["uri"]), module.params["name"], request, settings)
     for warning in warnings:

@@ -286,7 +286,7 @@ import typing as t
 from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils._base.errors import Qcow2Error, printable
-from ..module_utils._disk.examine import Disk, examine
+from ..module_utils._disk.examine import ExaminedChain, examine_chain
 
 
 def wanted_paths(params: dict[str, t.Any]) -> list[str]:
@@ -308,7 +308,7 @@ def wanted_paths(params: dict[str, t.Any]) -> list[str]:
     return paths
 
 
-def failures(disks: list[Disk], fail_on: str, checkpoint: str | None) -> list[str]:
+def failures(disks: list[ExaminedChain], fail_on: str, checkpoint: str | None) -> list[str]:
     """Return why the task is to fail."""
     if fail_on == "never":
         return []
@@ -335,7 +335,7 @@ def main() -> None:
         paths = wanted_paths(module.params)
     except Qcow2Error as exc:
         module.fail_json(msg=str(exc))
-    disks = [examine(path, module.params["chain"], module.params["dirty_bytes"]) for path in paths]
+    disks = [examine_chain(path, module.params["chain"], module.params["dirty_bytes"]) for path in paths]
     for disk in disks:
         if disk.warning:
             module.warn(printable(disk.warning))

@@ -218,7 +218,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ..module_utils._base.errors import Qcow2Error
 from ..module_utils._base.signals import ending_cleanly
 from ..module_utils._disk.run import make_overlays
-from ..module_utils._disk.verdict import Wanted
+from ..module_utils._disk.verdict import OverlayRequest
 from ..module_utils._module import (
     BACKING_FORMATS,
     creation_from,
@@ -249,13 +249,13 @@ def argument_spec() -> dict[str, t.Any]:
     }
 
 
-def wanted_overlays(params: dict[str, t.Any]) -> list[Wanted]:
+def wanted_overlays(params: dict[str, t.Any]) -> list[OverlayRequest]:
     """Return the overlays that the task asks for; what an item leaves open comes from the task."""
     wanted = []
     for item in [params] if params["overlays"] is None else params["overlays"]:
         own = {**params, **{option: value for option, value in item.items() if value is not None}}
         wanted.append(
-            Wanted(
+            OverlayRequest(
                 path=own["path"],
                 backing_file=own["backing_file"],
                 backing_format=own["backing_format"],

@@ -25,13 +25,13 @@ DISKS = 200
 BITMAPS = 14
 
 # The module's work in a process of its own: prints the seconds.
-OURS = """
+OUR_TURN = """
 import json, sys, time
 import ansible.module_utils.basic
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.examine import examine
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.examine import examine_chain
 paths, count = json.load(sys.stdin)
 start = time.perf_counter()
-disks = [examine(path, True, count) for path in paths]
+disks = [examine_chain(path, True, count) for path in paths]
 results = [disk.as_result() for disk in disks]
 seconds = time.perf_counter() - start
 assert all(one["valid"] for result in results for one in result["checkpoints"]), results[0]
@@ -55,7 +55,7 @@ def make_chain(folder: pathlib.Path, number: int, templates: list[pathlib.Path])
 def ours(paths: list[pathlib.Path], count: bool) -> float:
     """Return the seconds that the module's work takes."""
     text = json.dumps([[str(path) for path in paths], count])
-    command = [sys.executable, "-c", OURS]
+    command = [sys.executable, "-c", OUR_TURN]
     return float(subprocess.run(command, input=text, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 

@@ -40,16 +40,16 @@ done
 """
 
 # The module's work in a process of its own: prints the seconds of a run and the peak memory of the process in KiB.
-OURS = """
+OUR_TURN = """
 import json, resource, shutil, sys, time
 import ansible.module_utils.basic
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.attributes import Ownership
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.attributes import AttributeOptions
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import make_overlays
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.session import Settings
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.verdict import Wanted
-wanted = [Wanted(path, active) for active, path in json.load(sys.stdin)]
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.verdict import OverlayRequest
+wanted = [OverlayRequest(path, active) for active, path in json.load(sys.stdin)]
 start = time.perf_counter()
-outcome = make_overlays(wanted, Settings(False, 60, shutil.which, Ownership()))
+outcome = make_overlays(wanted, Settings(False, 60, shutil.which, AttributeOptions()))
 seconds = time.perf_counter() - start
 assert {verdict.state for verdict in outcome.verdicts} == {sys.argv[1]}, outcome.failures
 print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
@@ -83,7 +83,7 @@ def add_bitmaps(path: pathlib.Path, bitmaps: list[tuple[str, int]]) -> None:
 def ours(pairs: list[tuple[pathlib.Path, pathlib.Path]], state: str = "created") -> tuple[float, int]:
     """Return the seconds that the module's work takes for these pairs of ACTIVE and OVERLAY, and its KiB of memory."""
     text = json.dumps([[str(active), str(path)] for active, path in pairs])
-    command = [sys.executable, "-c", OURS, state]
+    command = [sys.executable, "-c", OUR_TURN, state]
     answer = subprocess.run(command, input=text, stdout=subprocess.PIPE, text=True, check=True).stdout
     seconds, memory = json.loads(answer)
     return seconds, memory

@@ -198,7 +198,14 @@ def mishaps_tables(contenders: list[Contender], small: pathlib.Path) -> list[str
     """Let each mishap befall each contender; return the table, the commands, and what was printed."""
     lines, said = [], []
     for mishap in mishaps(small):
-        lines += [f"### {mishap.title}", "", f"Wanted: {mishap.wanted}", "", "| | what was found |", "|---|---|"]
+        lines += [
+            f"### {mishap.title}",
+            "",
+            f"OverlayRequest: {mishap.wanted}",
+            "",
+            "| | what was found |",
+            "|---|---|",
+        ]
         for contender in contenders:
             with tempfile.TemporaryDirectory(prefix="side.") as folder:
                 found: Found = mishap.find(contender, pathlib.Path(folder))

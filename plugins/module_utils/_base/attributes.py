@@ -17,7 +17,7 @@ _SELINUX = "security.selinux"
 _ACL = "system.posix_acl_access"
 
 
-class Ownership(t.NamedTuple):
+class AttributeOptions(t.NamedTuple):
     """Who may use the new overlays; None means as ACTIVE."""
 
     uid: int | None = None
@@ -26,7 +26,7 @@ class Ownership(t.NamedTuple):
     context: tuple[str | None, str | None, str | None, str | None] = (None, None, None, None)  # user, role, type, level
 
 
-class Attire(t.NamedTuple):
+class Attributes(t.NamedTuple):
     """What a new overlay is given."""
 
     uid: int
@@ -35,7 +35,7 @@ class Attire(t.NamedTuple):
     attributes: dict[str, bytes]  # extended attributes: ACL and SELinux context
 
 
-def choose_attire(active_fd: int, ownership: Ownership, path: str) -> Attire:
+def attributes_for(active_fd: int, ownership: AttributeOptions, path: str) -> Attributes:
     """Return the owner, mode, ACL and context that were asked for, or ACTIVE's; Qcow2Error for what cannot be given."""
     active = os.fstat(active_fd)
     uid = active.st_uid if ownership.uid is None else ownership.uid
@@ -51,10 +51,10 @@ def choose_attire(active_fd: int, ownership: Ownership, path: str) -> Attire:
                 attributes[name] = os.getxattr(active_fd, name)
     if any(ownership.context):
         attributes[_SELINUX] = _context(attributes.get(_SELINUX), ownership, path)
-    return Attire(uid, gid, mode if ownership.mode is None else ownership.mode(mode), attributes)
+    return Attributes(uid, gid, mode if ownership.mode is None else ownership.mode(mode), attributes)
 
 
-def _context(of_active: bytes | None, ownership: Ownership, path: str) -> bytes:
+def _context(of_active: bytes | None, ownership: AttributeOptions, path: str) -> bytes:
     """Return ACTIVE's SELinux context with the parts that were asked for."""
     if of_active is None:
         raise Qcow2Error(f"{path}: ACTIVE has no SELinux context of which parts could be changed. Leave out se*.")
@@ -63,18 +63,19 @@ def _context(of_active: bytes | None, ownership: Ownership, path: str) -> bytes:
     return ":".join(parts).encode() + b"\0"
 
 
-def dress(fd: int, attire: Attire, path: str) -> None:
+def apply_attributes(fd: int, attributes: Attributes, path: str) -> None:
     """Give the overlay's file its owner, mode, ACL and context."""
     try:
         own = os.fstat(fd)
-        if (own.st_uid, own.st_gid) != (attire.uid, attire.gid):
-            os.fchown(fd, attire.uid, attire.gid)
-        for name, value in attire.attributes.items():
+        if (own.st_uid, own.st_gid) != (attributes.uid, attributes.gid):
+            os.fchown(fd, attributes.uid, attributes.gid)
+        for name, value in attributes.attributes.items():
             with _ignoring(errno.ENOTSUP):  # another file system than ACTIVE's
                 os.setxattr(fd, name, value)
-        os.fchmod(fd, attire.mode)  # last, since an ACL sets the mode too
+        os.fchmod(fd, attributes.mode)  # last, since an ACL sets the mode too
     except OSError as exc:
-        what = f"owner {attire.uid}, group {attire.gid}, mode {attire.mode:04o} and the security attributes of ACTIVE"
+        who = f"owner {attributes.uid}, group {attributes.gid}"
+        what = f"{who}, mode {attributes.mode:04o} and the security attributes of ACTIVE"
         raise _not_permitted(path, what, exc.strerror) from exc
 
 

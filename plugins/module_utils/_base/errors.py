@@ -28,7 +28,7 @@ class QemuError(Qcow2Error):
     """A failure of QEMU, in its own words; whoever knows the file puts its name in front."""
 
 
-class HalfDoneError(Qcow2Error):
+class UnknownOutcomeError(Qcow2Error):
     """A failure after which the new overlays may be in use already, so that they must stay."""
 
 

@@ -15,7 +15,7 @@ import typing as t
 from .._base.errors import printable
 from .._qcow2.bitmaps import MAX_BITMAP_DATA, Bitmap
 from .._qcow2.image import Image
-from .observe import Active
+from .observe import ObservedChain
 
 MAX_BITMAPS_CARRIED = 4096  # of one ACTIVE; QEMU's time grows with the square of them
 MAX_ALL_BITMAP_DATA = 4 * 1024 * 1024 * 1024  # bytes of memory that QEMU needs to have all bitmaps of ACTIVE open
@@ -41,7 +41,7 @@ _ASK_LIBVIRT = (
 _LOOK_FURTHER = "The chain below this image was not read. Look at the whole chain, or mend it first."
 
 
-class Link(t.NamedTuple):
+class LayerBitmaps(t.NamedTuple):
     """What matters of one image of a chain."""
 
     path: str
@@ -65,20 +65,20 @@ class Checkpoint(t.NamedTuple):
         return {key: printable(value) if isinstance(value, str) else value for key, value in self._asdict().items()}
 
 
-def judge_all(chain: t.Sequence[Link], complete: bool) -> list[Checkpoint]:
+def judge_all(chain: t.Sequence[LayerBitmaps], complete: bool) -> list[Checkpoint]:
     """Return a verdict for each bitmap name found in the chain, top to base; complete says whether it ends with it."""
     names = dict.fromkeys(name for link in chain for name in link.bitmaps)
     return [judge(name, chain, complete) for name in names]
 
 
-def judge(name: str, chain: t.Sequence[Link], complete: bool = True) -> Checkpoint:
+def judge(name: str, chain: t.Sequence[LayerBitmaps], complete: bool = True) -> Checkpoint:
     """Return whether this checkpoint can be used, judged from the top of the chain downwards."""
     top = chain[0]
     if not top.in_use and name not in top.bitmaps:
         return _without(name, NOT_IN_TOP, top, next((link for link in chain if name in link.bitmaps), None))
-    missing: Link | None = None  # the uppermost image that lacks the bitmap
-    unknown: Link | None = None
-    above: Link | None = None  # the image with the bitmap just above
+    missing: LayerBitmaps | None = None  # the uppermost image that lacks the bitmap
+    unknown: LayerBitmaps | None = None
+    above: LayerBitmaps | None = None  # the image with the bitmap just above
     for link in chain:
         bitmap = link.bitmaps.get(name)
         if link.in_use:
@@ -99,7 +99,7 @@ def judge(name: str, chain: t.Sequence[Link], complete: bool = True) -> Checkpoi
     return Checkpoint(name, True)
 
 
-def _without(name: str, problem: str, missing: Link, below: Link | None) -> Checkpoint:
+def _without(name: str, problem: str, missing: LayerBitmaps, below: LayerBitmaps | None) -> Checkpoint:
     """Return that an image lacks the bitmap, while one below has it, or none."""
     has = f", while {below.path} below has it" if below is not None else ""
     if missing.lost_bitmaps:
@@ -118,7 +118,7 @@ def _without(name: str, problem: str, missing: Link, below: Link | None) -> Chec
     )
 
 
-def _fault(bitmap: Bitmap, link: Link, above: Link | None) -> Checkpoint | None:
+def _fault(bitmap: Bitmap, link: LayerBitmaps, above: LayerBitmaps | None) -> Checkpoint | None:
     """Return what is wrong with the bitmap of one image."""
     problem: str | None = None
     if bitmap.inconsistent:
@@ -138,7 +138,7 @@ def _fault(bitmap: Bitmap, link: Link, above: Link | None) -> Checkpoint | None:
     return Checkpoint(bitmap.name, False, problem, link.path, f"{why} {_FULL}")
 
 
-def bitmap_problems(active: Active, image: Image) -> list[str]:
+def bitmap_problems(active: ObservedChain, image: Image) -> list[str]:
     """Return why the bitmaps of this ACTIVE are more, or other, than can be handled."""
     if len(image.bitmaps) > MAX_BITMAPS_CARRIED:
         return [
@@ -169,7 +169,7 @@ def bitmap_problems(active: Active, image: Image) -> list[str]:
     return problems
 
 
-def bitmap_drift(active: Active, image: Image, live: bool) -> list[str]:
+def bitmap_drift(active: ObservedChain, image: Image, live: bool) -> list[str]:
     """Return which bitmaps the overlay should be recording and is not; in a live one in-use means nothing."""
     there = {bitmap.name: bitmap for bitmap in image.bitmaps}
     wanted = [bitmap for bitmap in active.image.bitmaps if bitmap.carries_over] if active.image else []

@@ -13,12 +13,12 @@ import typing as t
 from .._base.errors import Qcow2Error, printable
 from .._base.files import close_image, open_image
 from .._qcow2.bitmaps import Bitmap
-from .._qcow2.chain import Layer, unusable, walk_chain
+from .._qcow2.chain import Layer, walk_chain, why_unusable
 from .._qcow2.dirty import DirtyMap, counting_cost, dirty_bytes
 from .._qcow2.header import SECTOR
 from .._qcow2.image import Image
-from .._qemu.settled import is_written, read_settled
-from .bitmap_rules import Checkpoint, Link, judge_all
+from .._qemu.settled import is_open_for_writing, read_settled
+from .bitmap_rules import Checkpoint, LayerBitmaps, judge_all
 
 MAX_BITMAPS_OF_CHAIN = 16384
 MAX_BITMAP_BYTES = 64 << 30  # of the bits of all bitmaps of one chain; each look at them takes seconds
@@ -29,7 +29,7 @@ _SHOWN_FAULTS = 10  # of one disk
 _COMPAT = {2: "0.10", 3: "1.1"}  # as qemu-img names the versions
 
 
-class _Member(t.NamedTuple):
+class ExaminedLayer(t.NamedTuple):
     """One image of the chain as it was read."""
 
     layer: Layer
@@ -47,9 +47,9 @@ class _Member(t.NamedTuple):
             return self.image.backing_file is None
         return self.layer.format in (None, "raw")
 
-    def link(self) -> Link:
+    def link(self) -> LayerBitmaps:
         """Return what matters for the checkpoints."""
-        return Link(
+        return LayerBitmaps(
             path=self.layer.path,
             virtual_size=self.layer.virtual_size,
             bitmaps={bitmap.name: bitmap for bitmap in self.image.bitmaps} if self.image else {},
@@ -69,14 +69,14 @@ class _Member(t.NamedTuple):
         if self.image is None:
             return True
         image, in_use = read_settled(self.fd, self.layer.path)
-        return (image, in_use or is_written(self.fd, self.layer.path)) == (self.image, self.in_use)
+        return (image, in_use or is_open_for_writing(self.fd, self.layer.path)) == (self.image, self.in_use)
 
 
-class Disk(t.NamedTuple):
+class ExaminedChain(t.NamedTuple):
     """A disk as it was examined."""
 
     path: str  # as asked for
-    members: list[_Member]  # top to base
+    members: list[ExaminedLayer]  # top to base
     is_complete: bool  # the members are the whole chain
     checkpoints: list[Checkpoint]
     dirty: dict[str, int]  # bytes by the name of the checkpoint, as far as they were counted
@@ -84,7 +84,7 @@ class Disk(t.NamedTuple):
     warning: str | None
 
     @property
-    def links(self) -> list[Link]:
+    def links(self) -> list[LayerBitmaps]:
         """What matters of the chain for a checkpoint."""
         return [member.link() for member in self.members]
 
@@ -120,7 +120,7 @@ class Disk(t.NamedTuple):
         }
 
 
-def examine(path: str, follow: bool, count: bool, image_format: str | None = None) -> Disk:
+def examine_chain(path: str, follow: bool, count: bool, image_format: str | None = None) -> ExaminedChain:
     """Return everything about the disk with this topmost image; what is wrong there is in the answer.
 
     follow: down to the base, not only the topmost image. count: the dirty bytes too. image_format: of the topmost
@@ -138,9 +138,11 @@ def examine(path: str, follow: bool, count: bool, image_format: str | None = Non
     return disk._replace(warning=f"{path}: is being changed again and again, so dirty bytes are not counted.")
 
 
-def _examine(path: str, follow: bool, count: bool, image_format: str | None, held: contextlib.ExitStack) -> Disk:
+def _examine(
+    path: str, follow: bool, count: bool, image_format: str | None, held: contextlib.ExitStack
+) -> ExaminedChain:
     """Return everything about the disk, with images that held closes."""
-    members: list[_Member] = []
+    members: list[ExaminedLayer] = []
     dirty: dict[str, int] = {}
     warning: str | None = None
     problem = _attempt(path, lambda: _read(path, follow, image_format, members, held))
@@ -151,7 +153,7 @@ def _examine(path: str, follow: bool, count: bool, image_format: str | None, hel
     elif count:
         counting_problem = _attempt(path, lambda: _count(members, checkpoints, dirty))
         problem = problem or counting_problem
-    return Disk(path, members, complete, checkpoints, dirty, problem, warning)
+    return ExaminedChain(path, members, complete, checkpoints, dirty, problem, warning)
 
 
 def _attempt(path: str, step: t.Callable[[], None]) -> str | None:
@@ -166,7 +168,7 @@ def _attempt(path: str, step: t.Callable[[], None]) -> str | None:
 
 
 def _read(
-    path: str, follow: bool, image_format: str | None, members: list[_Member], held: contextlib.ExitStack
+    path: str, follow: bool, image_format: str | None, members: list[ExaminedLayer], held: contextlib.ExitStack
 ) -> None:
     """Add the images of the chain to members, top to base, with descriptors that held closes."""
     if not os.path.isabs(path):
@@ -190,7 +192,7 @@ def _read(
             break
 
 
-def _add_up(member: _Member, totals: collections.Counter[str]) -> None:
+def _add_up(member: ExaminedLayer, totals: collections.Counter[str]) -> None:
     """Add an image to the totals of its chain; raise when that has more bitmaps, or larger, than can be handled."""
     image = member.image
     if image is None:
@@ -212,30 +214,30 @@ def _add_up(member: _Member, totals: collections.Counter[str]) -> None:
 
 def _check_usable(image: Image, path: str) -> None:
     """Raise when no VM can start on the topmost image, whatever its bitmaps are."""
-    problems = unusable(path, image)
+    problems = why_unusable(path, image)
     if problems:
         raise Qcow2Error(" ".join(problems))
 
 
-def _member(layer: Layer, fd: int) -> _Member:
+def _member(layer: Layer, fd: int) -> ExaminedLayer:
     """Return an open image with its bitmaps, from a moment when nobody is about to open or close it."""
     image, in_use = (None, False) if layer.image is None else read_settled(fd, layer.path)
     actual_size = os.fstat(fd).st_blocks * SECTOR
-    return _Member(layer, fd, image, in_use or is_written(fd, layer.path), actual_size, {}, {})
+    return ExaminedLayer(layer, fd, image, in_use or is_open_for_writing(fd, layer.path), actual_size, {}, {})
 
 
-def _maps_of(name: str, members: t.Sequence[_Member]) -> list[DirtyMap]:
+def _maps_of(name: str, members: t.Sequence[ExaminedLayer]) -> list[DirtyMap]:
     """Return the maps of the bitmaps of this name, top to base."""
     return [member.maps[name] for member in members if name in member.maps]
 
 
-def _is_too_much(members: t.Sequence[_Member], checkpoints: t.Sequence[Checkpoint]) -> bool:
+def _is_too_much(members: t.Sequence[ExaminedLayer], checkpoints: t.Sequence[Checkpoint]) -> bool:
     """Whether counting would take too long: each bitmap by itself, and the bitmaps of each name together."""
     maps = filter(None, (_maps_of(checkpoint.name, members) for checkpoint in checkpoints))
     return 2 * sum(map(counting_cost, maps)) > MAX_COUNTED_BITS
 
 
-def _count(members: t.Sequence[_Member], checkpoints: t.Sequence[Checkpoint], dirty: dict[str, int]) -> None:
+def _count(members: t.Sequence[ExaminedLayer], checkpoints: t.Sequence[Checkpoint], dirty: dict[str, int]) -> None:
     """Count the dirty bytes of each bitmap, and of each valid checkpoint into dirty."""
     for member in members:
         for name, own in member.maps.items():
@@ -248,7 +250,7 @@ def _count(members: t.Sequence[_Member], checkpoints: t.Sequence[Checkpoint], di
             dirty[name] = members[0].dirty[name] if is_one else dirty_bytes(maps, members[0].layer.virtual_size)
 
 
-def _image_as_result(member: _Member) -> dict[str, t.Any]:
+def _image_as_result(member: ExaminedLayer) -> dict[str, t.Any]:
     """Return an image as the module returns it."""
     image = member.image
     result: dict[str, t.Any] = {
@@ -273,7 +275,7 @@ def _image_as_result(member: _Member) -> dict[str, t.Any]:
     }
 
 
-def _bitmap_as_result(member: _Member, bitmap: Bitmap) -> dict[str, t.Any]:
+def _bitmap_as_result(member: ExaminedLayer, bitmap: Bitmap) -> dict[str, t.Any]:
     """Return a bitmap of an image as the module returns it."""
     return {
         "name": printable(bitmap.name),

@@ -14,14 +14,14 @@ import typing as t
 from .._base.errors import Qcow2Error
 from .._base.files import open_folder, open_image
 from .._qcow2.chain import Layer, has_protocol, identity_of, read_chain, resolve_name
-from .._qcow2.extents import holds_data
+from .._qcow2.extents import has_allocated_extents
 from .._qcow2.header import is_qcow2
 from .._qcow2.image import Image
 from .._qemu import locks
-from .._qemu.settled import is_written, read_settled
+from .._qemu.settled import is_open_for_writing, read_settled
 
 
-class Active(t.NamedTuple):
+class ObservedChain(t.NamedTuple):
     """ACTIVE as it was read."""
 
     path: str  # as asked for
@@ -62,16 +62,16 @@ class Target(t.NamedTuple):
     free_bytes: int | None = None  # of the folder's file system; None when it does not say
 
 
-def observe_active(fd: int, path: str, backing_format: str, relative: bool) -> Active:
+def observe_active(fd: int, path: str, backing_format: str, relative: bool) -> ObservedChain:
     """Return what the open ACTIVE and the chain below it are; Qcow2Error when something there is unusable."""
-    written_before = locks.is_used(fd, locks.WRITE, path)
+    written_before = locks.is_locked_by_qemu(fd, locks.WRITE, path)
     # An overlay that records ACTIVE relative to its own folder records its real path.
     chain = read_chain(fd, os.path.realpath(path) if relative else path, backing_format)
-    return Active(
+    return ObservedChain(
         path=path,
         chain=chain,
-        open_for_writing=written_before or is_written(fd, path),
-        below_running_vm=locks.is_used(fd, locks.WRITE_UNSHARED, path),
+        open_for_writing=written_before or is_open_for_writing(fd, path),
+        below_running_vm=locks.is_locked_by_qemu(fd, locks.WRITE_UNSHARED, path),
         disguised=backing_format == "raw" and is_qcow2(fd),
     )
 
@@ -168,7 +168,7 @@ def _observe_image(fd: int, target: Target, path: str) -> Target:
         image=image,
         identity=identity_of(os.fstat(fd)),
         open_for_writing=live,
-        has_data=holds_data(fd, target.path),
+        has_data=has_allocated_extents(fd, target.path),
     )
     if image.backing_file is None or has_protocol(image.backing_file):
         return target._replace(backing_path=image.backing_file)

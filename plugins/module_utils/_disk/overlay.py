@@ -13,18 +13,18 @@ import os
 import sys
 import typing as t
 
-from .._qcow2.chain import MAX_LAYERS, has_protocol, unusable
+from .._qcow2.chain import MAX_LAYERS, has_protocol, why_unusable
 from .._qcow2.header import MAX_BACKING_FILE_NAME, MAX_L1_TABLE, l1_bytes
 from .._qcow2.image import Image
 from .._qemu.locks import below_running_vm, in_use
 from .bitmap_rules import bitmap_drift, bitmap_problems, is_expressible, names_of
-from .observe import Active, Target
-from .verdict import CREATED, PRESENT, SkippedBitmap, Verdict, Wanted
+from .observe import ObservedChain, Target
+from .verdict import CREATED, PRESENT, OverlayRequest, SkippedBitmap, Verdict
 
 _HEADER_ROOM = 168  # bytes that an overlay's header and extensions take, beside the name of the backing file
 
 
-def request_problems(wanted: Wanted) -> list[str]:
+def request_problems(wanted: OverlayRequest) -> list[str]:
     """Return what is wrong with a request whatever the host looks like."""
     problems = []
     for option, path in (("path", wanted.path), ("backing_file", wanted.backing_file)):
@@ -42,7 +42,7 @@ def request_problems(wanted: Wanted) -> list[str]:
     return problems + _creation_problems(wanted)
 
 
-def _creation_problems(wanted: Wanted) -> list[str]:
+def _creation_problems(wanted: OverlayRequest) -> list[str]:
     """Return what QEMU would refuse about the creation options."""
     creation = wanted.creation
     problems = []
@@ -72,7 +72,7 @@ def repeated_problems(targets: t.Sequence[str], actives: t.Sequence[str]) -> lis
     return problems
 
 
-def recorded_backing_file(wanted: Wanted, active: Active, target: Target) -> str:
+def recorded_backing_file(wanted: OverlayRequest, active: ObservedChain, target: Target) -> str:
     """Return the name under which the overlay records ACTIVE."""
     if not wanted.relative:
         return wanted.backing_file
@@ -80,7 +80,7 @@ def recorded_backing_file(wanted: Wanted, active: Active, target: Target) -> str
     return f"./{name}" if has_protocol(name) else name
 
 
-def decide(wanted: Wanted, active: Active, target: Target) -> Verdict:
+def decide(wanted: OverlayRequest, active: ObservedChain, target: Target) -> Verdict:
     """Return what must become of one overlay: it is to be created, is present already, or is refused."""
     problems = [*_active_problems(active), *_place_problems(wanted, active, target)]
     if not problems and target.image is None:
@@ -90,7 +90,7 @@ def decide(wanted: Wanted, active: Active, target: Target) -> Verdict:
     return _promise(wanted, active, target).with_problems(problems)
 
 
-def _promise(wanted: Wanted, active: Active, target: Target) -> Verdict:
+def _promise(wanted: OverlayRequest, active: ObservedChain, target: Target) -> Verdict:
     """Return the verdict for the case that nothing is wrong."""
     own = active.image.bitmaps if active.image else ()
     carried = tuple(bitmap for bitmap in own if bitmap.carries_over)
@@ -113,7 +113,7 @@ def _promise(wanted: Wanted, active: Active, target: Target) -> Verdict:
     return Verdict(wanted, PRESENT, (), target.image.virtual_size, present, skipped, tuple(warnings))
 
 
-def _active_warnings(active: Active) -> list[str]:
+def _active_warnings(active: ObservedChain) -> list[str]:
     """Return what is odd about ACTIVE but no reason to refuse."""
     warnings = []
     if active.image and active.image.lost_bitmaps:
@@ -129,7 +129,7 @@ def _active_warnings(active: Active) -> list[str]:
     return warnings
 
 
-def _active_problems(active: Active) -> list[str]:
+def _active_problems(active: ObservedChain) -> list[str]:
     """Return why nothing can be put on top of this ACTIVE."""
     problems = []
     if active.open_for_writing:
@@ -141,11 +141,11 @@ def _active_problems(active: Active) -> list[str]:
         problems.append(
             f"{active.path}: is encrypted. An overlay would hold the guest's new data in plain text; not supported."
         )
-    problems += unusable(active.path, image)
+    problems += why_unusable(active.path, image)
     return problems + bitmap_problems(active, image)
 
 
-def _place_problems(wanted: Wanted, active: Active, target: Target) -> list[str]:
+def _place_problems(wanted: OverlayRequest, active: ObservedChain, target: Target) -> list[str]:
     """Return why no overlay of this ACTIVE can stand at this place."""
     if target.problem is not None:
         return [target.problem]
@@ -160,7 +160,7 @@ def _place_problems(wanted: Wanted, active: Active, target: Target) -> list[str]
     return []
 
 
-def _new_problems(wanted: Wanted, active: Active, target: Target) -> list[str]:
+def _new_problems(wanted: OverlayRequest, active: ObservedChain, target: Target) -> list[str]:
     """Return why this overlay cannot be made where nothing stands yet."""
     problems = []
     if len(active.chain) >= MAX_LAYERS:
@@ -190,7 +190,7 @@ def _new_problems(wanted: Wanted, active: Active, target: Target) -> list[str]:
     return problems
 
 
-def _drift_problems(wanted: Wanted, active: Active, target: Target, image: Image) -> list[str]:
+def _drift_problems(wanted: OverlayRequest, active: ObservedChain, target: Target, image: Image) -> list[str]:
     """Return how the image that stands there differs from the overlay that was asked for."""
     drift = []
     if target.backing_path != active.chain[0].real_path and target.backing_identity != active.chain[0].identity:
@@ -201,7 +201,7 @@ def _drift_problems(wanted: Wanted, active: Active, target: Target, image: Image
         drift.append(f"its virtual size is {image.virtual_size}, smaller than ACTIVE's {active.virtual_size}")
     if image.corrupt:
         drift.append("it is marked corrupt")
-    if wanted.unused:
+    if wanted.must_be_fresh:
         drift += _signs_of_use(active, target, image)
     drift += bitmap_drift(active, image, target.open_for_writing)
     if not drift:
@@ -213,7 +213,7 @@ def _drift_problems(wanted: Wanted, active: Active, target: Target, image: Image
     ]
 
 
-def _signs_of_use(active: Active, target: Target, image: Image) -> list[str]:
+def _signs_of_use(active: ObservedChain, target: Target, image: Image) -> list[str]:
     """Return why an overlay that exists already is none that was just made, for a VM that is not on it yet."""
     own = {bitmap.name for bitmap in active.image.bitmaps} if active.image else set()
     foreign = [bitmap for bitmap in image.bitmaps if bitmap.name not in own]

@@ -17,7 +17,7 @@ import secrets
 import stat
 import typing as t
 
-from .._base.errors import CHECK_STORAGE, HalfDoneError, Qcow2Error
+from .._base.errors import CHECK_STORAGE, Qcow2Error, UnknownOutcomeError
 from .._base.files import close_image, open_folder
 from .._qemu import locks
 from .observe import Target
@@ -153,7 +153,7 @@ def publish_together(staged: t.Sequence[StagedFile], finish: t.Callable[[], None
             os.fsync(file.folder_fd)
         if finish is not None:
             finish()
-    except HalfDoneError:
+    except UnknownOutcomeError:
         raise
     except BaseException as exc:
         _retract_all(begun, exc)
@@ -193,7 +193,7 @@ def _is_abandoned(name: str, folder_fd: int, remove: bool) -> bool:
     except OSError:
         return False
     try:
-        abandoned = not locks.is_held(fd, locks.OURS, name)
+        abandoned = not locks.is_locked(fd, locks.OUR_TURN, name)
         if abandoned and remove:
             abandoned = locks.claim(fd, name)
             if abandoned:

@@ -16,8 +16,8 @@ from .._base.signals import Interrupted, interruptible
 from .observe import Target, observe_target
 from .overlay import decide, repeated_problems, request_problems
 from .publish import find_leftovers
-from .session import Engine, Machine, Machines, Settings, Work, failed_by, observe
-from .verdict import CREATED, FAILED, PRESENT, Verdict, Wanted, all_or_none, within_space
+from .session import Engine, Session, Settings, Vm, Vms, failed_by, observe
+from .verdict import CREATED, FAILED, PRESENT, OverlayRequest, Verdict, all_or_none, within_space
 
 
 class Outcome(t.NamedTuple):
@@ -44,7 +44,7 @@ class Outcome(t.NamedTuple):
         }
 
 
-def make_overlays(wanted: t.Sequence[Wanted], settings: Settings, machines: Machines | None = None) -> Outcome:
+def make_overlays(wanted: t.Sequence[OverlayRequest], settings: Settings, machines: Vms | None = None) -> Outcome:
     """Make what is missing, VM by VM; in check mode only find out what a run would do.
 
     A machine is finished once all its overlays are there, the new and the old ones, while no VM can start on any image.
@@ -87,7 +87,7 @@ def _allow_many_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _leftovers(wanted: t.Sequence[Wanted], settings: Settings) -> list[str]:
+def _leftovers(wanted: t.Sequence[OverlayRequest], settings: Settings) -> list[str]:
     """Remove what killed runs have left in the folders of this call; return a warning for each."""
     usable = [item for item in wanted if not request_problems(item)]
     folders = dict.fromkeys(os.path.dirname(item.path) for item in usable)
@@ -98,7 +98,7 @@ def _leftovers(wanted: t.Sequence[Wanted], settings: Settings) -> list[str]:
     ]
 
 
-def _groups(wanted: t.Sequence[Wanted]) -> list[list[int]]:
+def _groups(wanted: t.Sequence[OverlayRequest]) -> list[list[int]]:
     """Return the positions of the overlays that belong together, VM by VM."""
     groups: dict[str | None, list[int]] = {}
     for index, item in enumerate(wanted):
@@ -112,7 +112,7 @@ def _store(verdicts: list[Verdict], group: t.Sequence[int], some: t.Sequence[Ver
         verdicts[index] = verdict
 
 
-def _first_look(wanted: t.Sequence[Wanted], groups: list[list[int]]) -> list[Verdict]:
+def _first_look(wanted: t.Sequence[OverlayRequest], groups: list[list[int]]) -> list[Verdict]:
     """Return what each overlay would become, judged without any lock."""
     verdicts = [Verdict(item, CREATED).with_problems(request_problems(item)) for item in wanted]
     sound = [index for index, verdict in enumerate(verdicts) if verdict.state != FAILED]
@@ -130,7 +130,7 @@ def _first_look(wanted: t.Sequence[Wanted], groups: list[list[int]]) -> list[Ver
     return verdicts
 
 
-def _judge(wanted: Wanted, target: Target) -> Verdict:
+def _judge(wanted: OverlayRequest, target: Target) -> Verdict:
     """Return what the overlay would become."""
     try:
         fd = open_image(wanted.backing_file)
@@ -142,16 +142,16 @@ def _judge(wanted: Wanted, target: Target) -> Verdict:
         return failed_by(Verdict(wanted, CREATED), exc)
 
 
-def _is_pending(verdict: Verdict, machines: Machines) -> bool:
+def _is_pending(verdict: Verdict, machines: Vms) -> bool:
     """Whether there is something to be done for the overlay, or for its VM now that the overlay is there."""
     return verdict.state == CREATED or (verdict.state == PRESENT and verdict.wanted.vm in machines)
 
 
 def _make_group(
-    verdicts: list[Verdict], engine: Engine, settings: Settings, machines: Machines, held: contextlib.ExitStack
+    verdicts: list[Verdict], engine: Engine, settings: Settings, machines: Vms, held: contextlib.ExitStack
 ) -> list[Verdict]:
     """Make the missing overlays of one VM and finish it, all or none, while every ACTIVE is locked by held."""
-    work = Work(held, engine, settings)
+    work = Session(held, engine, settings)
     machine = machines.get(verdicts[0].wanted.vm or "")
     try:
         needed = {verdict.wanted.backing_file for verdict in verdicts if _is_pending(verdict, machines)}
@@ -172,7 +172,7 @@ def _make_group(
     return verdicts
 
 
-def _all_failed(verdicts: t.Sequence[Verdict], machines: Machines, exc: Exception) -> list[Verdict]:
+def _all_failed(verdicts: t.Sequence[Verdict], machines: Vms, exc: Exception) -> list[Verdict]:
     """Return the verdicts of a VM, those that are pending failed by an exception that is expected."""
     return [failed_by(verdict, exc) if _is_pending(verdict, machines) else verdict for verdict in verdicts]
 
@@ -185,7 +185,7 @@ def _attempt(step: t.Callable[[Verdict], Verdict], verdict: Verdict) -> Verdict:
         return failed_by(verdict, exc)
 
 
-def opened_by_vm(verdicts: t.Sequence[Verdict], machine: Machine | None) -> list[str]:
+def opened_by_vm(verdicts: t.Sequence[Verdict], machine: Vm | None) -> list[str]:
     """Return the images that the VM opens for writing when it starts, in that order, as far as they are known."""
     images = [machine.first_image] if machine and machine.first_image else []
     for verdict in verdicts:

@@ -9,7 +9,7 @@ import contextlib
 import os
 import typing as t
 
-from .._base.attributes import Attire, Ownership, choose_attire, dress
+from .._base.attributes import AttributeOptions, Attributes, apply_attributes, attributes_for
 from .._base.errors import CHECK_STORAGE, Qcow2Error, QemuError, advice
 from .._base.files import close_image, open_image
 from .._qcow2.chain import identity_of
@@ -18,22 +18,22 @@ from .._qemu import locks
 from .._qemu.locks import in_use
 from .._qemu.monitor import Monitor, find_qemu
 from .._qemu.nodes import Witnessed, cross_check
-from .._qemu.settled import is_written
+from .._qemu.settled import is_open_for_writing
 from .build import fill
-from .observe import Active, Target, observe_active, observe_target
+from .observe import ObservedChain, Target, observe_active, observe_target
 from .overlay import decide, recorded_backing_file, verify
 from .publish import StagedFile, publish_together
-from .verdict import CREATED, Verdict, Wanted
+from .verdict import CREATED, OverlayRequest, Verdict
 
 
-class Machine(t.NamedTuple):
+class Vm(t.NamedTuple):
     """What is known of a VM beside its overlays."""
 
     finish: t.Callable[[], None]  # what must succeed for its overlays to stay
     first_image: str | None = None  # path of what it opens first for writing when it starts
 
 
-Machines = t.Mapping[str, Machine]  # by the name of the VM
+Vms = t.Mapping[str, Vm]  # by the name of the VM
 
 
 class Settings(t.NamedTuple):
@@ -42,7 +42,7 @@ class Settings(t.NamedTuple):
     check_mode: bool
     seconds: float  # that QEMU may take for one step, before the size of the step is added
     find_program: t.Callable[[str], str | None]
-    ownership: Ownership
+    ownership: AttributeOptions
 
 
 class Engine:
@@ -65,7 +65,7 @@ class Engine:
         self._monitor = None
 
 
-def observe(fd: int, wanted: Wanted) -> Active:
+def observe(fd: int, wanted: OverlayRequest) -> ObservedChain:
     """Return what the open ACTIVE of an overlay is."""
     return observe_active(fd, wanted.backing_file, wanted.backing_format, wanted.relative)
 
@@ -80,7 +80,7 @@ def _open_to_lock(path: str) -> int | None:
     except Qcow2Error:  # then the VM cannot start anyhow
         return None
     try:
-        used = locks.is_used(fd, locks.WRITE, path)
+        used = locks.is_locked_by_qemu(fd, locks.WRITE, path)
     except Qcow2Error:  # its file system has no locks
         close_image(fd)
         return None
@@ -90,16 +90,16 @@ def _open_to_lock(path: str) -> int | None:
     return fd
 
 
-class _Site(t.NamedTuple):
+class BuildSpec(t.NamedTuple):
     """Where and as what one overlay is to be built, as found out under the lock of its ACTIVE."""
 
     target: Target
     backing_file: str  # as the overlay records it
-    attire: Attire
+    attributes: Attributes
     active: Witnessed | None  # None if it is raw
 
 
-class Work:
+class Session:
     """What is held while the overlays of one VM are made: locked ACTIVEs, then finished files."""
 
     def __init__(self, held: contextlib.ExitStack, engine: Engine, settings: Settings) -> None:
@@ -107,7 +107,7 @@ class Work:
         self._engine = engine
         self._settings = settings
         self._actives: dict[str, int] = {}  # descriptors by path
-        self._sites: dict[str, _Site] = {}  # by path
+        self._sites: dict[str, BuildSpec] = {}  # by path
         self._staged: list[StagedFile] = []
 
     def lock(self, opened_by_vm: t.Sequence[str], needed: t.Collection[str]) -> None:
@@ -145,10 +145,10 @@ class Work:
             return verdict
         if active.image is not None and active.is_recording and not self._settings.check_mode:
             locks.hold_off_everybody(fd, wanted.backing_file)
-        self._sites[wanted.path] = _Site(
+        self._sites[wanted.path] = BuildSpec(
             target,
             recorded_backing_file(wanted, active, target),
-            choose_attire(fd, self._settings.ownership, wanted.path),
+            attributes_for(fd, self._settings.ownership, wanted.path),
             Witnessed(fd, wanted.backing_file, active.image) if active.image is not None else None,
         )
         return verdict
@@ -167,7 +167,7 @@ class Work:
             return verdict
         file = self._held.enter_context(StagedFile(site.target))
         fill(monitor, file.fd, verdict, site.backing_file, site.active)
-        dress(file.fd, site.attire, verdict.wanted.path)
+        apply_attributes(file.fd, site.attributes, verdict.wanted.path)
         os.fsync(file.fd)
         _read_back(file, verdict, site.backing_file, monitor)
         self._staged.append(file)
@@ -182,7 +182,7 @@ class Work:
                 is_same = False
             if not is_same:
                 raise Qcow2Error(f"{path}: was moved or replaced while the overlay was being made. Run this again.")
-            if is_written(fd, path):  # through another node of its device, where our lock does not reach
+            if is_open_for_writing(fd, path):  # through another node of its device, where our lock does not reach
                 raise in_use(path)
         if not self._settings.check_mode:
             publish_together(self._staged, finish)

@@ -27,7 +27,7 @@ class Creation(t.NamedTuple):
     compression_type: str = "zlib"
 
 
-class Wanted(t.NamedTuple):
+class OverlayRequest(t.NamedTuple):
     """One overlay as it was asked for."""
 
     path: str
@@ -36,7 +36,7 @@ class Wanted(t.NamedTuple):
     vm: str | None = None
     relative: bool = False
     creation: Creation = Creation()
-    unused: bool = False  # the VM is not on it yet, so one that exists already must hold no data
+    must_be_fresh: bool = False  # the VM is not on it yet, so one that exists already must hold no data
 
 
 class SkippedBitmap(t.NamedTuple):
@@ -50,7 +50,7 @@ class SkippedBitmap(t.NamedTuple):
 class Verdict(t.NamedTuple):
     """What is to become, or became, of one overlay."""
 
-    wanted: Wanted
+    wanted: OverlayRequest
     state: str  # created, present or failed
     problems: tuple[str, ...] = ()
     virtual_size: int | None = None  # bytes

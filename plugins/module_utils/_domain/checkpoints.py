@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import typing as t
 
-from .._disk.bitmap_rules import INCOMPLETE, Checkpoint, Link, judge
-from .._disk.examine import examine
+from .._disk.bitmap_rules import INCOMPLETE, Checkpoint, LayerBitmaps, judge
+from .._disk.examine import examine_chain
 from .._disk.verdict import Verdict
 from .._libvirt.connection import KnownCheckpoint
 from .._libvirt.definition import DomainDisk, disks_of
 from .._qcow2.bitmaps import Bitmap
-from .plan import Plan
+from .plan import DomainPlan
 
 
 class _Chain(t.NamedTuple):
     """The chain of a disk as it is, or will be, after the run."""
 
-    links: list[Link]
+    links: list[LayerBitmaps]
     is_complete: bool
 
 
-def judge_checkpoints(plan: Plan, overlays: t.Mapping[str, Verdict]) -> list[Checkpoint]:
+def judge_checkpoints(plan: DomainPlan, overlays: t.Mapping[str, Verdict]) -> list[Checkpoint]:
     """Return for each checkpoint that libvirt knows whether it can be used after the run."""
     targets = {target for known in plan.domain.checkpoints for target in known.bitmaps}
     chains = {
@@ -34,13 +34,13 @@ def judge_checkpoints(plan: Plan, overlays: t.Mapping[str, Verdict]) -> list[Che
     return [_judge_checkpoint(known, chains) for known in plan.domain.checkpoints]
 
 
-def _chain_after(disk: DomainDisk, verdict: Verdict | None, plan: Plan) -> _Chain:
+def _chain_after(disk: DomainDisk, verdict: Verdict | None, plan: DomainPlan) -> _Chain:
     """Return the chain of a disk after the run; the overlay is taken as it was promised, so also in check mode."""
-    source = examine(disk.source or "", follow=True, count=False, image_format=disk.format)
+    source = examine_chain(disk.source or "", follow=True, count=False, image_format=disk.format)
     if verdict is None or disk.target not in plan.overlays:
         return _Chain(source.links, source.is_complete)
     bitmaps = {b.name: Bitmap(b.name, b.granularity, recording=True, inconsistent=False) for b in verdict.bitmaps}
-    overlay = Link(verdict.wanted.path, verdict.virtual_size or 0, bitmaps)
+    overlay = LayerBitmaps(verdict.wanted.path, verdict.virtual_size or 0, bitmaps)
     return _Chain([overlay, *source.links], source.is_complete)
 
 

@@ -35,14 +35,14 @@ def users_of_images(domains: t.Sequence[Domain]) -> Users:
                 layers, _problem = layers_of(disk.source, disk.format)
                 for path in [os.path.realpath(disk.source), *(layer.real_path for layer in layers)]:
                     users.anyhow.setdefault(path, set()).add(domain.name)
-                if disk.unfit not in READ_ONLY:
+                if disk.why_unfit not in READ_ONLY:
                     users.writing.setdefault(os.path.realpath(disk.source), set()).add(domain.name)
     return users
 
 
 def first_image(domain: Domain) -> str | None:
     """Return the image that a domain, when it starts, opens first for writing, for itself alone."""
-    own = [disk.source for disk in disks_of(domain.definition) if disk.unfit not in (*READ_ONLY, "shareable")]
+    own = [disk.source for disk in disks_of(domain.definition) if disk.why_unfit not in (*READ_ONLY, "shareable")]
     return next(filter(None, own), None)
 
 

@@ -1,7 +1,7 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Read, decide, act: overlays for the disks of libvirt domains, and the domains switched to them."""
+"""Read, decide, act: overlays for the disks of libvirt domains, and the domains with_sources to them."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import itertools
 import os
 import typing as t
 
-from .._disk.verdict import Wanted
+from .._disk.verdict import OverlayRequest
 from .._libvirt.connection import Domain
 from .._libvirt.definition import DomainDisk, StatedChain, StatedImage, disks_of
 from .._qcow2.chain import Layer
 from .inventory import Users, is_device_path, layers_of
-from .plan import Plan, Request, SkippedDisk, state_problems
+from .plan import DomainPlan, SkippedDisk, SnapshotRequest, state_problems
 
 _EXTENSIONS = (".qcow2", ".qcow", ".img", ".raw")  # that are no part of an image's stem
 _NOT_ASKED_FOR = "not asked for"
 
 
-def plan_domain(domain: Domain, request: Request, users: Users) -> Plan:
+def plan_domain(domain: Domain, request: SnapshotRequest, users: Users) -> DomainPlan:
     """Return what is to become of a domain, as far as that can be said without its images' bitmaps."""
-    plan = Plan(domain, {}, {}, [], [])
+    plan = DomainPlan(domain, {}, {}, [], [])
     for disk in disks_of(domain.definition):
         reason = _reason_to_skip(disk, request)
         if reason is None:
@@ -41,20 +41,20 @@ def plan_domain(domain: Domain, request: Request, users: Users) -> Plan:
     return plan
 
 
-def _reason_to_skip(disk: DomainDisk, request: Request) -> str | None:
+def _reason_to_skip(disk: DomainDisk, request: SnapshotRequest) -> str | None:
     """Return why a disk is left out, or None."""
-    if disk.unfit is not None:
-        return disk.unfit
+    if disk.why_unfit is not None:
+        return disk.why_unfit
     if request.targets is not None and disk.target not in request.targets:
         return _NOT_ASKED_FOR
-    if disk.excluded and request.targets is None:
+    if disk.opted_out and request.targets is None:
         return "excluded by snapshot='no' in the definition"
     if request.directory is None and (disk.kind == "block" or is_device_path(disk.source)):
         return "block device, beside which no overlay can be made; give a directory"
     return None
 
 
-def _plan_disk(plan: Plan, disk: DomainDisk, request: Request, users: Users) -> None:
+def _plan_disk(plan: DomainPlan, disk: DomainDisk, request: SnapshotRequest, users: Users) -> None:
     """Add to the plan what is to become of a disk that takes part."""
     name, source = plan.domain.name, t.cast("str", disk.source)
     layers, problem = layers_of(source, disk.format)
@@ -65,7 +65,9 @@ def _plan_disk(plan: Plan, disk: DomainDisk, request: Request, users: Users) -> 
     # Whoever is on that snapshot already, or above it, may have been given another directory then.
     for above, below in zip(own, layers[1:]):
         if os.path.basename(above.path).endswith(f".{request.snapshot}.qcow2"):
-            plan.wanted[disk.target] = Wanted(above.path, below.path, below.format or "qcow2", vm=plan.domain.uuid)
+            plan.wanted[disk.target] = OverlayRequest(
+                above.path, below.path, below.format or "qcow2", vm=plan.domain.uuid
+            )
             break
     else:
         stem = stem_of([layer.path for layer in own] or [source])
@@ -81,14 +83,14 @@ def _plan_disk(plan: Plan, disk: DomainDisk, request: Request, users: Users) -> 
                 "directories of their own."
             )
         plan.overlays[disk.target] = path
-        plan.wanted[disk.target] = Wanted(
+        plan.wanted[disk.target] = OverlayRequest(
             path=path,
             backing_file=source,
             backing_format=disk.format,
             vm=plan.domain.uuid,
             relative=request.relative,
             creation=request.creation,
-            unused=True,
+            must_be_fresh=True,
         )
     if problem is None and disk.stated_chain is not None:
         problem = _stated_problem(name, disk, disk.stated_chain, layers)

@@ -9,14 +9,14 @@ import typing as t
 
 from .._base.errors import printable
 from .._disk.bitmap_rules import Checkpoint
-from .._disk.verdict import Creation, Verdict, Wanted
+from .._disk.verdict import Creation, OverlayRequest, Verdict
 from .._libvirt.connection import Domain
-from .._libvirt.definition import disks_of, switched
+from .._libvirt.definition import disks_of, with_sources
 
 SKIPPED = "skipped"
 
 
-class Request(t.NamedTuple):
+class SnapshotRequest(t.NamedTuple):
     """What is wanted of every domain."""
 
     snapshot: str
@@ -34,11 +34,11 @@ class SkippedDisk(t.NamedTuple):
     reason: str
 
 
-class Plan(t.NamedTuple):
+class DomainPlan(t.NamedTuple):
     """What is to become of one domain."""
 
     domain: Domain
-    wanted: dict[str, Wanted]  # by target; the overlays, those that are there already too
+    wanted: dict[str, OverlayRequest]  # by target; the overlays, those that are there already too
     overlays: dict[str, str]  # path by target, of the disks that the definition does not have as overlays yet
     skipped: list[SkippedDisk]
     problems: list[str]
@@ -46,7 +46,7 @@ class Plan(t.NamedTuple):
     @property
     def definition(self) -> str:
         """The definition that the domain is to get."""
-        return switched(self.domain.definition, self.overlays)
+        return with_sources(self.domain.definition, self.overlays)
 
 
 class DomainOutcome(t.NamedTuple):
@@ -87,8 +87,8 @@ class DomainOutcome(t.NamedTuple):
         return printable(" ".join(self.problems))
 
 
-def state_problems(plan: Plan) -> list[str]:
-    """Return why the domain cannot be switched as it is just now."""
+def state_problems(plan: DomainPlan) -> list[str]:
+    """Return why the domain cannot be with_sources as it is just now."""
     domain = plan.domain
     if domain.running_definition is not None and not plan.overlays:
         running = {disk.target: disk.source for disk in disks_of(domain.running_definition)}
@@ -99,9 +99,9 @@ def state_problems(plan: Plan) -> list[str]:
         return []
     if not domain.persistent:
         return [f"{domain.name}: is transient: it has no definition that could be changed. Define it first."]
-    if domain.activity is not None:
+    if domain.state is not None:
         return [
-            f"{domain.name}: is {domain.activity}. Shut it down and run this again; for a running domain, "
+            f"{domain.name}: is {domain.state}. Shut it down and run this again; for a running domain, "
             "'virsh snapshot-create-as --disk-only' does it all, bitmaps included."
         ]
     if domain.managed_save:

@@ -10,18 +10,18 @@ import typing as t
 
 from .._base.errors import Qcow2Error
 from .._disk.run import make_overlays
-from .._disk.session import Machine, Settings
+from .._disk.session import Settings, Vm
 from .._disk.verdict import CREATED, FAILED, PRESENT, Verdict
 from .._libvirt.connection import Domain, Libvirt, Unreadable
 from .._libvirt.definition import disks_of, parts_of
 from .checkpoints import judge_checkpoints
 from .inventory import first_image, select, users_of_images
 from .overlay import plan_domain
-from .plan import SKIPPED, DomainOutcome, Plan, Request, SkippedDisk
+from .plan import SKIPPED, DomainOutcome, DomainPlan, SkippedDisk, SnapshotRequest
 
 
 def overlay_domains(
-    libvirt: Libvirt, names: t.Sequence[str], request: Request, settings: Settings
+    libvirt: Libvirt, names: t.Sequence[str], request: SnapshotRequest, settings: Settings
 ) -> tuple[list[DomainOutcome], list[str]]:
     """Make the overlays of all these domains and switch the domains, each all or none; return them, and warnings."""
     everybody = libvirt.domains()
@@ -33,7 +33,7 @@ def overlay_domains(
     switches = {plan.domain.uuid: _Switch(libvirt, plan, settings.seconds) for plan in sound if plan.overlays}
     wanted = [wanted for plan in sound for wanted in plan.wanted.values()]
     first_images = {plan.domain.uuid: first_image(plan.domain) for plan in sound}
-    machines = {uuid: Machine(switch.run, first_images[uuid]) for uuid, switch in switches.items()}
+    machines = {uuid: Vm(switch.run, first_images[uuid]) for uuid, switch in switches.items()}
     outcome = make_overlays(wanted, settings, machines)
     verdicts = {(verdict.wanted.vm, verdict.wanted.path): verdict for verdict in outcome.verdicts}
     results = {
@@ -49,7 +49,7 @@ def overlay_domains(
 class _Switch:
     """The last step for a domain, which the engine takes once its overlays are there."""
 
-    def __init__(self, libvirt: Libvirt, plan: Plan, seconds: float) -> None:
+    def __init__(self, libvirt: Libvirt, plan: DomainPlan, seconds: float) -> None:
         self._libvirt = libvirt
         self._seconds = seconds
         self._plan = plan
@@ -69,23 +69,23 @@ class _Switch:
         self.is_done = True
 
 
-def _is_to_be_left_out(plan: Plan, request: Request, names: t.Sequence[str]) -> bool:
+def _is_to_be_left_out(plan: DomainPlan, request: SnapshotRequest, names: t.Sequence[str]) -> bool:
     """Whether the domain is skipped: by request since it runs, or since only a pattern names it and it has no disk."""
     if plan.overlays:
-        return request.skips_running and plan.domain.activity is not None
+        return request.skips_running and plan.domain.state is not None
     return not plan.wanted and request.targets is None and plan.domain.name not in names
 
 
-def _left_out(plan: Plan) -> DomainOutcome:
+def _left_out(plan: DomainPlan) -> DomainOutcome:
     """Return the outcome for a domain that is left as it is."""
-    reason = f"the domain is {plan.domain.activity}"
+    reason = f"the domain is {plan.domain.state}"
     skipped = [*plan.skipped, *(SkippedDisk(target, reason) for target in plan.wanted)]
     checkpoints = judge_checkpoints(plan, {})
     return DomainOutcome(plan.domain.name, plan.domain.uuid, SKIPPED, [], skipped, checkpoints, [], ("", ""), {})
 
 
 def _conclude(
-    plan: Plan, verdicts: t.Mapping[tuple[str | None, str], Verdict], switch: _Switch | None, check_mode: bool
+    plan: DomainPlan, verdicts: t.Mapping[tuple[str | None, str], Verdict], switch: _Switch | None, check_mode: bool
 ) -> DomainOutcome:
     """Return what became of a domain."""
     own = [(target, verdicts.get((plan.domain.uuid, wanted.path))) for target, wanted in plan.wanted.items()]
@@ -95,7 +95,7 @@ def _conclude(
     if switch is not None and switch.problem is not None:
         problems.append(switch.problem)
     elif switch is not None and not problems and not switch.is_done and not check_mode:
-        problems.append(f"{plan.domain.name}: was not switched to its overlays. Run this again.")
+        problems.append(f"{plan.domain.name}: was not with_sources to its overlays. Run this again.")
     changed = switch is not None or any(verdict.state == CREATED for _target, verdict in overlays)
     is_fine = not problems
     return DomainOutcome(
@@ -116,7 +116,7 @@ def _topmost(definition: str) -> dict[str, str]:
     return {disk.target: disk.source for disk in disks_of(definition) if disk.source is not None}
 
 
-def _parts(definition: str, plan: Plan) -> str:
+def _parts(definition: str, plan: DomainPlan) -> str:
     """Return what a diff shows of a definition."""
     return f"<domain> {plan.domain.name}\n{parts_of(definition, plan.overlays)}" if plan.overlays else ""
 

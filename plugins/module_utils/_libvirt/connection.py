@@ -9,7 +9,7 @@ import time
 import traceback
 import typing as t
 
-from .._base.errors import HalfDoneError, Qcow2Error
+from .._base.errors import Qcow2Error, UnknownOutcomeError
 from .definition import bitmaps_of, disks_of, without
 
 try:
@@ -35,7 +35,7 @@ class Domain(t.NamedTuple):
 
     name: str
     uuid: str
-    activity: str | None  # running, paused, …; None when it is shut off
+    state: str | None  # running, paused, …; None when it is shut off
     persistent: bool
     managed_save: bool
     definition: str  # XML of what the next start uses, with its secrets
@@ -77,8 +77,8 @@ class Libvirt:
     def switch(self, domain: Domain, new: str, overlays: t.Mapping[str, str], seconds: float) -> None:
         """Give the domain its new definition, in which these targets are these overlays, and read it back.
 
-        On Qcow2Error the old one stands; on HalfDoneError nobody knows. A start that has begun just before is waited
-        for, so many seconds: its QEMU, which has not opened the old images yet, must find them locked.
+        Raises Qcow2Error if the old definition stands, UnknownOutcomeError if that is unknown. If the domain is just
+        being started with the old definition, wait up to `seconds` for that start to fail on our locks.
         """
         try:
             handle = self._connection.lookupByUUIDString(domain.uuid)
@@ -111,8 +111,8 @@ def _wait_for_start(handle: t.Any, domain: Domain, seconds: float) -> None:
     try:
         while handle.isActive():
             if time.monotonic() > deadline:
-                raise HalfDoneError(
-                    f"{domain.name}: was started while it was being switched, and runs on the images below its "
+                raise UnknownOutcomeError(
+                    f"{domain.name}: was started while it was being with_sources, and runs on the images below its "
                     "overlays although they were locked, so its overlays were left in place. What it writes there its "
                     "bitmaps record, too. Shut it down, then run this again."
                 )
@@ -124,17 +124,17 @@ def _wait_for_start(handle: t.Any, domain: Domain, seconds: float) -> None:
 def _read(handle: t.Any, name: str) -> Domain | Unreadable:
     """Return what libvirt says of a domain."""
     try:
-        activity = None
+        state = None
         if handle.isActive():
-            activity = _STATES.get(handle.state()[0], "active")
+            state = _STATES.get(handle.state()[0], "active")
         return Domain(
             name=name,
             uuid=handle.UUIDString(),
-            activity=activity,
+            state=state,
             persistent=bool(handle.isPersistent()),
             managed_save=bool(handle.hasManagedSaveImage(0)),
             definition=definition_of(handle),
-            running_definition=handle.XMLDesc(0) if activity else None,
+            running_definition=handle.XMLDesc(0) if state else None,
             checkpoints=_checkpoints_of(handle),
         )
     except libvirt.libvirtError as exc:
@@ -176,9 +176,9 @@ def _is_as_wanted(now: str, domain: Domain, overlays: t.Mapping[str, str]) -> bo
     )
 
 
-def _half_done(domain: Domain, error: str) -> HalfDoneError:
+def _half_done(domain: Domain, error: str) -> UnknownOutcomeError:
     """Return the error for a definition of which nobody knows what it is."""
-    return HalfDoneError(
+    return UnknownOutcomeError(
         f"{domain.name}: its definition may or may not have been changed, so its overlays were left in place. {error} "
         "Look at 'virsh domblklist --inactive', then run this again."
     )

@@ -4,7 +4,7 @@
 """Decide: what the definition of a libvirt domain says of its disks, and what it must become.
 
 Pure: XML in, values or XML out (libvirt, "Domain XML format", Hard drives, floppy disks, CDROMs). Whatever is not
-inside the element of a switched disk stays as it was, byte by byte.
+inside the element of a with_sources disk stays as it was, byte by byte.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class DomainDisk(t.NamedTuple):
     kind: str  # file, block, network, …
     source: str | None  # path; None when it has none
     format: str  # as <driver type> says
-    unfit: str | None  # why it can take no part in snapshots
-    excluded: bool  # by snapshot='no', which is a default only
+    why_unfit: str | None  # why it can take no part in snapshots
+    opted_out: bool  # by snapshot='no', which is a default only
     stated_chain: StatedChain | None
 
 
@@ -49,8 +49,8 @@ def disks_of(definition: str) -> list[DomainDisk]:
     return [_disk_from(element) for element in _disk_elements(_parse(definition))]
 
 
-def switched(definition: str, overlays: t.Mapping[str, str]) -> str:
-    """Return the definition with these targets switched to the overlays with these paths.
+def with_sources(definition: str, overlays: t.Mapping[str, str]) -> str:
+    """Return the definition with these targets with_sources to the overlays with these paths.
 
     Only the path changes, and the format when it was raw. The stated backing chain goes: it would end at the wrong
     image, and the overlay itself records what is below it.
@@ -147,13 +147,13 @@ def _disk_from(element: t.Any) -> DomainDisk:
         kind=kind,
         source=source,
         format=image_format,
-        unfit=_unfit(element, kind, image_format, source),
-        excluded=element.getAttribute("snapshot") == "no",
+        why_unfit=_why_unfit(element, kind, image_format, source),
+        opted_out=element.getAttribute("snapshot") == "no",
         stated_chain=_stated_chain(stated[0]) if stated else None,
     )
 
 
-def _unfit(element: t.Any, kind: str, image_format: str, source: str | None) -> str | None:
+def _why_unfit(element: t.Any, kind: str, image_format: str, source: str | None) -> str | None:
     """Return why a disk can take no part, or None."""
     device = element.getAttribute("device") or "disk"
     inner = [part for place in [element, *_children(element, "source")] for part in ("encryption", "slices")

@@ -39,7 +39,7 @@ def has_protocol(name: str) -> bool:
     return ":" in name.split("/", 1)[0]
 
 
-def unusable(path: str, image: Image) -> list[str]:
+def why_unusable(path: str, image: Image) -> list[str]:
     """Return why QEMU cannot, or must not, open the image for writing although it can be read here."""
     problems = []
     if image.corrupt:

@@ -42,7 +42,7 @@ class DirtyMap:
             self._check(entry, bitmap)
 
     @property
-    def dirty_bits(self) -> int:
+    def most_dirty_bits(self) -> int:
         """How many bits may be set at most, without a look at them."""
         clusters = sum(1 for entry in self._entries if entry)
         return min(clusters * self._cluster_size * 8, -(-self._virtual_size // self.granularity))
@@ -113,7 +113,7 @@ def dirty_bytes(maps: t.Sequence[DirtyMap], virtual_size: int) -> int:
 def counting_cost(maps: t.Sequence[DirtyMap]) -> int:
     """Return how many bits have to be looked at to count the dirty bytes of these maps together."""
     finest = min(one.granularity for one in maps)
-    return sum(one.dirty_bits * (one.granularity // finest) for one in maps)
+    return sum(one.most_dirty_bits * (one.granularity // finest) for one in maps)
 
 
 def _rescaled(bits: int, granularity: int, wanted: int) -> int:

@@ -10,7 +10,7 @@ import os
 from .header import L1_ENTRY_SIZE, damaged, read_header
 
 
-def holds_data(fd: int, path: str) -> bool:
+def has_allocated_extents(fd: int, path: str) -> bool:
     """Whether the open qcow2 image has data clusters of its own (qcow2 spec, L1 table); Qcow2Error when damaged."""
     header = read_header(fd, path)
     size = header.l1_entries * L1_ENTRY_SIZE

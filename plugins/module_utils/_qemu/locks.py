@@ -31,7 +31,7 @@ _FLOCK = struct.Struct("@hhqqi4x")  # struct flock: type, whence, start, length,
 
 WRITE = 101  # held by whoever has the image open for writing
 WRITE_UNSHARED = 201  # held by whoever has it open and cannot stand another writer, also below a VM's top image
-OURS = 300  # outside QEMU's range: "a run of this collection is at work on this file"
+OUR_TURN = 300  # outside QEMU's range: "a run of this collection is at work on this file"
 
 
 def _set_lock(fd: int, byte: int, kind: int) -> None:
@@ -39,7 +39,7 @@ def _set_lock(fd: int, byte: int, kind: int) -> None:
     fcntl.fcntl(fd, _F_OFD_SETLK, _FLOCK.pack(kind, 0, byte, 1, 0))
 
 
-def is_held(fd: int, byte: int, path: str) -> bool:
+def is_locked(fd: int, byte: int, path: str) -> bool:
     """Whether somebody else holds a lock on this byte of the file."""
     try:
         answer = fcntl.fcntl(fd, _F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, 0, byte, 1, 0))
@@ -48,27 +48,27 @@ def is_held(fd: int, byte: int, path: str) -> bool:
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 
-def is_used(fd: int, byte: int, path: str) -> bool:
+def is_locked_by_qemu(fd: int, byte: int, path: str) -> bool:
     """Whether a VM or a tool holds a lock on this byte; what another run of this collection holds is not counted.
 
-    Such a run holds OURS before, during and after it holds the other bytes.
+    Such a run holds OUR_TURN before, during and after it holds the other bytes.
     """
-    if is_held(fd, OURS, path):
+    if is_locked(fd, OUR_TURN, path):
         return False
-    return is_held(fd, byte, path) and not is_held(fd, OURS, path)
+    return is_locked(fd, byte, path) and not is_locked(fd, OUR_TURN, path)
 
 
 def hold_off_writers(fd: int, path: str) -> None:
     """Keep everybody from opening the image for writing; allow that running VMs have it as a backing file."""
     _hold(fd, path, WRITE_UNSHARED)
-    if is_held(fd, WRITE, path):
+    if is_locked(fd, WRITE, path):
         raise in_use(path)
 
 
 def hold_off_everybody(fd: int, path: str) -> None:
     """After hold_off_writers: keep VMs also from having the image as a backing file."""
     _hold(fd, path, WRITE)
-    if is_held(fd, WRITE_UNSHARED, path):
+    if is_locked(fd, WRITE_UNSHARED, path):
         raise below_running_vm(path)
 
 
@@ -76,10 +76,10 @@ def take_turn(fd: int, path: str, seconds: float) -> None:
     """Wait, for so many seconds at most, until no other run of this collection works on the image."""
     deadline = time.monotonic() + seconds
     while True:
-        _hold(fd, path, OURS)
-        if not is_held(fd, OURS, path):
+        _hold(fd, path, OUR_TURN)
+        if not is_locked(fd, OUR_TURN, path):
             return
-        _set_lock(fd, OURS, fcntl.F_UNLCK)
+        _set_lock(fd, OUR_TURN, fcntl.F_UNLCK)
         if time.monotonic() > deadline:
             raise Qcow2Error(
                 f"{path}: another run of this module has been at work on it for more than {seconds:.0f} s. "
@@ -93,7 +93,7 @@ def take_turn(fd: int, path: str, seconds: float) -> None:
 def claim(fd: int, path: str) -> bool:
     """Mark a file of ours, open for writing, as in work, unless somebody else has; the mark goes with the process."""
     try:
-        _set_lock(fd, OURS, fcntl.F_WRLCK)
+        _set_lock(fd, OUR_TURN, fcntl.F_WRLCK)
     except OSError as exc:
         if exc.errno in (errno.EACCES, errno.EAGAIN):
             return False

@@ -18,9 +18,9 @@ from . import locks
 _LOOKS = 20  # at an image whose header is being changed, 10 ms apart
 
 
-def is_written(fd: int, path: str) -> bool:
+def is_open_for_writing(fd: int, path: str) -> bool:
     """Whether a VM or a tool has the open image open for writing."""
-    if locks.is_used(fd, locks.WRITE, path):
+    if locks.is_locked_by_qemu(fd, locks.WRITE, path):
         return True
     status = os.fstat(fd)
     # Of a device there can be several nodes, each with locks of its own: libvirt gives every VM a /dev of its own.
@@ -63,10 +63,12 @@ class _Look(t.NamedTuple):
 
 def _look(fd: int, path: str) -> _Look:
     """Read the image between two questions for its locks."""
-    live_before = locks.is_held(fd, locks.WRITE, path)
+    live_before = locks.is_locked(fd, locks.WRITE, path)
     image = read_image(fd, path)
-    live_after = locks.is_held(fd, locks.WRITE, path)
-    return _Look(image, live_before, live_after, (live_before or live_after) and locks.is_held(fd, locks.OURS, path))
+    live_after = locks.is_locked(fd, locks.WRITE, path)
+    return _Look(
+        image, live_before, live_after, (live_before or live_after) and locks.is_locked(fd, locks.OUR_TURN, path)
+    )
 
 
 def read_settled(fd: int, path: str) -> tuple[Image, bool]:
@@ -82,7 +84,7 @@ def read_settled(fd: int, path: str) -> tuple[Image, bool]:
             seen, error = _look(fd, path), None
         except Qcow2Error as exc:
             seen, error = None, exc
-            if not locks.is_held(fd, locks.WRITE, path):
+            if not locks.is_locked(fd, locks.WRITE, path):
                 raise
         if seen is not None and (seen.is_plain or (seen == previous and not seen.live_after)):
             break

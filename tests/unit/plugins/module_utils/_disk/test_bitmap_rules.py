@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.bitmap_rules import Link, judge, judge_all
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.bitmap_rules import LayerBitmaps, judge, judge_all
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
 
 # One letter for each image, top to base: has the bitmap and it is (g)ood, (d)isabled, (i)nconsistent, both (b), good in
@@ -26,7 +26,7 @@ def link(letter, number):
     """Return the image that a letter stands for."""
     bitmap = STATES.get(letter.lower())
     size = 512 if letter == "s" else 1024
-    return Link(f"/{number}", size, {"x": bitmap} if bitmap else {}, in_use=letter.isupper() or letter == "_")
+    return LayerBitmaps(f"/{number}", size, {"x": bitmap} if bitmap else {}, in_use=letter.isupper() or letter == "_")
 
 
 def judged(letters, complete=True):
@@ -110,7 +110,7 @@ def test_libvirts_rule_on_every_chain(length):
 
 def test_every_name_of_the_chain_is_judged_once_in_order_of_appearance():
     names = [["b", "a"], ["a", "c"], ["b"]]
-    chain = [Link(f"/{i}", 1, {n: Bitmap(n, 512, True, False) for n in row}) for i, row in enumerate(names)]
+    chain = [LayerBitmaps(f"/{i}", 1, {n: Bitmap(n, 512, True, False) for n in row}) for i, row in enumerate(names)]
     verdicts = [(one.name, one.valid, one.problem) for one in judge_all(chain, True)]
     assert verdicts == [("b", False, "gap"), ("a", True, None), ("c", False, "not_in_top")]
     assert judge_all([], True) == []
@@ -118,12 +118,12 @@ def test_every_name_of_the_chain_is_judged_once_in_order_of_appearance():
 
 def test_advice_names_the_images_and_the_cause():
     good = {"x": STATES["g"]}
-    advice = judge("x", [Link("/top", 1, {}), Link("/base", 1, good)]).advice
+    advice = judge("x", [LayerBitmaps("/top", 1, {}), LayerBitmaps("/base", 1, good)]).advice
     assert "/base below has it" in advice
     assert "qemu-img" in advice
     assert "full backup" in advice
-    advice = judge("x", [Link("/top", 1, {}, lost_bitmaps=2), Link("/base", 1, good)]).advice
+    advice = judge("x", [LayerBitmaps("/top", 1, {}, lost_bitmaps=2), LayerBitmaps("/base", 1, good)]).advice
     assert "does not know bitmaps" in advice
     assert "qemu-img" not in advice
-    advice = judge("x", [Link("/top", 2048, good), Link("/base", 1024, good)]).advice
+    advice = judge("x", [LayerBitmaps("/top", 2048, good), LayerBitmaps("/base", 1024, good)]).advice
     assert "1024 bytes and the one above it 2048" in advice

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.observe import Active, Target
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.observe import ObservedChain, Target
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay import (
     decide,
     recorded_backing_file,
@@ -21,8 +21,8 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.verdict impor
     FAILED,
     PRESENT,
     Creation,
+    OverlayRequest,
     Verdict,
-    Wanted,
     all_or_none,
     within_space,
 )
@@ -53,7 +53,7 @@ IMAGE = Image(
     bitmap_tables=(),
     lost_bitmaps=0,
 )
-WANTED = Wanted("/srv/over.qcow2", "/srv/active.qcow2")
+WANTED = OverlayRequest("/srv/over.qcow2", "/srv/active.qcow2")
 ABSENT = Target("/srv/over.qcow2", "/srv", device=1, free_bytes=GIB)
 
 
@@ -61,7 +61,7 @@ def active(**changes):
     """Return an ACTIVE whose header has these fields."""
     image = IMAGE._replace(**changes)
     layer = Layer("/srv/active.qcow2", "/srv/active.qcow2", ACTIVE_ID, "qcow2", image.virtual_size, image)
-    return Active("/srv/active.qcow2", (layer,), open_for_writing=False, below_running_vm=False, disguised=False)
+    return ObservedChain("/srv/active.qcow2", (layer,), open_for_writing=False, below_running_vm=False, disguised=False)
 
 
 def overlay(live=False, backing=ACTIVE_ID, **changes):

@@ -11,7 +11,11 @@ import stat
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base import files
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.attributes import Ownership, choose_attire, dress
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.attributes import (
+    AttributeOptions,
+    apply_attributes,
+    attributes_for,
+)
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Qcow2Error
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import observe
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import publish as _publish
@@ -148,7 +152,7 @@ def test_no_vm_can_start_on_an_overlay_before_all_are_published(tmp_path, monkey
 
         def not_publishing(self):
             fd = os.open(os.path.join(self.target.folder, self.name), os.O_RDONLY)
-            held.append((_locks.is_held(fd, _locks.WRITE, ""), _locks.is_held(fd, _locks.WRITE_UNSHARED, "")))
+            held.append((_locks.is_locked(fd, _locks.WRITE, ""), _locks.is_locked(fd, _locks.WRITE_UNSHARED, "")))
             os.close(fd)
 
         monkeypatch.setattr(StagedFile, "publish", not_publishing)
@@ -180,8 +184,8 @@ def dressed(tmp_path, active_mode, ownership):
     active.chmod(active_mode)
     active_fd = os.open(active, os.O_RDONLY)
     with staged(tmp_path / "a") as file:
-        attire = choose_attire(active_fd, ownership, str(tmp_path / "a"))
-        dress(file.fd, attire, str(tmp_path / "a"))
+        attributes = attributes_for(active_fd, ownership, str(tmp_path / "a"))
+        apply_attributes(file.fd, attributes, str(tmp_path / "a"))
         status = os.fstat(file.fd)
     os.close(active_fd)
     return stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid
@@ -198,7 +202,7 @@ def dressed(tmp_path, active_mode, ownership):
     ],
 )
 def test_modes(tmp_path, active_mode, asked, expected):
-    assert dressed(tmp_path, active_mode, Ownership(mode=asked)) == (expected, os.getuid(), os.getgid())
+    assert dressed(tmp_path, active_mode, AttributeOptions(mode=asked)) == (expected, os.getuid(), os.getgid())
 
 
 def test_an_owner_that_cannot_be_given_is_named_with_a_way_out(tmp_path, monkeypatch):
@@ -207,7 +211,7 @@ def test_an_owner_that_cannot_be_given_is_named_with_a_way_out(tmp_path, monkeyp
 
     monkeypatch.setattr(_publish.os, "fchown", refuse)
     with pytest.raises(Qcow2Error, match="cannot be given owner 4242.*Run with become"):
-        dressed(tmp_path, 0o640, Ownership(uid=4242))
+        dressed(tmp_path, 0o640, AttributeOptions(uid=4242))
 
 
 def test_a_folder_that_is_moved_away_meanwhile_is_noticed(tmp_path):
@@ -332,12 +336,12 @@ def test_what_only_looks_like_a_leftover_is_left_alone(tmp_path, what):
 def test_who_may_not_give_files_away_is_told_before(tmp_path, monkeypatch):
     monkeypatch.setattr(_publish.os, "geteuid", lambda: 4242)
     with pytest.raises(Qcow2Error, match="cannot be given owner 0 and group 0.*Run with become"):
-        dressed(tmp_path, 0o640, Ownership(uid=0, gid=0))
+        dressed(tmp_path, 0o640, AttributeOptions(uid=0, gid=0))
 
 
 def test_a_context_needs_one_to_begin_with(tmp_path):
     with pytest.raises(Qcow2Error, match="no SELinux context"):
-        dressed(tmp_path, 0o640, Ownership(context=(None, None, "virt_image_t", None)))
+        dressed(tmp_path, 0o640, AttributeOptions(context=(None, None, "virt_image_t", None)))
 
 
 def test_a_folder_that_is_missing_for_a_moment_is_not_said_to_be_no_folder(tmp_path, monkeypatch):

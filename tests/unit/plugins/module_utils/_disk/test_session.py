@@ -21,14 +21,14 @@ import time
 import types
 
 import pytest
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.attributes import Ownership
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import HalfDoneError, Qcow2Error
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.attributes import AttributeOptions
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Qcow2Error, UnknownOutcomeError
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.signals import Interrupted, ending_cleanly
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import publish as _publish
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import session as _overlays
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import make_overlays
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.session import Machine, Settings
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.verdict import Creation, Wanted, needed_bytes
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.session import Settings, Vm
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.verdict import Creation, OverlayRequest, needed_bytes
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu import locks as _locks
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu import nodes
@@ -36,7 +36,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu.monitor impor
 
 from .. import qemu
 
-SETTINGS = Settings(check_mode=False, seconds=60, find_program=shutil.which, ownership=Ownership())
+SETTINGS = Settings(check_mode=False, seconds=60, find_program=shutil.which, ownership=AttributeOptions())
 BITMAPS = [
     Bitmap("fine", 65536, True, False),
     Bitmap("coarse", 1 << 21, True, False),
@@ -65,7 +65,7 @@ def states(outcome):
 @pytest.mark.parametrize("program", ["qemu-storage-daemon", "qemu-system-x86_64"])
 def test_check_do_check_again_do_again(tmp_path, disk, program):
     settings = SETTINGS._replace(find_program=lambda name: shutil.which(name) if name == program else None)
-    wanted = [Wanted(str(tmp_path / "over"), disk)]
+    wanted = [OverlayRequest(str(tmp_path / "over"), disk)]
     before = digest(disk)
     predicted = make_overlays(wanted, settings._replace(check_mode=True))
     assert os.listdir(tmp_path) == ["active.qcow2"]
@@ -83,7 +83,7 @@ def test_check_do_check_again_do_again(tmp_path, disk, program):
 
 
 def test_the_guest_writes_and_both_bitmaps_record(tmp_path, disk):
-    make_overlays([Wanted(str(tmp_path / "over"), disk)], SETTINGS)
+    make_overlays([OverlayRequest(str(tmp_path / "over"), disk)], SETTINGS)
     subprocess.run(["qemu-io", "-c", "write 1M 64k", str(tmp_path / "over")], check=True, stdout=subprocess.DEVNULL)
     with qemu.storage_daemon() as monitor:
         node = {"driver": "qcow2", "node-name": "o", "read-only": True, "backing": None}
@@ -108,7 +108,7 @@ def test_needed_space_is_a_lower_bound_and_creation_options_are_kept(tmp_path, s
     active = qemu.create(tmp_path / "active", dice.choice(("1M", "10G", "1T")))
     bitmaps = [Bitmap(f"b{i}", 1 << dice.randint(16, 31), True, False) for i in range(dice.choice((0, 1, 9, 70)))]
     qemu.add_bitmaps(active, bitmaps)
-    outcome = make_overlays([Wanted(str(tmp_path / "over"), active, creation=creation)], SETTINGS)
+    outcome = make_overlays([OverlayRequest(str(tmp_path / "over"), active, creation=creation)], SETTINGS)
     assert states(outcome) == ["created"]
     said = qemu.info(tmp_path / "over")
     data = said["format-specific"]["data"]
@@ -122,9 +122,9 @@ def test_needed_space_is_a_lower_bound_and_creation_options_are_kept(tmp_path, s
 def test_one_vm_fails_whole_and_the_other_is_made(tmp_path, disk):
     (tmp_path / "taken").write_text("theirs")
     wanted = [
-        Wanted(str(tmp_path / "a1"), disk, vm="a"),
-        Wanted(str(tmp_path / "b1"), disk, vm="b"),
-        Wanted(str(tmp_path / "taken"), disk, vm="a"),
+        OverlayRequest(str(tmp_path / "a1"), disk, vm="a"),
+        OverlayRequest(str(tmp_path / "b1"), disk, vm="b"),
+        OverlayRequest(str(tmp_path / "taken"), disk, vm="a"),
     ]
     predicted = make_overlays(wanted, SETTINGS._replace(check_mode=True))
     outcome = make_overlays(wanted, SETTINGS)
@@ -133,7 +133,7 @@ def test_one_vm_fails_whole_and_the_other_is_made(tmp_path, disk):
     assert sorted(os.listdir(tmp_path)) == ["active.qcow2", "b1", "taken"]
 
 
-@pytest.mark.parametrize("step", ["fill", "dress", "_read_back", "publish_together"])
+@pytest.mark.parametrize("step", ["fill", "apply_attributes", "_read_back", "publish_together"])
 @pytest.mark.parametrize("error", [Qcow2Error("/x: because"), OSError(28, "No space left on device")])
 def test_a_failure_at_any_step_leaves_nothing_and_does_not_stop_other_vms(tmp_path, disk, monkeypatch, step, error):
     real, calls = getattr(_overlays, step), []
@@ -145,7 +145,7 @@ def test_a_failure_at_any_step_leaves_nothing_and_does_not_stop_other_vms(tmp_pa
         return real(*args)
 
     monkeypatch.setattr(_overlays, step, failing)
-    wanted = [Wanted(str(tmp_path / name), disk, vm=name[0]) for name in ("a1", "a2", "b1", "b2")]
+    wanted = [OverlayRequest(str(tmp_path / name), disk, vm=name[0]) for name in ("a1", "a2", "b1", "b2")]
     outcome = make_overlays(wanted, SETTINGS)
     assert states(outcome) == ["failed", "failed", "created", "created"]
     assert sorted(os.listdir(tmp_path)) == ["active.qcow2", "b1", "b2"]
@@ -163,7 +163,7 @@ def test_a_qemu_that_is_killed_fails_that_vm_only(tmp_path, disk, monkeypatch, c
         return real(self, name, *args)
 
     monkeypatch.setattr(Monitor, "send", killing)
-    wanted = [Wanted(str(tmp_path / name), disk, vm=name) for name in ("a", "b")]
+    wanted = [OverlayRequest(str(tmp_path / name), disk, vm=name) for name in ("a", "b")]
     outcome = make_overlays(wanted, SETTINGS)
     assert states(outcome) == ["failed", "created"]
     assert "ended with status -9" in outcome.failures[0] or "could not be talked to" in outcome.failures[0]
@@ -179,7 +179,7 @@ def test_bitmaps_that_qemu_loses_silently_are_noticed(tmp_path, disk, monkeypatc
         return real(self, name, arguments, *args)
 
     monkeypatch.setattr(Monitor, "send", losing)
-    outcome = make_overlays([Wanted(str(tmp_path / "over"), disk)], SETTINGS)
+    outcome = make_overlays([OverlayRequest(str(tmp_path / "over"), disk)], SETTINGS)
     assert states(outcome) == ["failed"]
     assert "is missing or different" in outcome.failures[0]
     assert os.listdir(tmp_path) == ["active.qcow2"]
@@ -196,7 +196,7 @@ def test_what_qemu_and_the_reader_see_differently_is_refused(tmp_path, disk, mon
         return answer
 
     monkeypatch.setattr(Monitor, "receive", lying)
-    wanted = [Wanted(str(tmp_path / "over"), disk)]
+    wanted = [OverlayRequest(str(tmp_path / "over"), disk)]
     predicted = make_overlays(wanted, SETTINGS._replace(check_mode=True))
     outcome = make_overlays(wanted, SETTINGS)
     assert predicted.as_result() == outcome.as_result()
@@ -213,20 +213,20 @@ def test_an_active_that_is_replaced_meanwhile_is_noticed(tmp_path, disk, monkeyp
         real(*args)
 
     monkeypatch.setattr(_overlays, "fill", replacing)
-    outcome = make_overlays([Wanted(str(tmp_path / "over"), disk)], SETTINGS)
+    outcome = make_overlays([OverlayRequest(str(tmp_path / "over"), disk)], SETTINGS)
     assert "was moved or replaced" in outcome.failures[0]
     assert sorted(os.listdir(tmp_path)) == ["active.qcow2", "old"]
 
 
 RUN = """
 import shutil, sys
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.attributes import Ownership
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.attributes import AttributeOptions
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import make_overlays
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.session import Settings
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.verdict import Wanted
-settings = Settings(False, 60, shutil.which, Ownership())
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.verdict import OverlayRequest
+settings = Settings(False, 60, shutil.which, AttributeOptions())
 pairs = zip(sys.argv[1::2], sys.argv[2::2])
-outcome = make_overlays([Wanted(path, active) for active, path in pairs], settings)
+outcome = make_overlays([OverlayRequest(path, active) for active, path in pairs], settings)
 print(" ".join(verdict.state for verdict in outcome.verdicts), *outcome.failures)
 """
 
@@ -280,7 +280,7 @@ def test_runs_that_want_the_same_disks_in_another_order_do_not_wait_for_each_oth
 
 
 def test_an_overlay_is_present_also_while_a_vm_opens_and_closes_it(tmp_path, disk):
-    wanted = [Wanted(str(tmp_path / "over"), disk)]
+    wanted = [OverlayRequest(str(tmp_path / "over"), disk)]
     make_overlays(wanted, SETTINGS)
     loop = f"while :; do qemu-io -f qcow2 -c 'write 0 64k' {tmp_path}/over; done"
     vm = subprocess.Popen(["sh", "-c", loop], stdout=subprocess.DEVNULL, start_new_session=True)
@@ -299,7 +299,7 @@ def test_an_overlay_is_present_also_while_a_vm_opens_and_closes_it(tmp_path, dis
 def test_a_relative_overlay_of_a_symlinked_active_opens(tmp_path, disk):
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "active").symlink_to(disk)
-    wanted = Wanted(str(tmp_path / "links" / "over"), str(tmp_path / "links" / "active"), relative=True)
+    wanted = OverlayRequest(str(tmp_path / "links" / "over"), str(tmp_path / "links" / "active"), relative=True)
     assert states(make_overlays([wanted], SETTINGS)) == ["created"]
     assert qemu.info(tmp_path / "links" / "over")["backing-filename"] == "../active.qcow2"
     qemu.qemu_img("info", "--backing-chain", str(tmp_path / "links" / "over"))
@@ -308,7 +308,7 @@ def test_a_relative_overlay_of_a_symlinked_active_opens(tmp_path, disk):
 
 def test_a_proc_of_another_namespace_is_not_trusted(tmp_path, disk, monkeypatch):
     monkeypatch.setattr(nodes, "os", types.SimpleNamespace(**{**vars(os), "getpid": lambda: 1}))
-    outcome = make_overlays([Wanted(str(tmp_path / "over"), disk)], SETTINGS)
+    outcome = make_overlays([OverlayRequest(str(tmp_path / "over"), disk)], SETTINGS)
     assert "/proc: is missing, or not that of" in outcome.failures[0]
 
 
@@ -322,7 +322,7 @@ def test_a_run_that_is_told_to_end_says_what_it_has_made(tmp_path, disk, monkeyp
         real(*args)
 
     monkeypatch.setattr(_overlays, "publish_together", interrupted)
-    outcome = make_overlays([Wanted(str(tmp_path / name), disk, vm=name) for name in "abc"], SETTINGS)
+    outcome = make_overlays([OverlayRequest(str(tmp_path / name), disk, vm=name) for name in "abc"], SETTINGS)
     assert states(outcome) == ["created", "failed", "failed"]
     assert outcome.as_result()["changed"]
     assert "was ended by SIGTERM" in outcome.failures[0]
@@ -336,7 +336,7 @@ def test_hundreds_of_disks_fit_into_one_call(tmp_path, monkeypatch):
         wanted = []
         for number in range(40):
             active = qemu.create(tmp_path / f"active{number}", "1M")
-            wanted.append(Wanted(str(tmp_path / f"over{number}"), active))
+            wanted.append(OverlayRequest(str(tmp_path / f"over{number}"), active))
         assert set(states(make_overlays(wanted, SETTINGS))) == {"created"}
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -357,9 +357,9 @@ def finishing(tmp_path, done, error=None):
 
 
 def test_a_vm_is_finished_once_all_its_overlays_are_there_and_while_it_cannot_start(tmp_path, disk):
-    wanted = [Wanted(str(tmp_path / name), disk, vm=name[0]) for name in ("a1", "b1", "a2")]
+    wanted = [OverlayRequest(str(tmp_path / name), disk, vm=name[0]) for name in ("a1", "b1", "a2")]
     done = []
-    machines = {"a": Machine(finishing(tmp_path, done))}
+    machines = {"a": Vm(finishing(tmp_path, done))}
     predicted = make_overlays(wanted, SETTINGS._replace(check_mode=True), machines)
     assert done == []
     outcome = make_overlays(wanted, SETTINGS, machines)
@@ -371,30 +371,30 @@ def test_a_vm_is_finished_once_all_its_overlays_are_there_and_while_it_cannot_st
 
 
 def test_overlays_of_a_vm_that_cannot_be_finished_are_removed_again(tmp_path, disk):
-    wanted = [Wanted(str(tmp_path / name), disk, vm=name) for name in ("a", "b")]
-    outcome = make_overlays(wanted, SETTINGS, {"a": Machine(finishing(tmp_path, [], Qcow2Error("libvirt says no")))})
+    wanted = [OverlayRequest(str(tmp_path / name), disk, vm=name) for name in ("a", "b")]
+    outcome = make_overlays(wanted, SETTINGS, {"a": Vm(finishing(tmp_path, [], Qcow2Error("libvirt says no")))})
     assert states(outcome) == ["failed", "created"]
     assert outcome.failures == ["libvirt says no"]
     assert sorted(os.listdir(tmp_path)) == ["active.qcow2", "b"]
     # One that was there before stays.
-    outcome = make_overlays(wanted, SETTINGS, {"b": Machine(finishing(tmp_path, [], Qcow2Error("libvirt says no")))})
+    outcome = make_overlays(wanted, SETTINGS, {"b": Vm(finishing(tmp_path, [], Qcow2Error("libvirt says no")))})
     assert states(outcome) == ["created", "failed"]
     assert sorted(os.listdir(tmp_path)) == ["a", "active.qcow2", "b"]
 
 
 def test_overlays_that_may_be_in_use_already_stay(tmp_path, disk):
-    machines = {"a": Machine(finishing(tmp_path, [], HalfDoneError("half done")))}
-    outcome = make_overlays([Wanted(str(tmp_path / "a"), disk, vm="a")], SETTINGS, machines)
+    machines = {"a": Vm(finishing(tmp_path, [], UnknownOutcomeError("half done")))}
+    outcome = make_overlays([OverlayRequest(str(tmp_path / "a"), disk, vm="a")], SETTINGS, machines)
     assert (states(outcome), outcome.failures) == (["failed"], ["half done"])
     assert sorted(os.listdir(tmp_path)) == ["a", "active.qcow2"]
 
 
 def test_a_vm_of_which_an_overlay_fails_is_not_finished(tmp_path, disk):
     (tmp_path / "a2").write_text("theirs")
-    wanted = [Wanted(str(tmp_path / name), disk, vm="a") for name in ("a1", "a2")]
+    wanted = [OverlayRequest(str(tmp_path / name), disk, vm="a") for name in ("a1", "a2")]
     make_overlays(wanted[:1], SETTINGS)
     done = []
-    outcome = make_overlays(wanted, SETTINGS, {"a": Machine(finishing(tmp_path, done))})
+    outcome = make_overlays(wanted, SETTINGS, {"a": Vm(finishing(tmp_path, done))})
     assert (states(outcome), done) == (["present", "failed"], [])
 
 
@@ -405,8 +405,8 @@ def test_a_signal_waits_until_the_vm_is_finished(tmp_path, disk):
         (tmp_path / "finished").touch()
 
     with ending_cleanly():
-        wanted = [Wanted(str(tmp_path / name), disk, vm=name) for name in "ab"]
-        outcome = make_overlays(wanted, SETTINGS, {"a": Machine(finish)})
+        wanted = [OverlayRequest(str(tmp_path / name), disk, vm=name) for name in "ab"]
+        outcome = make_overlays(wanted, SETTINGS, {"a": Vm(finish)})
     assert sorted(os.listdir(tmp_path)) == ["a", "active.qcow2", "finished"]
     # What was made is said to be made.
     assert states(outcome) == ["created", "failed"]
@@ -414,12 +414,12 @@ def test_a_signal_waits_until_the_vm_is_finished(tmp_path, disk):
 
 
 def test_an_overlay_that_a_vm_has_written_to_is_not_taken_for_a_new_one(tmp_path, disk):
-    wanted = Wanted(str(tmp_path / "over"), disk)
+    wanted = OverlayRequest(str(tmp_path / "over"), disk)
     make_overlays([wanted], SETTINGS)
-    assert states(make_overlays([wanted._replace(unused=True)], SETTINGS)) == ["present"]
+    assert states(make_overlays([wanted._replace(must_be_fresh=True)], SETTINGS)) == ["present"]
     subprocess.run(["qemu-io", "-c", "write 0 512", wanted.path], check=True, stdout=subprocess.DEVNULL)
     assert states(make_overlays([wanted], SETTINGS)) == ["present"]
-    outcome = make_overlays([wanted._replace(unused=True)], SETTINGS)
+    outcome = make_overlays([wanted._replace(must_be_fresh=True)], SETTINGS)
     assert "it holds data, so a VM has run on it" in outcome.failures[0]
 
 
@@ -461,7 +461,7 @@ def test_a_vm_that_cannot_start_does_not_lose_the_bitmaps_of_its_first_disk(tmp_
     for active in actives:
         qemu.add_bitmaps(active, [Bitmap("monday", 65536, True, False)])
     overlays = [f"{active}.snap" for active in actives]
-    wanted = [Wanted(path, active, vm="a") for path, active in zip(overlays, actives)]
+    wanted = [OverlayRequest(path, active, vm="a") for path, active in zip(overlays, actives)]
     for number in there:
         make_overlays([wanted[number]], SETTINGS)
     mixed = [overlays[number] if number in there else active for number, active in enumerate(actives)]
@@ -481,13 +481,13 @@ def test_a_vm_is_kept_from_its_first_disk_though_only_the_second_takes_part(tmp_
         started = subprocess.run(["qemu-io", "-c", "quit", first], check=False, capture_output=True)
         assert b'Failed to get "write" lock' in started.stderr
 
-    wanted = [Wanted(str(tmp_path / "over"), disk, vm="a")]
-    assert states(make_overlays(wanted, SETTINGS, {"a": Machine(finish, first)})) == ["created"]
+    wanted = [OverlayRequest(str(tmp_path / "over"), disk, vm="a")]
+    assert states(make_overlays(wanted, SETTINGS, {"a": Vm(finish, first)})) == ["created"]
 
 
 def test_a_first_disk_that_is_missing_does_not_matter(tmp_path, disk):
-    machine = Machine(lambda: None, str(tmp_path / "first"))
-    wanted = [Wanted(str(tmp_path / "over"), disk, vm="a")]
+    machine = Vm(lambda: None, str(tmp_path / "first"))
+    wanted = [OverlayRequest(str(tmp_path / "over"), disk, vm="a")]
     assert states(make_overlays(wanted, SETTINGS, {"a": machine})) == ["created"]
 
 
@@ -507,10 +507,10 @@ def opened_before_the_first_lock(path, monkeypatch):
 
 def with_a_first_disk(tmp_path, disk, what):
     """Return what is wanted of the second disk of a VM, what is known of that, and what it opens first."""
-    first, wanted = qemu.create(tmp_path / "first"), Wanted(str(tmp_path / "over"), disk, vm="a")
+    first, wanted = qemu.create(tmp_path / "first"), OverlayRequest(str(tmp_path / "over"), disk, vm="a")
     if what == "takes no part":
-        return [wanted], {"a": Machine(lambda: None, first)}, first
-    there = Wanted(f"{first}.snap", first, vm="a")
+        return [wanted], {"a": Vm(lambda: None, first)}, first
+    there = OverlayRequest(f"{first}.snap", first, vm="a")
     make_overlays([there], SETTINGS)
     return [there, wanted], {}, there.path
 
@@ -541,10 +541,10 @@ def test_a_first_disk_in_use_is_refused_in_check_mode_and_in_the_run(tmp_path, d
 
 
 def test_other_vms_of_a_call_that_names_none_are_not_locked(tmp_path, disk):
-    theirs = Wanted(str(tmp_path / "theirs.snap"), qemu.create(tmp_path / "theirs"))
+    theirs = OverlayRequest(str(tmp_path / "theirs.snap"), qemu.create(tmp_path / "theirs"))
     make_overlays([theirs], SETTINGS)
     with qemu.opened_for_writing(theirs.path):
-        outcome = make_overlays([theirs, Wanted(str(tmp_path / "over"), disk)], SETTINGS)
+        outcome = make_overlays([theirs, OverlayRequest(str(tmp_path / "over"), disk)], SETTINGS)
     assert states(outcome) == ["present", "created"]
 
 
@@ -553,17 +553,17 @@ def test_a_file_with_two_names_is_locked_once(tmp_path, disk, make_name):
     other = str(tmp_path / "other")
     make_name(disk, other)
     settings = SETTINGS._replace(seconds=1)
-    wanted = [Wanted(str(tmp_path / "a"), disk, vm="a"), Wanted(str(tmp_path / "b"), other, vm="a")]
-    machines = {"a": Machine(lambda: None, other)}
+    wanted = [OverlayRequest(str(tmp_path / "a"), disk, vm="a"), OverlayRequest(str(tmp_path / "b"), other, vm="a")]
+    machines = {"a": Vm(lambda: None, other)}
     assert states(make_overlays(wanted[:1], settings, machines)) == ["created"]
     assert states(make_overlays(wanted, settings)) == ["present", "created"]
 
 
 def test_a_vm_that_opens_an_overlay_just_before_it_would_be_locked_is_seen(tmp_path, disk, monkeypatch):
-    wanted = Wanted(str(tmp_path / "over"), disk, vm="a", unused=True)
+    wanted = OverlayRequest(str(tmp_path / "over"), disk, vm="a", must_be_fresh=True)
     make_overlays([wanted], SETTINGS)
     with opened_before_the_first_lock(wanted.path, monkeypatch):
-        outcome = make_overlays([wanted], SETTINGS, {"a": Machine(lambda: None)})
+        outcome = make_overlays([wanted], SETTINGS, {"a": Vm(lambda: None)})
     assert "is open for writing in another process" in outcome.failures[0]
 
 
@@ -589,15 +589,15 @@ SIGNS = {
 
 @pytest.mark.parametrize("what", SIGNS)
 def test_an_overlay_with_a_sign_of_use_is_not_taken_for_a_new_one(tmp_path, disk, what):
-    wanted = Wanted(str(tmp_path / "over"), disk)
+    wanted = OverlayRequest(str(tmp_path / "over"), disk)
     make_overlays([wanted], SETTINGS)
     signs_of_use(wanted.path, what)
-    assert SIGNS[what] in make_overlays([wanted._replace(unused=True)], SETTINGS).failures[0]
+    assert SIGNS[what] in make_overlays([wanted._replace(must_be_fresh=True)], SETTINGS).failures[0]
 
 
 def test_an_overlay_that_is_open_is_not_taken_for_a_new_one(tmp_path, disk):
-    wanted = Wanted(str(tmp_path / "over"), disk)
+    wanted = OverlayRequest(str(tmp_path / "over"), disk)
     make_overlays([wanted], SETTINGS)
     with qemu.opened_for_writing(wanted.path):
         assert states(make_overlays([wanted], SETTINGS)) == ["present"]
-        assert "open for writing" in make_overlays([wanted._replace(unused=True)], SETTINGS).failures[0]
+        assert "open for writing" in make_overlays([wanted._replace(must_be_fresh=True)], SETTINGS).failures[0]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import libvirt
 import pytest
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import HalfDoneError
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import UnknownOutcomeError
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt import connection as _libvirt
 
 DOMAIN = _libvirt.Domain("web", "uuid", None, True, False, "<domain/>", None, [])
@@ -37,6 +37,6 @@ def test_a_start_that_fails_is_waited_for():
 )
 def test_overlays_stay_when_a_domain_may_have_been_started_all_the_same(answer, words):
     with pytest.raises(
-        HalfDoneError, match=f"web: .*so its overlays were left in place.*{words}|{words}.*left in place"
+        UnknownOutcomeError, match=f"web: .*so its overlays were left in place.*{words}|{words}.*left in place"
     ):
         _libvirt._wait_for_start(Handle(answer), DOMAIN, 0.05)

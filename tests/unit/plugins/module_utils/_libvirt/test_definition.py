@@ -15,7 +15,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition
     bitmaps_of,
     disks_of,
     parts_of,
-    switched,
+    with_sources,
     without,
 )
 
@@ -77,7 +77,7 @@ def test_what_a_definition_says_of_its_disks():
 
 
 def test_a_switch_changes_the_path_and_drops_the_stated_chain():
-    after = switched(DEFINITION, {"vda": "/srv/it's.snap.qcow2"})
+    after = with_sources(DEFINITION, {"vda": "/srv/it's.snap.qcow2"})
     gone, new = changes(DEFINITION, after)
     assert new == ['<source file="/srv/it"s.snap.qcow2" startupPolicy="optional">']
     assert gone[0] == '<source file="/srv/it&apos;s.qcow2" startupPolicy="optional">'
@@ -92,22 +92,22 @@ def test_a_switch_changes_the_path_and_drops_the_stated_chain():
 def test_everything_outside_the_switched_disks_stays_byte_by_byte():
     odd = "<metadata><x k='one&#10;two&#9;three'>ü&#13;\n<![CDATA[<disk>]]></x></metadata>\r\n  <devices>"
     definition = DEFINITION.replace("  <devices>", odd).replace("<name>", "<!-- <disk/> --><name>")
-    after = switched(definition, {"vdc": "/srv/c.x.qcow2"})
+    after = with_sources(definition, {"vdc": "/srv/c.x.qcow2"})
     start, end = definition.index("<disk type='file' device='disk' snapshot"), definition.index("    <graphics")
     assert after.startswith(definition[:start])
     assert after.endswith(definition[end:])
     assert "/srv/c.x.qcow2" in after
-    assert switched(definition, {}) == definition
+    assert with_sources(definition, {}) == definition
 
 
 def test_a_raw_disk_becomes_qcow2_and_a_device_a_file():
-    after = switched(DEFINITION, {"vdb": "/srv/lv.x.qcow2", "vdc": "/srv/c.x.qcow2"})
+    after = with_sources(DEFINITION, {"vdb": "/srv/lv.x.qcow2", "vdc": "/srv/c.x.qcow2"})
     assert disks_of(after)[1] == ("vdb", "file", "/srv/lv.x.qcow2", "qcow2", None, False, None)
     assert disks_of(after)[2] == ("vdc", "file", "/srv/c.x.qcow2", "qcow2", None, True, None)
     _gone, new = changes(DEFINITION, after)
     assert '<driver name="qemu" type="qcow2" io="native"/>' in new
     assert "/dev/vg/lv" not in after
-    assert switched(after, {"vdb": "/srv/lv.x.qcow2", "vdc": "/srv/c.x.qcow2"}) == after
+    assert with_sources(after, {"vdb": "/srv/lv.x.qcow2", "vdc": "/srv/c.x.qcow2"}) == after
 
 
 def test_a_diff_shows_the_disks_only():
@@ -137,7 +137,7 @@ UNFIT = {
 @pytest.mark.parametrize("reason", UNFIT)
 def test_disks_that_can_take_no_part(reason):
     (disk,) = disks_of(f"<domain><devices>{UNFIT[reason]}</devices></domain>")
-    assert disk.unfit == reason
+    assert disk.why_unfit == reason
 
 
 @pytest.mark.parametrize(

@@ -41,16 +41,16 @@ def qemu_can_open(path, *options):
 def test_what_a_vm_holds_is_seen_and_respected(chain):
     base, top = chain
     with qemu.opened_for_writing(top), opened(base) as base_fd, opened(top) as top_fd:
-        assert _locks.is_held(top_fd, _locks.WRITE, top)
-        assert not _locks.is_held(base_fd, _locks.WRITE, base)
-        assert _locks.is_held(base_fd, _locks.WRITE_UNSHARED, base)
+        assert _locks.is_locked(top_fd, _locks.WRITE, top)
+        assert not _locks.is_locked(base_fd, _locks.WRITE, base)
+        assert _locks.is_locked(base_fd, _locks.WRITE_UNSHARED, base)
         with pytest.raises(Qcow2Error, match="is open for writing in another process"):
             _locks.hold_off_writers(top_fd, top)
         _locks.hold_off_writers(base_fd, base)
         with pytest.raises(Qcow2Error, match="backing file of a running VM"):
             _locks.hold_off_everybody(base_fd, base)
     with opened(top) as fd:
-        assert not _locks.is_held(fd, _locks.WRITE, top)
+        assert not _locks.is_locked(fd, _locks.WRITE, top)
 
 
 def test_what_we_hold_is_respected_by_qemu(chain):
@@ -72,11 +72,11 @@ def test_a_dead_holder_holds_nothing(chain):
     with opened(base) as fd:
         command = ["qemu-io", "-f", "qcow2", "-c", "sleep 100000", base]
         process = subprocess.Popen(command)
-        while not _locks.is_held(fd, _locks.WRITE, base):
+        while not _locks.is_locked(fd, _locks.WRITE, base):
             assert process.poll() is None
         process.kill()
         process.wait()
-        assert not _locks.is_held(fd, _locks.WRITE, base)
+        assert not _locks.is_locked(fd, _locks.WRITE, base)
 
 
 def test_runs_take_turns(chain):
@@ -115,8 +115,8 @@ def test_a_file_in_work_is_known_as_such(tmp_path):
     path = str(tmp_path / "ours")
     ours = os.open(path, os.O_RDWR | os.O_CREAT)
     with opened(path) as fd:
-        assert not _locks.is_held(fd, _locks.OURS, path)
+        assert not _locks.is_locked(fd, _locks.OUR_TURN, path)
         assert _locks.claim(ours, path)
-        assert _locks.is_held(fd, _locks.OURS, path)
+        assert _locks.is_locked(fd, _locks.OUR_TURN, path)
         os.close(ours)
-        assert not _locks.is_held(fd, _locks.OURS, path)
+        assert not _locks.is_locked(fd, _locks.OUR_TURN, path)
