@@ -61,9 +61,9 @@ EXAMPLES = r"""
 RETURN = r"""
 _value:
   description:
-    - The report, which has C(state) (V(ok), V(failed) or V(unreachable)), C(problems), the counts C(created),
-      C(present), C(skipped), C(failed), C(bitmaps_carried) and C(bitmaps_left_behind) by reason, and in detail
-      C(overlays) and C(skipped_disks).
+    - The report. It has C(state) (V(ok), V(failed) or V(unreachable)); C(problems), each with C(code) and C(msg); the
+      counts C(created), C(present), C(skipped), C(failed), C(bitmaps_carried) and C(bitmaps_left_behind) by reason; and
+      in detail C(overlays), with C(code) and C(msg) if V(failed), and C(skipped_disks).
     - C(summary) is all that in one line.
   type: dict
 """

@@ -1,7 +1,8 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The options that modules which make overlays share, and what they mean."""
+# PRIVATE to this collection: may change at any time.
+"""What every module does: options that several share, how a refusal ends a task, how a result does."""
 
 from __future__ import annotations
 
@@ -11,21 +12,51 @@ import pwd
 import stat
 import typing as t
 
-from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.basic import AnsibleModule, missing_required_lib
 
 from ._base.attributes import AttributeOptions
-from ._base.errors import Qcow2Error
-from ._disk.run import Outcome
+from ._base.errors import Refusal, printable
+from ._disk.overlay import Creation
 from ._disk.session import Settings
-from ._disk.verdict import Creation
 
 BACKING_FORMATS = ["qcow2", "raw"]
 _LONGEST_TIMEOUT = 86400  # seconds
 _LARGEST_ID = (1 << 32) - 2  # the number above means "leave it" to chown
 
 
-def creation_spec(defaults: bool) -> dict[str, t.Any]:
-    """Return the argument spec of the creation options, for a task with defaults, for an item of a list without."""
+class Report(t.NamedTuple):
+    """How a module's work ended."""
+
+    result: dict[str, t.Any]  # changed, the items, the diff
+    failures: t.Sequence[Refusal] = ()  # root causes, each once
+    warnings: t.Sequence[str] = ()
+
+
+def run(module: AnsibleModule, work: t.Callable[[AnsibleModule], Report]) -> None:
+    """Do the work of a module, and end it. Nothing outside this file calls fail_json or exit_json.
+
+    An exception that is no Refusal is a bug and stays a traceback.
+    """
+    try:
+        report = work(module)
+    except Refusal as exc:
+        module.fail_json(msg=str(exc), code=exc.code)
+    for warning in report.warnings:
+        module.warn(printable(warning))
+    if report.failures:
+        message = "\n".join(map(str, report.failures))
+        module.fail_json(msg=message, code=report.failures[0].code, **report.result)
+    module.exit_json(**report.result)
+
+
+def require(module: AnsibleModule, library: str, import_error: str | None) -> None:
+    """End the module if a Python library is missing on the managed host."""
+    if import_error is not None:
+        module.fail_json(msg=missing_required_lib(library), code="no_library", exception=import_error)
+
+
+def creation_spec(*, defaults: bool) -> dict[str, t.Any]:
+    """Return the argument spec of the creation options: for a task with defaults, for an item of a list without."""
     spec: dict[str, dict[str, t.Any]] = {
         "relative": {"type": "bool", "default": False},
         "cluster_size": {"type": "bytes", "default": "64K"},
@@ -51,19 +82,19 @@ def creation_from(params: dict[str, t.Any]) -> Creation:
 
 
 def settings_from(module: AnsibleModule) -> Settings:
-    """Return what holds for all overlays of the call; Qcow2Error for a value that cannot be."""
+    """Return what holds for everything in the call; Refusal for a value that cannot be."""
     if not 1 <= module.params["timeout"] <= _LONGEST_TIMEOUT:
-        raise Qcow2Error(f"timeout={module.params['timeout']}: must be from 1 to {_LONGEST_TIMEOUT} seconds.")
+        why = f"must be from 1 to {_LONGEST_TIMEOUT} seconds"
+        raise Refusal("bad_option", f"timeout={module.params['timeout']}", why)
     return Settings(
         check_mode=module.check_mode,
         seconds=float(module.params["timeout"]),
         find_program=module.get_bin_path,
-        ownership=_ownership_from(module.params),
     )
 
 
-def _ownership_from(params: dict[str, t.Any]) -> AttributeOptions:
-    """Return who may use the new overlays."""
+def attributes_from(params: dict[str, t.Any]) -> AttributeOptions:
+    """Return who may use new files; Refusal for a value that cannot be."""
     return AttributeOptions(
         uid=_number("owner", params["owner"], lambda name: pwd.getpwnam(name).pw_uid),
         gid=_number("group", params["group"], lambda name: grp.getgrnam(name).gr_gid),
@@ -73,20 +104,21 @@ def _ownership_from(params: dict[str, t.Any]) -> AttributeOptions:
 
 
 def _number(option: str, name: str | None, look_up: t.Callable[[str], int]) -> int | None:
-    """Return the number of a user or group that is given by name or number."""
+    """Return the number of a user or group that `name` is the name or the number of."""
     if name is None:
         return None
     try:
         number = int(name) if name.isascii() and name.isdigit() else look_up(name)
     except (KeyError, ValueError) as exc:
-        raise Qcow2Error(f"{option}={name}: this host knows no such {option}. Give another, or its number.") from exc
+        why = f"this host knows no such {option}"
+        raise Refusal("bad_option", f"{option}={name}", why, "Give another, or its number.") from exc
     if number > _LARGEST_ID:
-        raise Qcow2Error(f"{option}={name}: is too large a number; at most {_LARGEST_ID} is possible.")
+        raise Refusal("bad_option", f"{option}={name}", f"is too large a number; at most {_LARGEST_ID} is possible")
     return number
 
 
 def _mode(wanted: t.Any) -> t.Callable[[int], int] | None:
-    """Return how the wanted mode comes from ACTIVE's, for an octal number, its text, or a symbolic mode."""
+    """Return how the wanted mode comes from another image's: an octal number, its text, or a symbolic mode."""
     if wanted is None:
         return None
 
@@ -106,16 +138,7 @@ def _mode(wanted: t.Any) -> t.Callable[[int], int] | None:
     raise _no_mode(wanted)
 
 
-def _no_mode(wanted: t.Any) -> Qcow2Error:
-    """Return the error for a mode that is none."""
-    return Qcow2Error(f"mode={wanted}: is neither an octal number up to 7777 nor a symbolic mode such as u=rw,g=r.")
-
-
-def exit_with(module: AnsibleModule, outcome: Outcome) -> None:
-    """End the module with the result of making overlays."""
-    for warning in outcome.warnings:
-        module.warn(warning)
-    failures = outcome.failures
-    if failures:
-        module.fail_json(msg="\n".join(failures), **outcome.as_result())
-    module.exit_json(**outcome.as_result())
+def _no_mode(wanted: t.Any) -> Refusal:
+    """Return the refusal of a mode that is none."""
+    why = "is neither an octal number up to 7777 nor a symbolic mode such as u=rw,g=r"
+    return Refusal("bad_option", f"mode={wanted}", why)

@@ -16,9 +16,9 @@ description:
   - Every dirty bitmap that is recording and not inconsistent goes on recording in the overlays, so that the domain's
     checkpoints stay usable and incremental backups go on. libvirt itself refuses an offline snapshot as soon as a
     domain has a checkpoint.
-  - In the definition only the path of each disk changes, and its format if it was raw. A C(<backingStore>) is dropped,
-    since it would end at the wrong image. The definition is read back; if it cannot be changed, the overlays are
-    removed again and the old definition stands.
+  - In the definition only the path of each disk changes, and its type and format if these were others. A
+    C(<backingStore>) is dropped, since it would end at the wrong image. The definition is read back. If it cannot be
+    changed, the overlays are removed again and the old definition stands.
 options:
   name:
     description:
@@ -60,13 +60,12 @@ requirements:
   - python3-libvirt (libvirt-python) on the managed host
 notes:
   - Besides python3-libvirt it needs what M(kvmfleet.qcow2.qcow2_overlay) needs, and refuses what that refuses.
-  - Refused is a domain that is running, paused or suspended (see O(running)), that has a managed save (which no lock
-    shows and whose restore would write below the overlays), that is transient, or whose definition states another
-    backing chain than the images record. Domains are independent of each other; the task fails at the end, with every
-    result.
-  - Left out, and returned with the reason, are CD-ROM and floppy drives, disks that are read-only, shareable,
-    transient, encrypted, on the network or in a storage volume, block devices unless O(directory) is given, and disks
-    with C(snapshot='no') in the definition unless O(disks) names them.
+  - A domain is refused if it is running, paused or suspended (see O(running)), if it is transient, if it has a managed
+    save (whose restore would write below the overlays), or if its definition states another backing chain than the
+    images record. A domain that fails does not stop the others; the task fails at the end, with every result.
+  - These are left out, and returned with the reason. CD-ROM and floppy drives; disks that are read-only, shareable,
+    transient, encrypted, on the network or in a storage volume; block devices, unless O(directory) is given; disks with
+    C(snapshot='no') in the definition, unless O(disks) names them.
   - For a B(running) domain libvirt itself is the better way. C(virsh snapshot-create-as --disk-only --no-metadata)
     makes the overlays, and lets the bitmaps go on, without any help.
   - Of a domain that is shut off libvirt alone can do it too, by starting it paused, taking a live snapshot, and
@@ -74,14 +73,13 @@ notes:
     skips bitmaps that are not valid without a word. It is the better way if this collection cannot be used on the host.
   - No snapshot is added to C(virsh snapshot-list). To go back, switch the definition to the images below and remove the
     overlays.
-  - A domain that somebody starts meanwhile fails at its first disk, which is locked for that even if it takes no part,
-    and must not be in use.
-    A QEMU that can open its first disk but not its second one, whatever the reason, ends with the bitmaps of the first
+  - While overlays are made, the domain cannot be started. Its first disk is locked too, even if it takes no part. It
+    must not be in use. A QEMU that gets its first disk but not its second exits and leaves the first disk's bitmaps
     inconsistent.
-  - If the host dies between the making of overlays and the switch of the definition, the next run finds the overlays
-    and completes the switch. Overlays of the same name on which a VM has run are never taken for new ones.
-  - The O(timeout) does not cover the libvirt daemon. A definition that somebody else changes in the very moment of the
-    switch may be lost, since libvirt has no way to prevent that.
+  - If the host dies between making the overlays and switching the definition, the next run finds the overlays and
+    completes the switch. An overlay of the same name on which a VM has run is never taken for a new one.
+  - The O(timeout) does not cover the libvirt daemon. If somebody else changes the definition in the very moment of the
+    switch, that change may be lost. libvirt has no way to prevent that.
 seealso:
   - module: kvmfleet.qcow2.qcow2_overlay
   - module: kvmfleet.qcow2.qcow2_info
@@ -213,6 +211,11 @@ domains:
           description: Why it failed.
           returned: when RV(domains[].overlays[].state) is V(failed)
           type: str
+        code:
+          description: The kind of failure, one word. The collection's documentation lists all of them, with what to do.
+          returned: when RV(domains[].overlays[].state) is V(failed)
+          type: str
+          sample: in_use
     skipped_disks:
       description: The disks that take no part.
       type: list
@@ -257,20 +260,40 @@ domains:
       description: Why it failed.
       returned: when RV(domains[].state) is V(failed)
       type: str
+    code:
+      description: The kind of failure, one word. The collection's documentation lists all of them, with what to do.
+      returned: when RV(domains[].state) is V(failed)
+      type: str
+      sample: running
+code:
+  description: The kind of the first failure, one word. The collection's documentation lists all, with what to do.
+  returned: when the task fails
+  type: str
+  sample: in_use
 """
 
 import os
 import typing as t
 
-from ansible.module_utils.basic import AnsibleModule, missing_required_lib
+from ansible.module_utils.basic import AnsibleModule
 
-from ..module_utils._base.errors import Qcow2Error
+from ..module_utils._base.errors import Refusal
 from ..module_utils._base.signals import ending_cleanly
-from ..module_utils._disk.session import Settings
-from ..module_utils._domain.plan import DomainOutcome, SnapshotRequest
-from ..module_utils._domain.run import overlay_domains
+from ..module_utils._disk.build import MakeOverlays
+from ..module_utils._disk.verdict import root_causes
+from ..module_utils._domain.plan import SnapshotRequest
+from ..module_utils._domain.run import Call
 from ..module_utils._libvirt.connection import LIBVIRT_IMPORT_ERROR, Libvirt
-from ..module_utils._module import creation_from, creation_spec, ownership_spec, settings_from
+from ..module_utils._module import (
+    Report,
+    attributes_from,
+    creation_from,
+    creation_spec,
+    ownership_spec,
+    require,
+    run,
+    settings_from,
+)
 
 
 def argument_spec() -> dict[str, t.Any]:
@@ -289,50 +312,47 @@ def argument_spec() -> dict[str, t.Any]:
 
 
 def request_from(params: dict[str, t.Any]) -> SnapshotRequest:
-    """Return what is wanted of every domain; Qcow2Error for what cannot be."""
+    """Return what is wanted of every domain; Refusal for what cannot be."""
     snapshot, directory = params["snapshot"], params["directory"]
     if not snapshot.strip(".") or "/" in snapshot or not snapshot.isprintable():
-        raise Qcow2Error(
-            f"snapshot={snapshot!r}: must be a part of a file name: not empty, without slash and control characters."
-        )
+        why = "must be a part of a file name: not empty, without slash and control characters"
+        raise Refusal("bad_option", f"snapshot={snapshot!r}", why)
     if directory is not None and not (os.path.isabs(directory) and directory.isprintable()):
-        raise Qcow2Error(f"directory={directory!r}: must be the absolute path of a folder, without control characters.")
-    skips_running = params["running"] == "skip"
+        why = "must be the absolute path of a folder, without control characters"
+        raise Refusal("bad_option", f"directory={directory!r}", why)
     return SnapshotRequest(
-        snapshot, params["disks"], directory, params["relative"], creation_from(params), skips_running
+        snapshot=snapshot,
+        targets=None if params["disks"] is None else tuple(params["disks"]),
+        directory=directory,
+        relative=params["relative"],
+        creation=creation_from(params),
+        skips_running=params["running"] == "skip",
     )
 
 
-def run(module: AnsibleModule, request: SnapshotRequest, settings: Settings) -> list[DomainOutcome]:
+@ending_cleanly()
+def work(module: AnsibleModule) -> Report:
     """Find the domains and put them on overlays."""
-    domains, warnings = overlay_domains(Libvirt(module.params["uri"]), module.params["name"], request, settings)
-    for warning in warnings:
-        module.warn(warning)
-    return domains
-
-
-def main() -> None:
-    """Run the module."""
-    module = AnsibleModule(argument_spec=argument_spec(), supports_check_mode=True)
-    if LIBVIRT_IMPORT_ERROR is not None:
-        module.fail_json(msg=missing_required_lib("libvirt-python"), exception=LIBVIRT_IMPORT_ERROR)
-    try:
-        with ending_cleanly():
-            domains = run(module, request_from(module.params), settings_from(module))
-    except Qcow2Error as exc:
-        module.fail_json(msg=str(exc))
+    request, settings = request_from(module.params), settings_from(module)
+    operation = MakeOverlays(attributes_from(module.params))
+    call = Call(Libvirt(module.params["uri"]), module.params["name"], request, settings)
+    domains, warnings = call.run(operation)
     result = {
-        "changed": any(domain.state == "created" for domain in domains),
+        "changed": any(domain.changed for domain in domains),
         "domains": [domain.as_result() for domain in domains],
         "diff": {
             "before": "".join(domain.diff[0] for domain in domains),
             "after": "".join(domain.diff[1] for domain in domains),
         },
     }
-    failures = [domain.message for domain in domains if domain.problems]
-    if failures:
-        module.fail_json(msg="\n".join(failures), **result)
-    module.exit_json(**result)
+    return Report(result, root_causes(problem for domain in domains for problem in domain.problems), warnings)
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(argument_spec=argument_spec(), supports_check_mode=True)
+    require(module, "libvirt-python", LIBVIRT_IMPORT_ERROR)
+    run(module, work)
 
 
 if __name__ == "__main__":

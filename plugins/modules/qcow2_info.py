@@ -26,13 +26,13 @@ options:
     description:
       - The topmost images of several disks, as a list, which is much faster than a loop. The result is in the same
         order.
-      - It must be a real list, or the text of a list in JSON. Another text is refused, since it would have to be
-        split at commas, which file names may contain.
+      - Give a real list, or the text of a list in JSON. Any other text is refused. It would have to be split at commas,
+        which file names may contain.
     type: raw
   chain:
     description:
       - Follow the backing files down to the base.
-      - Without it only the topmost image is read, which is rarely enough to tell that a checkpoint is valid.
+      - If V(false), only the topmost image is read. That is rarely enough to tell that a checkpoint is valid.
     type: bool
     default: true
   dirty_bytes:
@@ -278,6 +278,16 @@ disks:
       description: Why not everything could be read, or why no VM could start on it.
       returned: when there is such a reason
       type: str
+    code:
+      description: The kind of failure, one word. The collection's documentation lists all of them, with what to do.
+      returned: when there is such a reason
+      type: str
+      sample: damaged
+code:
+  description: The kind of the first failure, one word. The collection's documentation lists all, with what to do.
+  returned: when the task fails
+  type: str
+  sample: not_valid
 """
 
 import json
@@ -285,12 +295,13 @@ import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ..module_utils._base.errors import Qcow2Error, printable
+from ..module_utils._base.errors import Refusal
 from ..module_utils._disk.examine import ExaminedChain, examine_chain
+from ..module_utils._module import Report, run
 
 
 def wanted_paths(params: dict[str, t.Any]) -> list[str]:
-    """Return the topmost images that the task asks for; Qcow2Error when their list is none."""
+    """Return the topmost images that the task asks for; Refusal if their list is none."""
     if params["path"] is not None:
         return [params["path"]]
     paths = params["paths"]
@@ -298,22 +309,36 @@ def wanted_paths(params: dict[str, t.Any]) -> list[str]:
         try:
             paths = json.loads(paths)
         except (ValueError, RecursionError) as exc:
-            raise Qcow2Error(f"paths: begins like a list in JSON, but is none: {exc}. Correct it.") from exc
+            why = f"begins like a list in JSON, but is none: {exc}"
+            raise Refusal("bad_option", "paths", why, "Correct it.") from exc
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-        raise Qcow2Error(
-            f"paths={paths}: must be a list of absolute paths, or such a list in JSON, as in "
-            "paths='[\"/srv/a.qcow2\"]'. A text is not split at commas, since file names may contain them. For one "
-            "image use path."
+        raise Refusal(
+            "bad_option",
+            f"paths={paths}",
+            "must be a list of absolute paths, or such a list in JSON, as in paths='[\"/srv/a.qcow2\"]'. A text is not "
+            "split at commas, since file names may contain them",
+            "For one image use path.",
         )
     return paths
 
 
-def failures(disks: list[ExaminedChain], fail_on: str, checkpoint: str | None) -> list[str]:
+def failures(disks: t.Sequence[ExaminedChain], fail_on: str, checkpoint: str | None) -> list[Refusal]:
     """Return why the task is to fail."""
     if fail_on == "never":
         return []
-    problems = [printable(disk.problem) for disk in disks if disk.problem]
+    problems = [disk.problem for disk in disks if disk.problem]
     return problems + [fault for disk in disks for fault in disk.faults(checkpoint) if fail_on == "invalid"]
+
+
+def work(module: AnsibleModule) -> Report:
+    """Examine the disks."""
+    params = module.params
+    disks = [examine_chain(path, follow=params["chain"], count=params["dirty_bytes"]) for path in wanted_paths(params)]
+    return Report(
+        result={"changed": False, "disks": [disk.as_result() for disk in disks]},
+        failures=failures(disks, params["fail_on"], params["checkpoint"]),
+        warnings=[disk.warning for disk in disks if disk.warning],
+    )
 
 
 def main() -> None:
@@ -331,19 +356,7 @@ def main() -> None:
         required_one_of=[("path", "paths")],
         supports_check_mode=True,
     )
-    try:
-        paths = wanted_paths(module.params)
-    except Qcow2Error as exc:
-        module.fail_json(msg=str(exc))
-    disks = [examine_chain(path, module.params["chain"], module.params["dirty_bytes"]) for path in paths]
-    for disk in disks:
-        if disk.warning:
-            module.warn(printable(disk.warning))
-    result = {"changed": False, "disks": [disk.as_result() for disk in disks]}
-    problems = failures(disks, module.params["fail_on"], module.params["checkpoint"])
-    if problems:
-        module.fail_json(msg="\n".join(problems), **result)
-    module.exit_json(**result)
+    run(module, work)
 
 
 if __name__ == "__main__":

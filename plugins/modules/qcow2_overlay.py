@@ -16,9 +16,9 @@ description:
   - Every dirty bitmap of ACTIVE that is recording and not inconsistent goes on recording in the overlay, with the same
     name and granularity, so that incremental backups go on. C(qemu-img create) alone would drop the bitmaps, and the
     next backup would have to be a full one.
-  - After a run each overlay either is complete, as verified by reading it back, or does not exist. Nothing that exists
-    already is ever replaced.
-  - The VM still has to be pointed at the overlay afterwards.
+  - After a run each overlay is complete, as verified by reading it back, or does not exist. Nothing that exists is ever
+    replaced.
+  - Point the VM at the overlay afterwards. M(kvmfleet.qcow2.domain_overlay) does that for libvirt domains.
 options:
   path:
     description:
@@ -27,17 +27,17 @@ options:
     type: str
   backing_file:
     description:
-      - ACTIVE, the topmost image of the disk's chain, a file or a block device, as an absolute path. It is recorded in
-        the overlay just as it is given here, and a relative backing file of its own is looked for beside this name.
+      - ACTIVE, the topmost image of the disk's chain, a file or a block device, as an absolute path. The overlay
+        records this very name. A relative backing file of ACTIVE is looked for beside it.
       - Required with O(path).
     type: str
   overlays:
     description:
       - Several overlays in one call, which is much faster than a loop. The result is in the same order.
-      - Give all disks of a VM, with O(overlays[].vm), in the order in which the VM has them. A VM that is started
-        meanwhile then fails at its first disk. A QEMU that can open its first disk but not its second one, whatever the
-        reason, ends with the bitmaps of the first inconsistent. So while others of its overlays are made, those that
-        it has already are locked too, and must not be in use.
+      - Give all disks of a VM, with O(overlays[].vm), in the order in which the VM has them. They are locked in this
+        order, so a VM that is started meanwhile is refused at its first disk. A QEMU that gets its first disk but not
+        its second exits and leaves the first disk's bitmaps inconsistent.
+      - Overlays that the VM has already are locked too, and must not be in use.
       - Options that an item does not give are taken from the options of the task.
     type: list
     elements: dict
@@ -56,8 +56,8 @@ options:
         choices: [qcow2, raw]
       vm:
         description:
-          - A name of the VM, free to choose. Overlays with the same O(overlays[].vm) are made all or none, while one
-            VM that fails does not stop the others; the task fails at the end, with every result.
+          - A name of the VM, free to choose. Overlays with the same O(overlays[].vm) are made all or none. A VM that
+            fails does not stop the others; the task fails at the end, with every result.
           - Overlays without it all belong together.
         type: str
       relative:
@@ -89,21 +89,21 @@ options:
 notes:
   - Needs C(qemu-storage-daemon) or a QEMU system emulator on the managed host, version 5.2 or newer, and Python 3.9 or
     newer with its standard library.
-  - An overlay that exists already is V(present) when it is a qcow2 image of at least the size of ACTIVE, on top of
-    ACTIVE, with its format recorded, and every bitmap of ACTIVE that must go on recording is recording in it and not
+  - An overlay that exists is V(present) if it is a qcow2 image of at least the size of ACTIVE, on top of ACTIVE, with
+    ACTIVE's format recorded, and every bitmap of ACTIVE that must go on recording is recording in it and not
     inconsistent. Anything else is drift, which fails the task and changes nothing. A different granularity is only
     worth a warning.
   - Refused is an ACTIVE that a running VM has open, or, if it has recording bitmaps, that a running VM has as a backing
-    file. QEMU's own locks tell, so this works on local file systems and on network file systems with locks. While
-    overlays are made, no VM can start on their ACTIVE.
-  - Of an ACTIVE on a block device, the processes of the host are looked through as well, since libvirt gives each VM
-    device nodes, and so locks, of its own. There a VM that starts in the very moment of the run is not kept from it.
-  - Refused is a place for the overlay to which a symlink leads that belongs neither to root, nor to the owner of the
-    folder that it leads to, nor to who runs the module. Its owner could have the overlay made anywhere.
-  - Handled are up to 4096 bitmaps of an image, up to 4 GiB of bitmap data together, and chains of up to 200 images.
+    file. QEMU's own locks tell, on local file systems and on network file systems with locks. While overlays are made,
+    no VM can start on their ACTIVE.
+  - If ACTIVE is on a block device, the processes of the host are looked through as well, since libvirt gives each VM
+    device nodes, and so locks, of its own. A VM that starts in the very moment of the run is not kept from the device.
+  - A symlink on the way to the overlay's folder is followed if it belongs to root, to the owner of the folder that it
+    leads to, or to the user who runs the module. Any other is refused: its owner could have the overlay made anywhere.
+  - Limits are 4096 bitmaps of an image, 4 GiB of bitmap data together, and chains of 200 images.
   - The overlays of one VM are put into place within a millisecond, but one after the other. If the run is killed by
     SIGKILL or a power loss just then, some of them are there, each complete, and the next run makes the others.
-  - Without a bitmap to carry over, the overlay is made all the same.
+  - An ACTIVE without bitmaps gets an overlay without bitmaps.
 seealso:
   - name: Incremental backup internals of libvirt
     description: The algorithm that this module follows, in the section about offline snapshots with bitmaps.
@@ -209,24 +209,37 @@ overlays:
       description: Why it failed.
       returned: when RV(overlays[].state) is V(failed)
       type: str
+    code:
+      description: The kind of failure, one word. The collection's documentation lists all of them, with what to do.
+      returned: when RV(overlays[].state) is V(failed)
+      type: str
+      sample: in_use
+code:
+  description: The kind of the first failure, one word. The collection's documentation lists all, with what to do.
+  returned: when the task fails
+  type: str
+  sample: in_use
 """
 
 import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ..module_utils._base.errors import Qcow2Error
+from ..module_utils._base.errors import Refusal
 from ..module_utils._base.signals import ending_cleanly
-from ..module_utils._disk.run import make_overlays
-from ..module_utils._disk.verdict import OverlayRequest
+from ..module_utils._disk.build import MakeOverlays
+from ..module_utils._disk.overlay import OverlayRequest
+from ..module_utils._disk.run import run
 from ..module_utils._module import (
     BACKING_FORMATS,
+    Report,
+    attributes_from,
     creation_from,
     creation_spec,
-    exit_with,
     ownership_spec,
     settings_from,
 )
+from ..module_utils._module import run as run_module
 
 
 def argument_spec() -> dict[str, t.Any]:
@@ -249,12 +262,14 @@ def argument_spec() -> dict[str, t.Any]:
     }
 
 
-def wanted_overlays(params: dict[str, t.Any]) -> list[OverlayRequest]:
+def requests_from(params: dict[str, t.Any]) -> list[OverlayRequest]:
     """Return the overlays that the task asks for; what an item leaves open comes from the task."""
-    wanted = []
+    if params["overlays"] is None and None in (params["path"], params["backing_file"]):
+        raise Refusal("bad_option", "", "path and backing_file, or overlays, must have a value that is not null")
+    requests = []
     for item in [params] if params["overlays"] is None else params["overlays"]:
         own = {**params, **{option: value for option, value in item.items() if value is not None}}
-        wanted.append(
+        requests.append(
             OverlayRequest(
                 path=own["path"],
                 backing_file=own["backing_file"],
@@ -264,7 +279,15 @@ def wanted_overlays(params: dict[str, t.Any]) -> list[OverlayRequest]:
                 creation=creation_from(own),
             )
         )
-    return wanted
+    return requests
+
+
+@ending_cleanly()
+def work(module: AnsibleModule) -> Report:
+    """Make the overlays."""
+    operation = MakeOverlays(attributes_from(module.params))
+    outcome = run(operation, requests_from(module.params), settings_from(module))
+    return Report(outcome.as_result("overlays"), outcome.failures, outcome.warnings)
 
 
 def main() -> None:
@@ -276,14 +299,7 @@ def main() -> None:
         required_together=[("path", "backing_file")],
         supports_check_mode=True,
     )
-    if module.params["overlays"] is None and None in (module.params["path"], module.params["backing_file"]):
-        module.fail_json(msg="path and backing_file, or overlays, must have a value that is not null.")
-    try:
-        with ending_cleanly():
-            outcome = make_overlays(wanted_overlays(module.params), settings_from(module))
-    except Qcow2Error as exc:
-        module.fail_json(msg=str(exc))
-    exit_with(module, outcome)
+    run_module(module, work)
 
 
 if __name__ == "__main__":

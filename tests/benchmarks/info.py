@@ -31,7 +31,7 @@ import ansible.module_utils.basic
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.examine import examine_chain
 paths, count = json.load(sys.stdin)
 start = time.perf_counter()
-disks = [examine_chain(path, True, count) for path in paths]
+disks = [examine_chain(path, follow=True, count=count) for path in paths]
 results = [disk.as_result() for disk in disks]
 seconds = time.perf_counter() - start
 assert all(one["valid"] for result in results for one in result["checkpoints"]), results[0]

@@ -44,12 +44,13 @@ OUR_TURN = """
 import json, resource, shutil, sys, time
 import ansible.module_utils.basic
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.attributes import AttributeOptions
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import make_overlays
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.build import MakeOverlays
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay import OverlayRequest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.session import Settings
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.verdict import OverlayRequest
 wanted = [OverlayRequest(path, active) for active, path in json.load(sys.stdin)]
 start = time.perf_counter()
-outcome = make_overlays(wanted, Settings(False, 60, shutil.which, AttributeOptions()))
+outcome = run(MakeOverlays(AttributeOptions()), wanted, Settings(False, 60, shutil.which))
 seconds = time.perf_counter() - start
 assert {verdict.state for verdict in outcome.verdicts} == {sys.argv[1]}, outcome.failures
 print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))

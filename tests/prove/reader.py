@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import collections
 import json
-import os
 import pathlib
 import pickle
 import random
@@ -24,10 +23,10 @@ import typing as t
 
 import lab  # noqa: F401  # pylint: disable=unused-import  # finds the collection
 import mutants
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Qcow2Error
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.examine import examine
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.extents import holds_data
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.examine import examine_chain
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.extents import has_allocated_extents
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.image import read_image
 
 SECONDS = 5.0  # for one mutant
@@ -36,19 +35,17 @@ MEMORY = 256 << 20  # bytes more than this process has before the first
 
 def read(path: pathlib.Path) -> str:
     """Read all that there is to be read; return the outcome."""
-    fd = open_image(str(path))
-    try:
-        image = read_image(fd, str(path))
-        holds_data(fd, str(path))
-    except Qcow2Error as exc:
-        if str(path) not in str(exc):
-            raise AssertionError(f"the message names no file: {exc}") from exc
-        image = None
-    finally:
-        os.close(fd)
-    disk = examine(str(path), True, True)
+    with open_image(str(path)) as file:
+        try:
+            image = read_image(file)
+            has_allocated_extents(file)
+        except Refusal as exc:
+            if str(path) not in str(exc):
+                raise AssertionError(f"the message names no file: {exc}") from exc
+            image = None
+    disk = examine_chain(str(path), follow=True, count=True)
     json.dumps(disk.as_result()).encode()
-    if disk.problem and str(path) not in disk.problem:
+    if disk.problem and str(path) not in str(disk.problem):
         raise AssertionError(f"the message names no file: {disk.problem}")
     if image is None or disk.problem:
         return "refused" if image is None else "refused because of what lies behind the header"

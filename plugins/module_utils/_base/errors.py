@@ -1,49 +1,180 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The exceptions that are expected, and the texts that more than one room needs."""
+# PRIVATE to this collection: may change at any time.
+"""The failures that are expected, each with a code.
+
+::
+
+    Refusal                   whatever is wrong: subject, rule, way out
+    ├── QemuError             QEMU's own words; whoever knows the file calls about()
+    └── UnknownOutcomeError   nobody knows whether it happened, so nothing may be undone
+"""
 
 from __future__ import annotations
 
 import errno
 import os
+import typing as t
+
+# One word for each kind of refusal. docs/refusals.md has the same words, with what to do.
+Code = t.Literal[
+    "appeared",
+    "backs_itself",
+    "bad_name",
+    "bad_option",
+    "below_running_vm",
+    "bitmap_name",
+    "bitmaps_too_large",
+    "chain_loop",
+    "chain_too_long",
+    "changed_meanwhile",
+    "cluster_too_small",
+    "corrupt",
+    "damaged",
+    "differs",
+    "disk_unfit",
+    "encrypted",
+    "format_not_recorded",
+    "gone",
+    "group_failed",
+    "in_use",
+    "interrupted",
+    "libvirt_failed",
+    "libvirt_unreachable",
+    "lost_bitmaps",
+    "managed_save",
+    "name_too_long",
+    "no_checkpoint",
+    "no_data_file",
+    "no_disk",
+    "no_domain",
+    "no_folder",
+    "no_library",
+    "no_locks",
+    "no_permission",
+    "no_proc",
+    "no_qemu",
+    "no_rename",
+    "no_space",
+    "no_such_file",
+    "not_a_disk",
+    "not_qcow2",
+    "not_removed",
+    "not_switched",
+    "not_valid",
+    "not_verified",
+    "occupied",
+    "old_qemu",
+    "other_chain",
+    "other_disks",
+    "other_run",
+    "protocol_name",
+    "qemu_differs",
+    "qemu_failed",
+    "qemu_lost",
+    "qemu_option",
+    "read_only",
+    "relative_device",
+    "repeated",
+    "running",
+    "same_name",
+    "shared_disk",
+    "storage",
+    "too_many_bitmaps",
+    "too_many_files",
+    "transient",
+    "unknown_outcome",
+    "unsupported",
+    "untrusted_link",
+]
 
 CHECK_STORAGE = "Check the space, the quota and the state of the storage there (dmesg), then run this again."
-_ADVICE = {
-    errno.EROFS: "Make its file system writable (dmesg tells if an error made it read-only), then run this again.",
-    errno.EACCES: "Check its permissions, run with become.",
-    errno.EPERM: "Check its permissions, run with become.",
-    errno.EMFILE: "Raise the limit of open files (ulimit -n), then run this again.",
-    errno.ENFILE: "Raise the limit of open files (sysctl fs.file-max), then run this again.",
-    errno.ENOENT: "Check that its folder is still there and mounted, then run this again.",
-    errno.ESTALE: "Check that its folder is still there and mounted, then run this again.",
+_CHECK_PERMISSIONS = "Check its permissions, run with become."
+_CHECK_FOLDER = "Check that its folder is still there and mounted, then run this again."
+_BY_ERRNO: dict[int, tuple[Code, str]] = {
+    errno.ENOSPC: ("no_space", CHECK_STORAGE),
+    errno.EDQUOT: ("no_space", CHECK_STORAGE),
+    errno.EROFS: (
+        "read_only",
+        "Make its file system writable (dmesg tells if an error made it read-only), then run this again.",
+    ),
+    errno.EACCES: ("no_permission", _CHECK_PERMISSIONS),
+    errno.EPERM: ("no_permission", _CHECK_PERMISSIONS),
+    errno.EMFILE: ("too_many_files", "Raise the limit of open files (ulimit -n), then run this again."),
+    errno.ENFILE: ("too_many_files", "Raise the limit of open files (sysctl fs.file-max), then run this again."),
+    errno.ENOENT: ("gone", _CHECK_FOLDER),
+    errno.ESTALE: ("gone", _CHECK_FOLDER),
 }
 
 
-class Qcow2Error(Exception):
-    """An expected failure. Its text names the file, the rule and the way out, and is shown to the user as it is."""
+class Refusal(Exception):  # noqa: N818  it refuses; the program has no error
+    """An expected failure. Its text names the subject, the rule and the way out, and is shown to the user as it is.
+
+    :param code: what documentation, reports and tests key on.
+    :param subject: the file, the domain or the option; empty if the failure is about none.
+    :param why: the rule that is broken, without the last full stop.
+    :param remedy: the way out, in whole sentences; empty if `why` says it.
+    """
+
+    def __init__(self, code: Code, subject: str, why: str, remedy: str = "") -> None:
+        super().__init__(code, subject, why, remedy)
+        self.code: Code = code
+        self.subject = subject
+        self.why = why
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        subject = f"{self.subject}: " if self.subject else ""
+        return printable(f"{subject}{self.why}. {self.remedy}".rstrip())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Refusal) and type(other) is type(self) and other.args == self.args
+
+    def __hash__(self) -> int:
+        return hash(self.args)
+
+    def about(self, subject: str) -> Refusal:
+        """Return the same refusal about another subject."""
+        return Refusal(self.code, subject, self.why, self.remedy)
+
+    def with_note(self, note: str) -> Refusal:
+        """Return the same refusal with one more sentence at its end."""
+        return Refusal(self.code, self.subject, self.why, f"{self.remedy} {note}".lstrip())
 
 
-class QemuError(Qcow2Error):
-    """A failure of QEMU, in its own words; whoever knows the file puts its name in front."""
+class QemuError(Refusal):
+    """A failure of QEMU, in its own words. It has no subject yet."""
+
+    def __init__(self, code: Code, why: str, remedy: str) -> None:
+        super().__init__(code, "", why, remedy)
 
 
-class UnknownOutcomeError(Qcow2Error):
-    """A failure after which the new overlays may be in use already, so that they must stay."""
+class UnknownOutcomeError(Refusal):
+    """A failure after which nobody knows whether the VM is on its new images, so they must stay."""
+
+    def __init__(self, subject: str, why: str, remedy: str) -> None:
+        super().__init__("unknown_outcome", subject, why, remedy)
 
 
 def printable(text: str) -> str:
-    """Return the text with what stands for bytes that are not UTF-8 spelt out; Ansible would reject the result."""
+    """Return `text` with bytes that are not UTF-8 spelt out; Ansible rejects results that have surrogates."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def advice(exc: OSError) -> str:
-    """Return what to do about a failure of the system."""
-    return _ADVICE.get(exc.errno or 0, CHECK_STORAGE)
+def system_refusal(exc: OSError, subject: str, what: str) -> Refusal:
+    """Return the refusal for a failed system call; `what` says what could not be done."""
+    code, remedy = _BY_ERRNO.get(exc.errno or 0, ("storage", CHECK_STORAGE))
+    return Refusal(code, subject, f"{what}: {exc.strerror}", remedy)
 
 
-def advice_on(words: str) -> str:
-    """Return what to do about a failure that QEMU tells in these words."""
+def qemu_refusal(words: str) -> QemuError:
+    """Return the error for a command or a job that QEMU says, in these words, has failed."""
+    code: Code = "qemu_failed"
+    remedy = CHECK_STORAGE
     if "arameter '" in words:  # QAPI refuses what it does not know or was built without, such as zstd
-        return "This QEMU does not know that option: leave it out, or update QEMU on this host."
-    return next((text for number, text in _ADVICE.items() if os.strerror(number) in words), CHECK_STORAGE)
+        code, remedy = "qemu_option", "This QEMU does not know that option: leave it out, or update QEMU on this host."
+    else:
+        known = (found for number, found in _BY_ERRNO.items() if os.strerror(number) in words)
+        code, remedy = next(known, (code, remedy))
+    return QemuError(code, f"QEMU says: {words}", remedy)

@@ -1,7 +1,8 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Files and folders: opened without being led astray."""
+# PRIVATE to this collection: may change at any time.
+"""Open files and folders without being led astray."""
 
 from __future__ import annotations
 
@@ -11,50 +12,103 @@ import os
 import stat
 import typing as t
 
-from .errors import Qcow2Error, advice
+from .errors import Refusal, system_refusal
 
+_ANY_DEVICE = -1  # stands for the file system of a block device, which can have several nodes
 _MOST_LINKS = 40  # on the way to a folder; the kernel follows no more either
 # With O_DIRECTORY, or what is mounted on demand would not be mounted.
 _PASS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _ENTER = _PASS | os.O_DIRECTORY
 
+Identity = tuple[int, int]  # of a file its file system and inode, of a block device the device itself
 
-def open_image(path: str) -> int:
-    """Open the file or block device for reading and return the descriptor; whoever calls closes it."""
+
+class OpenImage:
+    """An open file or block device; the end of the block closes it.
+
+    `path` is the name that it was opened by. `fd` is its descriptor. `identity` tells it from all other files, so two
+    names of one file have the same.
+    """
+
+    def __init__(self, path: str, fd: int) -> None:
+        self.path = path
+        self.fd = fd
+        self.identity = identity_of(os.fstat(fd))
+
+    def __enter__(self) -> OpenImage:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    @property
+    def is_device(self) -> bool:
+        """Whether it is a block device."""
+        return self.identity[0] == _ANY_DEVICE
+
+    def status(self) -> os.stat_result:
+        """Return what the kernel says of it now."""
+        return os.fstat(self.fd)
+
+    def read(self, length: int, offset: int) -> bytes:
+        """Return up to `length` bytes from `offset`; fewer at the end of the file."""
+        return os.pread(self.fd, length, offset)
+
+    def length(self) -> int:
+        """Return its length in bytes."""
+        return os.lseek(self.fd, 0, os.SEEK_END)
+
+    def is_still_at_its_path(self) -> bool:
+        """Whether its path still leads to this very file."""
+        try:
+            return identity_of(os.stat(self.path)) == self.identity
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Close it. A close error cannot mean lost data here: the file was only read, or is fsynced."""
+        close(self.fd)
+
+
+def open_image(path: str) -> OpenImage:
+    """Open the file or block device for reading; Refusal if there is none."""
     try:
-        # First without opening it really: of a FIFO that would hang us, of some devices it would start something.
+        # Look before opening: to open a FIFO would hang, to open some devices would start something.
         place = os.open(path, os.O_PATH | os.O_CLOEXEC)
         try:
             mode = os.fstat(place).st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-                raise Qcow2Error(f"{path}: is neither a file nor a block device, so it cannot be a disk image.")
-            return os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_CLOEXEC)
+                raise Refusal("not_a_disk", path, "is neither a file nor a block device, so it cannot be a disk image")
+            return OpenImage(path, os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_CLOEXEC))
         finally:
             os.close(place)
     except FileNotFoundError as exc:
-        raise Qcow2Error(f"{path}: does not exist. Check the name, and that its storage is mounted.") from exc
+        remedy = "Check the name, and that its storage is mounted."
+        raise Refusal("no_such_file", path, "does not exist", remedy) from exc
     except OSError as exc:
-        raise Qcow2Error(f"{path}: cannot be opened: {exc.strerror}. {advice(exc)}") from exc
+        raise system_refusal(exc, path, "cannot be opened") from exc
     except ValueError as exc:  # a NUL byte, or characters that file names cannot have in this locale
-        raise Qcow2Error(f"{path!r}: is no name that a file can have here. Correct it.") from exc
+        raise Refusal("bad_name", repr(path), "is no name that a file can have here", "Correct it.") from exc
 
 
-def close_image(fd: int) -> None:
-    """Close an image from which there was only to be read, or that is on stable storage already."""
+def close(fd: int) -> None:
+    """Close a descriptor whose close error cannot mean lost data: read-only, or fsynced."""
     with contextlib.suppress(OSError):  # network file systems tell of old failures here; the descriptor is gone anyway
         os.close(fd)
 
 
-def length_of(fd: int) -> int:
-    """Return the length in bytes of the open file or block device."""
-    return os.lseek(fd, 0, os.SEEK_END)
+def identity_of(status: os.stat_result) -> Identity:
+    """Return what tells the file of this status from all others."""
+    if stat.S_ISBLK(status.st_mode):
+        return (_ANY_DEVICE, status.st_rdev)
+    return (status.st_dev, status.st_ino)
 
 
 def open_folder(path: str) -> tuple[int, str]:
-    """Return a descriptor that stands for the folder, and its path without symlinks; OSError when there is none.
+    """Return a descriptor that stands for the folder, and its path without symlinks; OSError if there is none.
 
-    Who may write to a folder on the way must not lead us, by a symlink, into one that belongs to somebody else. So each
-    step goes through the folder that the step before has found, where nobody can swap what was checked.
+    Resolve the path one component at a time through O_PATH descriptors, so that nothing checked can be swapped. Follow
+    a symlink only if it is root's, ours, or the owner's of the folder it leads to.
     """
     here, names, way, owners = os.open("/", _ENTER), list[str](), path.split("/")[::-1], list[int]()
     try:
@@ -83,7 +137,7 @@ def open_folder(path: str) -> tuple[int, str]:
 
 
 def _read_link(folder_fd: int, name: str) -> tuple[str, int]:
-    """Return where the symlink in the folder leads, and whose it is; NotADirectoryError when it is none."""
+    """Return where the symlink in the folder leads, and whose it is; NotADirectoryError if it is none."""
     fd = os.open(name, _PASS, dir_fd=folder_fd)
     try:
         status = os.fstat(fd)
@@ -95,11 +149,14 @@ def _read_link(folder_fd: int, name: str) -> tuple[str, int]:
 
 
 def _check_links(owners: t.Sequence[int], folder_fd: int, path: str) -> None:
-    """Raise when a symlink on the way, of the user who is given, leads into a folder of somebody else."""
+    """Raise if a symlink on the way, made by one of the `owners`, leads into a folder of somebody else."""
     owner = os.fstat(folder_fd).st_uid
     foreign = [one for one in owners if one not in (0, os.geteuid(), owner)]
     if foreign:
-        raise Qcow2Error(
-            f"{path} leads through a symlink of the user {foreign[0]} into a folder of the user {owner}. Such a link "
-            "can be a trap. Give the real path, or have the owner of that folder or root make the symlink."
+        raise Refusal(
+            "untrusted_link",
+            path,
+            f"leads through a symlink of the user {foreign[0]} into a folder of the user {owner}. Such a link can be a "
+            "trap",
+            "Give the real path, or have the owner of that folder or root make the symlink.",
         )

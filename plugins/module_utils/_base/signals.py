@@ -1,11 +1,12 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Act: the signals that end a run take effect only where the run waits.
+# PRIVATE to this collection: may change at any time.
+"""Signals end a run only at safe points.
 
-Python raises what a signal handler raises between any two instructions: after a file is made and before anybody is to
-remove it, in the middle of fork(), or when everything is done. So the signals wait by themselves, blocked, and come
-through in a few places: before each VM, and while the run waits for QEMU or for another run.
+An exception from a signal handler can surface between any two bytecodes: when a file exists but its cleanup is not
+registered, inside fork(), after the work is done. So SIGTERM, SIGHUP and SIGINT stay blocked and are let in only at
+safe points: before each VM, and while the run waits for QEMU or for another run.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ _ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 class Interrupted(BaseException):
-    """A signal asks this run to end; no except clause on the way may mistake it for a failure of one VM."""
+    """A signal asks this run to end. No `except Exception` on the way may mistake it for a failure of one VM."""
 
 
 @contextlib.contextmanager
 def ending_cleanly() -> t.Iterator[None]:
-    """Have the signals that end a run raise Interrupted in the block, but only where it is interruptible()."""
+    """Have the signals that end a run raise Interrupted in the block, but only at safe points."""
 
     def end(number: int, _frame: t.Any) -> None:
-        _ignore(changed)  # a second one must not disturb the cleaning up
+        _ignore(changed)  # a second signal must not disturb the cleaning up
         raise Interrupted(signal.Signals(number).name)
 
     previous = {number: signal.getsignal(number) for number in _ENDING}
@@ -37,7 +38,7 @@ def ending_cleanly() -> t.Iterator[None]:
             signal.signal(number, end)
         yield
     finally:
-        _ignore(changed)  # one that came too late: what the run has done is to be told all the same
+        _ignore(changed)  # a signal that came too late: the run must still tell what it has done
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number in changed:
             signal.signal(number, previous[number] or signal.SIG_DFL)
@@ -45,7 +46,7 @@ def ending_cleanly() -> t.Iterator[None]:
 
 @contextlib.contextmanager
 def interruptible() -> t.Iterator[None]:
-    """Let the signals through that have been waiting, or that come in the block."""
+    """Let in the signals that wait already, and those that come in the block."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
@@ -54,7 +55,13 @@ def interruptible() -> t.Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
+def stop_here_if_asked() -> None:
+    """Raise Interrupted if a signal that ends the run waits already."""
+    with interruptible():
+        pass
+
+
 def _ignore(signals: t.Iterable[signal.Signals]) -> None:
-    """Ignore the signals, also those that are waiting already."""
+    """Ignore the signals, also those that wait already."""
     for number in signals:
         signal.signal(number, signal.SIG_IGN)

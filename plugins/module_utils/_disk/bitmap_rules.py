@@ -1,25 +1,28 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Decide: is a chain fit for an incremental backup since a checkpoint, and if not, which image breaks which rule?
+# PRIVATE to this collection: may change at any time.
+"""Decide: the rules about bitmaps.
 
-Pure. The rule is libvirt's: the bitmap is in the topmost image; the images that have it are contiguous from there;
-all of them are recording; none is inconsistent (libvirt, "Incremental backup internals"). One more is QEMU's: their
-images have one virtual size, since bitmaps of different sizes cannot be merged, which the backup does.
+Pure. An overlay carries on each bitmap of ACTIVE that is recording and not inconsistent (libvirt, "Incremental backup
+internals", Creating overlays).
+
+An incremental backup since a bitmap is possible if
+
+1) the topmost image has it,
+2) the images that have it are contiguous from the top, no gap,
+3) all of them are recording,
+4) none is inconsistent (libvirt, "Incremental backup internals", Integration with backups), and
+5) all these images have one virtual size, since QEMU cannot merge bitmaps of different sizes, which the backup does.
 """
 
 from __future__ import annotations
 
 import typing as t
 
-from .._base.errors import printable
+from .._base.errors import Refusal, printable
 from .._qcow2.bitmaps import MAX_BITMAP_DATA, Bitmap
 from .._qcow2.image import Image
-from .observe import ObservedChain
-
-MAX_BITMAPS_CARRIED = 4096  # of one ACTIVE; QEMU's time grows with the square of them
-MAX_ALL_BITMAP_DATA = 4 * 1024 * 1024 * 1024  # bytes of memory that QEMU needs to have all bitmaps of ACTIVE open
-_SHOWN = 5  # bitmaps that a message names
 
 NOT_IN_TOP = "not_in_top"
 GAP = "gap"
@@ -28,6 +31,10 @@ INCONSISTENT = "inconsistent"
 DIFFERENT_SIZE = "different_size"
 IN_USE = "in_use"
 INCOMPLETE = "incomplete"
+
+MAX_BITMAPS_CARRIED = 4096  # of one ACTIVE; QEMU's time grows with the square of them
+MAX_ALL_BITMAP_DATA = 4 * 1024 * 1024 * 1024  # bytes of memory that QEMU needs to have all bitmaps of ACTIVE open
+_SHOWN = 5  # bitmaps that a message names
 
 _FULL = "Make a full backup with a new checkpoint, and delete this checkpoint."
 _REMAKE = (
@@ -42,12 +49,12 @@ _LOOK_FURTHER = "The chain below this image was not read. Look at the whole chai
 
 
 class LayerBitmaps(t.NamedTuple):
-    """What matters of one image of a chain."""
+    """What the rules need of one image of a chain."""
 
     path: str
     virtual_size: int  # bytes
-    bitmaps: dict[str, Bitmap]  # by name
-    in_use: bool = False  # a process has it open for writing, so what is stored tells nothing about its bitmaps
+    bitmaps: t.Mapping[str, Bitmap]  # by name
+    is_open_for_writing: bool = False  # so what is stored tells nothing about its bitmaps
     lost_bitmaps: int = 0  # made worthless by a program that does not know them
 
 
@@ -55,7 +62,7 @@ class Checkpoint(t.NamedTuple):
     """Whether the next incremental backup since a checkpoint is possible."""
 
     name: str
-    valid: bool | None  # None when it cannot be told
+    valid: bool | None  # None if it cannot be told
     problem: str | None = None  # one of the constants above
     image: str | None = None  # path of the image at fault
     advice: str | None = None
@@ -65,33 +72,38 @@ class Checkpoint(t.NamedTuple):
         return {key: printable(value) if isinstance(value, str) else value for key, value in self._asdict().items()}
 
 
-def judge_all(chain: t.Sequence[LayerBitmaps], complete: bool) -> list[Checkpoint]:
-    """Return a verdict for each bitmap name found in the chain, top to base; complete says whether it ends with it."""
-    names = dict.fromkeys(name for link in chain for name in link.bitmaps)
-    return [judge(name, chain, complete) for name in names]
+def carries_over(bitmap: Bitmap) -> bool:
+    """Whether an overlay must go on recording this bitmap of ACTIVE."""
+    return bitmap.recording and not bitmap.inconsistent
 
 
-def judge(name: str, chain: t.Sequence[LayerBitmaps], complete: bool = True) -> Checkpoint:
+def judge_all(chain: t.Sequence[LayerBitmaps], *, complete: bool) -> list[Checkpoint]:
+    """Return a verdict for each bitmap name in the chain, top to base. `complete`: the chain ends with its base."""
+    names = dict.fromkeys(name for layer in chain for name in layer.bitmaps)
+    return [judge(name, chain, complete=complete) for name in names]
+
+
+def judge(name: str, chain: t.Sequence[LayerBitmaps], *, complete: bool = True) -> Checkpoint:
     """Return whether this checkpoint can be used, judged from the top of the chain downwards."""
     top = chain[0]
-    if not top.in_use and name not in top.bitmaps:
-        return _without(name, NOT_IN_TOP, top, next((link for link in chain if name in link.bitmaps), None))
+    if not top.is_open_for_writing and name not in top.bitmaps:  # rule 1
+        return _without(name, NOT_IN_TOP, top, next((layer for layer in chain if name in layer.bitmaps), None))
     missing: LayerBitmaps | None = None  # the uppermost image that lacks the bitmap
     unknown: LayerBitmaps | None = None
     above: LayerBitmaps | None = None  # the image with the bitmap just above
-    for link in chain:
-        bitmap = link.bitmaps.get(name)
-        if link.in_use:
-            unknown = unknown or link
+    for layer in chain:
+        bitmap = layer.bitmaps.get(name)
+        if layer.is_open_for_writing:
+            unknown = unknown or layer
         elif bitmap is None:
-            missing = missing or link
-        elif missing is not None:
-            return _without(name, GAP, missing, link)
+            missing = missing or layer
+        elif missing is not None:  # rule 2
+            return _without(name, GAP, missing, layer)
         else:
-            fault = _fault(bitmap, link, above)
+            fault = _fault(bitmap, layer, above)
             if fault is not None:
                 return fault
-            above = link
+            above = layer
     if unknown is not None:
         return Checkpoint(name, None, IN_USE, unknown.path, _ASK_LIBVIRT)
     if not complete:
@@ -109,75 +121,100 @@ def _without(name: str, problem: str, missing: LayerBitmaps, below: LayerBitmaps
     else:
         cause = "It was most likely made with qemu-img or by an offline snapshot, which drop the bitmaps"
         cause += _REMAKE if problem == NOT_IN_TOP else ". "
-    return Checkpoint(
-        name,
-        False,
-        problem,
-        missing.path,
-        f"This image lacks the bitmap{has}, so changes were not recorded. {cause}{_FULL}",
-    )
+    advice = f"This image lacks the bitmap{has}, so changes were not recorded. {cause}{_FULL}"
+    return Checkpoint(name, False, problem, missing.path, advice)
 
 
-def _fault(bitmap: Bitmap, link: LayerBitmaps, above: LayerBitmaps | None) -> Checkpoint | None:
+def _fault(bitmap: Bitmap, layer: LayerBitmaps, above: LayerBitmaps | None) -> Checkpoint | None:
     """Return what is wrong with the bitmap of one image."""
     problem: str | None = None
-    if bitmap.inconsistent:
+    if bitmap.inconsistent:  # rule 4, before rule 3: an inconsistent bitmap never records, whatever its flag says
         problem = INCONSISTENT
         why = "The bitmap was not saved properly, as after a crash or power loss, so changes are not recorded in it."
-    elif not bitmap.recording:
+    elif not bitmap.recording:  # rule 3
         problem = NOT_RECORDING
         why = "The bitmap is disabled in this image, so changes were not recorded."
-    elif above is not None and above.virtual_size != link.virtual_size:
+    elif above is not None and above.virtual_size != layer.virtual_size:  # rule 5
         problem = DIFFERENT_SIZE
         why = (
-            f"The image has {link.virtual_size} bytes and the one above it {above.virtual_size}; QEMU cannot merge "
+            f"The image has {layer.virtual_size} bytes and the one above it {above.virtual_size}; QEMU cannot merge "
             "bitmaps of different sizes."
         )
     if problem is None:
         return None
-    return Checkpoint(bitmap.name, False, problem, link.path, f"{why} {_FULL}")
+    return Checkpoint(bitmap.name, False, problem, layer.path, f"{why} {_FULL}")
 
 
-def bitmap_problems(active: ObservedChain, image: Image) -> list[str]:
+def bitmap_problems(path: str, image: Image) -> list[Refusal]:
     """Return why the bitmaps of this ACTIVE are more, or other, than can be handled."""
     if len(image.bitmaps) > MAX_BITMAPS_CARRIED:
         return [
-            f"{active.path}: has {len(image.bitmaps)} bitmaps, more than the {MAX_BITMAPS_CARRIED} that can be handled "
-            "in reasonable time. Remove those that no backup needs with 'qemu-img bitmap --remove'."
+            Refusal(
+                "too_many_bitmaps",
+                path,
+                f"has {len(image.bitmaps)} bitmaps, more than the {MAX_BITMAPS_CARRIED} that can be handled in "
+                "reasonable time",
+                "Remove those that no backup needs with 'qemu-img bitmap --remove'.",
+            )
         ]
-    problems = []
+    return [*_name_problems(path, image), *_size_problems(path, image)]
+
+
+def _name_problems(path: str, image: Image) -> list[Refusal]:
+    """Return why QEMU cannot be told the names of the bitmaps."""
     odd = [bitmap for bitmap in image.bitmaps if not is_expressible(bitmap.name)]
-    if odd:
-        problems.append(
-            f"{active.path}: the bitmap name {names_of(odd)} cannot be passed to QEMU's monitor (it is not UTF-8, or "
-            "has code points that are no characters). Remove the bitmap with 'qemu-img bitmap --remove'."
+    if not odd:
+        return []
+    return [
+        Refusal(
+            "bitmap_name",
+            path,
+            f"the bitmap name {names_of(odd)} cannot be passed to QEMU's monitor (it is not UTF-8, or has code points "
+            "that are no characters)",
+            "Remove the bitmap with 'qemu-img bitmap --remove'.",
         )
-    carried = [bitmap for bitmap in image.bitmaps if bitmap.carries_over]
-    large = [bitmap for bitmap in carried if bitmap.data_bytes(image.virtual_size) > MAX_BITMAP_DATA]
+    ]
+
+
+def _size_problems(path: str, image: Image) -> list[Refusal]:
+    """Return why the bits of the bitmaps are too many."""
+    large = [b for b in image.bitmaps if carries_over(b) and b.data_bytes(image.virtual_size) > MAX_BITMAP_DATA]
     whole = sum(bitmap.data_bytes(image.virtual_size) for bitmap in image.bitmaps if not bitmap.inconsistent)
     if large:
-        problems.append(
-            f"{active.path}: the granularity of the bitmap {names_of(large)} is so fine that it needs more than "
-            f"{MAX_BITMAP_DATA >> 20} MiB for {image.virtual_size} bytes. QEMU stores no larger one: remove it and "
-            "make a full backup with a coarser bitmap."
-        )
-    elif whole > MAX_ALL_BITMAP_DATA:
-        problems.append(
-            f"{active.path}: its {len(image.bitmaps)} bitmaps need {whole >> 20} MiB of memory to be opened; at most "
-            f"{MAX_ALL_BITMAP_DATA >> 20} MiB is given. Remove those that no backup needs."
-        )
-    return problems
+        return [
+            Refusal(
+                "bitmaps_too_large",
+                path,
+                f"the granularity of the bitmap {names_of(large)} is so fine that it needs more than "
+                f"{MAX_BITMAP_DATA >> 20} MiB for {image.virtual_size} bytes. QEMU stores no larger one",
+                "Remove it and make a full backup with a coarser bitmap.",
+            )
+        ]
+    if whole > MAX_ALL_BITMAP_DATA:
+        return [
+            Refusal(
+                "bitmaps_too_large",
+                path,
+                f"its {len(image.bitmaps)} bitmaps need {whole >> 20} MiB of memory to be opened; at most "
+                f"{MAX_ALL_BITMAP_DATA >> 20} MiB is given",
+                "Remove those that no backup needs.",
+            )
+        ]
+    return []
 
 
-def bitmap_drift(active: ObservedChain, image: Image, live: bool) -> list[str]:
-    """Return which bitmaps the overlay should be recording and is not; in a live one in-use means nothing."""
-    there = {bitmap.name: bitmap for bitmap in image.bitmaps}
-    wanted = [bitmap for bitmap in active.image.bitmaps if bitmap.carries_over] if active.image else []
+def bitmap_drift(active: Image | None, overlay: Image, *, is_open: bool) -> list[str]:
+    """Return which bitmaps the overlay should be recording and is not.
+
+    `is_open`: a process has the overlay open for writing, so its flag in-use means nothing.
+    """
+    there = {bitmap.name: bitmap for bitmap in overlay.bitmaps}
+    wanted = [bitmap for bitmap in active.bitmaps if carries_over(bitmap)] if active else []
     own = [there[bitmap.name] for bitmap in wanted if bitmap.name in there]
     found = {
         "it lacks the bitmap {}": [bitmap for bitmap in wanted if bitmap.name not in there],
         "its bitmap {} is not recording": [bitmap for bitmap in own if not bitmap.recording],
-        "its bitmap {} is inconsistent": [bitmap for bitmap in own if bitmap.inconsistent and not live],
+        "its bitmap {} is inconsistent": [bitmap for bitmap in own if bitmap.inconsistent and not is_open],
     }
     return [what.format(names_of(bitmaps)) for what, bitmaps in found.items() if bitmaps]
 

@@ -1,67 +1,154 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Act: what QEMU is told, to look at ACTIVE once more and to fill the overlay's file.
+# PRIVATE to this collection: may change at any time.
+"""Act: make overlays. The operation that overlay.py has the rules of.
 
-QEMU is never given a file name: it opens the very files that are open here, through /proc/PID/fd. So nobody can swap
-a file between the check and the use, no name can be taken for a protocol, and the backing file is not opened at all.
+::
+
+    OVERLAY  (new, ours alone until it is published)
+       │     recording bitmaps, as ACTIVE has them
+       ▼
+    ACTIVE   (locked, never written to)
 """
 
 from __future__ import annotations
 
+import os
 import typing as t
 
-from .._qemu.monitor import Monitor
-from .._qemu.nodes import Witnessed, ask_for_bitmaps, compare_bitmaps, extra_seconds, name_for_qemu
-from .verdict import Verdict
+from .._base.attributes import AttributeOptions, apply_attributes, attributes_for
+from .._base.errors import CHECK_STORAGE, Refusal
+from .._qcow2.image import read_image
+from .._qemu.nodes import Witness, add_bitmaps, close_file, create_image, extra_seconds
+from . import overlay
+from .observe import observe_chain, observe_target
+from .overlay import BuildSpec, OverlayRequest, OverlayVerdict
+from .publish import StagedFile, publish_together
+from .session import Held, Images
+from .verdict import CREATED, FAILED, PRESENT
 
-_FILE = "f"
-_OVERLAY = "o"
+if t.TYPE_CHECKING:
+    from .._qemu.monitor import Monitor
 
 
-def fill(monitor: Monitor, fd: int, verdict: Verdict, backing_file: str, active: Witnessed | None) -> None:
-    """Make the open, empty file the overlay of the verdict, and cross-check ACTIVE if it has a format of bitmaps.
+class MakeOverlays:
+    """State present: every overlay that was asked for is there, complete, or does not exist. An Operation."""
 
-    What became of the file must be read back.
-    """
-    # QEMU need not flush: the file is ours alone, and gets its one fsync before it is published.
-    node = {"driver": "file", "node-name": _FILE, "filename": name_for_qemu(fd), "cache": {"no-flush": True}}
-    monitor.send("blockdev-add", node)
-    creation = verdict.wanted.creation
-    options: dict[str, t.Any] = {
-        "driver": "qcow2",
-        "file": _FILE,
-        "version": "v3",
-        "size": verdict.virtual_size,
-        "backing-file": backing_file,
-        "backing-fmt": verdict.wanted.backing_format,
-        "cluster-size": creation.cluster_size,
-        "extended-l2": creation.extended_l2,
-        "lazy-refcounts": creation.lazy_refcounts,
-        "refcount-bits": creation.refcount_bits,
-        "compression-type": creation.compression_type,
-    }
-    monitor.run_job("blockdev-create", "create", {"options": options})
-    # QEMU opens ACTIVE while its monitor is still reading the bitmaps, so all is sent before the answers are awaited.
-    if active is not None:
-        ask_for_bitmaps(monitor, active)
+    def __init__(self, attributes: AttributeOptions) -> None:
+        self._attributes = attributes
+
+    def problems(self, request: OverlayRequest) -> list[Refusal]:
+        """Return what is wrong with a request whatever the host looks like."""
+        return overlay.request_problems(request)
+
+    def conflicts(self, requests: t.Sequence[OverlayRequest]) -> list[Refusal | None]:
+        """Return for each request of a call what is wrong with it beside the others."""
+        targets = [os.path.realpath(request.path) for request in requests]
+        return overlay.conflicts(targets, [os.path.realpath(request.backing_file) for request in requests])
+
+    def folders(self, request: OverlayRequest) -> t.Sequence[str]:
+        """Return the folder of the overlay."""
+        return [os.path.dirname(request.path)]
+
+    def refused(self, request: OverlayRequest, problems: t.Sequence[Refusal]) -> OverlayVerdict:
+        """Return the verdict on a request that is refused without a look."""
+        return OverlayVerdict(request, FAILED, tuple(problems))
+
+    def judge(self, request: OverlayRequest, held: Held) -> OverlayVerdict:
+        """Look at ACTIVE and at the place, and decide."""
+        file = held.image(request.backing_file)
+        active = observe_chain(file, request.backing_format, relative=request.relative)
+        target = observe_target(request.path)
+        verdict = overlay.decide(request, active, target)
+        if not verdict.changed:
+            return verdict
+        if active.is_recording:
+            held.hold_off_everybody(request.backing_file)
+        spec = BuildSpec(
+            target=target,
+            backing_file=overlay.recorded_backing_file(request, active, target),
+            attributes=attributes_for(file, self._attributes, request.path),
+            active=active.image,
+        )
+        return verdict._replace(spec=spec)
+
+    def images(self, verdict: OverlayVerdict) -> Images:
+        """Return ACTIVE, and before it an overlay that is there: its VM may be on it, or not yet."""
+        request = verdict.request
+        if verdict.state == PRESENT and request.vm is None:  # it may be the disk of any VM
+            return Images(())
+        above = (request.path,) if verdict.state == PRESENT else ()
+        return Images((*above, request.backing_file), frozenset([request.backing_file]))
+
+    def rehearse(self, verdict: OverlayVerdict, held: Held) -> OverlayVerdict:
+        """Have QEMU as second witness of ACTIVE."""
+        if verdict.spec is not None and verdict.spec.active is not None:
+            witness = Witness(held.monitor(), held.image(verdict.request.backing_file), verdict.spec.active)
+            witness.ask()
+            witness.compare()
+        elif verdict.state == CREATED:
+            held.monitor()  # a host without QEMU is told of
+        return verdict
+
+    def phases(self) -> t.Sequence[t.Callable[[OverlayVerdict, Held], OverlayVerdict]]:
+        """Build only: an overlay writes to no image that is not ours, so there is nothing to keep."""
+        return [self.build]
+
+    def build(self, verdict: OverlayVerdict, held: Held) -> OverlayVerdict:
+        """Make a missing overlay in a file of ours, with QEMU as second witness of ACTIVE, and read it back."""
+        spec = verdict.spec
+        if spec is None:
+            return verdict
+        monitor = held.monitor()
+        staged = held.stage(spec.target.path, spec.target.folder)
+        witness = spec.active and Witness(monitor, held.image(verdict.request.backing_file), spec.active)
+        _fill(monitor, staged, verdict, spec, witness)
+        apply_attributes(staged.file, spec.attributes)
+        os.fsync(staged.file.fd)
+        _read_back(staged, verdict, spec, monitor)
+        return verdict
+
+    def publish(self, _verdicts: t.Sequence[OverlayVerdict], held: Held, switch: t.Callable[[], None]) -> None:
+        """Put all new overlays into place, and the VM on them, or none."""
+        publish_together(held.staged, switch)
+
+
+def _fill(
+    monitor: Monitor, staged: StagedFile, verdict: OverlayVerdict, spec: BuildSpec, witness: Witness | None
+) -> None:
+    """Make the empty file the overlay of the verdict. What became of it must be read back."""
+    creation = verdict.request.creation
+    create_image(
+        monitor,
+        staged.file,
+        {
+            "size": verdict.virtual_size,
+            "backing-file": spec.backing_file,
+            "backing-fmt": verdict.request.backing_format,
+            "cluster-size": creation.cluster_size,
+            "extended-l2": creation.extended_l2,
+            "lazy-refcounts": creation.lazy_refcounts,
+            "refcount-bits": creation.refcount_bits,
+            "compression-type": creation.compression_type,
+        },
+    )
+    # QEMU opens ACTIVE while its monitor is still reading the bitmaps, so send all before the answers are awaited.
+    if witness is not None:
+        witness.ask()
     if verdict.bitmaps:
-        _send_bitmaps(monitor, verdict)
-    monitor.send("blockdev-del", {"node-name": _FILE})
-    if active is not None:
-        compare_bitmaps(monitor, active)
+        add_bitmaps(monitor, verdict.bitmaps)
+    close_file(monitor)
+    if witness is not None:
+        witness.compare()
     monitor.receive_rest(extra_seconds(len(verdict.bitmaps)))
 
 
-def _send_bitmaps(monitor: Monitor, verdict: Verdict) -> None:
-    """Have QEMU add the bitmaps in one transaction and store them, which happens when the node goes away."""
-    monitor.send("blockdev-add", {"driver": "qcow2", "node-name": _OVERLAY, "file": _FILE, "backing": None})
-    actions = [
-        {
-            "type": "block-dirty-bitmap-add",
-            "data": {"node": _OVERLAY, "name": bitmap.name, "granularity": bitmap.granularity, "persistent": True},
-        }
-        for bitmap in verdict.bitmaps
-    ]
-    monitor.send("transaction", {"actions": actions}, extra_seconds(len(actions)))
-    monitor.send("blockdev-del", {"node-name": _OVERLAY})
+def _read_back(staged: StagedFile, verdict: OverlayVerdict, spec: BuildSpec, monitor: Monitor) -> None:
+    """Refuse a finished overlay that is not what it was to be: no exit code tells that bitmaps were lost."""
+    wrong = overlay.verify(verdict, spec.backing_file, read_image(staged.file))
+    if not wrong:
+        return
+    words = monitor.stderr()
+    why = f"was not made as it should be and is not published: {'; '.join(wrong)}"
+    raise Refusal("not_verified", staged.path, why + (f". QEMU says: {words}" if words else ""), CHECK_STORAGE)

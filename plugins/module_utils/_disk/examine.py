@@ -1,17 +1,17 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Read and decide: everything about one disk, its chain, its bitmaps and what they are worth for backups."""
+# PRIVATE to this collection: may change at any time.
+"""Read and decide: everything about one chain, its images, their bitmaps, and what these are worth for backups."""
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import os
 import typing as t
 
-from .._base.errors import Qcow2Error, printable
-from .._base.files import close_image, open_image
+from .._base.errors import Refusal, printable, system_refusal
+from .._base.files import OpenImage, open_image
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer, walk_chain, why_unusable
 from .._qcow2.dirty import DirtyMap, counting_cost, dirty_bytes
@@ -23,9 +23,9 @@ from .bitmap_rules import Checkpoint, LayerBitmaps, judge_all
 MAX_BITMAPS_OF_CHAIN = 16384
 MAX_BITMAP_BYTES = 64 << 30  # of the bits of all bitmaps of one chain; each look at them takes seconds
 MAX_TABLE_ENTRIES = 1 << 22  # of all bitmap tables of one chain, which are held in memory
-MAX_COUNTED_BITS = 1 << 33  # of one disk; looking at more takes minutes
-_ATTEMPTS = 3  # at a disk that changes while its dirty bytes are counted
-_SHOWN_FAULTS = 10  # of one disk
+MAX_COUNTED_BITS = 1 << 33  # of one chain; looking at more takes minutes
+_ATTEMPTS = 3  # at a chain that changes while its dirty bytes are counted
+_SHOWN_FAULTS = 10  # of one chain
 _COMPAT = {2: "0.10", 3: "1.1"}  # as qemu-img names the versions
 
 
@@ -33,261 +33,297 @@ class ExaminedLayer(t.NamedTuple):
     """One image of the chain as it was read."""
 
     layer: Layer
-    fd: int
-    image: Image | None  # with its bitmaps; None when it is raw
-    in_use: bool
+    image: Image | None  # with its bitmaps; None if it is not qcow2
+    is_open_for_writing: bool
     actual_size: int  # bytes on its file system
-    maps: dict[str, DirtyMap]  # by the name of the bitmap; of those that hold what is stored
-    dirty: dict[str, int]  # bytes by the name of the bitmap, as far as they were counted
+    dirty: t.Mapping[str, int]  # bytes by the name of the bitmap, as far as they were counted
 
-    @property
+    def bitmaps(self) -> LayerBitmaps:
+        """Return what the rules about checkpoints need."""
+        return LayerBitmaps(
+            path=self.layer.path,
+            virtual_size=self.layer.virtual_size,
+            bitmaps={bitmap.name: bitmap for bitmap in self.image.bitmaps} if self.image else {},
+            is_open_for_writing=self.is_open_for_writing,
+            lost_bitmaps=self.image.lost_bitmaps if self.image else 0,
+        )
+
+    def as_result(self) -> dict[str, t.Any]:
+        """Return the image in the form in which the modules return it."""
+        layer, image = self.layer, self.image
+        result: dict[str, t.Any] = {
+            "path": layer.path,
+            "format": "qcow2" if image else layer.format or "raw",
+            "virtual_size": layer.virtual_size if image or layer.format in (None, "raw") else None,
+            "actual_size": self.actual_size,
+            "in_use": self.is_open_for_writing,
+            "cluster_size": image.cluster_size if image else None,
+            "compat": _COMPAT[image.version] if image else None,
+            "backing_file": image.backing_file if image else None,
+            "backing_format": image.backing_format if image else None,
+            "encrypted": image.encrypted if image else False,
+            "corrupt": image.corrupt if image else False,
+            "dirty": image.dirty if image else False,
+            "data_file": image.data_file if image else None,
+            "lost_bitmaps": image.lost_bitmaps if image else 0,
+        }
+        return {
+            **{key: printable(value) if isinstance(value, str) else value for key, value in result.items()},
+            "bitmaps": [self._bitmap_as_result(bitmap) for bitmap in image.bitmaps] if image else [],
+        }
+
+    def _bitmap_as_result(self, bitmap: Bitmap) -> dict[str, t.Any]:
+        return {
+            "name": printable(bitmap.name),
+            "granularity": bitmap.granularity,
+            "recording": bitmap.recording,
+            # While a process has the image open, every bitmap is marked in-use, whether it is damaged or not.
+            "inconsistent": None if self.is_open_for_writing else bitmap.inconsistent,
+            "persistent": True,
+            "dirty_bytes": self.dirty.get(bitmap.name),
+        }
+
+
+class ExaminedChain(t.NamedTuple):
+    """A chain as it was examined."""
+
+    path: str  # of the topmost image, as asked for
+    layers: tuple[ExaminedLayer, ...]  # top to base
+    is_complete: bool  # `layers` is the whole chain
+    checkpoints: tuple[Checkpoint, ...]
+    dirty: t.Mapping[str, int]  # bytes by the name of the checkpoint, as far as they were counted
+    problem: Refusal | None  # why not everything could be read
+    warning: str | None
+
+    def bitmaps(self) -> list[LayerBitmaps]:
+        """Return what the rules about checkpoints need, top to base."""
+        return [layer.bitmaps() for layer in self.layers]
+
+    def faults(self, name: str | None) -> list[Refusal]:
+        """Return why incremental backups are not possible, since the checkpoint `name`, or since any of them."""
+        invalid = [one for one in self.checkpoints if one.valid is False and name in (None, one.name)]
+        faults = [
+            Refusal(
+                "not_valid",
+                self.path,
+                f"checkpoint {one.name!r} is not valid ({one.problem} in {one.image})",
+                one.advice or "",
+            )
+            for one in invalid[:_SHOWN_FAULTS]
+        ]
+        if len(invalid) > _SHOWN_FAULTS:
+            why = f"{len(invalid) - _SHOWN_FAULTS} more checkpoints are not valid"
+            faults.append(Refusal("not_valid", self.path, why))
+        return [*faults, *self._absent(name)]
+
+    def _absent(self, name: str | None) -> list[Refusal]:
+        """Return why the checkpoint `name`, or any at all, is not in the chain although it should be."""
+        lost = sum(one.image.lost_bitmaps for one in self.layers if one.image)
+        if name is not None and all(one.name != name for one in self.checkpoints) and not self.problem:
+            why = f"no image of its chain has the checkpoint {name!r}"
+            return [Refusal("no_checkpoint", self.path, why, "Make a full backup with it.")]
+        if lost and not self.checkpoints:
+            why = f"its {lost} bitmaps are worthless, because a program that does not know bitmaps has written to it"
+            return [Refusal("lost_bitmaps", self.path, why, "Make a full backup with a new checkpoint.")]
+        return []
+
+    def as_result(self) -> dict[str, t.Any]:
+        """Return the chain in the form in which qcow2_info returns a disk."""
+        return {
+            "path": printable(self.path),
+            "in_use": self.layers[0].is_open_for_writing if self.layers else None,
+            "images": [layer.as_result() for layer in self.layers],
+            "checkpoints": [{**one.as_result(), "dirty_bytes": self.dirty.get(one.name)} for one in self.checkpoints],
+            **({"msg": str(self.problem), "code": self.problem.code} if self.problem else {}),
+        }
+
+
+def examine_chain(path: str, *, follow: bool, count: bool, image_format: str | None = None) -> ExaminedChain:
+    """Return everything about the chain with this topmost image; what is wrong there is in the answer.
+
+    :param follow: down to the base, not only the topmost image.
+    :param count: the dirty bytes too.
+    :param image_format: of the topmost image, where it is known.
+    """
+    attempts = _ATTEMPTS
+    while True:
+        attempts -= 1
+        with _Examination(path) as examination:
+            examination.read(follow=follow, image_format=image_format)
+            if count:
+                examination.count()
+            # A VM that starts and stops meanwhile moves its bitmaps, and the figures would be of nothing.
+            is_settled = not count or examination.is_unchanged()
+            if is_settled or not attempts:
+                return examination.result(with_figures=is_settled)
+
+
+class _OpenLayer:
+    """An image of the chain while it is open."""
+
+    def __init__(self, layer: Layer, file: OpenImage) -> None:
+        """Read the image in a moment when nobody is about to open or close it."""
+        self.layer = layer
+        self.file = file
+        self.image, self.is_open_for_writing = self._look()
+        self.maps: dict[str, DirtyMap] = {}  # by the name of the bitmap; of those that hold what is stored
+        self.dirty: dict[str, int] = {}  # bytes by the name of the bitmap
+
+    def _look(self) -> tuple[Image | None, bool]:
+        image, is_open = (None, False) if self.layer.image is None else read_settled(self.file)
+        return image, is_open or is_open_for_writing(self.file)
+
+    def is_unchanged(self) -> bool:
+        """Whether the image still is as it was read."""
+        return self.image is None or self._look() == (self.image, self.is_open_for_writing)
+
     def is_bottom(self) -> bool:
         """Whether nothing is below it, as far as that can be known: what other formats say is not read."""
         if self.image is not None:
             return self.image.backing_file is None
         return self.layer.format in (None, "raw")
 
-    def link(self) -> LayerBitmaps:
-        """Return what matters for the checkpoints."""
-        return LayerBitmaps(
-            path=self.layer.path,
-            virtual_size=self.layer.virtual_size,
-            bitmaps={bitmap.name: bitmap for bitmap in self.image.bitmaps} if self.image else {},
-            in_use=self.in_use,
-            lost_bitmaps=self.image.lost_bitmaps if self.image else 0,
-        )
-
-    def map_all(self) -> None:
-        """Map all bitmaps that hold what is stored, which checks their tables; Qcow2Error when one is damaged."""
-        if self.image is not None and not self.in_use:
+    def map_bitmaps(self) -> None:
+        """Map all bitmaps that hold what is stored, which checks their tables; Refusal if one is damaged."""
+        if self.image is not None and not self.is_open_for_writing:
             for bitmap, table in zip(self.image.bitmaps, self.image.bitmap_tables):
                 if not bitmap.inconsistent:
-                    self.maps[bitmap.name] = DirtyMap(self.fd, self.layer.path, self.image, bitmap, table)
+                    self.maps[bitmap.name] = DirtyMap(self.file, self.image, bitmap, table)
+
+    def examined(self, *, with_figures: bool = True) -> ExaminedLayer:
+        """Return the image as it was read, without anything that is open."""
+        return ExaminedLayer(
+            layer=self.layer,
+            image=self.image,
+            is_open_for_writing=self.is_open_for_writing,
+            actual_size=self.file.status().st_blocks * SECTOR,
+            dirty=self.dirty if with_figures else {},
+        )
+
+
+class _Examination:
+    """One attempt at a chain. The end of the block closes its images."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._held = contextlib.ExitStack()
+        self._layers: list[_OpenLayer] = []  # top to base
+        self._size = _Size()
+        self._is_complete = False
+        self._checkpoints: list[Checkpoint] = []
+        self._dirty: dict[str, int] = {}  # bytes by the name of the checkpoint
+        self._problem: Refusal | None = None
+        self._warning: str | None = None
+
+    def __enter__(self) -> _Examination:
+        return self
+
+    def __exit__(self, *exc: t.Any) -> None:
+        self._held.__exit__(*exc)
+
+    def read(self, *, follow: bool, image_format: str | None) -> None:
+        """Read the images, top to base, as far as that is possible, and judge the checkpoints."""
+        with self._problem_told():
+            if not os.path.isabs(self._path):
+                why = "is not an absolute path"
+                raise Refusal("bad_name", repr(self._path), why, "Give the full path of the topmost image.")
+            top = self._held.enter_context(open_image(self._path))
+            # The format of the topmost image is recorded nowhere; it decides only what is read and shown.
+            chain = walk_chain(top, image_format, with_bitmaps=False)
+            self._held.callback(chain.close)
+            for layer, file in chain:
+                self._add(layer, file)
+                if not follow:
+                    break
+            self._is_complete = self._layers[-1].is_bottom()
+        layers = [one.examined().bitmaps() for one in self._layers]
+        self._checkpoints = judge_all(layers, complete=self._is_complete)
+
+    def _add(self, layer: Layer, file: OpenImage) -> None:
+        """Add an image, with a descriptor of its own, since the walk closes the one that it has."""
+        new = _OpenLayer(layer, self._held.enter_context(OpenImage(layer.path, os.dup(file.fd))))
+        self._size.add(new)
+        self._layers.append(new)
+        new.map_bitmaps()
+        if new.image is not None and len(self._layers) == 1:
+            problems = why_unusable(layer.path, new.image)
+            if problems:
+                raise problems[0].with_note(" ".join(map(str, problems[1:])))
+
+    @contextlib.contextmanager
+    def _problem_told(self) -> t.Iterator[None]:
+        """Remember the first problem of the block instead of raising it."""
+        try:
+            yield
+        except Refusal as exc:
+            self._problem = self._problem or exc
+        except OSError as exc:
+            self._problem = self._problem or system_refusal(exc, self._path, "its chain cannot be read")
+
+    def count(self) -> None:
+        """Count the dirty bytes of each bitmap, and of each valid checkpoint, unless that would take too long."""
+        together = [self._maps_of(checkpoint.name) for checkpoint in self._checkpoints]
+        if 2 * sum(counting_cost(maps) for maps in together if maps) > MAX_COUNTED_BITS:
+            self._warning = f"{self._path}: has so many bits set in its bitmaps that dirty bytes are not counted."
+            return
+        with self._problem_told():
+            for one in self._layers:
+                for name, own in one.maps.items():
+                    one.dirty[name] = dirty_bytes([own], one.layer.virtual_size)
+            for checkpoint in self._checkpoints:
+                if checkpoint.valid:
+                    self._dirty[checkpoint.name] = self._dirty_bytes_since(checkpoint.name)
+
+    def _dirty_bytes_since(self, name: str) -> int:
+        """Return what the next backup since a valid checkpoint copies; of a single bitmap that was counted already."""
+        maps = self._maps_of(name)
+        top = self._layers[0]
+        return top.dirty[name] if len(maps) == 1 else dirty_bytes(maps, top.layer.virtual_size)
+
+    def _maps_of(self, name: str) -> list[DirtyMap]:
+        """Return the maps of the bitmaps of this name, top to base."""
+        return [one.maps[name] for one in self._layers if name in one.maps]
 
     def is_unchanged(self) -> bool:
-        """Whether the open image still is as it was read."""
-        if self.image is None:
-            return True
-        image, in_use = read_settled(self.fd, self.layer.path)
-        return (image, in_use or is_open_for_writing(self.fd, self.layer.path)) == (self.image, self.in_use)
+        """Whether all images still are as they were read."""
+        return all(one.is_unchanged() for one in self._layers)
+
+    def result(self, *, with_figures: bool) -> ExaminedChain:
+        """Return what was found, without the figures if they are of different moments."""
+        changing = f"{self._path}: is being changed again and again, so dirty bytes are not counted."
+        return ExaminedChain(
+            path=self._path,
+            layers=tuple(one.examined(with_figures=with_figures) for one in self._layers),
+            is_complete=self._is_complete,
+            checkpoints=tuple(self._checkpoints),
+            dirty=self._dirty if with_figures else {},
+            problem=self._problem,
+            warning=self._warning if with_figures else changing,
+        )
 
 
-class ExaminedChain(t.NamedTuple):
-    """A disk as it was examined."""
+class _Size:
+    """How many bitmaps the images of a chain have together, and how large they are."""
 
-    path: str  # as asked for
-    members: list[ExaminedLayer]  # top to base
-    is_complete: bool  # the members are the whole chain
-    checkpoints: list[Checkpoint]
-    dirty: dict[str, int]  # bytes by the name of the checkpoint, as far as they were counted
-    problem: str | None  # why not everything could be read
-    warning: str | None
+    def __init__(self) -> None:
+        self._bitmaps = 0
+        self._bytes = 0
+        self._entries = 0
 
-    @property
-    def links(self) -> list[LayerBitmaps]:
-        """What matters of the chain for a checkpoint."""
-        return [member.link() for member in self.members]
-
-    def faults(self, name: str | None) -> list[str]:
-        """Return why incremental backups are not possible, since this checkpoint or since any of them."""
-        invalid = [one for one in self.checkpoints if one.valid is False and name in (None, one.name)]
-        faults = [
-            f"{self.path}: checkpoint {one.name!r} is not valid ({one.problem} in {one.image}). {one.advice}"
-            for one in invalid[:_SHOWN_FAULTS]
-        ]
-        if len(invalid) > _SHOWN_FAULTS:
-            faults.append(f"{self.path}: {len(invalid) - _SHOWN_FAULTS} more checkpoints are not valid.")
-        lost = sum(member.image.lost_bitmaps for member in self.members if member.image)
-        if name is not None and all(one.name != name for one in self.checkpoints) and not self.problem:
-            faults.append(
-                f"{self.path}: no image of its chain has the checkpoint {name!r}. Make a full backup with it."
-            )
-        elif lost and not self.checkpoints:
-            faults.append(
-                f"{self.path}: its {lost} bitmaps are worthless, because a program that does not know bitmaps has "
-                "written to it. Make a full backup with a new checkpoint."
-            )
-        return [printable(fault) for fault in faults]
-
-    def as_result(self) -> dict[str, t.Any]:
-        """Return the disk as the module returns it."""
-        return {
-            "path": printable(self.path),
-            "in_use": self.members[0].in_use if self.members else None,
-            "images": [_image_as_result(member) for member in self.members],
-            "checkpoints": [{**one.as_result(), "dirty_bytes": self.dirty.get(one.name)} for one in self.checkpoints],
-            **({"msg": printable(self.problem)} if self.problem else {}),
-        }
-
-
-def examine_chain(path: str, follow: bool, count: bool, image_format: str | None = None) -> ExaminedChain:
-    """Return everything about the disk with this topmost image; what is wrong there is in the answer.
-
-    follow: down to the base, not only the topmost image. count: the dirty bytes too. image_format: of the topmost
-    image, where it is known.
-    """
-    for _attempt_number in range(_ATTEMPTS):
-        with contextlib.ExitStack() as held:
-            disk = _examine(path, follow, count, image_format, held)
-            # A VM that starts and stops meanwhile moves its bitmaps, and the figures would be of nothing.
-            if not count or all(member.is_unchanged() for member in disk.members):
-                return disk
-    for member in disk.members:
-        member.dirty.clear()
-    disk.dirty.clear()
-    return disk._replace(warning=f"{path}: is being changed again and again, so dirty bytes are not counted.")
-
-
-def _examine(
-    path: str, follow: bool, count: bool, image_format: str | None, held: contextlib.ExitStack
-) -> ExaminedChain:
-    """Return everything about the disk, with images that held closes."""
-    members: list[ExaminedLayer] = []
-    dirty: dict[str, int] = {}
-    warning: str | None = None
-    problem = _attempt(path, lambda: _read(path, follow, image_format, members, held))
-    complete = problem is None and members[-1].is_bottom
-    checkpoints = judge_all([member.link() for member in members], complete)
-    if count and _is_too_much(members, checkpoints):
-        warning = f"{path}: has so many bits set in its bitmaps that dirty bytes are not counted."
-    elif count:
-        counting_problem = _attempt(path, lambda: _count(members, checkpoints, dirty))
-        problem = problem or counting_problem
-    return ExaminedChain(path, members, complete, checkpoints, dirty, problem, warning)
-
-
-def _attempt(path: str, step: t.Callable[[], None]) -> str | None:
-    """Return why a step failed, or None."""
-    try:
-        step()
-    except Qcow2Error as exc:
-        return str(exc)
-    except OSError as exc:
-        return f"{path}: its chain cannot be read: {exc.strerror}. Check its storage and its permissions."
-    return None
-
-
-def _read(
-    path: str, follow: bool, image_format: str | None, members: list[ExaminedLayer], held: contextlib.ExitStack
-) -> None:
-    """Add the images of the chain to members, top to base, with descriptors that held closes."""
-    if not os.path.isabs(path):
-        raise Qcow2Error(f"{path!r}: is not an absolute path. Give the full path of the topmost image.")
-    top = open_image(path)
-    held.callback(close_image, top)
-    # Without a definition the format of the topmost image is recorded nowhere; it decides only what is read and shown.
-    chain = walk_chain(top, path, image_format, with_bitmaps=False)
-    held.callback(chain.close)
-    totals: collections.Counter[str] = collections.Counter()
-    for layer, fd in chain:
-        own = os.dup(fd)
-        held.callback(close_image, own)
-        member = _member(layer, own)
-        _add_up(member, totals)
-        members.append(member)
-        member.map_all()
-        if member.image is not None and member is members[0]:
-            _check_usable(member.image, layer.path)
-        if not follow:
-            break
-
-
-def _add_up(member: ExaminedLayer, totals: collections.Counter[str]) -> None:
-    """Add an image to the totals of its chain; raise when that has more bitmaps, or larger, than can be handled."""
-    image = member.image
-    if image is None:
-        return
-    totals["bitmaps"] += len(image.bitmaps)
-    totals["bytes"] += sum(bitmap.data_bytes(image.virtual_size) for bitmap in image.bitmaps)
-    totals["entries"] += sum(table.entries for table in image.bitmap_tables)
-    if totals["bitmaps"] > MAX_BITMAPS_OF_CHAIN:
-        problem = f"has more than {MAX_BITMAPS_OF_CHAIN}, too many to report"
-    elif totals["bytes"] > MAX_BITMAP_BYTES or totals["entries"] > MAX_TABLE_ENTRIES:
-        problem = f"has {totals['bytes'] >> 20} MiB of them in {totals['entries']} clusters, too much to be looked at"
-    else:
-        return
-    raise Qcow2Error(
-        f"{member.layer.path}: with its bitmaps the chain {problem}. Remove those that no backup needs with "
-        "'qemu-img bitmap --remove'."
-    )
-
-
-def _check_usable(image: Image, path: str) -> None:
-    """Raise when no VM can start on the topmost image, whatever its bitmaps are."""
-    problems = why_unusable(path, image)
-    if problems:
-        raise Qcow2Error(" ".join(problems))
-
-
-def _member(layer: Layer, fd: int) -> ExaminedLayer:
-    """Return an open image with its bitmaps, from a moment when nobody is about to open or close it."""
-    image, in_use = (None, False) if layer.image is None else read_settled(fd, layer.path)
-    actual_size = os.fstat(fd).st_blocks * SECTOR
-    return ExaminedLayer(layer, fd, image, in_use or is_open_for_writing(fd, layer.path), actual_size, {}, {})
-
-
-def _maps_of(name: str, members: t.Sequence[ExaminedLayer]) -> list[DirtyMap]:
-    """Return the maps of the bitmaps of this name, top to base."""
-    return [member.maps[name] for member in members if name in member.maps]
-
-
-def _is_too_much(members: t.Sequence[ExaminedLayer], checkpoints: t.Sequence[Checkpoint]) -> bool:
-    """Whether counting would take too long: each bitmap by itself, and the bitmaps of each name together."""
-    maps = filter(None, (_maps_of(checkpoint.name, members) for checkpoint in checkpoints))
-    return 2 * sum(map(counting_cost, maps)) > MAX_COUNTED_BITS
-
-
-def _count(members: t.Sequence[ExaminedLayer], checkpoints: t.Sequence[Checkpoint], dirty: dict[str, int]) -> None:
-    """Count the dirty bytes of each bitmap, and of each valid checkpoint into dirty."""
-    for member in members:
-        for name, own in member.maps.items():
-            member.dirty[name] = dirty_bytes([own], member.layer.virtual_size)
-    for checkpoint in checkpoints:
-        if checkpoint.valid:
-            name = checkpoint.name
-            maps = _maps_of(name, members)
-            is_one = len(maps) == 1
-            dirty[name] = members[0].dirty[name] if is_one else dirty_bytes(maps, members[0].layer.virtual_size)
-
-
-def _image_as_result(member: ExaminedLayer) -> dict[str, t.Any]:
-    """Return an image as the module returns it."""
-    image = member.image
-    result: dict[str, t.Any] = {
-        "path": member.layer.path,
-        "format": "qcow2" if image else member.layer.format or "raw",
-        "virtual_size": member.layer.virtual_size if image or member.layer.format in (None, "raw") else None,
-        "actual_size": member.actual_size,
-        "in_use": member.in_use,
-        "cluster_size": image.cluster_size if image else None,
-        "compat": _COMPAT[image.version] if image else None,
-        "backing_file": image.backing_file if image else None,
-        "backing_format": image.backing_format if image else None,
-        "encrypted": image.encrypted if image else False,
-        "corrupt": image.corrupt if image else False,
-        "dirty": image.dirty if image else False,
-        "data_file": image.data_file if image else None,
-        "lost_bitmaps": image.lost_bitmaps if image else 0,
-    }
-    return {
-        **{key: _printable(value) for key, value in result.items()},
-        "bitmaps": [_bitmap_as_result(member, bitmap) for bitmap in image.bitmaps] if image else [],
-    }
-
-
-def _bitmap_as_result(member: ExaminedLayer, bitmap: Bitmap) -> dict[str, t.Any]:
-    """Return a bitmap of an image as the module returns it."""
-    return {
-        "name": printable(bitmap.name),
-        "granularity": bitmap.granularity,
-        "recording": bitmap.recording,
-        # While a process has the image open, every bitmap is marked in-use, whether it is damaged or not.
-        "inconsistent": None if member.in_use else bitmap.inconsistent,
-        "persistent": True,
-        "dirty_bytes": member.dirty.get(bitmap.name),
-    }
-
-
-def _printable(value: t.Any) -> t.Any:
-    """Return a value such that Ansible takes it."""
-    return printable(value) if isinstance(value, str) else value
+    def add(self, layer: _OpenLayer) -> None:
+        """Add an image; Refusal if the chain has more bitmaps now, or larger ones, than can be handled."""
+        image = layer.image
+        if image is None:
+            return
+        self._bitmaps += len(image.bitmaps)
+        self._bytes += sum(bitmap.data_bytes(image.virtual_size) for bitmap in image.bitmaps)
+        self._entries += sum(table.entries for table in image.bitmap_tables)
+        if self._bitmaps > MAX_BITMAPS_OF_CHAIN:
+            problem = f"has more than {MAX_BITMAPS_OF_CHAIN}, too many to report"
+        elif self._bytes > MAX_BITMAP_BYTES or self._entries > MAX_TABLE_ENTRIES:
+            problem = f"has {self._bytes >> 20} MiB of them in {self._entries} clusters, too much to be looked at"
+        else:
+            return
+        why = f"with its bitmaps the chain {problem}"
+        remedy = "Remove those that no backup needs with 'qemu-img bitmap --remove'."
+        raise Refusal("too_many_bitmaps", layer.layer.path, why, remedy)

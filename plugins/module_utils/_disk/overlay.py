@@ -1,9 +1,10 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change at any time.
 """Decide: what each overlay must be, whether what is there already is that, and why something is refused.
 
-Pure: values in, verdicts out. The same verdicts feed the prediction of check mode, the diff and the result.
+Pure: values in, verdicts out. build.py acts on them.
 """
 
 from __future__ import annotations
@@ -13,104 +14,223 @@ import os
 import sys
 import typing as t
 
+from .._base.attributes import Attributes
+from .._base.errors import Refusal
+from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import MAX_LAYERS, has_protocol, why_unusable
 from .._qcow2.header import MAX_BACKING_FILE_NAME, MAX_L1_TABLE, l1_bytes
 from .._qcow2.image import Image
 from .._qemu.locks import below_running_vm, in_use
-from .bitmap_rules import bitmap_drift, bitmap_problems, is_expressible, names_of
-from .observe import ObservedChain, Target
-from .verdict import CREATED, PRESENT, OverlayRequest, SkippedBitmap, Verdict
+from .bitmap_rules import bitmap_drift, bitmap_problems, carries_over, is_expressible, names_of
+from .observe import DEVICE, FOLDER, OTHER_FILE, ObservedChain, Target
+from .verdict import CREATED, FAILED, PRESENT, Need, problem_fields
 
 _HEADER_ROOM = 168  # bytes that an overlay's header and extensions take, beside the name of the backing file
+_SMALLEST_BLOCK = 4096  # bytes of a file system
+# Why nothing can be made, and the way out, by what stands at the place.
+_OCCUPIED = {
+    FOLDER: ("names a folder", "Give the full name of the overlay's file."),
+    DEVICE: (
+        "is a block device. An overlay on a block device is not supported yet (ACTIVE may be on one)",
+        "Give the name of a file.",
+    ),
+    OTHER_FILE: (
+        "exists already and is not a qcow2 image. Nothing is ever replaced",
+        "Remove it, or choose another path.",
+    ),
+}
 
 
-def request_problems(wanted: OverlayRequest) -> list[str]:
+class Creation(t.NamedTuple):
+    """How a new overlay is laid out; the names are those of qemu-img create -o."""
+
+    cluster_size: int = 65536  # bytes
+    extended_l2: bool = False
+    lazy_refcounts: bool = False
+    refcount_bits: int = 16
+    compression_type: str = "zlib"
+
+
+class OverlayRequest(t.NamedTuple):
+    """One overlay as it was asked for."""
+
+    path: str
+    backing_file: str
+    backing_format: str = "qcow2"
+    vm: str | None = None
+    relative: bool = False
+    creation: Creation = Creation()
+    must_be_fresh: bool = False  # the VM is not on it yet, so one that exists already must hold no data
+
+
+class SkippedBitmap(t.NamedTuple):
+    """A bitmap of ACTIVE that the overlay does not go on recording."""
+
+    name: str
+    granularity: int  # bytes
+    reason: str  # disabled or inconsistent
+
+
+class BuildSpec(t.NamedTuple):
+    """How a new overlay is to be made."""
+
+    target: Target
+    backing_file: str  # as the overlay records it
+    attributes: Attributes
+    active: Image | None  # None if it is raw
+
+
+class OverlayVerdict(t.NamedTuple):
+    """What is to become, or became, of one overlay."""
+
+    request: OverlayRequest
+    state: str  # created, present or failed
+    problems: tuple[Refusal, ...] = ()
+    warnings: tuple[str, ...] = ()
+    virtual_size: int | None = None  # bytes
+    bitmaps: tuple[Bitmap, ...] = ()
+    skipped: tuple[SkippedBitmap, ...] = ()
+    need: Need | None = None
+    spec: BuildSpec | None = None  # of one that is to be created
+
+    @property
+    def changed(self) -> bool:
+        """Whether it is to be made, or was made."""
+        return self.state == CREATED
+
+    def failed(self, *problems: Refusal) -> OverlayVerdict:
+        """Return this verdict as a failure, with these problems beside those that it has."""
+        return OverlayVerdict(self.request, FAILED, (*self.problems, *problems), self.warnings)
+
+    def as_result(self) -> dict[str, t.Any]:
+        """Return the verdict in the form in which the module returns it."""
+        return {
+            "path": self.request.path,
+            "backing_file": self.request.backing_file,
+            "backing_format": self.request.backing_format,
+            "virtual_size": self.virtual_size,
+            "state": self.state,
+            "bitmaps": [{"name": b.name, "granularity": b.granularity} for b in self.bitmaps],
+            "skipped_bitmaps": [b._asdict() for b in self.skipped],
+            **problem_fields(self.problems),
+        }
+
+    def as_diff(self) -> tuple[t.Any, t.Any]:
+        """Return what a diff shows: nothing before, the new overlay after."""
+        after = {
+            "backing_file": self.request.backing_file,
+            "backing_format": self.request.backing_format,
+            "virtual_size": self.virtual_size,
+            "bitmaps": {bitmap.name: bitmap.granularity for bitmap in self.bitmaps},
+        }
+        return None, after
+
+
+def request_problems(request: OverlayRequest) -> list[Refusal]:
     """Return what is wrong with a request whatever the host looks like."""
     problems = []
-    for option, path in (("path", wanted.path), ("backing_file", wanted.backing_file)):
+    for option, path in (("path", request.path), ("backing_file", request.backing_file)):
         if not path.startswith("/"):
-            problems.append(f"{path or repr(path)}: {option} must be an absolute path, one that begins with a slash.")
+            why = f"{option} must be an absolute path, one that begins with a slash"
+            problems.append(Refusal("bad_name", path or repr(path), why))
         if "\0" in path:
-            problems.append(f"{path!r}: {option} has a NUL byte in it, which no file name can have. Correct it.")
+            why = f"{option} has a NUL byte in it, which no file name can have"
+            problems.append(Refusal("bad_name", repr(path), why, "Correct it."))
         elif not is_expressible(path):
-            problems.append(
-                f"{path!r}: {option} is not UTF-8, or has code points that are no characters, so Ansible or QEMU's "
-                "monitor cannot be given it. Rename the file."
+            why = (
+                f"{option} is not UTF-8, or has code points that are no characters, so Ansible or QEMU's monitor "
+                "cannot be given it"
             )
+            problems.append(Refusal("bad_name", repr(path), why, "Rename the file."))
         elif not path.isascii() and sys.getfilesystemencoding() != "utf-8":
-            problems.append(f"{path!r}: {option} is not ASCII, and the locale is not UTF-8. Set LC_ALL=C.UTF-8.")
-    return problems + _creation_problems(wanted)
+            why = f"{option} is not ASCII, and the locale is not UTF-8"
+            problems.append(Refusal("bad_name", repr(path), why, "Set LC_ALL=C.UTF-8."))
+    return problems + _creation_problems(request)
 
 
-def _creation_problems(wanted: OverlayRequest) -> list[str]:
+def _creation_problems(request: OverlayRequest) -> list[Refusal]:
     """Return what QEMU would refuse about the creation options."""
-    creation = wanted.creation
-    problems = []
-    if not _is_power_of_two(creation.cluster_size, 512, 2 * 1024 * 1024):
-        problems.append(f"{wanted.path}: cluster_size must be a power of two from 512 to 2M bytes.")
-    if not _is_power_of_two(creation.refcount_bits, 1, 64):
-        problems.append(f"{wanted.path}: refcount_bits must be a power of two from 1 to 64.")
-    if creation.extended_l2 and creation.cluster_size < 16384:
-        problems.append(f"{wanted.path}: extended_l2 needs a cluster_size of at least 16K.")
-    return problems
+    creation = request.creation
+    rules = {
+        "cluster_size must be a power of two from 512 to 2M bytes": _is_power_of_two(
+            creation.cluster_size, 512, 1 << 21
+        ),
+        "refcount_bits must be a power of two from 1 to 64": _is_power_of_two(creation.refcount_bits, 1, 64),
+        "extended_l2 needs a cluster_size of at least 16K": not creation.extended_l2 or creation.cluster_size >= 16384,
+    }
+    return [Refusal("bad_option", request.path, rule) for rule, holds in rules.items() if not holds]
 
 
-def repeated_problems(targets: t.Sequence[str], actives: t.Sequence[str]) -> list[str | None]:
-    """Return for each of the resolved overlay paths of one call what is wrong with it beside the others."""
-    problems: list[str | None] = []
+def conflicts(targets: t.Sequence[str], actives: t.Sequence[str]) -> list[Refusal | None]:
+    """Return for each overlay of one call what is wrong with it beside the others; all paths are resolved."""
+    problems: list[Refusal | None] = []
     times, lower = collections.Counter(targets), collections.Counter(actives)
     for path, active in zip(targets, actives):
         if times[path] > 1:
-            problems.append(f"{path}: is asked for more than once in this call, perhaps through a symlink.")
-        elif lower[path] > (path == active):  # an item of which it is the own ACTIVE is another matter
-            problems.append(
-                f"{path}: is the overlay of one item of this call and the backing file of another. Make one per "
-                "call, the lower one first."
-            )
+            why = "is asked for more than once in this call, perhaps through a symlink"
+            problems.append(Refusal("repeated", path, why, "Name it once."))
+        elif lower[path] > (path == active):  # an overlay that is its own ACTIVE is another matter
+            why = "is the overlay of one item of this call and the backing file of another"
+            problems.append(Refusal("repeated", path, why, "Make one per call, the lower one first."))
         else:
             problems.append(None)
     return problems
 
 
-def recorded_backing_file(wanted: OverlayRequest, active: ObservedChain, target: Target) -> str:
+def recorded_backing_file(request: OverlayRequest, active: ObservedChain, target: Target) -> str:
     """Return the name under which the overlay records ACTIVE."""
-    if not wanted.relative:
-        return wanted.backing_file
-    name = os.path.relpath(active.chain[0].real_path, target.folder)
+    if not request.relative:
+        return request.backing_file
+    name = os.path.relpath(active.layers[0].real_path, target.folder)
     return f"./{name}" if has_protocol(name) else name
 
 
-def decide(wanted: OverlayRequest, active: ObservedChain, target: Target) -> Verdict:
+def decide(request: OverlayRequest, active: ObservedChain, target: Target) -> OverlayVerdict:
     """Return what must become of one overlay: it is to be created, is present already, or is refused."""
-    problems = [*_active_problems(active), *_place_problems(wanted, active, target)]
+    problems = [*_active_problems(active), *_place_problems(request, active, target)]
     if not problems and target.image is None:
-        problems = _new_problems(wanted, active, target)
+        problems = _new_problems(request, active, target)
     elif not problems and target.image is not None:
-        problems = _drift_problems(wanted, active, target, target.image)
-    return _promise(wanted, active, target).with_problems(problems)
+        problems = _drift_problems(request, active, target, target.image)
+    promise = _promise(request, active, target)
+    return promise.failed(*problems) if problems else promise
 
 
-def _promise(wanted: OverlayRequest, active: ObservedChain, target: Target) -> Verdict:
+def _promise(request: OverlayRequest, active: ObservedChain, target: Target) -> OverlayVerdict:
     """Return the verdict for the case that nothing is wrong."""
     own = active.image.bitmaps if active.image else ()
-    carried = tuple(bitmap for bitmap in own if bitmap.carries_over)
+    carried = tuple(bitmap for bitmap in own if carries_over(bitmap))
     skipped = tuple(
         SkippedBitmap(b.name, b.granularity, "inconsistent" if b.inconsistent else "disabled")
         for b in own
-        if not b.carries_over
+        if not carries_over(b)
     )
     warnings = _active_warnings(active)
     if target.image is None:
-        return Verdict(wanted, CREATED, (), active.virtual_size, carried, skipped, tuple(warnings))
+        verdict = OverlayVerdict(
+            request=request,
+            state=CREATED,
+            warnings=tuple(warnings),
+            virtual_size=active.virtual_size,
+            bitmaps=carried,
+            skipped=skipped,
+        )
+        return verdict._replace(need=_need(verdict, target))
     there = {bitmap.name: bitmap for bitmap in target.image.bitmaps}
-    present = tuple(there[bitmap.name] for bitmap in carried if bitmap.name in there)
     warnings += [
         f"{target.path}: bitmap {b.name!r} has a granularity of {there[b.name].granularity} bytes, in "
         f"ACTIVE it has {b.granularity}. Backups stay right; they copy in steps of the coarser one."
         for b in carried
         if b.name in there and there[b.name].granularity != b.granularity
     ]
-    return Verdict(wanted, PRESENT, (), target.image.virtual_size, present, skipped, tuple(warnings))
+    return OverlayVerdict(
+        request=request,
+        state=PRESENT,
+        warnings=tuple(warnings),
+        virtual_size=target.image.virtual_size,
+        bitmaps=tuple(there[bitmap.name] for bitmap in carried if bitmap.name in there),
+        skipped=skipped,
+    )
 
 
 def _active_warnings(active: ObservedChain) -> list[str]:
@@ -129,92 +249,96 @@ def _active_warnings(active: ObservedChain) -> list[str]:
     return warnings
 
 
-def _active_problems(active: ObservedChain) -> list[str]:
+def _active_problems(active: ObservedChain) -> list[Refusal]:
     """Return why nothing can be put on top of this ACTIVE."""
-    problems = []
-    if active.open_for_writing:
-        problems.append(str(in_use(active.path)))
+    problems = [in_use(active.path)] if active.is_open_for_writing else []
     image = active.image
     if image is None:
         return problems
     if image.encrypted:
-        problems.append(
-            f"{active.path}: is encrypted. An overlay would hold the guest's new data in plain text; not supported."
-        )
-    problems += why_unusable(active.path, image)
-    return problems + bitmap_problems(active, image)
+        why = "is encrypted. An overlay would hold the guest's new data in plain text; not supported"
+        problems.append(Refusal("encrypted", active.path, why))
+    return [*problems, *why_unusable(active.path, image), *bitmap_problems(active.path, image)]
 
 
-def _place_problems(wanted: OverlayRequest, active: ObservedChain, target: Target) -> list[str]:
+def _place_problems(request: OverlayRequest, active: ObservedChain, target: Target) -> list[Refusal]:
     """Return why no overlay of this ACTIVE can stand at this place."""
     if target.problem is not None:
         return [target.problem]
-    for depth, layer in enumerate(active.chain):
+    if target.stands not in _OCCUPIED:
+        return _self_problems(request, active, target)
+    return [Refusal("occupied", target.path, *_OCCUPIED[target.stands])]
+
+
+def _self_problems(request: OverlayRequest, active: ObservedChain, target: Target) -> list[Refusal]:
+    """Return why the overlay would back itself."""
+    for depth, layer in enumerate(active.layers):
         if target.path == layer.real_path or (target.identity is not None and target.identity == layer.identity):
             if depth == 0:
-                return [f"{wanted.path}: is ACTIVE itself. An overlay needs a name of its own."]
-            return [
-                f"{wanted.path}: is part of the backing chain of {active.path}, so the overlay would back itself. "
-                "Choose another path."
-            ]
+                return [
+                    Refusal("backs_itself", request.path, "is ACTIVE itself", "An overlay needs a name of its own.")
+                ]
+            why = f"is part of the backing chain of {active.path}, so the overlay would back itself"
+            return [Refusal("backs_itself", request.path, why, "Choose another path.")]
     return []
 
 
-def _new_problems(wanted: OverlayRequest, active: ObservedChain, target: Target) -> list[str]:
+def _new_problems(request: OverlayRequest, active: ObservedChain, target: Target) -> list[Refusal]:
     """Return why this overlay cannot be made where nothing stands yet."""
     problems = []
-    if len(active.chain) >= MAX_LAYERS:
-        problems.append(
-            f"{wanted.path}: its backing chain would have more than {MAX_LAYERS} images. Merge some with "
-            "'qemu-img commit'."
-        )
+    if len(active.layers) >= MAX_LAYERS:
+        why = f"its backing chain would have more than {MAX_LAYERS} images"
+        problems.append(Refusal("chain_too_long", request.path, why, "Merge some with 'qemu-img commit'."))
     if active.below_running_vm and active.is_recording:
-        problems.append(str(below_running_vm(active.path)))
-    if wanted.relative and active.chain[0].is_device:
-        problems.append(
-            f"{active.path}: is a block device, whose name relative to a folder may be another disk's after the next "
-            "start. Leave out relative."
-        )
-    name = recorded_backing_file(wanted, active, target)
-    if len(os.fsencode(name)) > MAX_BACKING_FILE_NAME:
-        problems.append(f"{name}: is longer than the {MAX_BACKING_FILE_NAME} bytes that qcow2 records. Shorten it.")
-    elif len(os.fsencode(name)) + _HEADER_ROOM > wanted.creation.cluster_size:
-        problems.append(
-            f"{name}: does not fit into a header of {wanted.creation.cluster_size} bytes. Use a larger cluster_size."
-        )
-    if l1_bytes(active.virtual_size, wanted.creation.cluster_size, wanted.creation.extended_l2) > MAX_L1_TABLE:
-        problems.append(
-            f"{wanted.path}: ACTIVE's {active.virtual_size} bytes are too many for a cluster_size of "
-            f"{wanted.creation.cluster_size}. Use a larger cluster_size."
-        )
+        problems.append(below_running_vm(active.path))
+    if request.relative and active.layers[0].is_device:
+        why = "is a block device, whose name relative to a folder may be another disk's after the next start"
+        problems.append(Refusal("relative_device", active.path, why, "Leave out relative."))
+    return [*problems, *_layout_problems(request, active, recorded_backing_file(request, active, target))]
+
+
+def _layout_problems(request: OverlayRequest, active: ObservedChain, backing_file: str) -> list[Refusal]:
+    """Return what does not fit into a header, or an L1 table, of the layout that was asked for."""
+    problems = []
+    cluster_size, name_bytes = request.creation.cluster_size, len(os.fsencode(backing_file))
+    if name_bytes > MAX_BACKING_FILE_NAME:
+        why = f"is longer than the {MAX_BACKING_FILE_NAME} bytes that qcow2 records"
+        problems.append(Refusal("name_too_long", backing_file, why, "Shorten it."))
+    elif name_bytes + _HEADER_ROOM > cluster_size:
+        why = f"does not fit into a header of {cluster_size} bytes"
+        problems.append(Refusal("cluster_too_small", backing_file, why, "Use a larger cluster_size."))
+    if l1_bytes(active.virtual_size, cluster_size, request.creation.extended_l2) > MAX_L1_TABLE:
+        why = f"ACTIVE's {active.virtual_size} bytes are too many for a cluster_size of {cluster_size}"
+        problems.append(Refusal("cluster_too_small", request.path, why, "Use a larger cluster_size."))
     return problems
 
 
-def _drift_problems(wanted: OverlayRequest, active: ObservedChain, target: Target, image: Image) -> list[str]:
+def _drift_problems(request: OverlayRequest, active: ObservedChain, target: Target, image: Image) -> list[Refusal]:
     """Return how the image that stands there differs from the overlay that was asked for."""
     drift = []
-    if target.backing_path != active.chain[0].real_path and target.backing_identity != active.chain[0].identity:
-        drift.append(f"its backing file is {target.backing_path or 'none'}, not {active.chain[0].real_path}")
-    elif image.backing_format != wanted.backing_format:
-        drift.append(f"it records the backing format {image.backing_format or 'none'}, not {wanted.backing_format}")
+    if target.backing_path != active.layers[0].real_path and target.backing_identity != active.layers[0].identity:
+        drift.append(f"its backing file is {target.backing_path or 'none'}, not {active.layers[0].real_path}")
+    elif image.backing_format != request.backing_format:
+        drift.append(f"it records the backing format {image.backing_format or 'none'}, not {request.backing_format}")
     if image.virtual_size < active.virtual_size:
         drift.append(f"its virtual size is {image.virtual_size}, smaller than ACTIVE's {active.virtual_size}")
     if image.corrupt:
         drift.append("it is marked corrupt")
-    if wanted.must_be_fresh:
+    if request.must_be_fresh:
         drift += _signs_of_use(active, target, image)
-    drift += bitmap_drift(active, image, target.open_for_writing)
+    drift += bitmap_drift(active.image, image, is_open=target.is_open_for_writing)
     if not drift:
         return []
-    return [
-        f"{wanted.path}: exists already, but is not the overlay that was asked for: {'; '.join(drift)}. Nothing was "
-        "changed. If the VM has never run on it, remove it and run this again; a bitmap cannot be added later without "
-        "losing what was written before, so if the VM has run on it, make a full backup."
-    ]
+    # A bitmap cannot be added later: what was written before would be missing in it.
+    remedy = "If no VM has run on it, remove it and run again; otherwise make a full backup."
+    return [Refusal("differs", request.path, f"exists and differs: {'; '.join(drift)}", remedy)]
 
 
 def _signs_of_use(active: ObservedChain, target: Target, image: Image) -> list[str]:
-    """Return why an overlay that exists already is none that was just made, for a VM that is not on it yet."""
+    """Return the signs that a VM has run on this existing overlay.
+
+    Then it must not be taken for one that an interrupted run left fresh.
+    """
     own = {bitmap.name for bitmap in active.image.bitmaps} if active.image else set()
     foreign = [bitmap for bitmap in image.bitmaps if bitmap.name not in own]
     signs = []
@@ -224,7 +348,7 @@ def _signs_of_use(active: ObservedChain, target: Target, image: Image) -> list[s
         signs.append(
             f"it has the bitmap {names_of(foreign)}, made while a VM ran on it, and would lack what came after"
         )
-    if target.open_for_writing:
+    if target.is_open_for_writing:
         signs.append("a process has it open for writing, most likely another VM")
     if image.virtual_size != active.virtual_size:
         signs.append(f"its virtual size is {image.virtual_size}, not ACTIVE's {active.virtual_size}")
@@ -233,29 +357,46 @@ def _signs_of_use(active: ObservedChain, target: Target, image: Image) -> list[s
     return signs
 
 
-def verify(verdict: Verdict, backing_file: str, image: Image) -> list[str]:
-    """Return how a finished overlay, as read back, differs from what it was to be; nothing when it is right."""
-    creation = verdict.wanted.creation
+def verify(verdict: OverlayVerdict, backing_file: str, image: Image) -> list[str]:
+    """Return how a finished overlay, as read back, differs from what it was to be; nothing if it is right."""
     expected = {
         "version": 3,
         "virtual_size": verdict.virtual_size,
         "backing_file": backing_file,
-        "backing_format": verdict.wanted.backing_format,
+        "backing_format": verdict.request.backing_format,
         "encrypted": False,
         "dirty": False,
         "corrupt": False,
         "has_data_file": False,
         "lost_bitmaps": 0,
-        **creation._asdict(),
+        **verdict.request.creation._asdict(),
     }
-    wrong = [f"{name} is {getattr(image, name)!r}, not {value!r}" for name, value in expected.items()
-             if getattr(image, name) != value]  # fmt: skip
+    found = {name: getattr(image, name) for name in expected}
+    wrong = [f"{name} is {found[name]!r}, not {value!r}" for name, value in expected.items() if found[name] != value]
     there, wanted = set(image.bitmaps), set(verdict.bitmaps)
     if wanted - there:
         wrong.append(f"the bitmap {names_of(sorted(wanted - there))} is missing or different")
     if there - wanted:
         wrong.append(f"there is an unexpected bitmap {names_of(sorted(there - wanted))}")
     return wrong
+
+
+def _need(verdict: OverlayVerdict, target: Target) -> Need | None:
+    """Return the space that a new overlay takes; None if its file system does not say how much it has."""
+    if target.free_bytes is None:
+        return None
+    return Need(target.device, target.folder, needed_bytes(verdict), target.free_bytes)
+
+
+def needed_bytes(verdict: OverlayVerdict) -> int:
+    """Return how many bytes the new overlay takes on disk at least, where blocks are of 4 KiB or larger."""
+    creation, size = verdict.request.creation, verdict.virtual_size or 0
+    # Header, refcount table, one refcount block, L1 table.
+    needed = 3 * creation.cluster_size + l1_bytes(size, creation.cluster_size, creation.extended_l2)
+    for bitmap in verdict.bitmaps:
+        entries = -(-bitmap.data_bytes(size) // creation.cluster_size)
+        needed += max(entries * 8, min(_SMALLEST_BLOCK, creation.cluster_size))
+    return needed
 
 
 def _is_power_of_two(number: int, low: int, high: int) -> bool:

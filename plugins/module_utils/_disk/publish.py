@@ -1,10 +1,11 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change at any time.
 """Publish: temporary files beside their place, then all of them put into place, or none.
 
-Everything is done through open descriptors of the folder and of the file, so that in a folder that others may write
-to nobody can slip us another file.
+Do everything through open descriptors of the folder and of the file, so that in a folder that others may write to
+nobody can slip in another file.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ import secrets
 import stat
 import typing as t
 
-from .._base.errors import CHECK_STORAGE, Qcow2Error, UnknownOutcomeError
-from .._base.files import close_image, open_folder
+from .._base.errors import CHECK_STORAGE, Refusal, UnknownOutcomeError
+from .._base.files import OpenImage, close, open_folder
 from .._qemu import locks
-from .observe import Target
 
-_PREFIX = ".qcow2_overlay-"
+_PREFIX = ".kvmfleet-"
+_PREFIXES = (_PREFIX, ".qcow2_overlay-")  # the second is of version 0.1
 _SUFFIX = ".tmp"
 _MOST_TRIES = 100  # more runs than that do not collide in one folder
 _RENAME_NOREPLACE = 1
@@ -30,19 +31,17 @@ _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, er
 
 
 class StagedFile:
-    """A file of ours beside its place, not yet published; gone again when the block ends without publishing."""
+    """A file of ours beside its place, not yet published; it goes when the block ends without publishing."""
 
-    def __init__(self, target: Target) -> None:
-        """Create the empty file, readable and writable for us alone."""
-        self.target = target
-        self.folder_fd, folder = _open_to_list(target.folder)
+    def __init__(self, path: str, folder: str) -> None:
+        """Create the empty file, readable and writable for us alone. Both paths are resolved; `path` is its place."""
+        self.folder = folder
+        self.folder_fd, real = _open_to_list(folder)
         try:
-            if folder != target.folder:
-                raise Qcow2Error(
-                    f"{target.path}: its folder was replaced by a symlink while the overlay was being made. Find out "
-                    "by whom, then run this again."
-                )
-            self.name, self.fd = _new_file(self.folder_fd, target.folder)
+            if real != folder:
+                why = "its folder was replaced by a symlink meanwhile"
+                raise Refusal("changed_meanwhile", path, why, "Find out by whom, then run this again.")
+            self.name, self.file = _new_file(self.folder_fd, folder, path)
         except BaseException:
             os.close(self.folder_fd)
             raise
@@ -53,48 +52,47 @@ class StagedFile:
     def __exit__(self, *_exc: object) -> None:
         with contextlib.suppress(OSError):
             os.unlink(self.name, dir_fd=self.folder_fd)
-        close_image(self.fd)
-        close_image(self.folder_fd)
+        self.file.close()
+        close(self.folder_fd)
+
+    @property
+    def path(self) -> str:
+        """Its place."""
+        return self.file.path
 
     @property
     def place(self) -> str:
-        """The name of the overlay within its folder."""
-        return os.path.basename(self.target.path)
+        """The name of its place within the folder."""
+        return os.path.basename(self.path)
 
     def publish(self) -> None:
         """Put the file into its place, where nothing may stand."""
         try:
             # Not by name: the name could have been made another file's. AT_SYMLINK_FOLLOW needs a dir_fd here.
-            os.link(f"/proc/self/fd/{self.fd}", self.place, dst_dir_fd=self.folder_fd, follow_symlinks=True)
+            os.link(f"/proc/self/fd/{self.file.fd}", self.place, dst_dir_fd=self.folder_fd, follow_symlinks=True)
         except FileExistsError as exc:
-            raise _appeared(self.target.path) from exc
+            raise _appeared(self.path) from exc
         except OSError as exc:
             if exc.errno not in _NO_HARD_LINKS:
                 raise
-            _rename_without_replacing(self.folder_fd, self.name, self.place, self.target.path)
+            _rename_without_replacing(self.folder_fd, self.name, self.place, self.path)
 
     def check_place(self) -> None:
-        """Raise when the published file cannot be found under the path that was asked for."""
-        try:
-            found = os.path.samestat(os.stat(self.target.path), os.fstat(self.fd))
-        except OSError:
-            found = False
-        if not found:
-            raise Qcow2Error(
-                f"{self.target.path}: its folder was moved or mounted over while the overlay was being made, which was "
-                "removed again. Run this again."
-            )
+        """Refuse if the published file cannot be found at the path that was asked for."""
+        if not self.file.is_still_at_its_path():
+            why = "its folder was moved or mounted over meanwhile, so the new file was removed again"
+            raise Refusal("changed_meanwhile", self.path, why, "Run this again.")
 
-    def retract(self) -> str | None:
+    def retract(self) -> Refusal | None:
         """Take the published file away again, if it is still ours; return why that could not be done."""
         try:
             status = os.stat(self.place, dir_fd=self.folder_fd, follow_symlinks=False)
-            if os.path.samestat(status, os.fstat(self.fd)):
+            if os.path.samestat(status, self.file.status()):
                 os.unlink(self.place, dir_fd=self.folder_fd)
         except FileNotFoundError:
             return None
         except OSError as exc:
-            return f"{self.target.path}: could not be removed again: {exc.strerror}."
+            return Refusal("not_removed", self.path, f"could not be removed again: {exc.strerror}")
         with contextlib.suppress(OSError):
             os.fsync(self.folder_fd)
         return None
@@ -109,50 +107,52 @@ def _open_to_list(folder: str) -> tuple[int, str]:
         os.close(place)
 
 
-def _new_file(folder_fd: int, folder: str) -> tuple[str, int]:
-    """Return name and descriptor of a new file in the folder that is marked as in work."""
-    for _try in range(_MOST_TRIES):
+def _new_file(folder_fd: int, folder: str, path: str) -> tuple[str, OpenImage]:
+    """Return a new file in the folder that is marked as in work, and its name there; `path` is its place."""
+    for _number in range(_MOST_TRIES):
         name = f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
         fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=folder_fd)
         is_ours = False
         try:
-            # Not ours any more if another run took it for a leftover before it was marked.
-            is_ours = locks.claim(fd, os.path.join(folder, name)) and os.fstat(fd).st_nlink > 0
+            file = OpenImage(path, fd)
+            # Another run may have taken it for a leftover before it was marked.
+            is_ours = locks.claim(file) and file.status().st_nlink > 0
             if is_ours:
-                return name, fd
+                return name, file
         finally:
             if not is_ours:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(name, dir_fd=folder_fd)
-                close_image(fd)
-    raise Qcow2Error(
-        f"{folder}: {_MOST_TRIES} new files in it were each taken away or locked at once by another program. Find out "
-        "which one works in this folder, then run this again."
+                close(fd)
+    raise Refusal(
+        "changed_meanwhile",
+        folder,
+        f"{_MOST_TRIES} new files in it were each taken away or locked at once by another program",
+        "Find out which one works in this folder, then run this again.",
     )
 
 
-def publish_together(staged: t.Sequence[StagedFile], finish: t.Callable[[], None] | None = None) -> None:
+def publish_together(staged: t.Sequence[StagedFile], switch: t.Callable[[], None]) -> None:
     """Publish all of these files, finished and on stable storage, or none.
 
-    finish is what must succeed for them to stay, such as pointing the VM at them; no VM can start on them before.
+    `switch` must succeed for them to stay, such as pointing the VM at them. No VM can start on them before.
     """
-    for file in staged:
-        # No VM may start on the first overlay while the second can still fail.
-        locks.hold_off_writers(file.fd, file.target.path)
-        locks.hold_off_everybody(file.fd, file.target.path)
+    for staged_file in staged:
+        # No VM may start on the first one while the second can still fail.
+        locks.hold_off_writers(staged_file.file)
+        locks.hold_off_everybody(staged_file.file)
     begun = []
     try:
-        for file in staged:
-            begun.append(file)
-            file.publish()
-            file.check_place()
-        for file in staged:
+        for staged_file in staged:
+            begun.append(staged_file)
+            staged_file.publish()
+            staged_file.check_place()
+        for staged_file in staged:
             with contextlib.suppress(FileNotFoundError):  # renamed, where there are no hard links
-                os.unlink(file.name, dir_fd=file.folder_fd)
-        for file in {file.target.folder: file for file in staged}.values():
-            os.fsync(file.folder_fd)
-        if finish is not None:
-            finish()
+                os.unlink(staged_file.name, dir_fd=staged_file.folder_fd)
+        for folder_fd in {one.folder: one.folder_fd for one in staged}.values():
+            os.fsync(folder_fd)
+        switch()
     except UnknownOutcomeError:
         raise
     except BaseException as exc:
@@ -161,57 +161,72 @@ def publish_together(staged: t.Sequence[StagedFile], finish: t.Callable[[], None
 
 
 def _retract_all(begun: t.Sequence[StagedFile], exc: BaseException) -> None:
-    """Take all published files away again; Qcow2Error when one stays, so that nobody takes it for gone."""
-    stuck = [problem for problem in [file.retract() for file in reversed(begun)] if problem]
-    if stuck:
-        why = exc.strerror if isinstance(exc, OSError) else str(exc)
-        raise Qcow2Error(
-            f"{' '.join(stuck)} The overlays that belong together are made all or none, and one failed: {why}. What is "
-            f"there is complete, but its VM is not on it. {CHECK_STORAGE} That finds it present, and makes the others."
-        ) from exc
+    """Take all published files away again; Refusal if one stays, so that nobody takes it for gone."""
+    stuck = [problem for problem in [one.retract() for one in reversed(begun)] if problem]
+    if not stuck:
+        return
+    cause = exc.strerror if isinstance(exc, OSError) else str(exc)
+    others = "".join(f" {problem}" for problem in stuck[1:])
+    raise stuck[0].with_note(
+        f"It is complete but unused, because its VM is not on it: {cause}.{others} {CHECK_STORAGE}"
+    ) from exc
 
 
-def find_leftovers(folder: str, remove: bool) -> list[str]:
-    """Return the paths of the files in the folder that killed runs have left, removed if so wanted."""
+def leftovers(folder: str) -> list[str]:
+    """Return the paths of the files in the folder that killed runs have left."""
+    return _abandoned(folder, lambda _name, _folder_fd: True)
+
+
+def sweep(folder: str) -> list[str]:
+    """Remove the files in the folder that killed runs have left, and return their paths."""
+    return _abandoned(folder, _remove)
+
+
+def _abandoned(folder: str, counts: t.Callable[[str, int], bool]) -> list[str]:
+    """Return the paths of the temporary files that no run holds, and that count."""
     try:
         folder_fd, folder = _open_to_list(folder)
-    except (OSError, Qcow2Error):  # the overlays in it will tell
+    except (OSError, Refusal):  # what is to be done in it will tell
         return []
     try:
-        names = [name for name in os.listdir(folder_fd) if name.startswith(_PREFIX) and name.endswith(_SUFFIX)]
-        return sorted(os.path.join(folder, name) for name in names if _is_abandoned(name, folder_fd, remove))
+        names = sorted(name for name in os.listdir(folder_fd) if name.startswith(_PREFIXES) and name.endswith(_SUFFIX))
+        return [
+            os.path.join(folder, name) for name in names if _is_abandoned(name, folder_fd) and counts(name, folder_fd)
+        ]
     except OSError:
         return []
     finally:
-        close_image(folder_fd)
+        close(folder_fd)
 
 
-def _is_abandoned(name: str, folder_fd: int, remove: bool) -> bool:
-    """Whether no run is at work on this temporary file any more; it is removed, if so wanted, while nobody can be."""
+def _is_abandoned(name: str, folder_fd: int) -> bool:
+    """Whether no run holds this temporary file."""
     try:
-        fd = _open_file(name, folder_fd)
-    except OSError:
+        with _open_file(name, folder_fd) as file:
+            return not locks.is_locked(file, locks.OUR_TURN)
+    except (OSError, Refusal):
         return False
+
+
+def _remove(name: str, folder_fd: int) -> bool:
+    """Claim an abandoned file, then unlink it, so that no run can pick it up in between; False if that fails."""
     try:
-        abandoned = not locks.is_locked(fd, locks.OUR_TURN, name)
-        if abandoned and remove:
-            abandoned = locks.claim(fd, name)
-            if abandoned:
+        with _open_file(name, folder_fd) as file:
+            if locks.claim(file):
                 os.unlink(name, dir_fd=folder_fd)
-    except (OSError, Qcow2Error):
-        return False
-    finally:
-        os.close(fd)
-    return abandoned
+                return True
+    except (OSError, Refusal):
+        pass
+    return False
 
 
-def _open_file(name: str, folder_fd: int) -> int:
-    """Open a file of this name in the folder for writing; OSError when it is none, of which nothing is opened."""
+def _open_file(name: str, folder_fd: int) -> OpenImage:
+    """Open a file of this name in the folder for writing; OSError if it is no file, of which nothing is opened."""
     place = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder_fd)
     try:
         if not stat.S_ISREG(os.fstat(place).st_mode):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return os.open(f"/proc/self/fd/{place}", os.O_RDWR | os.O_CLOEXEC)
+        return OpenImage(name, os.open(f"/proc/self/fd/{place}", os.O_RDWR | os.O_CLOEXEC))
     finally:
         os.close(place)
 
@@ -225,13 +240,16 @@ def _rename_without_replacing(folder_fd: int, name: str, place: str, path: str) 
     if number == errno.EEXIST:
         raise _appeared(path)
     if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-        raise Qcow2Error(
-            f"{path}: its file system has neither hard links nor renaming without replacing, so the overlay cannot be "
-            "published safely there. Choose a folder on another file system."
+        raise Refusal(
+            "no_rename",
+            path,
+            "its file system has neither hard links nor renaming without replacing, so nothing can be published safely "
+            "there",
+            "Choose a folder on another file system.",
         )
     raise OSError(number, os.strerror(number))
 
 
-def _appeared(path: str) -> Qcow2Error:
-    """Return the error for a target that somebody else made in the meantime."""
-    return Qcow2Error(f"{path}: has appeared while the overlay was being made; it was left alone. Run this again.")
+def _appeared(path: str) -> Refusal:
+    """Return the refusal of a place at which somebody else made something in the meantime."""
+    return Refusal("appeared", path, "has appeared meanwhile; it was left alone", "Run this again.")

@@ -1,214 +1,163 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""All VMs of a call: first look, groups, interruption, outcome."""
+# PRIVATE to this collection: may change at any time.
+"""All VMs of a call: a first look at everything, then one VM's turn after the other; the same for every operation."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import resource
 import typing as t
 
-from .._base.errors import Qcow2Error, printable
-from .._base.files import open_image
-from .._base.signals import Interrupted, interruptible
-from .observe import Target, observe_target
-from .overlay import decide, repeated_problems, request_problems
-from .publish import find_leftovers
-from .session import Engine, Session, Settings, Vm, Vms, failed_by, observe
-from .verdict import CREATED, FAILED, PRESENT, OverlayRequest, Verdict, all_or_none, within_space
+from .._base.errors import Refusal, printable
+from .._base.signals import Interrupted, stop_here_if_asked
+from .publish import leftovers, sweep
+from .session import Engine, Held, Operation, Session, Settings, Vm, failed_by
+from .verdict import FAILED, Request, V, all_or_none, printable_warnings, root_causes, within_space
+
+R = t.TypeVar("R", bound=Request)
 
 
-class Outcome(t.NamedTuple):
-    """What became of all overlays of one call, in the order in which they were asked for."""
+class Outcome(t.Generic[V]):
+    """What became of all requests of one call, in the order in which they were given."""
 
-    verdicts: list[Verdict]
-    warnings: list[str]
+    def __init__(self, verdicts: t.Sequence[V], warnings: t.Sequence[str]) -> None:
+        self.verdicts = tuple(verdicts)
+        self.warnings = tuple(warnings)
 
     @property
-    def failures(self) -> list[str]:
-        """Why overlays failed, each reason once."""
-        return list(dict.fromkeys(verdict.message for verdict in self.verdicts if verdict.state == FAILED))
+    def failures(self) -> list[Refusal]:
+        """Why requests failed: root causes only, each once."""
+        return root_causes(problem for verdict in self.verdicts for problem in verdict.problems)
 
-    def as_result(self) -> dict[str, t.Any]:
-        """Return the result of a module, but for the message of a failure."""
-        created = [verdict for verdict in self.verdicts if verdict.state == CREATED]
+    def as_result(self, items: str) -> dict[str, t.Any]:
+        """Return the result of a module, in which the list of requests has the name `items`."""
+        changed = [verdict for verdict in self.verdicts if verdict.changed]
         return {
-            "changed": bool(created),
-            "overlays": [verdict.as_result() for verdict in self.verdicts],
+            "changed": bool(changed),
+            items: [verdict.as_result() for verdict in self.verdicts],
             "diff": {
-                "before": {verdict.wanted.path: None for verdict in created},
-                "after": {verdict.wanted.path: _as_diff(verdict) for verdict in created},
+                "before": {verdict.request.path: verdict.as_diff()[0] for verdict in changed},
+                "after": {verdict.request.path: verdict.as_diff()[1] for verdict in changed},
             },
         }
 
 
-def make_overlays(wanted: t.Sequence[OverlayRequest], settings: Settings, machines: Vms | None = None) -> Outcome:
-    """Make what is missing, VM by VM; in check mode only find out what a run would do.
+class Group(t.Generic[R, V]):
+    """The requests of one VM, which are done all or none, and the verdicts on them."""
 
-    A machine is finished once all its overlays are there, the new and the old ones, while no VM can start on any image.
-    If that raises, the new ones are removed again.
+    def __init__(self, vm: str | None) -> None:
+        self.vm = vm
+        self.indexes: list[int] = []  # in the call
+        self.requests: list[R] = []
+        self.verdicts: list[V] = []
+
+    def is_pending(self, session: Session[V]) -> bool:
+        """Whether nothing failed, and something is to be done."""
+        if any(verdict.state == FAILED for verdict in self.verdicts):
+            return False
+        return any(session.is_pending(verdict) for verdict in self.verdicts)
+
+
+def run(
+    operation: Operation[R, V],
+    requests: t.Sequence[R],
+    settings: Settings,
+    vms: t.Mapping[str | None, Vm] | None = None,
+) -> Outcome[V]:
+    """Do what is asked for, VM by VM; in check mode only find out what a run would do.
+
+    `vms` has what is known of a VM by its name. Such a VM is switched once everything of it is in place, new and old,
+    while it cannot start on any image. If that raises, what is new is removed again.
     """
-    machines = machines or {}
+    vms = vms or {}
     _allow_many_open_files()
-    warnings = _leftovers(wanted, settings)
-    groups = _groups(wanted)
-    verdicts = _first_look(wanted, groups)
     engine = Engine(settings)
-    to_do = [
-        group
-        for group in groups
-        if any(_is_pending(verdicts[index], machines) for index in group)
-        and all(verdicts[index].state != FAILED for index in group)
-    ]
-    done = 0
+    groups: list[Group[R, V]] = _groups(requests)
+    warnings = _leftovers(operation, requests, settings)
+    _first_look(operation, requests, groups, lambda: Held(settings, engine, locking=False))
+    sessions = [(group, Session(operation, settings, engine, vms.get(group.vm))) for group in groups]
+    to_do = [(group, session) for group, session in sessions if group.is_pending(session)]
     try:
-        for group in to_do:
-            with interruptible():
-                pass  # a signal that has been waiting ends the run here
-            with contextlib.ExitStack() as held:
-                some = _make_group([verdicts[index] for index in group], engine, settings, machines, held)
-                _store(verdicts, group, some)
-                done += 1
+        while to_do:
+            stop_here_if_asked()
+            group, session = to_do[0]
+            group.verdicts = session.run(group.verdicts)
+            del to_do[0]
     except Interrupted as exc:
-        for index in (index for group in to_do[done:] for index in group):
-            verdicts[index] = _interrupted(verdicts[index], exc)
+        for group, _session in to_do:
+            group.verdicts = [_interrupted(verdict, exc) for verdict in group.verdicts]
     finally:
         engine.stop()
-    warnings += [printable(warning) for verdict in verdicts for warning in verdict.warnings]
-    return Outcome(verdicts, list(dict.fromkeys(warnings)))
+    verdicts = dict(pair for group in groups for pair in zip(group.indexes, group.verdicts))
+    in_order = [verdicts[index] for index in range(len(requests))]
+    return Outcome(in_order, [*warnings, *printable_warnings(in_order)])
 
 
 def _allow_many_open_files() -> None:
-    """Raise the soft limit of open files to the hard one: each overlay of a VM takes three while it is made."""
+    """Raise the soft limit of open files to the hard one: each image of a VM takes several."""
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _leftovers(wanted: t.Sequence[OverlayRequest], settings: Settings) -> list[str]:
-    """Remove what killed runs have left in the folders of this call; return a warning for each."""
-    usable = [item for item in wanted if not request_problems(item)]
-    folders = dict.fromkeys(os.path.dirname(item.path) for item in usable)
-    return [
-        printable(f"{path}: is left over from a run that was killed. It is of no use; a run removes it.")
-        for folder in folders
-        for path in find_leftovers(folder, remove=not settings.check_mode)
-    ]
-
-
-def _groups(wanted: t.Sequence[OverlayRequest]) -> list[list[int]]:
-    """Return the positions of the overlays that belong together, VM by VM."""
-    groups: dict[str | None, list[int]] = {}
-    for index, item in enumerate(wanted):
-        groups.setdefault(item.vm, []).append(index)
+def _groups(requests: t.Sequence[R]) -> list[Group[R, t.Any]]:
+    """Return the requests VM by VM."""
+    groups: dict[str | None, Group[R, t.Any]] = {}
+    for index, request in enumerate(requests):
+        group = groups.setdefault(request.vm, Group(request.vm))
+        group.indexes.append(index)
+        group.requests.append(request)
     return list(groups.values())
 
 
-def _store(verdicts: list[Verdict], group: t.Sequence[int], some: t.Sequence[Verdict]) -> None:
-    """Put the verdicts of one group back to their positions."""
-    for index, verdict in zip(group, some):
-        verdicts[index] = verdict
+def _leftovers(operation: Operation[R, t.Any], requests: t.Sequence[R], settings: Settings) -> list[str]:
+    """Return a warning for each file that a killed run has left in the folders of this call; a run removes it."""
+    sound = [request for request in requests if not operation.problems(request)]
+    folders = dict.fromkeys(folder for request in sound for folder in operation.folders(request))
+    find = leftovers if settings.check_mode else sweep
+    return [
+        printable(f"{path}: is left over from a run that was killed. It is of no use; a run removes it.")
+        for folder in folders
+        for path in find(folder)
+    ]
 
 
-def _first_look(wanted: t.Sequence[OverlayRequest], groups: list[list[int]]) -> list[Verdict]:
-    """Return what each overlay would become, judged without any lock."""
-    verdicts = [Verdict(item, CREATED).with_problems(request_problems(item)) for item in wanted]
-    sound = [index for index, verdict in enumerate(verdicts) if verdict.state != FAILED]
-    targets = {index: observe_target(wanted[index].path) for index in sound}
-    actives = [os.path.realpath(wanted[index].backing_file) for index in sound]
-    repeated = repeated_problems([targets[index].path for index in sound], actives)
-    for index, problem in zip(sound, repeated):
-        verdicts[index] = verdicts[index].failed(problem) if problem else _judge(wanted[index], targets[index])
+def _first_look(
+    operation: Operation[R, V],
+    requests: t.Sequence[R],
+    groups: t.Sequence[Group[R, V]],
+    hold: t.Callable[[], Held],
+) -> None:
+    """Judge everything without any lock."""
+    wrong = {index: problems for index, one in enumerate(requests) if (problems := operation.problems(one))}
+    sound = [index for index in range(len(requests)) if index not in wrong]
+    for index, conflict in zip(sound, operation.conflicts([requests[index] for index in sound])):
+        if conflict is not None:
+            wrong[index] = [conflict]
     free: dict[int, int] = {}
     for group in groups:
-        some = all_or_none([verdicts[index] for index in group])
-        if all(index in targets for index in group):
-            some = within_space(some, [targets[index] for index in group], free)
-        _store(verdicts, group, some)
-    return verdicts
+        for index, request in zip(group.indexes, group.requests):
+            if index in wrong:
+                group.verdicts.append(operation.refused(request, wrong[index]))
+            else:
+                group.verdicts.append(_look(operation, request, hold))
+        group.verdicts = within_space(all_or_none(group.verdicts), free)
 
 
-def _judge(wanted: OverlayRequest, target: Target) -> Verdict:
-    """Return what the overlay would become."""
-    try:
-        fd = open_image(wanted.backing_file)
+def _look(operation: Operation[R, V], request: R, hold: t.Callable[[], Held]) -> V:
+    """Return what would become of a request."""
+    with hold() as held:  # for one request only, so that a call for hundreds of VMs never has all images open
         try:
-            return decide(wanted, observe(fd, wanted), target)
-        finally:
-            os.close(fd)
-    except (Qcow2Error, OSError) as exc:
-        return failed_by(Verdict(wanted, CREATED), exc)
+            return operation.judge(request, held)
+        except (Refusal, OSError) as exc:
+            return failed_by(operation.refused(request, ()), exc)
 
 
-def _is_pending(verdict: Verdict, machines: Vms) -> bool:
-    """Whether there is something to be done for the overlay, or for its VM now that the overlay is there."""
-    return verdict.state == CREATED or (verdict.state == PRESENT and verdict.wanted.vm in machines)
-
-
-def _make_group(
-    verdicts: list[Verdict], engine: Engine, settings: Settings, machines: Vms, held: contextlib.ExitStack
-) -> list[Verdict]:
-    """Make the missing overlays of one VM and finish it, all or none, while every ACTIVE is locked by held."""
-    work = Session(held, engine, settings)
-    machine = machines.get(verdicts[0].wanted.vm or "")
-    try:
-        needed = {verdict.wanted.backing_file for verdict in verdicts if _is_pending(verdict, machines)}
-        work.lock(opened_by_vm(verdicts, machine), needed)
-    except (Qcow2Error, OSError) as exc:
-        return _all_failed(verdicts, machines, exc)
-    for step in (work.judge, work.build):
-        for index, verdict in enumerate(verdicts):
-            if _is_pending(verdict, machines):
-                verdicts[index] = _attempt(step, verdict)
-            if verdicts[index].state == FAILED:
-                engine.stop()
-                return all_or_none(verdicts)
-    try:
-        work.publish(machine.finish if machine else None)
-    except (Qcow2Error, OSError) as exc:
-        return _all_failed(verdicts, machines, exc)
-    return verdicts
-
-
-def _all_failed(verdicts: t.Sequence[Verdict], machines: Vms, exc: Exception) -> list[Verdict]:
-    """Return the verdicts of a VM, those that are pending failed by an exception that is expected."""
-    return [failed_by(verdict, exc) if _is_pending(verdict, machines) else verdict for verdict in verdicts]
-
-
-def _attempt(step: t.Callable[[Verdict], Verdict], verdict: Verdict) -> Verdict:
-    """Return what becomes of an overlay in this step."""
-    try:
-        return step(verdict)
-    except (Qcow2Error, OSError) as exc:
-        return failed_by(verdict, exc)
-
-
-def opened_by_vm(verdicts: t.Sequence[Verdict], machine: Vm | None) -> list[str]:
-    """Return the images that the VM opens for writing when it starts, in that order, as far as they are known."""
-    images = [machine.first_image] if machine and machine.first_image else []
-    for verdict in verdicts:
-        if verdict.state == PRESENT and verdict.wanted.vm is None:  # it may be the disk of any VM
-            continue
-        if verdict.state == PRESENT:  # its VM may be on it, or not yet
-            images.append(verdict.wanted.path)
-        images.append(verdict.wanted.backing_file)
-    return list(dict.fromkeys(images))
-
-
-def _interrupted(verdict: Verdict, exc: Interrupted) -> Verdict:
-    """Return the verdict of an overlay that was not made because the run was told to end."""
-    if verdict.state != CREATED:
+def _interrupted(verdict: V, exc: Interrupted) -> V:
+    """Return the verdict on a request that was not begun, because the run was told to end."""
+    if not verdict.changed:
         return verdict
-    return verdict.failed(f"{verdict.wanted.path}: not made, because the run was ended by {exc}. Run this again.")
-
-
-def _as_diff(verdict: Verdict) -> dict[str, t.Any]:
-    """Return a new overlay in the form in which the diff shows it."""
-    return {
-        "backing_file": verdict.wanted.backing_file,
-        "backing_format": verdict.wanted.backing_format,
-        "virtual_size": verdict.virtual_size,
-        "bitmaps": {bitmap.name: bitmap.granularity for bitmap in verdict.bitmaps},
-    }
+    why = f"is left as it is, because the run was ended by {exc}"
+    return verdict.failed(Refusal("interrupted", verdict.request.path, why, "Run this again."))

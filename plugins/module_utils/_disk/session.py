@@ -1,52 +1,55 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Read, decide, act, publish: the four rooms put together, for every module that makes overlays."""
+# PRIVATE to this collection: may change at any time.
+"""One VM's turn: lock its images in order, decide again, act phase by phase, publish; the same for every operation.
+
+::
+
+    read → decide → keep → act → read back → publish → retire
+    └── judge() ──┘ └───── phases() ─────┘ └─ publish() ─┘
+
+An operation says what to do; this file says when, under which locks, and what a failure means for the VM.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import typing as t
 
-from .._base.attributes import AttributeOptions, Attributes, apply_attributes, attributes_for
-from .._base.errors import CHECK_STORAGE, Qcow2Error, QemuError, advice
-from .._base.files import close_image, open_image
-from .._qcow2.chain import identity_of
-from .._qcow2.image import read_image
+from .._base.errors import QemuError, Refusal, system_refusal
+from .._base.files import Identity, OpenImage, open_image
 from .._qemu import locks
-from .._qemu.locks import in_use
 from .._qemu.monitor import Monitor, find_qemu
-from .._qemu.nodes import Witnessed, cross_check
 from .._qemu.settled import is_open_for_writing
-from .build import fill
-from .observe import ObservedChain, Target, observe_active, observe_target
-from .overlay import decide, recorded_backing_file, verify
-from .publish import StagedFile, publish_together
-from .verdict import CREATED, OverlayRequest, Verdict
-
-
-class Vm(t.NamedTuple):
-    """What is known of a VM beside its overlays."""
-
-    finish: t.Callable[[], None]  # what must succeed for its overlays to stay
-    first_image: str | None = None  # path of what it opens first for writing when it starts
-
-
-Vms = t.Mapping[str, Vm]  # by the name of the VM
+from .publish import StagedFile
+from .verdict import FAILED, V, all_or_none
 
 
 class Settings(t.NamedTuple):
-    """What holds for all overlays of one call."""
+    """What holds for everything in one call."""
 
     check_mode: bool
     seconds: float  # that QEMU may take for one step, before the size of the step is added
     find_program: t.Callable[[str], str | None]
-    ownership: AttributeOptions
+
+
+class Vm(t.NamedTuple):
+    """What is known of a VM beside its requests."""
+
+    switch: t.Callable[[], None]  # must succeed for what was published to stay
+    first_image: str | None = None  # path of what it opens first for writing when it starts
+
+
+class Images(t.NamedTuple):
+    """The images of one request that its VM opens, in the order in which QEMU does."""
+
+    opened: tuple[str, ...]
+    needed: frozenset[str] = frozenset()  # the request is refused if one of these cannot be locked
 
 
 class Engine:
-    """The QEMU process of this call, started when it is first needed."""
+    """The QEMU process of a call, started when it is first needed."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -59,149 +62,206 @@ class Engine:
         return self._monitor
 
     def stop(self) -> None:
-        """End the process; the next VM gets a new one. After a failure nothing of the old one is to be trusted."""
+        """End the process. After a failure nothing of it is to be trusted, so the next VM gets a new one."""
         if self._monitor is not None:
             self._monitor.close()
         self._monitor = None
 
 
-def observe(fd: int, wanted: OverlayRequest) -> ObservedChain:
-    """Return what the open ACTIVE of an overlay is."""
-    return observe_active(fd, wanted.backing_file, wanted.backing_format, wanted.relative)
+class Held:
+    """What is held for one VM: open images, their locks, files that are not published yet. The block's end lets it go.
 
-
-def _open_to_lock(path: str) -> int | None:
-    """Open an image that is not needed but to keep its VM from starting; None when it cannot be locked.
-
-    Raises when it is in use already: then the VM runs, or is just being started.
+    With `locking` the images that are opened get locked too; without, this is a mere look. `engine` is for those
+    steps that need QEMU.
     """
-    try:
-        fd = open_image(path)
-    except Qcow2Error:  # then the VM cannot start anyhow
-        return None
-    try:
-        used = locks.is_locked_by_qemu(fd, locks.WRITE, path)
-    except Qcow2Error:  # its file system has no locks
-        close_image(fd)
-        return None
-    if used:
-        close_image(fd)
-        raise in_use(path)
-    return fd
 
-
-class BuildSpec(t.NamedTuple):
-    """Where and as what one overlay is to be built, as found out under the lock of its ACTIVE."""
-
-    target: Target
-    backing_file: str  # as the overlay records it
-    attributes: Attributes
-    active: Witnessed | None  # None if it is raw
-
-
-class Session:
-    """What is held while the overlays of one VM are made: locked ACTIVEs, then finished files."""
-
-    def __init__(self, held: contextlib.ExitStack, engine: Engine, settings: Settings) -> None:
-        self._held = held
-        self._engine = engine
+    def __init__(self, settings: Settings, engine: Engine, *, locking: bool) -> None:
         self._settings = settings
-        self._actives: dict[str, int] = {}  # descriptors by path
-        self._sites: dict[str, BuildSpec] = {}  # by path
-        self._staged: list[StagedFile] = []
+        self._engine = engine
+        self._locking = locking
+        self._stack = contextlib.ExitStack()
+        self._images: dict[str, OpenImage] = {}  # by path
+        self.staged: list[StagedFile] = []
 
-    def lock(self, opened_by_vm: t.Sequence[str], needed: t.Collection[str]) -> None:
-        """Lock every ACTIVE that is needed, and what else the VM opens, against writers and other runs like this one.
+    def __enter__(self) -> Held:
+        return self
 
-        A VM that is started meanwhile does not start, and must fail at its first disk: a QEMU that ends at its second
-        one leaves the bitmaps of the first in use, so inconsistent for good. So all images that the VM opens are locked
-        in the order in which it does, and released in the opposite one; and if it was first at one of them, nothing
-        behind that one is locked.
+    def __exit__(self, *exc: t.Any) -> None:
+        self._stack.__exit__(*exc)
+
+    def image(self, path: str) -> OpenImage:
+        """Return the open image; Refusal if it cannot be opened."""
+        if path not in self._images:
+            self._images[path] = self._stack.enter_context(open_image(path))
+        return self._images[path]
+
+    def monitor(self) -> Monitor:
+        """Return the QEMU process."""
+        return self._engine.monitor()
+
+    def stage(self, path: str, folder: str) -> StagedFile:
+        """Return a new file of ours, to be published at `path`, a resolved path in `folder`."""
+        staged = self._stack.enter_context(StagedFile(path, folder))
+        self.staged.append(staged)
+        return staged
+
+    def hold_off_everybody(self, path: str) -> None:
+        """Keep VMs also from having the locked image as a backing file."""
+        if self._locking:
+            locks.hold_off_everybody(self.image(path))
+
+    def lock(self, images: Images) -> None:
+        """Lock the images against writers and against other runs of this collection.
+
+        Lock them in the order in which QEMU opens them; release in reverse. A VM started meanwhile must be refused at
+        its *first* image: a QEMU that gets the first but not the second exits and leaves the first's bitmaps in-use,
+        which is for good. So stop at the first image that a starting VM got before us.
         """
-        # Path and descriptor by identity, so a file with two names once.
-        files: dict[tuple[int, int], tuple[str, int]] = {}
-        for path in opened_by_vm:
-            fd = open_image(path) if path in needed else _open_to_lock(path)
-            if fd is None:
-                continue
-            self._held.callback(close_image, fd)
-            _path, fd = files.setdefault(identity_of(os.fstat(fd)), (path, fd))
-            if path in needed:
-                self._actives[path] = fd
-        if self._settings.check_mode:  # no lock, or a VM that starts just now would fail because of a mere question
+        files: dict[Identity, OpenImage] = {}  # a file with two names once
+        for path in images.opened:
+            file = self.image(path) if path in images.needed else self._open_to_lock(path)
+            if file is not None:
+                # The lock is on the first one; the name stays, since relative backing files count from it.
+                self._images[path] = OpenImage(path, files.setdefault(file.identity, file).fd)
+        if not self._locking:  # or a VM that starts just now would fail because of a mere question
             return
-        # In an order that all runs share, or two could wait for each other.
-        for _identity, (path, fd) in sorted(files.items()):
-            locks.take_turn(fd, path, self._settings.seconds)
-        for path, fd in files.values():
-            locks.hold_off_writers(fd, path)
+        # Take turns in an order that all runs share, or two could wait for each other.
+        for _identity, file in sorted(files.items(), key=lambda item: item[0]):
+            locks.take_turn(file, self._settings.seconds)
+        for file in files.values():
+            locks.hold_off_writers(file)
 
-    def judge(self, verdict: Verdict) -> Verdict:
-        """Decide again, now that nobody can change ACTIVE."""
-        wanted, fd = verdict.wanted, self._actives[verdict.wanted.backing_file]
-        active, target = observe(fd, wanted), observe_target(wanted.path)
-        verdict = decide(wanted, active, target)
-        if verdict.state != CREATED:
-            return verdict
-        if active.image is not None and active.is_recording and not self._settings.check_mode:
-            locks.hold_off_everybody(fd, wanted.backing_file)
-        self._sites[wanted.path] = BuildSpec(
-            target,
-            recorded_backing_file(wanted, active, target),
-            attributes_for(fd, self._settings.ownership, wanted.path),
-            Witnessed(fd, wanted.backing_file, active.image) if active.image is not None else None,
-        )
-        return verdict
+    def _open_to_lock(self, path: str) -> OpenImage | None:
+        """Return an image that is only locked to keep its VM from starting; None if it cannot be locked.
 
-    def build(self, verdict: Verdict) -> Verdict:
-        """Make a missing overlay in a file of ours, with QEMU as second witness of ACTIVE, and read it back.
-
-        In check mode QEMU is only the witness.
+        Refusal if it is in use already: then the VM runs, or is just being started.
         """
-        if verdict.state != CREATED:
-            return verdict
-        site, monitor = self._sites[verdict.wanted.path], self._engine.monitor()
-        if self._settings.check_mode:
-            if site.active is not None:
-                cross_check(monitor, site.active)
-            return verdict
-        file = self._held.enter_context(StagedFile(site.target))
-        fill(monitor, file.fd, verdict, site.backing_file, site.active)
-        apply_attributes(file.fd, site.attributes, verdict.wanted.path)
-        os.fsync(file.fd)
-        _read_back(file, verdict, site.backing_file, monitor)
-        self._staged.append(file)
-        return verdict
+        try:
+            file = self.image(path)
+            is_used = locks.is_locked_by_qemu(file, locks.WRITE)
+        except Refusal:  # without the image the VM cannot start anyhow; without locks nothing can be held
+            return None
+        if is_used:
+            raise locks.in_use(path)
+        return file
 
-    def publish(self, finish: t.Callable[[], None] | None) -> None:
-        """Put all files into place and finish, if every ACTIVE still is what it was."""
-        for path, fd in self._actives.items():
-            try:
-                is_same = identity_of(os.stat(path)) == identity_of(os.fstat(fd))
-            except OSError:
-                is_same = False
-            if not is_same:
-                raise Qcow2Error(f"{path}: was moved or replaced while the overlay was being made. Run this again.")
-            if is_open_for_writing(fd, path):  # through another node of its device, where our lock does not reach
-                raise in_use(path)
-        if not self._settings.check_mode:
-            publish_together(self._staged, finish)
+    def check_images(self, paths: t.Iterable[str]) -> None:
+        """Refuse if one of these images is not what its path leads to any more, or is written to."""
+        for path in paths:
+            file = self.image(path)
+            if not file.is_still_at_its_path():
+                raise Refusal("changed_meanwhile", path, "was moved or replaced meanwhile", "Run this again.")
+            if is_open_for_writing(file):  # through another node of its device, where our lock does not reach
+                raise locks.in_use(path)
 
 
-def _read_back(file: StagedFile, verdict: Verdict, backing_file: str, monitor: Monitor) -> None:
-    """Raise when the finished overlay is not what it was to be: no exit code tells that bitmaps were lost."""
-    wrong = verify(verdict, backing_file, read_image(file.fd, file.target.path))
-    if wrong:
-        words = monitor.stderr()
-        raise Qcow2Error(
-            f"{file.target.path}: was not made as it should be and is not published: {'; '.join(wrong)}."
-            + (f" QEMU says: {words}." if words else "")
-            + f" {CHECK_STORAGE}"
-        )
+R_contra = t.TypeVar("R_contra", contravariant=True)
 
 
-def failed_by(verdict: Verdict, exc: Exception) -> Verdict:
+class Operation(t.Protocol[R_contra, V]):
+    """What is different between making overlays and other work on the images of a VM that is shut off."""
+
+    def problems(self, request: R_contra) -> list[Refusal]:
+        """Return what is wrong with a request whatever the host looks like."""
+
+    def conflicts(self, requests: t.Sequence[R_contra]) -> list[Refusal | None]:
+        """Return for each request of a call what is wrong with it beside the others."""
+
+    def folders(self, request: R_contra) -> t.Sequence[str]:
+        """Return the folders in which a killed run can have left temporary files."""
+
+    def refused(self, request: R_contra, problems: t.Sequence[Refusal]) -> V:
+        """Return the verdict on a request that is refused without a look."""
+
+    def judge(self, request: R_contra, held: Held) -> V:
+        """Read and decide. The same call makes the first look, without locks, and the one that counts, with them."""
+
+    def images(self, verdict: V) -> Images:
+        """Return the images that the VM opens when it starts, as far as the request is about them."""
+
+    def rehearse(self, verdict: V, held: Held) -> V:
+        """Do what check mode does in place of the phases: nothing is written."""
+
+    def phases(self) -> t.Sequence[t.Callable[[V, Held], V]]:
+        """Return the steps to take: first keep what must survive, then act and read back.
+
+        Each is taken for all requests of the VM before the next one begins.
+        """
+
+    def publish(self, verdicts: t.Sequence[V], held: Held, switch: t.Callable[[], None], /) -> None:
+        """Put into place what was made, call `switch`, then retire what is not needed; undo on failure."""
+
+
+class Session(t.Generic[V]):
+    """The turn of one VM. Its verdicts are all done, or all left as they were."""
+
+    def __init__(self, operation: Operation[t.Any, V], settings: Settings, engine: Engine, vm: Vm | None) -> None:
+        self._operation = operation
+        self._settings = settings
+        self._engine = engine
+        self._vm = vm
+
+    def is_pending(self, verdict: V) -> bool:
+        """Whether something is to be done for it, or for its VM now that it is done."""
+        return verdict.changed or (self._vm is not None and verdict.state != FAILED)
+
+    def run(self, verdicts: t.Sequence[V]) -> list[V]:
+        """Do what the verdicts say, under locks, and return what became of them."""
+        with Held(self._settings, self._engine, locking=not self._settings.check_mode) as held:
+            return self._run(list(verdicts), held)
+
+    def _run(self, verdicts: list[V], held: Held) -> list[V]:
+        images = self._images(verdicts)
+        try:
+            held.lock(images)
+        except (Refusal, OSError) as exc:
+            return self._all_failed(verdicts, exc)
+        acts = [self._operation.rehearse] if self._settings.check_mode else self._operation.phases()
+        for phase in (self._judge_again, *acts):
+            for index, verdict in enumerate(verdicts):
+                if self.is_pending(verdict):
+                    verdicts[index] = self._attempt(phase, verdict, held)
+                if verdicts[index].state == FAILED:
+                    self._engine.stop()
+                    return all_or_none(verdicts)
+        try:
+            held.check_images(sorted(images.needed))
+            if not self._settings.check_mode:
+                self._operation.publish(verdicts, held, self._vm.switch if self._vm else _nothing_to_switch)
+        except (Refusal, OSError) as exc:
+            return self._all_failed(verdicts, exc)
+        return verdicts
+
+    def _images(self, verdicts: t.Sequence[V]) -> Images:
+        """Return the images that the VM opens, in that order, as far as they are known."""
+        first = [self._vm.first_image] if self._vm and self._vm.first_image else []
+        parts = [(verdict, self._operation.images(verdict)) for verdict in verdicts]
+        opened = [path for _verdict, part in parts for path in part.opened]
+        needed = [path for verdict, part in parts if self.is_pending(verdict) for path in part.needed]
+        return Images(tuple(dict.fromkeys([*first, *opened])), frozenset(needed))
+
+    def _judge_again(self, verdict: V, held: Held) -> V:
+        """Decide once more, now that nobody can change what is locked."""
+        return self._operation.judge(verdict.request, held)
+
+    def _attempt(self, phase: t.Callable[[V, Held], V], verdict: V, held: Held) -> V:
+        """Return what becomes of a verdict in this phase."""
+        try:
+            return phase(verdict, held)
+        except (Refusal, OSError) as exc:
+            return failed_by(verdict, exc)
+
+    def _all_failed(self, verdicts: t.Sequence[V], exc: Refusal | OSError) -> list[V]:
+        """Return the verdicts, those that are pending failed by the exception."""
+        return [failed_by(verdict, exc) if self.is_pending(verdict) else verdict for verdict in verdicts]
+
+
+def _nothing_to_switch() -> None:
+    """Leave the definition of a VM that nobody told of alone."""
+
+
+def failed_by(verdict: V, exc: Refusal | OSError) -> V:
     """Return the verdict failed by an exception that is expected."""
     if isinstance(exc, OSError):
-        return verdict.failed(f"{verdict.wanted.path}: cannot be made: {exc.strerror}. {advice(exc)}")
-    return verdict.failed(f"{verdict.wanted.path}: {exc}" if isinstance(exc, QemuError) else str(exc))
+        return verdict.failed(system_refusal(exc, verdict.request.path, "failed"))
+    return verdict.failed(exc.about(verdict.request.path) if isinstance(exc, QemuError) else exc)

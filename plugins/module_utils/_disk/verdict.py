@@ -1,130 +1,138 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Decide: verdicts, and what holds for all of a VM or of a call: all or none, space."""
+# PRIVATE to this collection: may change at any time.
+"""Decide: the states, what every verdict has, and the rules over the verdicts of a VM: all or none, enough space.
+
+Pure: values in, verdicts out. The same verdicts feed the prediction of check mode, the diff and the result.
+"""
 
 from __future__ import annotations
 
 import typing as t
 
-from .._base.errors import printable
-from .._qcow2.bitmaps import Bitmap
-from .._qcow2.header import l1_bytes
-from .observe import Target
+from .._base.errors import Refusal, printable
 
 CREATED = "created"
 PRESENT = "present"
+SKIPPED = "skipped"
 FAILED = "failed"
 
 
-class Creation(t.NamedTuple):
-    """How a new overlay is laid out; the names are those of qemu-img create -o."""
-
-    cluster_size: int = 65536  # bytes
-    extended_l2: bool = False
-    lazy_refcounts: bool = False
-    refcount_bits: int = 16
-    compression_type: str = "zlib"
-
-
-class OverlayRequest(t.NamedTuple):
-    """One overlay as it was asked for."""
-
-    path: str
-    backing_file: str
-    backing_format: str = "qcow2"
-    vm: str | None = None
-    relative: bool = False
-    creation: Creation = Creation()
-    must_be_fresh: bool = False  # the VM is not on it yet, so one that exists already must hold no data
-
-
-class SkippedBitmap(t.NamedTuple):
-    """A bitmap of ACTIVE that the overlay does not go on recording."""
-
-    name: str
-    granularity: int  # bytes
-    reason: str  # disabled or inconsistent
-
-
-class Verdict(t.NamedTuple):
-    """What is to become, or became, of one overlay."""
-
-    wanted: OverlayRequest
-    state: str  # created, present or failed
-    problems: tuple[str, ...] = ()
-    virtual_size: int | None = None  # bytes
-    bitmaps: tuple[Bitmap, ...] = ()
-    skipped: tuple[SkippedBitmap, ...] = ()
-    warnings: tuple[str, ...] = ()
-
-    def failed(self, problem: str) -> Verdict:
-        """Return this verdict as a failure."""
-        return self.with_problems((*self.problems, problem))
-
-    def with_problems(self, problems: t.Iterable[str]) -> Verdict:
-        """Return this verdict, failed if there are problems."""
-        found = tuple(problems)
-        return Verdict(self.wanted, FAILED, found, warnings=self.warnings) if found else self
+class Request(t.Protocol):
+    """What every request has."""
 
     @property
-    def message(self) -> str:
-        """Why it failed, in one text."""
-        return printable(" ".join(self.problems))
+    def path(self) -> str:
+        """Return the image that it is about."""
+
+    @property
+    def vm(self) -> str | None:
+        """Return the VM that it belongs to; the requests of a VM are done all or none."""
+
+
+class Need(t.NamedTuple):
+    """Space that a request takes."""
+
+    device: int  # of the file system
+    folder: str
+    bytes: int  # at least
+    free: int  # bytes, before anything of this call is done
+
+
+V = t.TypeVar("V", bound="Verdict")
+
+
+class Verdict(t.Protocol):
+    """What every verdict has: what is to become, or became, of one request."""
+
+    @property
+    def request(self) -> Request:
+        """Return what was asked for."""
+
+    @property
+    def state(self) -> str:
+        """Return the word for it."""
+
+    @property
+    def changed(self) -> bool:
+        """Return whether something is to be done, or was done."""
+
+    @property
+    def problems(self) -> tuple[Refusal, ...]:
+        """Return why it failed."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Return what is odd but no reason to refuse."""
+
+    @property
+    def need(self) -> Need | None:
+        """Return the space that it takes; None if it takes none, or if that cannot be told."""
+
+    def failed(self: V, *problems: Refusal) -> V:
+        """Return this verdict as a failure, with these problems beside those that it has."""
 
     def as_result(self) -> dict[str, t.Any]:
-        """Return the verdict in the form in which the module returns it."""
-        result: dict[str, t.Any] = {
-            "path": self.wanted.path,
-            "backing_file": self.wanted.backing_file,
-            "backing_format": self.wanted.backing_format,
-            "virtual_size": self.virtual_size,
-            "state": self.state,
-            "bitmaps": [{"name": b.name, "granularity": b.granularity} for b in self.bitmaps],
-            "skipped_bitmaps": [b._asdict() for b in self.skipped],
-        }
-        return {**result, "msg": self.message} if self.state == FAILED else result
+        """Return it in the form in which the modules return it."""
+
+    def as_diff(self) -> tuple[t.Any, t.Any]:
+        """Return what a diff shows of it, before and after."""
 
 
-def all_or_none(verdicts: t.Sequence[Verdict]) -> list[Verdict]:
-    """Return the verdicts of one VM, where one failure means that none of its overlays is made."""
+def problem_fields(problems: t.Sequence[Refusal]) -> dict[str, str]:
+    """Return `msg` and `code` of an item that failed; nothing for one that did not.
+
+    The code is the first problem's, unless that is only a consequence.
+    """
+    if not problems:
+        return {}
+    cause = next(iter(root_causes(problems)), problems[0])
+    return {"msg": " ".join(map(str, problems)), "code": cause.code}
+
+
+def root_causes(problems: t.Iterable[Refusal]) -> list[Refusal]:
+    """Return the problems without those that only follow from another one, each once."""
+    return [problem for problem in dict.fromkeys(problems) if problem.code != "group_failed"]
+
+
+def all_or_none(verdicts: t.Sequence[V]) -> list[V]:
+    """Return the verdicts of one VM. If one failed, those that would change something fail too."""
     failed = next((verdict for verdict in verdicts if verdict.state == FAILED), None)
     if failed is None:
         return list(verdicts)
-    reason = (
-        f"not made, because the overlays that belong together are made all or none and {failed.wanted.path} failed."
-    )
-    return [v.failed(f"{v.wanted.path}: {reason}") if v.state == CREATED else v for v in verdicts]
+    why = f"is left as it is, because {failed.request.path} failed, and what belongs together is done all or none"
+    return [v.failed(Refusal("group_failed", v.request.path, why)) if v.changed else v for v in verdicts]
 
 
-def needed_bytes(verdict: Verdict) -> int:
-    """Return how many bytes the new overlay takes on disk at least, where blocks are of 4 KiB or larger."""
-    creation, size = verdict.wanted.creation, verdict.virtual_size or 0
-    needed = 3 * creation.cluster_size + l1_bytes(
-        size, creation.cluster_size, creation.extended_l2
-    )  # header, refcount table, one refcount block
-    for bitmap in verdict.bitmaps:
-        entries = -(-bitmap.data_bytes(size) // creation.cluster_size)
-        needed += max(entries * 8, min(4096, creation.cluster_size))
-    return needed
+def within_space(verdicts: t.Sequence[V], free: dict[int, int]) -> list[V]:
+    """Return the verdicts of one VM, failed where they do not fit.
 
-
-def within_space(verdicts: t.Sequence[Verdict], targets: t.Sequence[Target], free: dict[int, int]) -> list[Verdict]:
-    """Return the verdicts of one VM, failed where they do not fit; free, bytes by device, is what is left for all."""
+    `free` has the bytes that are left for all, by device. What this VM takes is subtracted, unless it failed.
+    """
     settled = list(verdicts)
     left = dict(free)
-    for index, (verdict, target) in enumerate(zip(verdicts, targets)):
-        if verdict.state != CREATED or target.free_bytes is None:
+    for index, verdict in enumerate(settled):
+        need = verdict.need
+        if need is None or not verdict.changed:
             continue
-        available = left.setdefault(target.device, target.free_bytes)
-        needed = needed_bytes(verdict)
-        if needed > available:
+        available = left.setdefault(need.device, need.free)
+        if need.bytes > available:
             settled[index] = verdict.failed(
-                f"{verdict.wanted.path}: needs at least {needed} bytes in {target.folder}, where "
-                f"{max(available, 0)} are left after the overlays before it. Make room, or choose another folder."
+                Refusal(
+                    "no_space",
+                    verdict.request.path,
+                    f"needs at least {need.bytes} bytes in {need.folder}, where {max(available, 0)} are left",
+                    "Make room, or choose another folder.",
+                )
             )
-        left[target.device] = available - needed
+        left[need.device] = available - need.bytes
     settled = all_or_none(settled)
     if all(verdict.state != FAILED for verdict in settled):
         free.update(left)
     return settled
+
+
+def printable_warnings(verdicts: t.Iterable[Verdict]) -> list[str]:
+    """Return the warnings of all verdicts, each once."""
+    return list(dict.fromkeys(printable(warning) for verdict in verdicts for warning in verdict.warnings))

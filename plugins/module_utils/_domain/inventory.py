@@ -1,84 +1,142 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Read: every domain of the host, and which images its disks use."""
+# PRIVATE to this collection: may change at any time.
+"""Read: every domain of the host, and which images its disks use.
+
+Each definition is parsed once. A chain is read at most once, its headers only, and only if somebody asks for it.
+"""
 
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import os
 import stat
 import typing as t
 
-from .._base.errors import Qcow2Error, advice
+from .._base.errors import Refusal, system_refusal
 from .._base.files import open_image
 from .._libvirt.connection import Domain, Unreadable
-from .._libvirt.definition import disks_of
-from .._qcow2.chain import Layer, read_chain
+from .._libvirt.definition import DomainDisk
+from .._qcow2.chain import Layer, walk_chain
 
 READ_ONLY = ("cdrom", "floppy", "read-only")  # why a disk is unfit, of those that are not written to
 
 
-class Users(t.NamedTuple):
-    """The names of the domains of this host that use an image, by its real path."""
+class DiskFacts(t.NamedTuple):
+    """What is known of a disk beside its definition."""
 
-    anyhow: dict[str, set[str]]  # anywhere in the chain of a disk
-    writing: dict[str, set[str]]  # as the topmost image of a disk that they write to
+    disk: DomainDisk
+    is_device: bool  # whatever the definition calls it
+    layers: tuple[Layer, ...] = ()  # top to base, as far as they can be read
+    own: tuple[Layer, ...] = ()  # of these from the top those that no other domain uses
+    writers: tuple[str, ...] = ()  # names of other domains that write to its topmost image
+    problem: Refusal | None = None  # why the chain cannot be read
 
 
-def users_of_images(domains: t.Sequence[Domain]) -> Users:
-    """Return which domains use which images."""
-    users = Users({}, {})
-    for domain in domains:
-        for disk in disks_of(domain.definition):
-            if disk.source is not None:
-                layers, _problem = layers_of(disk.source, disk.format)
-                for path in [os.path.realpath(disk.source), *(layer.real_path for layer in layers)]:
-                    users.anyhow.setdefault(path, set()).add(domain.name)
+class _Chain(t.NamedTuple):
+    """The chain of an image, or why it cannot be read to its end."""
+
+    layers: tuple[Layer, ...]
+    problem: Refusal | None
+
+
+class Inventory:
+    """All domains of a host."""
+
+    def __init__(self, domains: t.Mapping[str, Domain | Unreadable]) -> None:
+        self._domains = domains
+        self._chains: dict[tuple[str, str], _Chain] = {}  # by path and format of the topmost image
+        self._users: dict[str, set[str]] | None = None  # names of domains by real path
+        self._writers: dict[str, set[str]] | None = None
+
+    def select(self, names: t.Sequence[str]) -> tuple[list[Domain | Unreadable], list[str]]:
+        """Return the domains of these names and patterns, each once; and the patterns that match none."""
+        found: dict[str, Domain | Unreadable] = {}
+        unmatched = []
+        for name in names:
+            matching = [name] if name in self._domains else fnmatch.filter(sorted(self._domains), name)
+            found.update({match: self._domains[match] for match in matching})
+            if not matching and any(character in name for character in "*?["):
+                unmatched.append(name)
+            elif not matching:
+                why = "libvirt knows no such domain on this host"
+                found[name] = Unreadable(name, Refusal("no_domain", name, why, "Check the name."))
+        return list(found.values()), unmatched
+
+    def facts(self, domain: Domain, disk: DomainDisk) -> DiskFacts:
+        """Return what is known of a disk; nothing of its chain if it cannot take part anyway."""
+        if disk.source is None or disk.why_unfit is not None:
+            return DiskFacts(disk, is_device=False)
+        chain = self._chain(disk.source, disk.format)
+        # A template belongs to all its clones; neither its name nor its snapshots are those of this domain.
+        below = itertools.takewhile(lambda layer: self._users_of(layer) == {domain.name}, chain.layers[1:])
+        return DiskFacts(
+            disk=disk,
+            is_device=_is_device(disk.source),
+            layers=chain.layers,
+            own=(*chain.layers[:1], *below),
+            writers=tuple(sorted(self._writers_of(disk.source) - {domain.name})),
+            problem=chain.problem,
+        )
+
+    def _readable(self) -> t.Iterator[tuple[Domain, DomainDisk, str]]:
+        """Yield every disk that has an image, with its domain and its path."""
+        for domain in self._domains.values():
+            if isinstance(domain, Domain):
+                for disk in domain.definition.disks:
+                    if disk.source is not None:
+                        yield domain, disk, disk.source
+
+    def _users_of(self, layer: Layer) -> set[str]:
+        """Return the names of the domains that use the image anywhere in the chain of a disk."""
+        if self._users is None:
+            self._users = {}
+            for domain, disk, source in self._readable():
+                paths = [layer.real_path for layer in self._chain(source, disk.format).layers]
+                for path in [os.path.realpath(source), *paths]:
+                    self._users.setdefault(path, set()).add(domain.name)
+        return self._users.get(layer.real_path, set())
+
+    def _writers_of(self, source: str) -> set[str]:
+        """Return the names of the domains that have the image as topmost one of a disk that they write to."""
+        if self._writers is None:
+            self._writers = {}
+            for domain, disk, path in self._readable():
                 if disk.why_unfit not in READ_ONLY:
-                    users.writing.setdefault(os.path.realpath(disk.source), set()).add(domain.name)
-    return users
+                    self._writers.setdefault(os.path.realpath(path), set()).add(domain.name)
+        return self._writers.get(os.path.realpath(source), set())
+
+    def _chain(self, source: str, image_format: str) -> _Chain:
+        """Return the chain of an image, without its bitmaps."""
+        if (source, image_format) not in self._chains:
+            self._chains[source, image_format] = _read(source, image_format)
+        return self._chains[source, image_format]
+
+
+def _read(source: str, image_format: str) -> _Chain:
+    """Read the chain of an image."""
+    layers: list[Layer] = []
+    try:
+        with open_image(source) as file:
+            layers.extend(layer for layer, _file in walk_chain(file, image_format, with_bitmaps=False))
+    except Refusal as exc:
+        return _Chain((), exc)
+    except OSError as exc:
+        return _Chain((), system_refusal(exc, source, "cannot be read"))
+    return _Chain(tuple(layers), None)
 
 
 def first_image(domain: Domain) -> str | None:
     """Return the image that a domain, when it starts, opens first for writing, for itself alone."""
-    own = [disk.source for disk in disks_of(domain.definition) if disk.why_unfit not in (*READ_ONLY, "shareable")]
+    own = [disk.source for disk in domain.definition.disks if disk.why_unfit not in (*READ_ONLY, "shareable")]
     return next(filter(None, own), None)
 
 
-def is_device_path(source: str | None) -> bool:
-    """Whether the image of a disk is a block device, whatever the definition calls it."""
+def _is_device(source: str) -> bool:
+    """Whether there is a block device at the path."""
     try:
-        return source is not None and stat.S_ISBLK(os.stat(source).st_mode)
+        return stat.S_ISBLK(os.stat(source).st_mode)
     except OSError:
         return False
-
-
-def layers_of(source: str, image_format: str) -> tuple[list[Layer], str | None]:
-    """Return the chain of a disk's image, or why it cannot be read."""
-    try:
-        fd = open_image(source)
-        try:
-            return list(read_chain(fd, source, image_format)), None
-        finally:
-            os.close(fd)
-    except Qcow2Error as exc:
-        return [], str(exc)
-    except OSError as exc:
-        return [], f"{source}: cannot be read: {exc.strerror}. {advice(exc)}"
-
-
-def select(
-    domains: t.Mapping[str, Domain | Unreadable], names: t.Sequence[str]
-) -> tuple[list[Domain | Unreadable], list[str]]:
-    """Return the domains of these names and patterns, each once; and the patterns that match none."""
-    found: dict[str, Domain | Unreadable] = {}
-    unmatched = []
-    for name in names:
-        matching = [name] if name in domains else fnmatch.filter(sorted(domains), name)
-        found.update({match: domains[match] for match in matching})
-        if not matching and any(character in name for character in "*?["):
-            unmatched.append(name)
-        elif not matching:
-            found[name] = Unreadable(name, f"{name}: libvirt knows no such domain on this host. Check the name.")
-    return list(found.values()), unmatched

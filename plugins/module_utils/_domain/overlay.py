@@ -1,101 +1,112 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Read, decide, act: overlays for the disks of libvirt domains, and the domains with_sources to them."""
+# PRIVATE to this collection: may change at any time.
+"""Decide: what becomes of each disk of a domain that is to be on a snapshot.
+
+Pure: facts in, a plan out.
+"""
 
 from __future__ import annotations
 
-import itertools
 import os
 import typing as t
 
-from .._disk.verdict import OverlayRequest
+from .._base.errors import Refusal
+from .._disk.overlay import OverlayRequest
 from .._libvirt.connection import Domain
-from .._libvirt.definition import DomainDisk, StatedChain, StatedImage, disks_of
+from .._libvirt.definition import DomainDisk, StatedChain, StatedImage
 from .._qcow2.chain import Layer
-from .inventory import Users, is_device_path, layers_of
-from .plan import DomainPlan, SkippedDisk, SnapshotRequest, state_problems
+from .inventory import DiskFacts
+from .plan import DiskPlan, DomainPlan, SkippedDisk, SnapshotRequest, state_problems
 
 _EXTENSIONS = (".qcow2", ".qcow", ".img", ".raw")  # that are no part of an image's stem
 _NOT_ASKED_FOR = "not asked for"
 
 
-def plan_domain(domain: Domain, request: SnapshotRequest, users: Users) -> DomainPlan:
+def plan_domain(domain: Domain, facts: t.Sequence[DiskFacts], request: SnapshotRequest) -> DomainPlan:
     """Return what is to become of a domain, as far as that can be said without its images' bitmaps."""
-    plan = DomainPlan(domain, {}, {}, [], [])
-    for disk in disks_of(domain.definition):
-        reason = _reason_to_skip(disk, request)
-        if reason is None:
-            _plan_disk(plan, disk, request, users)
-        else:
-            plan.skipped.append(SkippedDisk(disk.target, reason))
-    skipped = {disk.target: disk.reason for disk in plan.skipped}
-    for target in request.targets or ():
-        if target not in plan.wanted:
-            why = skipped.get(target, "it has no such disk")
-            plan.problems.append(f"{domain.name}: its disk {target} cannot take part: {why}. Correct disks.")
-    if not plan.wanted and not plan.problems:
-        listed = ", ".join(f"{disk.target}: {disk.reason}" for disk in plan.skipped) or "it has no disks"
-        plan.problems.append(f"{domain.name}: none of its disks can take part ({listed}).")
-    plan.problems.extend(state_problems(plan))
-    return plan
+    reasons = {one.disk.target: _reason_to_skip(one, request) for one in facts}
+    skipped = tuple(SkippedDisk(target, reason) for target, reason in reasons.items() if reason is not None)
+    taking_part = [one for one in facts if reasons[one.disk.target] is None]
+    disks = _without_same_names(domain, [_plan_disk(domain, one, request) for one in taking_part])
+    problems = [problem for disk in disks for problem in disk.problems]
+    problems += _target_problems(domain, reasons, request)
+    if not disks and not problems:
+        listed = ", ".join(f"{disk.target}: {disk.reason}" for disk in skipped) or "it has no disks"
+        problems.append(Refusal("no_disk", domain.name, f"none of its disks can take part ({listed})"))
+    problems += state_problems(domain, disks)
+    plan = DomainPlan(domain, tuple(disks), skipped, tuple(problems), domain.definition)
+    return plan._replace(definition=domain.definition.with_sources(plan.sources)) if plan.sources else plan
 
 
-def _reason_to_skip(disk: DomainDisk, request: SnapshotRequest) -> str | None:
+def _reason_to_skip(facts: DiskFacts, request: SnapshotRequest) -> str | None:
     """Return why a disk is left out, or None."""
+    disk = facts.disk
     if disk.why_unfit is not None:
         return disk.why_unfit
     if request.targets is not None and disk.target not in request.targets:
         return _NOT_ASKED_FOR
     if disk.opted_out and request.targets is None:
         return "excluded by snapshot='no' in the definition"
-    if request.directory is None and (disk.kind == "block" or is_device_path(disk.source)):
+    if request.directory is None and (disk.kind == "block" or facts.is_device):
         return "block device, beside which no overlay can be made; give a directory"
     return None
 
 
-def _plan_disk(plan: DomainPlan, disk: DomainDisk, request: SnapshotRequest, users: Users) -> None:
-    """Add to the plan what is to become of a disk that takes part."""
-    name, source = plan.domain.name, t.cast("str", disk.source)
-    layers, problem = layers_of(source, disk.format)
-    # A template belongs to all its clones; neither its name nor its snapshots are those of this domain.
-    below_top = itertools.takewhile(lambda layer: users.anyhow.get(layer.real_path) == {name}, layers[1:])
-    own = [*layers[:1], *below_top]
-    others = users.writing.get(os.path.realpath(source), set()) - {name}
-    # Whoever is on that snapshot already, or above it, may have been given another directory then.
-    for above, below in zip(own, layers[1:]):
+def _target_problems(
+    domain: Domain, reasons: t.Mapping[str, str | None], request: SnapshotRequest
+) -> t.Iterator[Refusal]:
+    """Yield why disks that were asked for by name cannot take part."""
+    for target in request.targets or ():
+        reason = reasons.get(target, "it has no such disk")
+        if reason is not None:
+            why = f"its disk {target} cannot take part: {reason}"
+            yield Refusal("disk_unfit", domain.name, why, "Correct disks.")
+
+
+def _plan_disk(domain: Domain, facts: DiskFacts, request: SnapshotRequest) -> DiskPlan:
+    """Return what is to become of a disk that takes part."""
+    disk, source = facts.disk, t.cast("str", facts.disk.source)
+    problems = [facts.problem] if facts.problem else _stated_problems(domain.name, disk, facts.layers)
+    # A domain that is on the snapshot already, or above it, may have been given another directory then.
+    for above, below in zip(facts.own, facts.layers[1:]):
         if os.path.basename(above.path).endswith(f".{request.snapshot}.qcow2"):
-            plan.wanted[disk.target] = OverlayRequest(
-                above.path, below.path, below.format or "qcow2", vm=plan.domain.uuid
-            )
-            break
-    else:
-        stem = stem_of([layer.path for layer in own] or [source])
-        path = os.path.join(request.directory or os.path.dirname(source), f"{stem}.{request.snapshot}.qcow2")
-        if others:
-            problem = (
-                f"{name}: its disk {disk.target} is a disk of {', '.join(sorted(others))} too, which would go on "
-                "writing below the overlay. Give each a disk of its own."
-            )
-        if path in plan.overlays.values():
-            problem = (
-                f"{name}: several of its disks would get the overlay {path}. Take them one by one, by disks, into "
-                "directories of their own."
-            )
-        plan.overlays[disk.target] = path
-        plan.wanted[disk.target] = OverlayRequest(
-            path=path,
-            backing_file=source,
-            backing_format=disk.format,
-            vm=plan.domain.uuid,
-            relative=request.relative,
-            creation=request.creation,
-            must_be_fresh=True,
+            there = OverlayRequest(above.path, below.path, below.format or "qcow2", vm=domain.uuid)
+            return DiskPlan(disk.target, there, is_new=False, problems=tuple(problems))
+    if facts.writers:
+        why = (
+            f"its disk {disk.target} is a disk of {', '.join(facts.writers)} too, which would go on writing below the "
+            "overlay"
         )
-    if problem is None and disk.stated_chain is not None:
-        problem = _stated_problem(name, disk, disk.stated_chain, layers)
-    if problem is not None:
-        plan.problems.append(problem)
+        problems.append(Refusal("shared_disk", domain.name, why, "Give each a disk of its own."))
+    stem = stem_of([layer.path for layer in facts.own] or [source])
+    new = OverlayRequest(
+        path=os.path.join(request.directory or os.path.dirname(source), f"{stem}.{request.snapshot}.qcow2"),
+        backing_file=source,
+        backing_format=disk.format,
+        vm=domain.uuid,
+        relative=request.relative,
+        creation=request.creation,
+        must_be_fresh=True,
+    )
+    return DiskPlan(disk.target, new, is_new=True, problems=tuple(problems))
+
+
+def _without_same_names(domain: Domain, disks: t.Sequence[DiskPlan]) -> list[DiskPlan]:
+    """Return the plans, with a problem for each that would get the same new overlay as one before it."""
+    taken = set()
+    checked = []
+    for disk in disks:
+        path, problems = disk.request.path, disk.problems
+        if disk.is_new and path in taken:
+            why = f"several of its disks would get the overlay {path}"
+            remedy = "Take them one by one, by disks, into directories of their own."
+            problems = (*problems, Refusal("same_name", domain.name, why, remedy))
+        if disk.is_new:
+            taken.add(path)
+        checked.append(disk._replace(problems=problems))
+    return checked
 
 
 def stem_of(paths: t.Sequence[str]) -> str:
@@ -113,26 +124,34 @@ def stem_of(paths: t.Sequence[str]) -> str:
     return stem
 
 
-def _stated_problem(name: str, disk: DomainDisk, stated: StatedChain, layers: t.Sequence[Layer]) -> str | None:
-    """Return how the chain that the definition states differs from the one that the images record."""
+def _stated_problems(name: str, disk: DomainDisk, layers: t.Sequence[Layer]) -> list[Refusal]:
+    """Return how the chain that the definition states, if it does, differs from the one that the images record."""
+    stated = disk.stated_chain
+    if stated is None:
+        return []
     recorded = [StatedImage(layer.real_path, layer.format or "") for layer in layers[1:]]
     images = [StatedImage(os.path.realpath(image.path), image.format) for image in stated.images]
     unnamed = [layer.path for layer in layers[1:] if layer.format is None]
-    # Where the images record no format, the one that the definition states is not another one.
-    known = [image if image.format else image._replace(format=own.format) for image, own in zip(recorded, images)]
-    if images != known or (stated.is_complete and len(images) != len(recorded)):
-        return (
-            f"{name}: its definition states another backing chain for {disk.target} ({_shown(images)}) than the images "
-            f"record ({_shown(recorded)}), so the guest may have been seeing other data than an overlay would show. "
-            "Find out which is right; then correct <backingStore> in the definition, or the images with "
-            "'qemu-img rebase -u'."
+    if _differs(stated, images, recorded):
+        why = (
+            f"{disk.target}: <backingStore> says {_shown(images)}, the images say {_shown(recorded)}, so the guest may "
+            "have been seeing other data than an overlay would show"
         )
+        remedy = "Find out which the guest saw; correct the other one, the images with 'qemu-img rebase -u'."
+        return [Refusal("other_chain", name, why, remedy)]
     if unnamed:
-        return (
-            f"{name}: the format of {unnamed[0]} is stated in the definition only, not in the image above it, which an "
-            "overlay needs. Record it with 'qemu-img rebase -u -b … -F …'."
+        why = (
+            f"the format of {unnamed[0]} is stated in the definition only, not in the image above it, which an "
+            "overlay needs"
         )
-    return None
+        return [Refusal("format_not_recorded", name, why, "Record it with 'qemu-img rebase -u -b … -F …'.")]
+    return []
+
+
+def _differs(stated: StatedChain, images: list[StatedImage], recorded: list[StatedImage]) -> bool:
+    """Whether the stated images are not the recorded ones; where no format is recorded, any stated one fits."""
+    known = [image if image.format else image._replace(format=own.format) for image, own in zip(recorded, images)]
+    return images != known or (stated.is_complete and len(images) != len(recorded))
 
 
 def _shown(images: t.Sequence[StatedImage]) -> str:

@@ -1,26 +1,26 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change at any time.
 """What is asked of domains, what is to become of each, and what became of it."""
 
 from __future__ import annotations
 
 import typing as t
 
-from .._base.errors import printable
+from .._base.errors import Refusal, printable
 from .._disk.bitmap_rules import Checkpoint
-from .._disk.verdict import Creation, OverlayRequest, Verdict
-from .._libvirt.connection import Domain
-from .._libvirt.definition import disks_of, with_sources
-
-SKIPPED = "skipped"
+from .._disk.overlay import Creation, OverlayRequest, OverlayVerdict
+from .._disk.verdict import CREATED, FAILED, problem_fields
+from .._libvirt.connection import Domain, Unreadable
+from .._libvirt.definition import Definition, Source
 
 
 class SnapshotRequest(t.NamedTuple):
     """What is wanted of every domain."""
 
     snapshot: str
-    targets: list[str] | None  # None: all disks that can take part
+    targets: tuple[str, ...] | None  # None: all disks that can take part
     directory: str | None  # None: beside each disk
     relative: bool
     creation: Creation
@@ -34,19 +34,28 @@ class SkippedDisk(t.NamedTuple):
     reason: str
 
 
+class DiskPlan(t.NamedTuple):
+    """What is to become of one disk that takes part."""
+
+    target: str
+    request: OverlayRequest
+    is_new: bool  # the definition does not have the overlay yet
+    problems: tuple[Refusal, ...] = ()
+
+
 class DomainPlan(t.NamedTuple):
     """What is to become of one domain."""
 
     domain: Domain
-    wanted: dict[str, OverlayRequest]  # by target; the overlays, those that are there already too
-    overlays: dict[str, str]  # path by target, of the disks that the definition does not have as overlays yet
-    skipped: list[SkippedDisk]
-    problems: list[str]
+    disks: tuple[DiskPlan, ...]
+    skipped: tuple[SkippedDisk, ...]
+    problems: tuple[Refusal, ...]
+    definition: Definition  # that the domain is to get
 
     @property
-    def definition(self) -> str:
-        """The definition that the domain is to get."""
-        return with_sources(self.domain.definition, self.overlays)
+    def sources(self) -> dict[str, Source]:
+        """The images that the definition is to be switched to, by target."""
+        return {disk.target: Source(disk.request.path) for disk in self.disks if disk.is_new}
 
 
 class DomainOutcome(t.NamedTuple):
@@ -55,16 +64,21 @@ class DomainOutcome(t.NamedTuple):
     name: str
     uuid: str | None
     state: str  # created, present, failed or skipped
-    overlays: list[tuple[str, Verdict]]  # with the target
-    skipped: list[SkippedDisk]
-    checkpoints: list[Checkpoint]
-    problems: list[str]
-    diff: tuple[str, str]  # the disks' elements before and after
-    tops: t.Mapping[str, str]  # the topmost image of each disk, by target, as the definition has it after the task
+    overlays: tuple[tuple[str, OverlayVerdict], ...] = ()  # with the target
+    skipped: tuple[SkippedDisk, ...] = ()
+    checkpoints: tuple[Checkpoint, ...] = ()
+    problems: tuple[Refusal, ...] = ()
+    diff: tuple[str, str] = ("", "")  # the disks' elements before and after
+    tops: t.Mapping[str, str] = {}  # the topmost image of each disk, by target, as the definition has it after the task
+
+    @property
+    def changed(self) -> bool:
+        """Whether it is to be switched, or was switched."""
+        return self.state == CREATED
 
     def as_result(self) -> dict[str, t.Any]:
         """Return the domain as the module returns it."""
-        result: dict[str, t.Any] = {
+        return {
             "name": self.name,
             "uuid": self.uuid,
             "state": self.state,
@@ -72,41 +86,56 @@ class DomainOutcome(t.NamedTuple):
                 {
                     "target": target,
                     **verdict.as_result(),
-                    "topmost": printable(self.tops.get(target, verdict.wanted.path)),
+                    "topmost": printable(self.tops.get(target, verdict.request.path)),
                 }
                 for target, verdict in self.overlays
             ],
             "skipped_disks": [disk._asdict() for disk in self.skipped],
             "checkpoints": [checkpoint.as_result() for checkpoint in self.checkpoints],
+            **problem_fields(self.problems),
         }
-        return {**result, "msg": self.message} if self.problems else result
-
-    @property
-    def message(self) -> str:
-        """Why it failed, in one text."""
-        return printable(" ".join(self.problems))
 
 
-def state_problems(plan: DomainPlan) -> list[str]:
-    """Return why the domain cannot be with_sources as it is just now."""
-    domain = plan.domain
-    if domain.running_definition is not None and not plan.overlays:
-        running = {disk.target: disk.source for disk in disks_of(domain.running_definition)}
-        defined = {disk.target: disk.source for disk in disks_of(domain.definition)}
-        if any(running.get(target) != defined[target] for target in plan.wanted):
-            return [f"{domain.name}: runs with other disks than its definition has. Shut it down and run this again."]
-    if not plan.overlays:
-        return []
+def failed_outcome(unreadable: Unreadable) -> DomainOutcome:
+    """Return the outcome for a domain of which nothing is known."""
+    return DomainOutcome(name=unreadable.name, uuid=None, state=FAILED, problems=(unreadable.problem,))
+
+
+def state_problems(domain: Domain, disks: t.Sequence[DiskPlan]) -> list[Refusal]:
+    """Return why the domain cannot be switched as it is just now."""
+    if not any(disk.is_new for disk in disks):
+        return _running_elsewhere(domain, disks)
     if not domain.persistent:
-        return [f"{domain.name}: is transient: it has no definition that could be changed. Define it first."]
+        why = "is transient: it has no definition that could be changed"
+        return [Refusal("transient", domain.name, why, "Define it first.")]
     if domain.state is not None:
         return [
-            f"{domain.name}: is {domain.state}. Shut it down and run this again; for a running domain, "
-            "'virsh snapshot-create-as --disk-only' does it all, bitmaps included."
+            Refusal(
+                "running",
+                domain.name,
+                f"is {domain.state}",
+                "Shut it down and run this again; for a running domain, 'virsh snapshot-create-as --disk-only' does it "
+                "all, bitmaps included.",
+            )
         ]
     if domain.managed_save:
         return [
-            f"{domain.name}: has a managed save, which would go on writing to the images below the overlays. Start it "
-            "and shut it down properly, or give up its saved state with 'virsh managedsave-remove'."
+            Refusal(
+                "managed_save",
+                domain.name,
+                "has a managed save, which would go on writing to the images below the overlays",
+                "Start it and shut it down properly, or give up its saved state with 'virsh managedsave-remove'.",
+            )
         ]
     return []
+
+
+def _running_elsewhere(domain: Domain, disks: t.Sequence[DiskPlan]) -> list[Refusal]:
+    """Return why a domain whose definition is on the overlays all the same is not: it still runs without them."""
+    if domain.running_definition is None:
+        return []
+    running, defined = domain.running_definition.tops, domain.definition.tops
+    if all(running.get(disk.target) == defined[disk.target] for disk in disks):
+        return []
+    why = "runs with other disks than its definition has"
+    return [Refusal("other_disks", domain.name, why, "Shut it down and run this again.")]

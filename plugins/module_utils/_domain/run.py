@@ -1,126 +1,168 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Select, plan, run, switch, conclude."""
+# PRIVATE to this collection: may change at any time.
+"""All domains of a call: select, plan, run, switch, conclude."""
 
 from __future__ import annotations
 
 import os
 import typing as t
 
-from .._base.errors import Qcow2Error
-from .._disk.run import make_overlays
+from .._base.errors import Refusal
+from .._disk.build import MakeOverlays
+from .._disk.overlay import OverlayVerdict
+from .._disk.run import run
 from .._disk.session import Settings, Vm
-from .._disk.verdict import CREATED, FAILED, PRESENT, Verdict
-from .._libvirt.connection import Domain, Libvirt, Unreadable
-from .._libvirt.definition import disks_of, parts_of
+from .._disk.verdict import CREATED, FAILED, PRESENT, SKIPPED, root_causes
+from .._libvirt.connection import Domain, KnownCheckpoint, Libvirt, Unreadable
+from .._libvirt.switch import switch
 from .checkpoints import judge_checkpoints
-from .inventory import first_image, select, users_of_images
+from .inventory import Inventory, first_image
 from .overlay import plan_domain
-from .plan import SKIPPED, DomainOutcome, DomainPlan, SkippedDisk, SnapshotRequest
+from .plan import DomainOutcome, DomainPlan, SkippedDisk, SnapshotRequest, failed_outcome
 
 
-def overlay_domains(
-    libvirt: Libvirt, names: t.Sequence[str], request: SnapshotRequest, settings: Settings
-) -> tuple[list[DomainOutcome], list[str]]:
-    """Make the overlays of all these domains and switch the domains, each all or none; return them, and warnings."""
-    everybody = libvirt.domains()
-    found, unmatched = select(everybody, names)
-    users = users_of_images([domain for domain in everybody.values() if isinstance(domain, Domain)])
-    plans = [plan_domain(domain, request, users) for domain in found if isinstance(domain, Domain)]
-    left_out = {plan.domain.name: _left_out(plan) for plan in plans if _is_to_be_left_out(plan, request, names)}
-    sound = [plan for plan in plans if not plan.problems and plan.domain.name not in left_out]
-    switches = {plan.domain.uuid: _Switch(libvirt, plan, settings.seconds) for plan in sound if plan.overlays}
-    wanted = [wanted for plan in sound for wanted in plan.wanted.values()]
-    first_images = {plan.domain.uuid: first_image(plan.domain) for plan in sound}
-    machines = {uuid: Vm(switch.run, first_images[uuid]) for uuid, switch in switches.items()}
-    outcome = make_overlays(wanted, settings, machines)
-    verdicts = {(verdict.wanted.vm, verdict.wanted.path): verdict for verdict in outcome.verdicts}
-    results = {
-        plan.domain.name: _conclude(plan, verdicts, switches.get(plan.domain.uuid), settings.check_mode)
-        for plan in plans
-    }
-    results.update(left_out)
-    everything = [_unreadable(one) if isinstance(one, Unreadable) else results[one.name] for one in found]
-    warnings = [f"{pattern}: no domain of this host matches it." for pattern in unmatched]
-    return everything, warnings + outcome.warnings
+class Call:
+    """One call for domains: what is known of each, and what became of it."""
+
+    def __init__(self, daemon: Libvirt, names: t.Sequence[str], request: SnapshotRequest, settings: Settings) -> None:
+        """Select the domains and plan what is to become of each."""
+        self._daemon = daemon
+        self._names = names
+        self._request = request
+        self._settings = settings
+        inventory = Inventory(daemon.domains())
+        found, self._unmatched = inventory.select(names)
+        self._found = [self._with_checkpoints(one) for one in found]
+        self._plans = {
+            one.name: plan_domain(one, [inventory.facts(one, disk) for disk in one.definition.disks], request)
+            for one, _checkpoints in self._found
+            if isinstance(one, Domain)
+        }
+
+    def _with_checkpoints(self, one: Domain | Unreadable) -> tuple[Domain | Unreadable, tuple[KnownCheckpoint, ...]]:
+        """Return a domain with its checkpoints; unreadable if libvirt cannot tell these."""
+        if isinstance(one, Unreadable):
+            return one, ()
+        try:
+            return one, self._daemon.checkpoints(one)
+        except Refusal as exc:
+            return Unreadable(one.name, exc), ()
+
+    def run(self, operation: MakeOverlays) -> tuple[list[DomainOutcome], list[str]]:
+        """Do it, each domain all or none; return what became of them, and warnings."""
+        sound = [plan for plan in self._plans.values() if not plan.problems and not self._is_left_out(plan)]
+        switches = {plan.domain.uuid: _Switch(self._daemon, plan, self._settings) for plan in sound if plan.sources}
+        requests = [disk.request for plan in sound for disk in plan.disks]
+        vms: dict[str | None, Vm] = {uuid: Vm(one.run, first_image(one.domain)) for uuid, one in switches.items()}
+        outcome = run(operation, requests, self._settings, vms)
+        verdicts = {(verdict.request.vm, verdict.request.path): verdict for verdict in outcome.verdicts}
+        results = [self._outcome(one, checkpoints, verdicts, switches) for one, checkpoints in self._found]
+        return results, [*(f"{one}: no domain of this host matches it." for one in self._unmatched), *outcome.warnings]
+
+    def _is_left_out(self, plan: DomainPlan) -> bool:
+        """Whether it is skipped: by request since it runs, or since only a pattern names it and no disk fits."""
+        if plan.sources:
+            return self._request.skips_running and plan.domain.state is not None
+        return not plan.disks and self._request.targets is None and plan.domain.name not in self._names
+
+    def _outcome(
+        self,
+        one: Domain | Unreadable,
+        checkpoints: t.Sequence[KnownCheckpoint],
+        verdicts: t.Mapping[tuple[str | None, str], OverlayVerdict],
+        switches: t.Mapping[str, _Switch],
+    ) -> DomainOutcome:
+        """Return what became of a domain."""
+        if isinstance(one, Unreadable):
+            return failed_outcome(one)
+        plan = self._plans[one.name]
+        if self._is_left_out(plan):
+            return _left_out(plan, checkpoints)
+        return self._conclude(plan, checkpoints, verdicts, switches.get(one.uuid))
+
+    def _conclude(
+        self,
+        plan: DomainPlan,
+        checkpoints: t.Sequence[KnownCheckpoint],
+        verdicts: t.Mapping[tuple[str | None, str], OverlayVerdict],
+        switched: _Switch | None,
+    ) -> DomainOutcome:
+        """Return what became of a domain that was not left out."""
+        own = [(disk.target, verdicts.get((plan.domain.uuid, disk.request.path))) for disk in plan.disks]
+        overlays = {target: verdict for target, verdict in own if verdict is not None}
+        problems = [*plan.problems, *(problem for verdict in overlays.values() for problem in verdict.problems)]
+        if switched is not None:
+            problems += switched.problems(is_expected=not problems and not self._settings.check_mode)
+        definition = plan.domain.definition if problems else plan.definition
+        changed = switched is not None or any(verdict.changed for verdict in overlays.values())
+        made = {} if problems else {target: overlays[target] for target in plan.sources}
+        return DomainOutcome(
+            name=plan.domain.name,
+            uuid=plan.domain.uuid,
+            state=FAILED if problems else CREATED if changed else PRESENT,
+            overlays=tuple(overlays.items()),
+            skipped=plan.skipped,
+            checkpoints=judge_checkpoints(checkpoints, plan, made),
+            problems=tuple(root_causes(problems)),
+            diff=("", "") if problems else (_parts(plan, before=True), _parts(plan, before=False)),
+            tops=definition.tops,
+        )
 
 
 class _Switch:
-    """The last step for a domain, which the engine takes once its overlays are there."""
+    """The last step for a domain, which its session takes once the overlays are there."""
 
-    def __init__(self, libvirt: Libvirt, plan: DomainPlan, seconds: float) -> None:
-        self._libvirt = libvirt
-        self._seconds = seconds
+    def __init__(self, daemon: Libvirt, plan: DomainPlan, settings: Settings) -> None:
+        self._daemon = daemon
         self._plan = plan
-        self.problem: str | None = None
-        self.is_done = False
+        self._seconds = settings.seconds
+        self._problem: Refusal | None = None
+        self._is_done = False
+
+    @property
+    def domain(self) -> Domain:
+        """The domain."""
+        return self._plan.domain
 
     def run(self) -> None:
-        """Switch the domain to its overlays; Qcow2Error when that fails."""
+        """Switch the domain to its overlays; Refusal if that fails."""
+        sources = self._plan.sources
         try:
-            gone = [path for path in self._plan.overlays.values() if not os.path.exists(path)]
+            gone = [source.path for source in sources.values() if not os.path.exists(source.path)]
             if gone:
-                raise Qcow2Error(f"{gone[0]}: was removed meanwhile. Run this again.")
-            self._libvirt.switch(self._plan.domain, self._plan.definition, self._plan.overlays, self._seconds)
-        except Qcow2Error as exc:
-            self.problem = str(exc)
+                raise Refusal("changed_meanwhile", gone[0], "was removed meanwhile", "Run this again.")
+            switch(self._daemon, self.domain, sources, self._plan.definition, self._seconds)
+        except Refusal as exc:
+            self._problem = exc
             raise
-        self.is_done = True
+        self._is_done = True
+
+    def problems(self, *, is_expected: bool) -> list[Refusal]:
+        """Return why the domain is not switched; `is_expected`: nothing else has failed, so it should be."""
+        if self._problem is not None:
+            return [self._problem]
+        if self._is_done or not is_expected:
+            return []
+        return [Refusal("not_switched", self.domain.name, "was not switched to its overlays", "Run this again.")]
 
 
-def _is_to_be_left_out(plan: DomainPlan, request: SnapshotRequest, names: t.Sequence[str]) -> bool:
-    """Whether the domain is skipped: by request since it runs, or since only a pattern names it and it has no disk."""
-    if plan.overlays:
-        return request.skips_running and plan.domain.state is not None
-    return not plan.wanted and request.targets is None and plan.domain.name not in names
-
-
-def _left_out(plan: DomainPlan) -> DomainOutcome:
+def _left_out(plan: DomainPlan, checkpoints: t.Sequence[KnownCheckpoint]) -> DomainOutcome:
     """Return the outcome for a domain that is left as it is."""
     reason = f"the domain is {plan.domain.state}"
-    skipped = [*plan.skipped, *(SkippedDisk(target, reason) for target in plan.wanted)]
-    checkpoints = judge_checkpoints(plan, {})
-    return DomainOutcome(plan.domain.name, plan.domain.uuid, SKIPPED, [], skipped, checkpoints, [], ("", ""), {})
-
-
-def _conclude(
-    plan: DomainPlan, verdicts: t.Mapping[tuple[str | None, str], Verdict], switch: _Switch | None, check_mode: bool
-) -> DomainOutcome:
-    """Return what became of a domain."""
-    own = [(target, verdicts.get((plan.domain.uuid, wanted.path))) for target, wanted in plan.wanted.items()]
-    overlays = [(target, verdict) for target, verdict in own if verdict is not None]
-    problems = list(plan.problems)
-    problems += [verdict.message for _target, verdict in overlays if verdict.state == FAILED]
-    if switch is not None and switch.problem is not None:
-        problems.append(switch.problem)
-    elif switch is not None and not problems and not switch.is_done and not check_mode:
-        problems.append(f"{plan.domain.name}: was not with_sources to its overlays. Run this again.")
-    changed = switch is not None or any(verdict.state == CREATED for _target, verdict in overlays)
-    is_fine = not problems
     return DomainOutcome(
         name=plan.domain.name,
         uuid=plan.domain.uuid,
-        state=FAILED if problems else CREATED if changed else PRESENT,
-        overlays=overlays,
-        skipped=plan.skipped,
-        checkpoints=judge_checkpoints(plan, dict(overlays) if is_fine else {}),
-        problems=list(dict.fromkeys(problems)),
-        diff=(_parts(plan.domain.definition, plan), _parts(plan.definition, plan)) if is_fine else ("", ""),
-        tops=_topmost(plan.definition if is_fine else plan.domain.definition),
+        state=SKIPPED,
+        skipped=(*plan.skipped, *(SkippedDisk(disk.target, reason) for disk in plan.disks)),
+        checkpoints=judge_checkpoints(checkpoints, plan, {}),
     )
 
 
-def _topmost(definition: str) -> dict[str, str]:
-    """Return the topmost image of each disk that a definition has, by target."""
-    return {disk.target: disk.source for disk in disks_of(definition) if disk.source is not None}
-
-
-def _parts(definition: str, plan: DomainPlan) -> str:
+def _parts(plan: DomainPlan, *, before: bool) -> str:
     """Return what a diff shows of a definition."""
-    return f"<domain> {plan.domain.name}\n{parts_of(definition, plan.overlays)}" if plan.overlays else ""
-
-
-def _unreadable(domain: Unreadable) -> DomainOutcome:
-    """Return the outcome for a domain of which nothing is known."""
-    return DomainOutcome(domain.name, None, FAILED, [], [], [], [domain.problem], ("", ""), {})
+    if not plan.sources:
+        return ""
+    definition = plan.domain.definition if before else plan.definition
+    return f"<domain> {plan.domain.name}\n{definition.parts(plan.sources)}"

@@ -1,6 +1,7 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change at any time.
 """Decide: what the definition of a libvirt domain says of its disks, and what it must become.
 
 Pure: XML in, values or XML out (libvirt, "Domain XML format", Hard drives, floppy disks, CDROMs). Whatever is not
@@ -9,6 +10,7 @@ inside the element of a with_sources disk stays as it was, byte by byte.
 
 from __future__ import annotations
 
+import functools
 import typing as t
 import xml.dom.minidom
 import xml.parsers.expat
@@ -16,6 +18,14 @@ import xml.parsers.expat
 FORMATS = ("qcow2", "raw")  # that an image with an overlay on top can have here
 _DISK = ["domain", "devices", "disk"]
 _SOURCE_ATTRIBUTES = {"file": "file", "block": "dev"}  # which attribute of <source> has the path, by type of the disk
+
+
+class Source(t.NamedTuple):
+    """The image of a disk, as <source>, <driver type> and the type of the disk name it."""
+
+    path: str
+    format: str = "qcow2"
+    type: str = "file"  # or block
 
 
 class StatedImage(t.NamedTuple):
@@ -37,33 +47,70 @@ class DomainDisk(t.NamedTuple):
 
     target: str
     kind: str  # file, block, network, …
-    source: str | None  # path; None when it has none
+    source: str | None  # path; None if it has none
     format: str  # as <driver type> says
     why_unfit: str | None  # why it can take no part in snapshots
     opted_out: bool  # by snapshot='no', which is a default only
     stated_chain: StatedChain | None
 
 
-def disks_of(definition: str) -> list[DomainDisk]:
-    """Return the disks of a domain, in the order of its definition."""
-    return [_disk_from(element) for element in _disk_elements(_parse(definition))]
+class Definition:
+    """The XML of a domain. It is parsed once."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    @functools.cached_property
+    def disks(self) -> tuple[DomainDisk, ...]:
+        """The disks, in the order of the definition."""
+        return tuple(_disk_from(element) for element in _disk_elements(_parse(self.text)))
+
+    @property
+    def tops(self) -> dict[str, str]:
+        """The path of the topmost image of each disk that has one, by target."""
+        return {disk.target: disk.source for disk in self.disks if disk.source is not None}
+
+    def with_sources(self, sources: t.Mapping[str, Source]) -> Definition:
+        """Return the definition with these targets switched to these images.
+
+        Change the path, the type and the format only. Drop the stated backing chain: it would end at the wrong image,
+        and the image itself records what is below it.
+        """
+        data = self.text.encode("utf-8")
+        for start, end in reversed(_places_of_disks(data)):
+            document = _parse(data[start:end].decode("utf-8"))
+            element = document.documentElement
+            target = _target_of(element)
+            if target in sources:
+                _switch(document, element, sources[target])
+                data = data[:start] + element.toxml().encode("utf-8") + data[end:]
+        return Definition(data.decode("utf-8"))
+
+    def has_only_switched(self, old: Definition, sources: t.Mapping[str, Source]) -> bool:
+        """Whether these targets are these images, and nothing else about the disks differs from `old`."""
+        own = {disk.target: disk for disk in self.disks}
+        others = [disk for disk in self.disks if disk.target not in sources]
+        return others == [disk for disk in old.disks if disk.target not in sources] and all(
+            target in own
+            and (own[target].source, own[target].format, own[target].kind) == source
+            and own[target].stated_chain is None
+            for target, source in sources.items()
+        )
+
+    def parts(self, targets: t.Container[str]) -> str:
+        """Return the elements of these disks only, for a diff."""
+        elements = [element for element in _disk_elements(_parse(self.text)) if _target_of(element) in targets]
+        return "".join(f"    {element.toxml()}\n" for element in elements)
 
 
-def with_sources(definition: str, overlays: t.Mapping[str, str]) -> str:
-    """Return the definition with these targets with_sources to the overlays with these paths.
-
-    Only the path changes, and the format when it was raw. The stated backing chain goes: it would end at the wrong
-    image, and the overlay itself records what is below it.
-    """
-    data = definition.encode("utf-8")
-    for start, end in reversed(_places_of_disks(data)):
-        document = _parse(data[start:end].decode("utf-8"))
-        element = document.documentElement
-        target = _target_of(element)
-        if target in overlays:
-            _switch(document, element, overlays[target])
-            data = data[:start] + element.toxml().encode("utf-8") + data[end:]
-    return data.decode("utf-8")
+def bitmaps_of(checkpoint: str) -> dict[str, str]:
+    """Return the bitmaps of a checkpoint by target (libvirt, "Checkpoint XML format")."""
+    disks = _children(_children(_parse(checkpoint).documentElement, "disks")[0], "disk")
+    return {
+        disk.getAttribute("name"): disk.getAttribute("bitmap")
+        for disk in disks
+        if disk.getAttribute("checkpoint") == "bitmap"
+    }
 
 
 def _places_of_disks(data: bytes) -> list[tuple[int, int]]:
@@ -85,27 +132,6 @@ def _places_of_disks(data: bytes) -> list[tuple[int, int]]:
     parser.StartElementHandler, parser.EndElementHandler = start, end
     parser.Parse(data, True)
     return places
-
-
-def parts_of(definition: str, targets: t.Container[str]) -> str:
-    """Return the elements of these disks only, for a diff."""
-    elements = [element for element in _disk_elements(_parse(definition)) if _target_of(element) in targets]
-    return "".join(f"    {element.toxml()}\n" for element in elements)
-
-
-def without(definition: str, targets: t.Container[str]) -> list[DomainDisk]:
-    """Return the other disks, which a switch must leave as they are."""
-    return [disk for disk in disks_of(definition) if disk.target not in targets]
-
-
-def bitmaps_of(checkpoint: str) -> dict[str, str]:
-    """Return the bitmaps of a checkpoint by target (libvirt, "Checkpoint XML format")."""
-    disks = _children(_children(_parse(checkpoint).documentElement, "disks")[0], "disk")
-    return {
-        disk.getAttribute("name"): disk.getAttribute("bitmap")
-        for disk in disks
-        if disk.getAttribute("checkpoint") == "bitmap"
-    }
 
 
 def _parse(text: str) -> t.Any:
@@ -156,8 +182,8 @@ def _disk_from(element: t.Any) -> DomainDisk:
 def _why_unfit(element: t.Any, kind: str, image_format: str, source: str | None) -> str | None:
     """Return why a disk can take no part, or None."""
     device = element.getAttribute("device") or "disk"
-    inner = [part for place in [element, *_children(element, "source")] for part in ("encryption", "slices")
-             if _children(place, part)]  # fmt: skip
+    places = [element, *_children(element, "source")]
+    inner = [part for part in ("encryption", "slices") if any(_children(place, part) for place in places)]
     rules = [
         (device != "disk", device),
         (bool(_children(element, "readonly")), "read-only"),
@@ -186,19 +212,21 @@ def _stated_chain(element: t.Any) -> StatedChain:
     return StatedChain(tuple(images), is_complete=True)
 
 
-def _switch(document: t.Any, disk: t.Any, path: str) -> None:
-    """Have a disk be the overlay."""
-    disk.setAttribute("type", "file")
+def _switch(document: t.Any, disk: t.Any, image: Source) -> None:
+    """Have a disk be this image."""
+    disk.setAttribute("type", image.type)
     source = _children(disk, "source")[0]
-    if source.hasAttribute("dev"):
-        source.removeAttribute("dev")
-    source.setAttribute("file", path)
+    wanted = _SOURCE_ATTRIBUTES[image.type]
+    for attribute in _SOURCE_ATTRIBUTES.values():
+        if attribute != wanted and source.hasAttribute(attribute):
+            source.removeAttribute(attribute)
+    source.setAttribute(wanted, image.path)
     drivers = _children(disk, "driver")
     if not drivers:
         drivers = [document.createElement("driver")]
         drivers[0].setAttribute("name", "qemu")
         disk.insertBefore(drivers[0], source)
-    drivers[0].setAttribute("type", "qcow2")
+    drivers[0].setAttribute("type", image.format)
     for stated in _children(disk, "backingStore"):
         blank = stated.previousSibling
         if blank is not None and blank.nodeType == blank.TEXT_NODE and not blank.data.strip():

@@ -1,15 +1,15 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change at any time.
 """Read: the bitmap directory and tables of one qcow2 image (qcow2 spec, Bitmaps extension)."""
 
 from __future__ import annotations
 
-import os
 import struct
 import typing as t
 
-from .._base.files import length_of
+from .._base.files import OpenImage
 from .header import AUTOCLEAR_BITMAPS, SECTOR, Header, damaged
 
 MAX_BITMAPS = 65535  # QEMU's QCOW2_MAX_BITMAPS
@@ -32,13 +32,8 @@ class Bitmap(t.NamedTuple):
     recording: bool  # flag auto
     inconsistent: bool  # flag in-use; in an image that a process has open for writing it is set and means nothing
 
-    @property
-    def carries_over(self) -> bool:
-        """Whether an overlay must go on recording this bitmap."""
-        return self.recording and not self.inconsistent
-
     def data_bytes(self, virtual_size: int) -> int:
-        """Return how many bytes the bits take for an image of that virtual size in bytes."""
+        """Return how many bytes the bits take in an image of `virtual_size` bytes."""
         return -(-virtual_size // (self.granularity * 8))
 
 
@@ -49,28 +44,37 @@ class BitmapTable(t.NamedTuple):
     entries: int  # of eight bytes
 
 
-def read_bitmaps(fd: int, extension: bytes | None, header: Header, path: str) -> dict[str, t.Any]:
-    """Return the fields of the image that tell of bitmaps (qcow2 spec, Bitmaps extension)."""
+class StoredBitmaps(t.NamedTuple):
+    """What an image stores of bitmaps."""
+
+    bitmaps: tuple[Bitmap, ...] = ()  # in the order of the directory
+    tables: tuple[BitmapTable, ...] = ()  # in the same order
+    lost: int = 0  # bitmaps that a program which does not know them has made worthless (autoclear bit 0)
+
+
+def read_bitmaps(file: OpenImage, extension: bytes | None, header: Header) -> StoredBitmaps:
+    """Return the bitmaps that the header extension announces (qcow2 spec, Bitmaps extension)."""
     if extension is None or header.version == 2:
-        return {"bitmaps": (), "bitmap_tables": (), "lost_bitmaps": 0}
+        return StoredBitmaps()
+    path = file.path
     if len(extension) != _BITMAPS_EXTENSION.size:
         raise damaged(path, f"its bitmaps extension is {len(extension)} bytes long instead of 24")
     count, reserved, size, offset = _BITMAPS_EXTENSION.unpack(extension)
     if not header.autoclear & AUTOCLEAR_BITMAPS:
-        return {"bitmaps": (), "bitmap_tables": (), "lost_bitmaps": count}
+        return StoredBitmaps(lost=count)
     if reserved or not 1 <= count <= MAX_BITMAPS:
         raise damaged(path, f"its bitmaps extension announces {count} bitmaps; allowed is 1 to {MAX_BITMAPS}")
     if not count * _BITMAP_ENTRY.size < size <= MAX_BITMAP_DIRECTORY:
         raise damaged(path, f"its bitmap directory of {count} entries has an impossible length of {size} bytes")
-    if offset % header.cluster_size or offset < header.cluster_size or offset + size > length_of(fd):
+    if offset % header.cluster_size or offset < header.cluster_size or offset + size > file.length():
         raise damaged(path, f"its bitmap directory lies at offset {offset}, outside the image")
-    directory = os.pread(fd, size, offset)
+    directory = file.read(size, offset)
     if len(directory) != size:
         raise damaged(path, "the file ends within the bitmap directory")
     bitmaps, tables = _parse_directory(directory, count, header, path)
     extents = [(offset, size), *((table.offset, table.entries * TABLE_ENTRY_SIZE) for table in tables)]
-    _check_apart(extents, length_of(fd), path)
-    return {"bitmaps": tuple(bitmaps), "bitmap_tables": tuple(tables), "lost_bitmaps": 0}
+    _check_apart(extents, file.length(), path)
+    return StoredBitmaps(tuple(bitmaps), tuple(tables))
 
 
 def _parse_directory(directory: bytes, count: int, header: Header, path: str) -> tuple[list[Bitmap], list[BitmapTable]]:
@@ -99,7 +103,7 @@ def _parse_directory(directory: bytes, count: int, header: Header, path: str) ->
 
 
 def _check_entry(fields: tuple[int, ...], header: Header, path: str) -> None:
-    """Raise what QEMU too would refuse about an entry (qcow2 spec, Bitmap directory entry)."""
+    """Refuse what QEMU too refuses about an entry (qcow2 spec, Bitmap directory entry)."""
     table_offset, table_size, flags, kind, granularity_bits, name_size, extra_data_size = fields
     data = table_size * header.cluster_size
     covered = (data * 8) << granularity_bits if granularity_bits < 64 else 0
@@ -123,7 +127,7 @@ def _check_entry(fields: tuple[int, ...], header: Header, path: str) -> None:
 
 
 def _check_apart(extents: list[tuple[int, int]], end: int, path: str) -> None:
-    """Raise when the bitmap directory and the bitmap tables, (offset, length) each, overlap or leave the file."""
+    """Refuse a bitmap directory and bitmap tables, (offset, length) each, that overlap or leave the file."""
     previous_end = 0
     for offset, length in sorted(extents):
         if offset < previous_end or offset + length > end:

@@ -1,17 +1,18 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Read: how much of a disk is dirty according to a stored bitmap, or to the bitmaps of a chain together.
+# PRIVATE to this collection: may change at any time.
+"""Read: the bits of stored bitmaps, and how much of a disk they mark dirty, one by one or all of a chain together.
 
-Only reads. Memory is bounded by a piece of the disk at a time, however large the bitmaps are.
+Look at a piece of the disk at a time, so that memory is bounded however large the bitmaps are.
 """
 
 from __future__ import annotations
 
-import os
 import struct
 import typing as t
 
+from .._base.files import OpenImage
 from .bitmaps import TABLE_ENTRY_SIZE, Bitmap, BitmapTable
 from .header import damaged
 from .image import Image
@@ -25,16 +26,16 @@ _DIGITS = "01"
 class DirtyMap:
     """The bits of one consistent bitmap of an open image (qcow2 spec, Bitmap table and Bitmap data)."""
 
-    def __init__(self, fd: int, path: str, image: Image, bitmap: Bitmap, table: BitmapTable) -> None:
-        """Read the table; Qcow2Error when it is damaged."""
+    def __init__(self, file: OpenImage, image: Image, bitmap: Bitmap, table: BitmapTable) -> None:
+        """Read the table; Refusal if it is damaged. `file` must stay open as long as bits are asked for."""
+        path = file.path
         self.granularity = bitmap.granularity
-        self._fd = fd
-        self._path = path
+        self._file = file
         self._virtual_size = image.virtual_size
         self._cluster_size = image.cluster_size
         if table.entries != -(-bitmap.data_bytes(image.virtual_size) // image.cluster_size):
             raise damaged(path, f"the table of the bitmap {bitmap.name!r} has {table.entries} entries")
-        data = os.pread(fd, table.entries * TABLE_ENTRY_SIZE, table.offset)
+        data = file.read(table.entries * TABLE_ENTRY_SIZE, table.offset)
         if len(data) != table.entries * TABLE_ENTRY_SIZE:
             raise damaged(path, f"the file ends within the table of the bitmap {bitmap.name!r}")
         self._entries = struct.unpack(f">{table.entries}Q", data)
@@ -43,20 +44,20 @@ class DirtyMap:
 
     @property
     def most_dirty_bits(self) -> int:
-        """How many bits may be set at most, without a look at them."""
+        """An upper bound of the bits that are set, without a look at them."""
         clusters = sum(1 for entry in self._entries if entry)
         return min(clusters * self._cluster_size * 8, -(-self._virtual_size // self.granularity))
 
     def _check(self, entry: int, bitmap: Bitmap) -> None:
-        """Raise what QEMU too would refuse about an entry of the table."""
+        """Refuse what QEMU too refuses about an entry of the table (qcow2 spec, Bitmap table)."""
         offset = entry & _ENTRY_OFFSET
         if entry & ~_ENTRY_OFFSET & ~_ENTRY_ALL_ONES or (offset and (entry & 1 or offset % self._cluster_size)):
-            raise damaged(self._path, f"an entry of the table of the bitmap {bitmap.name!r} is {entry:#x}")
+            raise damaged(self._file.path, f"an entry of the table of the bitmap {bitmap.name!r} is {entry:#x}")
 
     def bits(self, start: int, length: int) -> int:
-        """Return the bits that cover so many bytes of the disk from start, the first as the lowest of the number.
+        """Return the bits that cover `length` bytes of the disk from `start`, the first bit as the number's lowest.
 
-        Both are multiples of eight granules.
+        `start` and `length` are multiples of eight granules.
         """
         end = min(start + length, self._virtual_size)
         if start >= end:
@@ -69,16 +70,18 @@ class DirtyMap:
         return bits & ((1 << -(-(end - start) // self.granularity)) - 1)
 
     def _data(self, first: int, end: int) -> bytes:
-        """Return the bytes of the bitmap from the first up to the end."""
+        """Return the bytes of the bitmap data from `first` up to, not including, `end`."""
         pieces = []
         while first < end:
             index, within = divmod(first, self._cluster_size)
             length = min(self._cluster_size - within, end - first)
             entry = self._entries[index]
             if entry & _ENTRY_OFFSET:
-                piece = os.pread(self._fd, length, (entry & _ENTRY_OFFSET) + within)
+                piece = self._file.read(length, (entry & _ENTRY_OFFSET) + within)
                 if len(piece) != length:
-                    raise damaged(self._path, f"a bitmap has data at offset {entry & _ENTRY_OFFSET}, outside the file")
+                    raise damaged(
+                        self._file.path, f"a bitmap has data at offset {entry & _ENTRY_OFFSET}, outside the file"
+                    )
             else:
                 piece = (b"\xff" if entry & _ENTRY_ALL_ONES else b"\0") * length
             pieces.append(piece)
@@ -87,9 +90,9 @@ class DirtyMap:
 
 
 def dirty_bytes(maps: t.Sequence[DirtyMap], virtual_size: int) -> int:
-    """Return how many bytes of the disk are dirty in any of the maps, in granules of the first.
+    """Return how many bytes of the disk are dirty in any of `maps`, in granules of the first one.
 
-    This is how a backup merges the bitmaps of a chain: into one with the granularity of the topmost image.
+    A backup merges the bitmaps of a chain so: into one that has the granularity of the topmost image's bitmap.
     """
     granularity = maps[0].granularity
     finest, coarsest = min(one.granularity for one in maps), max(one.granularity for one in maps)
@@ -111,13 +114,13 @@ def dirty_bytes(maps: t.Sequence[DirtyMap], virtual_size: int) -> int:
 
 
 def counting_cost(maps: t.Sequence[DirtyMap]) -> int:
-    """Return how many bits have to be looked at to count the dirty bytes of these maps together."""
+    """Return how many bits dirty_bytes() looks at for these maps."""
     finest = min(one.granularity for one in maps)
     return sum(one.most_dirty_bits * (one.granularity // finest) for one in maps)
 
 
 def _rescaled(bits: int, granularity: int, wanted: int) -> int:
-    """Return the bits in another granularity: a granule is dirty if any part of it is."""
+    """Return `bits` in the granularity `wanted`: a granule is dirty if any part of it is."""
     if bits == 0 or granularity == wanted:
         return bits
     if granularity > wanted:

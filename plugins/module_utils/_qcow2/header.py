@@ -1,21 +1,22 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Read: the header, header extensions and bitmap directory of one qcow2 image.
+# PRIVATE to this collection: may change at any time.
+"""Read: the header of one qcow2 image, and the header extensions.
 
-The images are not trusted: every offset and length is checked before it is used, and what is read is bounded by
-2 MiB for the header cluster and 64 MiB for the bitmap directory. Nothing here writes, locks or starts a process.
-Source of all layouts and limits: QEMU, docs/interop/qcow2 ("the qcow2 spec" below), and where the spec is silent
-the checks that QEMU itself makes when it opens an image.
+Images are not trusted. Check every offset and length before it is used. Read at most 2 MiB for the header cluster, and
+64 MiB for the bitmap directory. Nothing in this folder writes, locks or starts a process.
+Source of all layouts and limits: QEMU, docs/interop/qcow2 ("the qcow2 spec" below). Where the spec is silent, the
+checks that QEMU makes when it opens an image.
 """
 
 from __future__ import annotations
 
-import os
 import struct
 import typing as t
 
-from .._base.errors import Qcow2Error
+from .._base.errors import Refusal
+from .._base.files import OpenImage
 
 MAGIC = b"QFI\xfb"
 SECTOR = 512  # bytes; QEMU rounds the virtual size down to it
@@ -65,44 +66,49 @@ class Header(t.NamedTuple):
     compression_type: int
 
 
-def is_qcow2(fd: int) -> bool:
-    """Whether the open file begins with the magic of qcow2."""
-    return os.pread(fd, len(MAGIC), 0) == MAGIC
+def is_qcow2(file: OpenImage) -> bool:
+    """Whether the file begins with the magic of qcow2."""
+    return file.read(len(MAGIC), 0) == MAGIC
 
 
 def l1_bytes(virtual_size: int, cluster_size: int, extended_l2: bool) -> int:
-    """Return the size in bytes of the L1 table that an image of that virtual size in bytes needs."""
+    """Return the size in bytes of the L1 table that an image of `virtual_size` bytes needs (qcow2 spec, L1 table)."""
     l2_entries = cluster_size // (16 if extended_l2 else 8)
     return -(-virtual_size // (l2_entries * cluster_size)) * L1_ENTRY_SIZE
 
 
-def damaged(path: str, what: str) -> Qcow2Error:
-    """Return the error for an image that breaks the format."""
-    return Qcow2Error(f"{path}: is damaged: {what}. Inspect it with 'qemu-img check', or restore it from a backup.")
+def damaged(path: str, what: str) -> Refusal:
+    """Return the refusal of an image that breaks the format."""
+    remedy = "Inspect it with 'qemu-img check', or restore it from a backup."
+    return Refusal("damaged", path, f"is damaged: {what}", remedy)
 
 
 def text_of(data: bytes | None) -> str | None:
-    """Return a name of the image as Python holds file names, up to a NUL byte, as QEMU takes it; None when empty.
+    """Return a name that the image records, up to a NUL byte, as QEMU takes it; None if it is empty.
 
-    Bytes that are not UTF-8 survive as surrogates.
+    Bytes that are not UTF-8 survive as surrogates, as in Python's file names.
     """
     return data.split(b"\0", 1)[0].decode("utf-8", "surrogateescape") or None if data else None
 
 
-def read_header(fd: int, path: str) -> Header:
-    """Return the fixed part of the header (qcow2 spec, Header)."""
-    data = os.pread(fd, 112, 0)
+def read_header(file: OpenImage) -> Header:
+    """Return the fixed part of the header (qcow2 spec, Header); Refusal if the file is no qcow2 image, or damaged."""
+    path, data = file.path, file.read(112, 0)
     if not data.startswith(MAGIC):
-        raise Qcow2Error(
-            f"{path}: is not a qcow2 image (it does not begin with QFI\\xfb), but is used as one. If it is raw, say so "
-            "with backing_format=raw; of a backing file, have the image above record it by 'qemu-img rebase -u -F raw'."
+        raise Refusal(
+            "not_qcow2",
+            path,
+            "is not a qcow2 image (it does not begin with QFI\\xfb), but is used as one",
+            "If it is raw, say so with backing_format=raw; of a backing file, have the image above record it by "
+            "'qemu-img rebase -u -F raw'.",
         )
     if len(data) < _V2_HEADER.size:
         raise damaged(path, f"the file ends within the header, after {len(data)} bytes")
     fields = _V2_HEADER.unpack_from(data)
     (_magic, version, backing_offset, backing_length, cluster_bits, size, crypt, l1_entries, l1_offset, *_rest) = fields
     if version not in (2, 3):
-        raise Qcow2Error(f"{path}: has qcow2 version {version}; only 2 and 3 are known. Is it really a qcow2 image?")
+        why = f"has qcow2 version {version}; only 2 and 3 are known"
+        raise Refusal("unsupported", path, why, "See that it is really a qcow2 image.")
     if not 9 <= cluster_bits <= 21:
         raise damaged(path, f"cluster_bits is {cluster_bits}, allowed is 9 to 21")
     header = Header(
@@ -128,7 +134,7 @@ def read_header(fd: int, path: str) -> Header:
 
 
 def _read_v3_fields(data: bytes, header: Header, path: str) -> Header:
-    """Return the header completed by the fields that only version 3 has."""
+    """Return `header` with the fields that only version 3 has."""
     if len(data) < _V2_HEADER.size + _V3_HEADER.size:
         raise damaged(path, f"the file ends within the header, after {len(data)} bytes")
     incompatible, compatible, autoclear, refcount_order, length = _V3_HEADER.unpack_from(data, _V2_HEADER.size)
@@ -144,12 +150,15 @@ def _read_v3_fields(data: bytes, header: Header, path: str) -> Header:
 
 
 def _check_header(header: Header, path: str) -> None:
-    """Raise what QEMU too would refuse about the fixed fields."""
+    """Refuse what QEMU too refuses about the fixed fields."""
     unknown = header.incompatible & ~_INCOMPATIBLE_KNOWN
     if unknown:
-        raise Qcow2Error(
-            f"{path}: needs qcow2 features that are not known here (incompatible feature bits {unknown:#x}). "
-            "It was made by a newer program; nothing can be said safely about its bitmaps."
+        raise Refusal(
+            "unsupported",
+            path,
+            f"needs qcow2 features that are not known here (incompatible feature bits {unknown:#x}). It was made by a "
+            "newer program, so nothing can be said safely about its bitmaps",
+            "Copy it with that program into an image without these features ('qemu-img convert').",
         )
     if header.version == 3 and not 104 <= header.length <= header.cluster_size:
         raise damaged(path, f"header_length is {header.length}, allowed is 104 to {header.cluster_size}")

@@ -1,13 +1,14 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change at any time.
 """Read: header and bitmaps of one open qcow2 image."""
 
 from __future__ import annotations
 
-import os
 import typing as t
 
+from .._base.files import OpenImage
 from .bitmaps import Bitmap, BitmapTable, read_bitmaps
 from .header import (
     AUTOCLEAR_DATA_FILE_RAW,
@@ -44,20 +45,21 @@ class Image(t.NamedTuple):
     extended_l2: bool
     compression_type: str
     has_data_file: bool
-    data_file: str | None  # as recorded; None too when the image has one but does not name it
+    data_file: str | None  # as recorded; None too if the image has one but does not name it
     data_file_raw: bool
     bitmaps: tuple[Bitmap, ...]  # in the order of the directory
     bitmap_tables: tuple[BitmapTable, ...]  # in the same order
     lost_bitmaps: int  # bitmaps that a program which does not know them has made worthless (autoclear bit 0)
 
 
-def read_image(fd: int, path: str, with_bitmaps: bool = True) -> Image:
-    """Return what the open qcow2 image says of itself; Qcow2Error when it is none, or damaged."""
-    header = read_header(fd, path)
+def read_image(file: OpenImage, *, with_bitmaps: bool = True) -> Image:
+    """Return what the open image says of itself; Refusal if it is no qcow2 image, or damaged."""
+    header = read_header(file)
     end = header.backing_offset or header.cluster_size
-    area = os.pread(fd, header.cluster_size, 0)
-    extensions = read_extensions(area[: min(end, len(area))], header, path)
-    backing_file = backing_file_of(area, header, path)
+    area = file.read(header.cluster_size, 0)
+    extensions = read_extensions(area[: min(end, len(area))], header, file.path)
+    backing_file = backing_file_of(area, header, file.path)
+    stored = read_bitmaps(file, extensions.get(EXT_BITMAPS) if with_bitmaps else None, header)
     return Image(
         version=header.version,
         virtual_size=header.virtual_size // SECTOR * SECTOR,
@@ -74,5 +76,7 @@ def read_image(fd: int, path: str, with_bitmaps: bool = True) -> Image:
         has_data_file=bool(header.incompatible & INCOMPATIBLE_DATA_FILE),
         data_file=text_of(extensions.get(EXT_DATA_FILE)) if header.incompatible & INCOMPATIBLE_DATA_FILE else None,
         data_file_raw=bool(header.autoclear & AUTOCLEAR_DATA_FILE_RAW),
-        **read_bitmaps(fd, extensions.get(EXT_BITMAPS) if with_bitmaps else None, header, path),
+        bitmaps=stored.bitmaps,
+        bitmap_tables=stored.tables,
+        lost_bitmaps=stored.lost,
     )

@@ -1,6 +1,7 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change at any time.
 """Act: one QEMU process that has no VM, spoken to in QMP over its standard input and output."""
 
 from __future__ import annotations
@@ -9,44 +10,28 @@ import contextlib
 import ctypes
 import json
 import os
+import selectors
 import signal
 import subprocess
 import tempfile
+import time
 import typing as t
 
-from .._base.errors import CHECK_STORAGE, QemuError, advice_on
+from .._base.errors import CHECK_STORAGE, QemuError, qemu_refusal
 from .._base.signals import interruptible
 
 OLDEST_QEMU = (5, 2)  # the oldest that the whole sequence was run on
 _PR_SET_PDEATHSIG = 1
 _SHOWN_STDERR = 2000  # characters
 _LONGEST_ANSWER = 64 * 1024 * 1024  # bytes
+_PIECE = 65536  # bytes that are read or written at once
 _SECONDS_TO_DIE = 5.0
 
-
-class _TimeOverError(Exception):
-    """The time limit of a step is over."""
-
-
-@contextlib.contextmanager
-def _time_limit(seconds: float) -> t.Iterator[None]:
-    """Raise _TimeOverError in the block when it takes longer."""
-
-    def end(_signal: int, _frame: t.Any) -> None:
-        raise _TimeOverError
-
-    previous = signal.signal(signal.SIGALRM, end)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})  # a mask is inherited
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
+Message = dict[str, t.Any]
 
 
 def find_qemu(find: t.Callable[[str], str | None]) -> list[str]:
-    """Return the command of the QEMU process; find returns the full path of a program or None."""
+    """Return the command of the QEMU process; `find` returns the full path of a program or None."""
     daemon = find("qemu-storage-daemon")
     if daemon:
         return [daemon, "--chardev", "stdio,id=monitor", "--monitor", "monitor"]
@@ -54,8 +39,9 @@ def find_qemu(find: t.Callable[[str], str | None]) -> list[str]:
     for emulator in filter(None, map(find, emulators)):
         return [emulator, "-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-qmp", "stdio"]
     raise QemuError(
-        "no QEMU found: neither qemu-storage-daemon nor a system emulator is in the PATH of this host. Install "
-        "qemu-system-common and qemu-utils (Debian, Ubuntu) or qemu-kvm-core (Fedora, EL)."
+        "no_qemu",
+        "no QEMU found: neither qemu-storage-daemon nor a system emulator is in the PATH of this host",
+        "Install qemu-system-common and qemu-utils (Debian, Ubuntu) or qemu-kvm-core (Fedora, EL).",
     )
 
 
@@ -73,13 +59,17 @@ def _dying_with(parent: int) -> t.Callable[[], None]:
 
 
 class Monitor:
-    """A running QEMU process and its monitor. Every failure of it ends it and raises QemuError."""
+    """A running QEMU process and its monitor. Every failure of it ends it and raises QemuError.
+
+    send() gives QEMU a command without waiting; receive() returns the answers in turn. command() does both.
+    """
 
     def __init__(self, command: list[str], seconds: float) -> None:
-        """Start the process; seconds is what it may take for one step, before the size of the step is added."""
+        """Start the process. `seconds` is what a step may take, before the size of the step is added."""
         self._seconds = seconds
         self._stderr = tempfile.TemporaryFile()
-        self._events: list[dict[str, t.Any]] = []
+        self._events: list[Message] = []
+        self._unread = b""  # what QEMU wrote and nobody asked for yet
         self._awaited = 0  # answers
         self._program = os.path.basename(command[0])
         try:
@@ -88,14 +78,21 @@ class Monitor:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._stderr,
+                bufsize=0,
                 cwd="/",
                 env={**os.environ, "LC_ALL": "C"},
                 preexec_fn=_dying_with(os.getpid()),  # noqa: PLW1509  a module has one thread
             )
         except OSError as exc:
             self._stderr.close()
-            raise QemuError(f"{command[0]}: cannot be started: {exc.strerror}.") from exc
+            raise QemuError("no_qemu", f"{command[0]}: cannot be started: {exc.strerror}", "") from exc
+        self._stdin = t.cast("t.IO[bytes]", self._process.stdin)
+        self._stdout = t.cast("t.IO[bytes]", self._process.stdout)
+        self._to_read = _selector({self._stdout: selectors.EVENT_READ})
+        self._to_write = _selector({self._stdout: selectors.EVENT_READ, self._stdin: selectors.EVENT_WRITE})
         try:
+            for stream in (self._stdin, self._stdout):
+                os.set_blocking(stream.fileno(), False)
             self._greet()
         except BaseException:
             self.close()
@@ -103,7 +100,7 @@ class Monitor:
 
     def _greet(self) -> None:
         """Read the greeting, check the version, leave the negotiation mode."""
-        greeting = self._read(lambda message: "QMP" in message)
+        greeting = self._next(lambda message: "QMP" in message, self._deadline())
         try:
             version = greeting["QMP"]["version"]["qemu"]
             is_too_old = (version["major"], version["minor"]) < OLDEST_QEMU
@@ -111,55 +108,54 @@ class Monitor:
             raise self._lost("greets in a way that no QEMU does") from exc
         if is_too_old:
             raise QemuError(
-                f"{self._program}: is version {version['major']}.{version['minor']}, too old. "
-                f"At least {OLDEST_QEMU[0]}.{OLDEST_QEMU[1]} is needed."
+                "old_qemu",
+                f"{self._program}: is version {version['major']}.{version['minor']}, too old",
+                f"At least {OLDEST_QEMU[0]}.{OLDEST_QEMU[1]} is needed: update QEMU on this host.",
             )
-        # With it, QEMU reads up to eight commands ahead while it executes one. Without, everything works too.
+        # With the capability oob, QEMU reads up to eight commands ahead while it executes one.
         reads_ahead = "oob" in greeting["QMP"].get("capabilities", ())
         self.command("qmp_capabilities", {"enable": ["oob"]} if reads_ahead else None)
 
-    def command(self, name: str, arguments: dict[str, t.Any] | None = None, more_seconds: float = 0.0) -> t.Any:
-        """Run a QMP command and return what it returns; QemuError with QEMU's own words when it fails."""
+    def command(self, name: str, arguments: Message | None = None, more_seconds: float = 0.0) -> t.Any:
+        """Run a QMP command and return what it returns; QemuError with QEMU's own words if it fails."""
         self.send(name, arguments, more_seconds)
         return self.receive(more_seconds)
 
-    def send(self, name: str, arguments: dict[str, t.Any] | None = None, more_seconds: float = 0.0) -> None:
-        """Give QEMU a command to execute after those that were sent before; receive() returns the answers in turn."""
+    def send(self, name: str, arguments: Message | None = None, more_seconds: float = 0.0) -> None:
+        """Give QEMU a command to execute after those that were sent before."""
         # Compact, since QEMU's monitor reads its input byte by byte, and 64 bitmaps are thousands of bytes.
         line = json.dumps({"execute": name, "arguments": arguments or {}}, separators=(",", ":")).encode("ascii")
-        stdin = t.cast("t.IO[bytes]", self._process.stdin)
-        with self._in_time(more_seconds):
-            stdin.write(line + b"\n")
-            stdin.flush()
+        self._write(line + b"\n", self._deadline(more_seconds))
         self._awaited += 1
 
     def receive(self, more_seconds: float = 0.0) -> t.Any:
-        """Return what the first command returned whose answer was not received yet; QemuError when it failed."""
-        answer = self._read(lambda message: "return" in message or "error" in message, more_seconds)
+        """Return what the first command returned whose answer was not received yet; QemuError if it failed."""
+        deadline = self._deadline(more_seconds)
+        answer = self._next(lambda message: "return" in message or "error" in message, deadline)
         self._awaited -= 1
         if "error" in answer:
-            raise _refused(answer["error"].get("desc"))
+            raise qemu_refusal(answer["error"].get("desc"))
         return answer["return"]
 
     def receive_rest(self, more_seconds: float = 0.0) -> None:
-        """Receive all answers that were not received yet; QemuError when one of the commands failed."""
+        """Receive all answers that were not received yet; QemuError if one of the commands failed."""
         while self._awaited:
             self.receive(more_seconds)
 
-    def run_job(self, name: str, job: str, arguments: dict[str, t.Any]) -> None:
+    def run_job(self, name: str, job: str, arguments: Message) -> None:
         """Run a QMP command that is a job, after those that were sent before, to its end."""
         self._events.clear()
         self.send(name, {"job-id": job, **arguments})
         self.receive_rest()
         # The event may have come before the answer to the command.
         if not any(_has_concluded(event, job) for event in self._events):
-            self._read(lambda message: _has_concluded(message, job))
+            self._next(lambda message: _has_concluded(message, job), self._deadline())
         self.send("query-jobs")
         self.send("job-dismiss", {"id": job})
         status = next(entry for entry in self.receive() if entry["id"] == job)
         self.receive()
         if "error" in status:
-            raise _refused(status["error"])
+            raise qemu_refusal(status["error"])
 
     def stderr(self) -> str:
         """Return the end of what QEMU wrote to its standard error; some failures show only there."""
@@ -168,56 +164,100 @@ class Monitor:
         return self._stderr.read().decode("utf-8", "replace").strip()
 
     def close(self) -> None:
-        """End the process. By force: what is finished is closed already, and what is not will be thrown away."""
+        """End the process by force: what is finished is closed already, and the rest will be thrown away."""
         self._kill()
-        for stream in (self._process.stdin, self._process.stdout):
+        for stream in (self._stdin, self._stdout):
             with contextlib.suppress(OSError):
-                t.cast("t.IO[bytes]", stream).close()
+                stream.close()
         self._stderr.close()
 
     def _kill(self) -> None:
-        """Kill the process; one that hangs in the kernel, on storage that is gone, is not waited for for ever."""
+        """Kill the process, but do not wait long for one that hangs in the kernel, on storage that is gone."""
         self._process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_SECONDS_TO_DIE)
 
-    def _read(self, wanted: t.Callable[[dict[str, t.Any]], bool], more_seconds: float = 0.0) -> dict[str, t.Any]:
-        """Return the next message that is wanted."""
-        stdout = t.cast("t.IO[bytes]", self._process.stdout)
-        with self._in_time(more_seconds):
-            while answer := stdout.readline(_LONGEST_ANSWER):
-                message = json.loads(answer)
-                if wanted(message):
-                    return t.cast("dict[str, t.Any]", message)
-                if message.get("event") == "JOB_STATUS_CHANGE":
-                    self._events.append(message)
-            status = self._process.wait()
-        raise self._lost(f"ended with status {status}")
-
-    @contextlib.contextmanager
-    def _in_time(self, more_seconds: float) -> t.Iterator[None]:
-        """Kill a QEMU that dies, hangs or babbles in the block, and raise QemuError."""
+    def _deadline(self, more_seconds: float = 0.0) -> _Deadline:
+        """Return until when a step that begins now must be done."""
         seconds = self._seconds + more_seconds
+        return _Deadline(seconds, time.monotonic() + seconds)
+
+    def _write(self, data: bytes, deadline: _Deadline) -> None:
+        """Give QEMU these bytes. Read what it writes meanwhile, or both would wait for each other."""
+        while data:
+            if not self._wait(self._to_write, deadline):
+                continue
+            try:
+                data = data[os.write(self._stdin.fileno(), data[:_PIECE]) :]
+            except BlockingIOError:
+                continue
+            except OSError as exc:
+                raise self._lost(f"could not be talked to ({exc})") from exc
+
+    def _next(self, wanted: t.Callable[[Message], bool], deadline: _Deadline) -> Message:
+        """Return the next message that is wanted; keep the events of jobs that come before it."""
+        while True:
+            while b"\n" in self._unread:
+                line, _newline, self._unread = self._unread.partition(b"\n")
+                try:
+                    message = json.loads(line)
+                    if wanted(message):
+                        return t.cast("Message", message)
+                    if message.get("event") == "JOB_STATUS_CHANGE":
+                        self._events.append(message)
+                except (ValueError, TypeError, AttributeError) as exc:
+                    raise self._lost(f"could not be talked to ({exc})") from exc
+            self._wait(self._to_read, deadline)
+
+    def _wait(self, selector: selectors.PollSelector, deadline: _Deadline) -> bool:
+        """Wait until QEMU has written something, and read it, or until it takes input; True if it takes input."""
+        left = deadline.end - time.monotonic()
+        with interruptible():
+            ready = [key.fileobj for key, _events in selector.select(left)] if left > 0 else []
+        if not ready:
+            raise self._lost(f"gave no answer for {deadline.seconds:.0f} s and was killed")
+        if self._stdout in ready:
+            self._read()
+        return self._stdin in ready
+
+    def _read(self) -> None:
+        """Read what QEMU has written; QemuError at its end."""
         try:
-            with _time_limit(seconds), interruptible():
-                yield
-        except _TimeOverError:
-            raise self._lost(f"gave no answer for {seconds:.0f} s and was killed") from None
-        except (OSError, ValueError, TypeError, AttributeError) as exc:
+            piece = os.read(self._stdout.fileno(), _PIECE)
+        except OSError as exc:
             raise self._lost(f"could not be talked to ({exc})") from exc
+        if not piece:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                raise self._lost(f"ended with status {self._process.wait(_SECONDS_TO_DIE)}")
+            raise self._lost("closed its monitor")
+        self._unread += piece
+        if len(self._unread) > _LONGEST_ANSWER:
+            raise self._lost("writes answers without end")
 
     def _lost(self, what: str) -> QemuError:
         """Kill the process and return the error that says so."""
         self._kill()
         words = self.stderr()
-        return QemuError(f"{self._program} {what}." + (f" It says: {words}" if words else "") + f" {CHECK_STORAGE}")
+        return QemuError(
+            "qemu_lost", f"{self._program} {what}" + (f". It says: {words}" if words else ""), CHECK_STORAGE
+        )
 
 
-def _refused(words: str) -> QemuError:
-    """Return the error for a command or a job that QEMU says, in these words, has failed."""
-    return QemuError(f"QEMU says: {words}. {advice_on(words)}")
+def _selector(events: dict[t.IO[bytes], int]) -> selectors.PollSelector:
+    """Return what waits for these events."""
+    selector = selectors.PollSelector()
+    for stream, event in events.items():
+        selector.register(stream, event)
+    return selector
 
 
-def _has_concluded(message: dict[str, t.Any], job: str) -> bool:
+class _Deadline(t.NamedTuple):
+    """Until when a step must be done."""
+
+    seconds: float  # that it has in all
+    end: float  # as time.monotonic()
+
+
+def _has_concluded(message: Message, job: str) -> bool:
     """Whether the message is the event that the job has come to its end."""
     return message.get("event") == "JOB_STATUS_CHANGE" and message["data"] == {"id": job, "status": "concluded"}

@@ -1,10 +1,11 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change at any time.
 """Act: open descriptors as block nodes of QEMU.
 
-QEMU is never given a file name: it opens the very files that are open here, through /proc/PID/fd. So nobody can swap
-a file between the check and the use, no name can be taken for a protocol, and the backing file is not opened at all.
+Never give QEMU a file name. It opens the very files that are open here, through /proc/PID/fd: nobody can swap a file
+between the check and the use, no name can be taken for a protocol, and no backing file is opened that is not given.
 """
 
 from __future__ import annotations
@@ -12,12 +13,17 @@ from __future__ import annotations
 import os
 import typing as t
 
-from .._base.errors import Qcow2Error
+from .._base.errors import QemuError, Refusal
+from .._base.files import OpenImage
+from .._qcow2.bitmaps import Bitmap
 from .._qcow2.image import Image
-from .monitor import Monitor
+from .monitor import Message, Monitor
 
-# Node names; short, because the overlay's is sent once for each bitmap.
-_ACTIVE = "a"
+# Node names; short, because the new image's is sent once for each bitmap.
+_WITNESS = "a"
+_FILE = "f"
+_NEW = "o"
+
 _SECONDS_PER_BITMAP = 0.1  # that a step may take longer, on slow storage
 
 
@@ -30,59 +36,89 @@ class _Seen(t.NamedTuple):
     inconsistent: bool
 
 
-class Witnessed(t.NamedTuple):
-    """An open ACTIVE and what was read from it, which QEMU is to confirm."""
+class Witness:
+    """QEMU as second witness of an open image: it must see the bitmaps that were read from it."""
 
-    fd: int
-    path: str
-    image: Image
+    def __init__(self, monitor: Monitor, file: OpenImage, image: Image) -> None:
+        self._monitor = monitor
+        self._file = file
+        self._image = image
+
+    def ask(self) -> None:
+        """Have QEMU open the image, say what it sees, and close it; do not wait for the answers."""
+        node: Message = {
+            "driver": "qcow2",
+            "node-name": _WITNESS,
+            "read-only": True,
+            # The locks are held already, through the very same open file; see locks.py.
+            "force-share": True,
+            "backing": None,
+            "file": {"driver": _file_driver(self._file), "filename": name_for_qemu(self._file), "locking": "off"},
+        }
+        if self._image.has_data_file:  # the data plays no part here, so it stays closed
+            node["data-file"] = {"driver": "null-co", "size": self._image.virtual_size}
+        self._monitor.send("blockdev-add", node)
+        self._monitor.send("query-named-block-nodes", {"flat": True})
+        self._monitor.send("blockdev-del", {"node-name": _WITNESS})
+
+    def compare(self) -> None:
+        """Receive the answers; Refusal if QEMU sees other bitmaps than were read."""
+        path, bitmaps = self._file.path, self._image.bitmaps
+        try:
+            self._monitor.receive(extra_seconds(len(bitmaps)))
+        except QemuError as exc:
+            raise Refusal(exc.code, path, f"QEMU cannot open it. {exc.why}", exc.remedy) from exc
+        node = next(node for node in self._monitor.receive() if node["node-name"] == _WITNESS)
+        seen = {
+            _Seen(entry["name"], entry["granularity"], entry["recording"], entry.get("inconsistent", False))
+            for entry in node.get("dirty-bitmaps", ())
+        }
+        self._monitor.receive()
+        # A bitmap that is inconsistent never records, whatever its flag says.
+        read = {_Seen(b.name, b.granularity, b.recording and not b.inconsistent, b.inconsistent) for b in bitmaps}
+        if seen != read:
+            names = ", ".join(repr(name) for name in sorted({entry.name for entry in seen ^ read})[:5])
+            raise Refusal(
+                "qemu_differs",
+                path,
+                f"QEMU sees other bitmaps in it than this collection reads ({names}). Nothing was made",
+                "Please report this with the output of 'qemu-img info'.",
+            )
 
 
-def cross_check(monitor: Monitor, active: Witnessed) -> None:
-    """Raise when QEMU sees other bitmaps in the open ACTIVE than were read from it."""
-    ask_for_bitmaps(monitor, active)
-    compare_bitmaps(monitor, active)
+def create_image(monitor: Monitor, file: OpenImage, options: Message) -> None:
+    """Make the open, empty file a qcow2 image with these options of blockdev-create. Call close_file() in the end.
 
-
-def ask_for_bitmaps(monitor: Monitor, active: Witnessed) -> None:
-    """Have QEMU open ACTIVE, say what it sees, and close it."""
-    node: dict[str, t.Any] = {
-        "driver": "qcow2",
-        "node-name": _ACTIVE,
-        "read-only": True,
-        # The locks are held already, through the very same open file; see locks.
-        "force-share": True,
-        "backing": None,
-        "file": {"driver": _file_driver(active.fd), "filename": name_for_qemu(active.fd), "locking": "off"},
-    }
-    if active.image.has_data_file:  # the data plays no part here, so it stays closed
-        node["data-file"] = {"driver": "null-co", "size": active.image.virtual_size}
+    The backing file is only recorded, never opened.
+    """
+    # QEMU need not flush: the file is ours alone, and gets its one fsync before it is published.
+    node = {"driver": "file", "node-name": _FILE, "filename": name_for_qemu(file), "cache": {"no-flush": True}}
     monitor.send("blockdev-add", node)
-    monitor.send("query-named-block-nodes", {"flat": True})
-    monitor.send("blockdev-del", {"node-name": _ACTIVE})
+    monitor.run_job(
+        "blockdev-create", "create", {"options": {"driver": "qcow2", "file": _FILE, "version": "v3", **options}}
+    )
 
 
-def compare_bitmaps(monitor: Monitor, active: Witnessed) -> None:
-    """Receive QEMU's answers and raise when it sees other bitmaps than were read."""
-    _fd, path, image = active
-    try:
-        monitor.receive(extra_seconds(len(image.bitmaps)))
-    except Qcow2Error as exc:
-        raise Qcow2Error(f"{path}: QEMU cannot open it. {exc}") from exc
-    node = next(node for node in monitor.receive() if node["node-name"] == _ACTIVE)
-    seen = {
-        _Seen(entry["name"], entry["granularity"], entry["recording"], entry.get("inconsistent", False))
-        for entry in node.get("dirty-bitmaps", ())
-    }
-    monitor.receive()
-    # A bitmap that is inconsistent never records, whatever its flag says.
-    read = {_Seen(b.name, b.granularity, b.recording and not b.inconsistent, b.inconsistent) for b in image.bitmaps}
-    if seen != read:
-        names = ", ".join(repr(name) for name in sorted({entry.name for entry in seen ^ read})[:5])
-        raise Qcow2Error(
-            f"{path}: QEMU sees other bitmaps in it than this module reads ({names}). Nothing was made. Please report "
-            "this with the output of 'qemu-img info'."
-        )
+def add_bitmaps(monitor: Monitor, bitmaps: t.Sequence[Bitmap]) -> None:
+    """Have QEMU add recording bitmaps to the new image in one transaction; do not wait for the answers.
+
+    They are stored when the node goes away.
+    """
+    monitor.send("blockdev-add", {"driver": "qcow2", "node-name": _NEW, "file": _FILE, "backing": None})
+    actions = [
+        {
+            "type": "block-dirty-bitmap-add",
+            "data": {"node": _NEW, "name": bitmap.name, "granularity": bitmap.granularity, "persistent": True},
+        }
+        for bitmap in bitmaps
+    ]
+    monitor.send("transaction", {"actions": actions}, extra_seconds(len(actions)))
+    monitor.send("blockdev-del", {"node-name": _NEW})
+
+
+def close_file(monitor: Monitor) -> None:
+    """Have QEMU close the file of the new image; do not wait for the answer."""
+    monitor.send("blockdev-del", {"node-name": _FILE})
 
 
 def extra_seconds(bitmaps: int) -> float:
@@ -90,20 +126,19 @@ def extra_seconds(bitmaps: int) -> float:
     return bitmaps * _SECONDS_PER_BITMAP
 
 
-def _file_driver(fd: int) -> str:
+def _file_driver(file: OpenImage) -> str:
     """Return the name of QEMU's driver for the open file or block device."""
-    return "host_device" if os.fstat(fd).st_rdev else "file"
+    return "host_device" if file.is_device else "file"
 
 
-def name_for_qemu(fd: int) -> str:
+def name_for_qemu(file: OpenImage) -> str:
     """Return a file name under which QEMU, our child, opens the very file that is open here."""
-    name = f"/proc/{os.getpid()}/fd/{fd}"
+    name = f"/proc/{os.getpid()}/fd/{file.fd}"
     try:
-        is_ours = os.path.samestat(os.stat(name), os.fstat(fd))
+        is_ours = os.path.samestat(os.stat(name), file.status())
     except OSError:
         is_ours = False
     if not is_ours:  # another namespace's /proc would show the files of a stranger that has our number there
-        raise Qcow2Error(
-            "/proc: is missing, or not that of this process's PID namespace. Mount a proc file system there."
-        )
+        why = "is missing, or not that of this process's PID namespace"
+        raise Refusal("no_proc", "/proc", why, "Mount a proc file system there.")
     return name

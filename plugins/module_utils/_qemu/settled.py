@@ -1,7 +1,8 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Read: who has an image open, and an image in a moment when nothing changes."""
+# PRIVATE to this collection: may change at any time.
+"""Read: who has an image open for writing, and an image in a moment when nothing changes in it."""
 
 from __future__ import annotations
 
@@ -11,23 +12,24 @@ import stat
 import time
 import typing as t
 
-from .._base.errors import Qcow2Error
+from .._base.errors import Refusal
+from .._base.files import OpenImage
 from .._qcow2.image import Image, read_image
 from . import locks
 
-_LOOKS = 20  # at an image whose header is being changed, 10 ms apart
+_LOOKS = 20  # at an image whose header is being changed
+_PAUSE = 0.01  # seconds between two looks
 
 
-def is_open_for_writing(fd: int, path: str) -> bool:
-    """Whether a VM or a tool has the open image open for writing."""
-    if locks.is_locked_by_qemu(fd, locks.WRITE, path):
+def is_open_for_writing(file: OpenImage) -> bool:
+    """Whether a VM or a tool has the image open for writing."""
+    if locks.is_locked_by_qemu(file, locks.WRITE):
         return True
-    status = os.fstat(fd)
     # Of a device there can be several nodes, each with locks of its own: libvirt gives every VM a /dev of its own.
-    return stat.S_ISBLK(status.st_mode) and _device_is_written(status.st_rdev)
+    return file.is_device and _device_is_open_for_writing(file.status().st_rdev)
 
 
-def _device_is_written(device: int) -> bool:
+def _device_is_open_for_writing(device: int) -> bool:
     """Whether any process has a node of this block device open for writing, as far as this user may see."""
     for process in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):  # it has ended, or is not ours to see
@@ -49,46 +51,45 @@ class _Look(t.NamedTuple):
     """What one look at an image shows."""
 
     image: Image
-    live_before: bool  # a process had it open for writing before it was read
-    live_after: bool
-    at_work: bool  # a run of this collection has the image locked, which looks like a process that has it open
+    open_before: bool  # a process had it open for writing before it was read
+    open_after: bool
+    is_ours: bool  # a run of this collection has it locked, which looks like a process that has it open
 
     @property
     def is_plain(self) -> bool:
         """Whether nothing hints at somebody who is opening or closing the image just now."""
-        bitmaps_fit = self.live_after or not any(bitmap.inconsistent for bitmap in self.image.bitmaps)
-        is_still = self.live_before == self.live_after and not self.at_work
+        bitmaps_fit = self.open_after or not any(bitmap.inconsistent for bitmap in self.image.bitmaps)
+        is_still = self.open_before == self.open_after and not self.is_ours
         return is_still and bitmaps_fit and not self.image.lost_bitmaps
 
 
-def _look(fd: int, path: str) -> _Look:
+def _look(file: OpenImage) -> _Look:
     """Read the image between two questions for its locks."""
-    live_before = locks.is_locked(fd, locks.WRITE, path)
-    image = read_image(fd, path)
-    live_after = locks.is_locked(fd, locks.WRITE, path)
-    return _Look(
-        image, live_before, live_after, (live_before or live_after) and locks.is_locked(fd, locks.OUR_TURN, path)
-    )
+    before = locks.is_locked(file, locks.WRITE)
+    image = read_image(file)
+    after = locks.is_locked(file, locks.WRITE)
+    return _Look(image, before, after, (before or after) and locks.is_locked(file, locks.OUR_TURN))
 
 
-def read_settled(fd: int, path: str) -> tuple[Image, bool]:
-    """Return the open image and whether a process has it open for writing, from a moment when nothing changes in it.
+def read_settled(file: OpenImage) -> tuple[Image, bool]:
+    """Return the image and whether a process has it open for writing, from a moment when nothing changes in it.
 
-    While a QEMU opens or closes an image it declares the bitmaps worthless for a moment, and then writes them anew.
+    While a QEMU opens or closes an image it declares the bitmaps worthless for a moment, and then writes them anew. So
+    look up to _LOOKS times, with a pause between, until two looks agree or nothing hints at such a moment.
     """
     seen: _Look | None = None
-    error: Qcow2Error | None = None
-    for _attempt in range(_LOOKS):
+    error: Refusal | None = None
+    for _number in range(_LOOKS):
         previous = seen
         try:
-            seen, error = _look(fd, path), None
-        except Qcow2Error as exc:
+            seen, error = _look(file), None
+        except Refusal as exc:
             seen, error = None, exc
-            if not locks.is_locked(fd, locks.WRITE, path):
+            if not locks.is_locked(file, locks.WRITE):
                 raise
-        if seen is not None and (seen.is_plain or (seen == previous and not seen.live_after)):
+        if seen is not None and (seen.is_plain or (seen == previous and not seen.open_after)):
             break
-        time.sleep(0.01)
+        time.sleep(_PAUSE)
     if seen is None:
-        raise error or Qcow2Error(f"{path}: cannot be read.")
-    return seen.image, seen.live_before or seen.live_after
+        raise error or AssertionError("a look either shows the image or raises")
+    return seen.image, seen.open_before or seen.open_after

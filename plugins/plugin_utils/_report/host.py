@@ -1,20 +1,19 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The report of a host and of the fleet, from what the modules returned: pure, on the controller."""
+# PRIVATE to this collection: may change at any time.
+"""The report of a host, from what the modules returned there. Pure, on the controller."""
 
 from __future__ import annotations
 
 import collections
 import typing as t
 
-from ...module_utils._disk.verdict import CREATED, FAILED, PRESENT
-from ...module_utils._domain.plan import SKIPPED
-from .rows import Found, Result, from_disks, from_domains, reason
+from ...module_utils._disk.verdict import CREATED, FAILED, PRESENT, SKIPPED
+from .rows import Found, Problem, ReportCode, Result, from_disks, from_domains, problem, reason
 
 OK = "ok"
 UNREACHABLE = "unreachable"
-NOT_RUN = "not run"
 
 
 class Pass(t.NamedTuple):
@@ -41,6 +40,23 @@ class Steps(t.NamedTuple):
     problem: str = ""  # what ended the steps before their end, if anything did
 
 
+class _Excuse(t.NamedTuple):
+    """Why what could have been made was not."""
+
+    code: ReportCode
+    words: str
+
+
+_HELD_BACK = _Excuse(
+    "held_back", "is not made, because something else of this host was refused, and overlay_all_or_none is set."
+)
+_NOT_BEGUN = _Excuse("not_begun", "was not made, because the run did not begin. Run this again.")
+_LOST = problem(
+    "module_failed",
+    "The run did not tell what it made. What is told here was found afterwards, if anything was. Run this again.",
+)
+
+
 def host_report(steps: Steps, check_mode: bool) -> dict[str, t.Any]:
     """Return the report of one host."""
     passes = [(steps.disks, from_disks), (steps.domains, from_domains)]
@@ -49,34 +65,34 @@ def host_report(steps: Steps, check_mode: bool) -> dict[str, t.Any]:
     if check_mode and steps.all_or_none and any(one.problems for one in found):
         found = [one._replace(overlays=[_not_made(overlay, _HELD_BACK) for overlay in one.overlays]) for one in found]
     overlays = [overlay for one in found for overlay in one.overlays]
-    problems = [steps.problem] if steps.problem else []
-    problems += [problem for one in found for problem in one.problems]
-    problems += [*_unstable(steps.disks, "overlays"), *_unstable(steps.domains, "domains")]
-    unusable, unverified = _unusable(overlays, steps.chains)
-    problems += unusable
-    problems += _broken_checkpoints(found[1], unusable)
-    lost = _lost_connections([*steps.disks, *steps.domains, steps.chains])
+    chains = _Chains(overlays, steps.chains)
+    lost = [reason(one) for one in (*steps.disks, *steps.domains, steps.chains) if one and one.get("unreachable")]
+    problems = [
+        *([problem("task_failed", steps.problem)] if steps.problem else []),
+        *(one for some in found for one in some.problems),
+        *_unstable(steps.disks, "overlays"),
+        *_unstable(steps.domains, "domains"),
+        *chains.problems,
+        *_broken_checkpoints(found[1], chains.unusable),
+    ]
     report = {
         "state": UNREACHABLE if lost else FAILED if problems else OK,
         "check_mode": check_mode,
         "overlays": overlays,
         "skipped_disks": [disk for one in found for disk in one.skipped_disks],
         "examined": list(dict.fromkeys(overlay["examine"] for overlay in overlays if overlay["bitmaps"])),
-        "unverified": unverified,
+        "unverified": chains.unverified,
         "waiting_for": list(steps.waiting_for),
         "warnings": list(dict.fromkeys(_warnings([*steps.disks, *steps.domains]))),
-        "problems": list(dict.fromkeys([*lost, *problems])),
+        "problems": [one._asdict() for one in dict.fromkeys([*lost, *problems])],
     }
     return {**report, **counts([report])}
 
 
-_HELD_BACK = "is not made, because something else of this host was refused, and overlay_all_or_none is set."
-_NOT_BEGUN = "was not made, because the run did not begin. Run this again."
-_LOST = "The run did not tell what it made. What is told here was found afterwards, if anything was. Run this again."
-
-
-def _what_became_of(one: Pass, read: t.Callable[[Result | None, bool], Found], check_mode: bool, why_not: str) -> Found:
-    """Return what is to be told of the overlays: what the run says; else what was found, of which nothing was made."""
+def _what_became_of(
+    one: Pass, read: t.Callable[[Result | None, bool], Found], check_mode: bool, why_not: _Excuse
+) -> Found:
+    """Prefer what the run itself reported; else use a look, and mark as failed what it would have created."""
     if check_mode:
         return read(one.preflight, True)
     if one.run is None:
@@ -89,39 +105,33 @@ def _what_became_of(one: Pass, read: t.Callable[[Result | None, bool], Found], c
     return afterwards._replace(overlays=overlays, problems=[reason(one.run), _LOST, *afterwards.problems])
 
 
-def _not_made(overlay: dict[str, t.Any], why: str) -> dict[str, t.Any]:
+def _not_made(overlay: dict[str, t.Any], why: _Excuse) -> dict[str, t.Any]:
     """Return what the report says of an overlay that could have been made, but was not."""
     if overlay["state"] != CREATED:
         return overlay
-    return {**overlay, "state": FAILED, "bitmaps": [], "msg": f"{overlay['path']}: {why}"}
-
-
-def _lost_connections(results: t.Sequence[Result | None]) -> list[str]:
-    """Return why a host could not be reached."""
-    return [reason(result) for result in results if result and result.get("unreachable")]
+    return {**overlay, "state": FAILED, "bitmaps": [], "msg": f"{overlay['path']}: {why.words}", "code": why.code}
 
 
 def _warnings(results: t.Sequence[Result | None]) -> t.Iterator[str]:
-    """Return the warnings of the modules; Ansible has each as a text."""
+    """Yield the warnings of the modules as texts."""
     for result in results:
         yield from map(str, (result or {}).get("warnings") or ())
 
 
-def _unstable(one: Pass, key: str) -> list[str]:
-    """Return what the idempotence check found: after the run, the same call must find everything done."""
+def _unstable(one: Pass, key: str) -> t.Iterator[Problem]:
+    """Yield what the idempotence check found: after the run, the same call must find everything done."""
     if one.run is None or one.is_lost or one.again is None:
-        return []
+        return
     if key not in one.again:
-        return [f"The idempotence check could not be made: {reason(one.again)}"]
+        yield problem("unstable", f"The idempotence check could not be made: {reason(one.again).msg}")
+        return
     after = {_name(item): item for item in one.again[key]}
-    problems = []
     for item in one.run[key]:
         name = _name(item)
         now = after.get(name, {"state": FAILED, "msg": "it is not there any more."})
         if item["state"] in (CREATED, PRESENT) and now["state"] != PRESENT:
             found = now.get("msg") or "a second run would make it once more."
-            problems.append(f"{name}: is {item['state']}, but the idempotence check finds otherwise: {found}")
-    return problems
+            yield problem("unstable", f"{name}: is {item['state']}, but the idempotence check finds otherwise: {found}")
 
 
 def _name(item: Result) -> str:
@@ -129,40 +139,47 @@ def _name(item: Result) -> str:
     return t.cast("str", item.get("name") or item["path"])
 
 
-def _unusable(overlays: t.Sequence[Result], chains: Result | None) -> tuple[list[str], list[dict[str, str]]]:
-    """Return which bitmaps go on recording in vain, as no backup can use them, and of which that cannot be told."""
-    carrying = [overlay for overlay in overlays if overlay["bitmaps"]]
-    if not carrying or chains is None:
-        return [], []
-    if "disks" not in chains:
-        return [f"The chains could not be examined: {reason(chains)}"], []
-    disks = {disk["path"]: disk for disk in chains["disks"]}
-    problems, unverified = [], []
-    for path, name in dict.fromkeys((overlay["examine"], name) for overlay in carrying for name in overlay["bitmaps"]):
-        disk = disks.get(path, {"checkpoints": [], "msg": "was not examined."})
+class _Chains:
+    """Which bitmaps go on recording in vain, as no backup can use them, and of which that cannot be told."""
+
+    def __init__(self, overlays: t.Sequence[Result], chains: Result | None) -> None:
+        self.problems: list[Problem] = []
+        self.unusable: set[str] = set()  # names of checkpoints
+        self.unverified: list[dict[str, str]] = []
+        carrying = [(one["examine"], name) for one in overlays for name in one["bitmaps"]]
+        if not carrying or chains is None:
+            return
+        if "disks" not in chains:
+            words = f"The chains could not be examined: {reason(chains).msg}"
+            self.problems.append(Problem(reason(chains).code, words))
+            return
+        disks = {disk["path"]: disk for disk in chains["disks"]}
+        for path, name in dict.fromkeys(carrying):
+            self._judge(path, name, disks.get(path, {"checkpoints": [], "msg": "was not examined."}))
+
+    def _judge(self, path: str, name: str, disk: Result) -> None:
+        """Add what the chain of a disk says of a checkpoint."""
         verdicts = {checkpoint["name"]: checkpoint for checkpoint in disk["checkpoints"]}
         verdict = verdicts.get(name, {"valid": False, "advice": disk.get("msg", "is not in the chain.")})
         if verdict.get("problem") == "in_use":  # a VM runs on it, so nothing can be told
-            unverified.append({"path": path, "checkpoint": name})
+            self.unverified.append({"path": path, "checkpoint": name})
         elif not verdict["valid"]:
-            problems.append(f"{path}: checkpoint {name} {_NO_BACKUP}: {verdict['advice']}")
-    return problems, unverified
+            self.unusable.add(name)
+            self.problems.append(_no_backup(path, name, verdict["advice"]))
 
 
-_NO_BACKUP = "cannot be used for a backup"
+def _no_backup(where: str, checkpoint: str, why: str) -> Problem:
+    """Return that a checkpoint is carried on in vain."""
+    return problem("no_backup", f"{where}: checkpoint {checkpoint} cannot be used for a backup: {why}")
 
 
-def _broken_checkpoints(domains: Found, unusable: t.Sequence[str]) -> list[str]:
-    """Return which checkpoints of domains are broken on one disk although they are carried on another."""
-    problems = []
+def _broken_checkpoints(domains: Found, told: t.Container[str]) -> t.Iterator[Problem]:
+    """Yield which checkpoints of domains are broken on one disk although they are carried on another."""
     for domain, checkpoint in domains.checkpoints:
         own = [overlay for overlay in domains.overlays if overlay["domain"] == domain]
         is_carried = any(checkpoint["name"] in overlay["bitmaps"] for overlay in own)
-        is_told = any(f"checkpoint {checkpoint['name']} {_NO_BACKUP}" in problem for problem in unusable)
-        if checkpoint["valid"] is False and is_carried and not is_told:
-            where = f"{checkpoint['image']}: {checkpoint['advice']}"
-            problems.append(f"{domain}: checkpoint {checkpoint['name']} {_NO_BACKUP}: {where}")
-    return problems
+        if checkpoint["valid"] is False and is_carried and checkpoint["name"] not in told:
+            yield _no_backup(domain, checkpoint["name"], f"{checkpoint['image']}: {checkpoint['advice']}")
 
 
 def counts(reports: t.Sequence[t.Mapping[str, t.Any]]) -> dict[str, t.Any]:

@@ -1,6 +1,7 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change at any time.
 """Rows of the report: what the modules returned of each overlay."""
 
 from __future__ import annotations
@@ -11,22 +12,48 @@ from ...module_utils._disk.verdict import CREATED, FAILED
 
 Result = t.Mapping[str, t.Any]  # what a module returned, or what Ansible says in its place
 
+# What can be wrong of which no module tells. docs/refusals.md has the same words, with what to do.
+ReportCode = t.Literal[
+    "held_back",
+    "module_failed",
+    "no_backup",
+    "not_begun",
+    "not_run",
+    "task_failed",
+    "unreachable",
+    "unstable",
+]
+
+_MODULE_FAILED: ReportCode = "module_failed"
+
+
+class Problem(t.NamedTuple):
+    """Something that is wrong with a host."""
+
+    code: str  # of the refusal that a module returned, or a ReportCode
+    msg: str
+
 
 class Found(t.NamedTuple):
     """What the results of one module tell."""
 
     overlays: list[dict[str, t.Any]]
     skipped_disks: list[dict[str, t.Any]]
-    problems: list[str]
+    problems: list[Problem]
     checkpoints: list[tuple[str, dict[str, t.Any]]]  # those of libvirt, with the name of the domain
+
+
+def problem(code: ReportCode, msg: str) -> Problem:
+    """Return a problem of which no module tells."""
+    return Problem(code, msg)
 
 
 def from_disks(result: Result | None, check_mode: bool) -> Found:
     """Return what qcow2_overlay tells."""
     if result is None or "overlays" not in result:
         return found_nothing(result)
-    overlays = [_overlay(overlay, None, check_mode) for overlay in result["overlays"]]
-    return Found(overlays, [], [overlay["msg"] for overlay in overlays if "msg" in overlay], [])
+    overlays = [_row(overlay, None, check_mode) for overlay in result["overlays"]]
+    return Found(overlays, [], [Problem(one["code"], one["msg"]) for one in overlays if "msg" in one], [])
 
 
 def from_domains(result: Result | None, check_mode: bool) -> Found:
@@ -34,12 +61,12 @@ def from_domains(result: Result | None, check_mode: bool) -> Found:
     if result is None or "domains" not in result:
         return found_nothing(result)
     domains = result["domains"]
-    overlays = [_overlay(overlay, domain, check_mode) for domain in domains for overlay in domain["overlays"]]
+    overlays = [_row(overlay, domain, check_mode) for domain in domains for overlay in domain["overlays"]]
     failed = [domain for domain in domains if domain["state"] == FAILED and not domain["overlays"]]
-    overlays += [_overlay(None, domain, check_mode) for domain in failed]
+    overlays += [_row(None, domain, check_mode) for domain in failed]
     skipped = [{"domain": domain["name"], **disk} for domain in domains for disk in domain["skipped_disks"]]
     checkpoints = [(domain["name"], checkpoint) for domain in domains for checkpoint in domain["checkpoints"]]
-    return Found(overlays, skipped, [domain["msg"] for domain in domains if "msg" in domain], checkpoints)
+    return Found(overlays, skipped, [Problem(one["code"], one["msg"]) for one in domains if "msg" in one], checkpoints)
 
 
 def found_nothing(result: Result | None) -> Found:
@@ -47,13 +74,13 @@ def found_nothing(result: Result | None) -> Found:
     return Found([], [], [] if result is None else [reason(result)], [])
 
 
-def _overlay(overlay: Result | None, domain: Result | None, check_mode: bool) -> dict[str, t.Any]:
+def _row(overlay: Result | None, domain: Result | None, check_mode: bool) -> dict[str, t.Any]:
     """Return what the report says of one overlay, or of a domain that did not get as far as overlays."""
     source: Result = overlay or {"path": None, "backing_file": None, "bitmaps": [], "skipped_bitmaps": []}
     # What belongs to a domain that failed is not in use, whatever became of it by itself.
     is_lost = domain is not None and domain["state"] == FAILED
     state = FAILED if is_lost else source["state"]
-    message = domain.get("msg") if domain is not None else source.get("msg")
+    failure: Result = domain if domain is not None else source
     return {
         "domain": domain["name"] if domain is not None else None,
         "path": source["path"],
@@ -65,12 +92,19 @@ def _overlay(overlay: Result | None, domain: Result | None, check_mode: bool) ->
         "skipped_bitmaps": [
             {"name": bitmap["name"], "reason": bitmap["reason"]} for bitmap in source["skipped_bitmaps"]
         ],
-        **({"msg": message} if state == FAILED else {}),
+        **({"msg": failure.get("msg"), "code": failure.get("code")} if state == FAILED else {}),
     }
 
 
-def reason(result: Result) -> str:
+def reason(result: Result) -> Problem:
     """Return why a module returned nothing of use."""
-    reason = str(result.get("msg") or "No reason was given.").strip()
+    if result.get("unreachable"):
+        return problem("unreachable", _words(result))
+    return Problem(result.get("code") or _MODULE_FAILED, _words(result))
+
+
+def _words(result: Result) -> str:
+    """Return the words in which a module, or Ansible in its place, failed."""
+    words = str(result.get("msg") or "No reason was given.").strip()
     details = str(result.get("module_stderr") or "").strip().splitlines()  # such as what an old Python says
-    return f"{reason} {details[-1]}" if details and details[-1] not in reason else reason
+    return f"{words} {details[-1]}" if details and details[-1] not in words else words

@@ -1,15 +1,16 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change at any time.
 """The report for a person to read."""
 
 from __future__ import annotations
 
 import typing as t
 
-from ...module_utils._disk.verdict import CREATED, FAILED, PRESENT
-from ...module_utils._domain.plan import SKIPPED
-from .host import NOT_RUN, OK, UNREACHABLE
+from ...module_utils._disk.verdict import CREATED, FAILED, PRESENT, SKIPPED
+from .fleet import NOT_RUN
+from .host import OK, UNREACHABLE
 
 
 def summary_of_host(report: t.Mapping[str, t.Any]) -> str:
@@ -42,7 +43,7 @@ def summary_of_fleet(report: t.Mapping[str, t.Any]) -> list[str]:
     lines = []
     for host, one in report["hosts"].items():
         state = one["state"] if one["state"] == OK else one["state"].upper()
-        texts = [" ".join(problem.splitlines()) for problem in one["problems"]]
+        texts = [" ".join(problem["msg"].splitlines()) for problem in one["problems"]]
         told = texts if _is_unknown(one) else [summary_of_host(one), *(f"- {text}" for text in texts)]
         lines.append(f"{host:{width}}  {state:11}  {told[0]}")
         lines.extend(f"{'':{width}}  {text}" for text in told[1:])

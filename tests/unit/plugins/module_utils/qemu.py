@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import struct
 import subprocess
@@ -117,11 +116,8 @@ def opened_for_writing(path: t.Any) -> t.Iterator[None]:
 
 def read(path: t.Any) -> Image:
     """Return what our reader says of an image."""
-    fd = open_image(str(path))
-    try:
-        return read_image(fd, str(path))
-    finally:
-        os.close(fd)
+    with open_image(str(path)) as file:
+        return read_image(file)
 
 
 def patch(path: t.Any, offset: int, data: bytes) -> None:

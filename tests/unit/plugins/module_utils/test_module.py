@@ -10,15 +10,16 @@ import pwd
 import types
 
 import pytest
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Qcow2Error
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._module import settings_from
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._module import attributes_from, settings_from
 
 
-def settings(**params):
-    """Return the settings for a task with these options."""
+def attributes(**params):
+    """Return who may use new files, for a task with these options; its timeout is looked at too."""
     names = ("owner", "group", "mode", "seuser", "serole", "setype", "selevel")
     options = {**dict.fromkeys(names), "timeout": 60, **params}
-    return settings_from(types.SimpleNamespace(params=options, check_mode=False, get_bin_path=None))
+    settings_from(types.SimpleNamespace(params=options, check_mode=False, get_bin_path=None))
+    return attributes_from(options)
 
 
 @pytest.mark.parametrize(
@@ -33,14 +34,14 @@ def settings(**params):
     ],
 )
 def test_modes(mode, current, expected):
-    change = settings(mode=mode).ownership.mode
+    change = attributes(mode=mode).mode
     assert (change and change(current)) == expected
 
 
 def test_owners_by_name_and_number():
     name = pwd.getpwuid(os.getuid()).pw_name
-    assert settings(owner=name).ownership.uid == os.getuid()
-    assert settings(owner="4242", group="0").ownership[:2] == (4242, 0)
+    assert attributes(owner=name).uid == os.getuid()
+    assert attributes(owner="4242", group="0")[:2] == (4242, 0)
 
 
 @pytest.mark.parametrize(
@@ -62,5 +63,5 @@ def test_owners_by_name_and_number():
     ],
 )
 def test_values_that_cannot_be(params, expected):
-    with pytest.raises(Qcow2Error, match=expected):
-        settings(**params)
+    with pytest.raises(Refusal, match=expected):
+        attributes(**params)

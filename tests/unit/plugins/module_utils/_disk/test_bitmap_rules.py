@@ -26,13 +26,15 @@ def link(letter, number):
     """Return the image that a letter stands for."""
     bitmap = STATES.get(letter.lower())
     size = 512 if letter == "s" else 1024
-    return LayerBitmaps(f"/{number}", size, {"x": bitmap} if bitmap else {}, in_use=letter.isupper() or letter == "_")
+    return LayerBitmaps(
+        f"/{number}", size, {"x": bitmap} if bitmap else {}, is_open_for_writing=letter.isupper() or letter == "_"
+    )
 
 
 def judged(letters, complete=True):
     """Return (valid, problem, number of the image at fault) for a chain; _ is an image that lacks it and is open."""
     chain = [link(letter, number) for number, letter in enumerate(letters)]
-    verdict = judge("x", chain, complete)
+    verdict = judge("x", chain, complete=complete)
     assert verdict.name == "x"
     assert (verdict.advice is None) == (verdict.valid is True)
     return verdict.valid, verdict.problem, int(verdict.image[1:]) if verdict.image else None
@@ -111,9 +113,9 @@ def test_libvirts_rule_on_every_chain(length):
 def test_every_name_of_the_chain_is_judged_once_in_order_of_appearance():
     names = [["b", "a"], ["a", "c"], ["b"]]
     chain = [LayerBitmaps(f"/{i}", 1, {n: Bitmap(n, 512, True, False) for n in row}) for i, row in enumerate(names)]
-    verdicts = [(one.name, one.valid, one.problem) for one in judge_all(chain, True)]
+    verdicts = [(one.name, one.valid, one.problem) for one in judge_all(chain, complete=True)]
     assert verdicts == [("b", False, "gap"), ("a", True, None), ("c", False, "not_in_top")]
-    assert judge_all([], True) == []
+    assert judge_all([], complete=True) == []
 
 
 def test_advice_names_the_images_and_the_cause():

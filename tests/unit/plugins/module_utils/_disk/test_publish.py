@@ -16,24 +16,30 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.attributes im
     apply_attributes,
     attributes_for,
 )
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Qcow2Error
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import observe
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import publish as _publish
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.observe import observe_target
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.publish import (
     StagedFile,
-    find_leftovers,
+    leftovers,
     publish_together,
+    sweep,
 )
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu import locks as _locks
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu import locks
 
 from .. import qemu
 
 
 def staged(path, content=b"ours"):
-    file = StagedFile(observe_target(str(path)))
-    os.write(file.fd, content)
-    return file
+    staged_file = StagedFile(str(path), os.path.dirname(str(path)))
+    os.write(staged_file.file.fd, content)
+    return staged_file
+
+
+def publish(*staged_files):
+    """Publish the files of a VM whose definition is nobody's business here."""
+    publish_together(staged_files, lambda: None)
 
 
 def no_hard_links(*_args, **_kwargs):
@@ -43,7 +49,7 @@ def no_hard_links(*_args, **_kwargs):
 @pytest.fixture(name="links", params=["hard links", "no hard links"])
 def fixture_links(request, monkeypatch):
     if request.param == "no hard links":
-        monkeypatch.setattr(_publish.os, "link", no_hard_links)
+        monkeypatch.setattr(os, "link", no_hard_links)
 
 
 @pytest.mark.usefixtures("links")
@@ -52,7 +58,7 @@ def test_files_are_private_until_they_are_published(tmp_path):
         names = os.listdir(tmp_path)
         assert sorted(names) == sorted([first.name, second.name])
         assert all(stat.S_IMODE(os.stat(tmp_path / name).st_mode) == 0o600 for name in names)
-        publish_together([first, second])
+        publish(first, second)
         assert sorted(os.listdir(tmp_path)) == ["a", "b"]
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
     assert os.stat(tmp_path / "a").st_nlink == 1
@@ -68,8 +74,8 @@ def test_nothing_is_ever_replaced_and_the_first_is_taken_back(tmp_path, obstacle
             (tmp_path / "b").mkdir()
         else:
             (tmp_path / "b").symlink_to("nowhere")
-        with pytest.raises(Qcow2Error, match="has appeared"):
-            publish_together([first, second])
+        with pytest.raises(Refusal, match="has appeared"):
+            publish(first, second)
     assert os.listdir(tmp_path) == ["b"]
     if obstacle == "file":
         assert (tmp_path / "b").read_text() == "theirs"
@@ -80,7 +86,7 @@ def test_a_file_slipped_in_under_the_temporary_name_is_not_published(tmp_path):
         os.unlink(tmp_path / file.name)
         (tmp_path / file.name).write_text("theirs")
         with pytest.raises(OSError, match="No such file"):
-            publish_together([file])
+            publish(file)
     assert not (tmp_path / "a").exists()
 
 
@@ -93,9 +99,9 @@ def test_a_failing_fsync_of_the_folder_takes_everything_back(tmp_path, monkeypat
             if len(calls) == 1:
                 raise OSError(errno.EIO, "Input/output error")
 
-        monkeypatch.setattr(_publish.os, "fsync", fsync)
+        monkeypatch.setattr(os, "fsync", fsync)
         with pytest.raises(OSError, match="Input/output"):
-            publish_together([file])
+            publish(file)
     assert os.listdir(tmp_path) == []
 
 
@@ -109,11 +115,12 @@ def failing(number):
 def test_an_overlay_that_cannot_be_removed_again_is_told(tmp_path, monkeypatch):
     with staged(tmp_path / "a") as first, staged(tmp_path / "b") as second:
         with monkeypatch.context() as patch:
-            patch.setattr(_publish.os, "unlink", failing(errno.EROFS))
-            with pytest.raises(Qcow2Error) as raised:
-                publish_together([first, second])
+            patch.setattr(os, "unlink", failing(errno.EROFS))
+            with pytest.raises(Refusal) as raised:
+                publish(first, second)
         for path in (tmp_path / "a", tmp_path / "b"):
             assert f"{path}: could not be removed again: Read-only file system." in str(raised.value)
+        assert raised.value.code == "not_removed"
         assert "run this again" in str(raised.value)
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
 
@@ -122,13 +129,13 @@ def test_what_was_not_published_yet_is_not_said_to_be_stuck(tmp_path, monkeypatc
     with staged(tmp_path / "a") as first, staged(tmp_path / "b") as second:
         monkeypatch.setattr(StagedFile, "publish", failing(errno.EIO))
         with pytest.raises(OSError, match="Input/output"):
-            publish_together([first, second])
+            publish(first, second)
     assert os.listdir(tmp_path) == []
 
 
 def test_a_folder_that_cannot_be_listed_has_no_leftovers(tmp_path, monkeypatch):
-    monkeypatch.setattr(_publish.os, "listdir", failing(errno.EIO))
-    assert find_leftovers(str(tmp_path), remove=True) == []
+    monkeypatch.setattr(os, "listdir", failing(errno.EIO))
+    assert sweep(str(tmp_path)) == []
 
 
 def test_a_close_that_fails_fails_nothing(tmp_path, monkeypatch):
@@ -139,8 +146,8 @@ def test_a_close_that_fails_fails_nothing(tmp_path, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     with staged(tmp_path / "a") as file:
-        publish_together([file])
-        monkeypatch.setattr(_publish.os, "close", close)
+        publish(file)
+        monkeypatch.setattr(os, "close", close)
     monkeypatch.undo()
     assert os.listdir(tmp_path) == ["a"]
 
@@ -151,43 +158,39 @@ def test_no_vm_can_start_on_an_overlay_before_all_are_published(tmp_path, monkey
         held = []
 
         def not_publishing(self):
-            fd = os.open(os.path.join(self.target.folder, self.name), os.O_RDONLY)
-            held.append((_locks.is_locked(fd, _locks.WRITE, ""), _locks.is_locked(fd, _locks.WRITE_UNSHARED, "")))
-            os.close(fd)
+            with open_image(os.path.join(self.folder, self.name)) as image:
+                held.append((locks.is_locked(image, locks.WRITE), locks.is_locked(image, locks.WRITE_UNSHARED)))
 
         monkeypatch.setattr(StagedFile, "publish", not_publishing)
-        with pytest.raises(Qcow2Error, match="moved or mounted over"):  # for it is not published in this test
-            publish_together([file])
+        with pytest.raises(Refusal, match="moved or mounted over"):  # for it is not published in this test
+            publish(file)
     assert held == [(True, True)]
 
 
 def test_only_what_killed_runs_have_left_is_removed(tmp_path):
     (tmp_path / "other.tmp").touch()
-    (tmp_path / ".qcow2_overlay-folder.tmp").mkdir()
-    (tmp_path / ".qcow2_overlay-link.tmp").symlink_to("other.tmp")
+    (tmp_path / ".kvmfleet-folder.tmp").mkdir()
+    (tmp_path / ".kvmfleet-link.tmp").symlink_to("other.tmp")
     abandoned = tmp_path / ".qcow2_overlay-0123456789abcdef.tmp"
     abandoned.touch()
     with staged(tmp_path / "a") as alive:
-        assert find_leftovers(str(tmp_path), remove=False) == [str(abandoned)]
+        assert leftovers(str(tmp_path)) == [str(abandoned)]
         assert abandoned.exists()
-        assert find_leftovers(str(tmp_path), remove=True) == [str(abandoned)]
-        assert find_leftovers(str(tmp_path), remove=True) == []
+        assert sweep(str(tmp_path)) == [str(abandoned)]
+        assert sweep(str(tmp_path)) == []
         assert alive.name in os.listdir(tmp_path)
     assert len(os.listdir(tmp_path)) == 3
-    assert find_leftovers(str(tmp_path / "absent"), remove=True) == []
+    assert sweep(str(tmp_path / "absent")) == []
 
 
-def dressed(tmp_path, active_mode, ownership):
+def given(tmp_path, active_mode, options):
     """Return mode, owner and context of an overlay of an ACTIVE with this mode."""
     active = tmp_path / "active"
     active.touch()
     active.chmod(active_mode)
-    active_fd = os.open(active, os.O_RDONLY)
-    with staged(tmp_path / "a") as file:
-        attributes = attributes_for(active_fd, ownership, str(tmp_path / "a"))
-        apply_attributes(file.fd, attributes, str(tmp_path / "a"))
-        status = os.fstat(file.fd)
-    os.close(active_fd)
+    with open_image(str(active)) as image, staged(tmp_path / "a") as one:
+        apply_attributes(one.file, attributes_for(image, options, one.path))
+        status = one.file.status()
     return stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid
 
 
@@ -202,16 +205,16 @@ def dressed(tmp_path, active_mode, ownership):
     ],
 )
 def test_modes(tmp_path, active_mode, asked, expected):
-    assert dressed(tmp_path, active_mode, AttributeOptions(mode=asked)) == (expected, os.getuid(), os.getgid())
+    assert given(tmp_path, active_mode, AttributeOptions(mode=asked)) == (expected, os.getuid(), os.getgid())
 
 
 def test_an_owner_that_cannot_be_given_is_named_with_a_way_out(tmp_path, monkeypatch):
     def refuse(*_args):
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
-    monkeypatch.setattr(_publish.os, "fchown", refuse)
-    with pytest.raises(Qcow2Error, match="cannot be given owner 4242.*Run with become"):
-        dressed(tmp_path, 0o640, AttributeOptions(uid=4242))
+    monkeypatch.setattr(os, "fchown", refuse)
+    with pytest.raises(Refusal, match="cannot be given owner 4242.*Run with become"):
+        given(tmp_path, 0o640, AttributeOptions(uid=4242))
 
 
 def test_a_folder_that_is_moved_away_meanwhile_is_noticed(tmp_path):
@@ -219,44 +222,44 @@ def test_a_folder_that_is_moved_away_meanwhile_is_noticed(tmp_path):
     with staged(tmp_path / "folder" / "a") as file:
         (tmp_path / "folder").rename(tmp_path / "moved")
         (tmp_path / "folder").mkdir()
-        with pytest.raises(Qcow2Error, match="moved or mounted over"):
-            publish_together([file])
+        with pytest.raises(Refusal, match="moved or mounted over"):
+            publish(file)
     assert os.listdir(tmp_path / "folder") == os.listdir(tmp_path / "moved") == []
 
 
 def test_a_temporary_file_that_is_taken_for_a_leftover_is_made_anew(tmp_path, monkeypatch):
-    real, removed = _locks.claim, []
+    real, removed = locks.claim, []
 
-    def slow_claim(fd, path):
+    def slow_claim(file):
         if not removed:
-            removed.append(path)
-            os.unlink(tmp_path / path)
-        return real(fd, path)
+            removed.extend(os.listdir(tmp_path))
+            os.unlink(tmp_path / removed[0])
+        return real(file)
 
-    monkeypatch.setattr(_locks, "claim", slow_claim)
+    monkeypatch.setattr(locks, "claim", slow_claim)
     with staged(tmp_path / "a") as file:
         assert file.name != removed[0]
-        publish_together([file])
+        publish(file)
     assert os.listdir(tmp_path) == ["a"]
 
 
 def test_a_folder_where_every_new_file_is_locked_by_others_is_told_and_left_clean(tmp_path, monkeypatch):
     descriptors = len(os.listdir("/proc/self/fd"))
-    monkeypatch.setattr(_locks, "claim", lambda *_args: False)
-    with pytest.raises(Qcow2Error, match=f"{tmp_path}: 100 new files .* run this again"):
+    monkeypatch.setattr(locks, "claim", lambda *_args: False)
+    with pytest.raises(Refusal, match=f"{tmp_path}: 100 new files .* run this again"):
         staged(tmp_path / "a")
     assert os.listdir(tmp_path) == []
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
 def test_a_file_that_cannot_be_marked_is_not_left_behind(tmp_path, monkeypatch):
-    def refuse(fd, path):
-        raise Qcow2Error(f"{path}: no locks here")
+    def refuse(file):
+        raise Refusal("no_locks", file.path, "no locks here")
 
-    monkeypatch.setattr(_locks, "claim", refuse)
+    monkeypatch.setattr(locks, "claim", refuse)
     descriptors = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(Qcow2Error, match="no locks"):
-        StagedFile(observe_target(str(tmp_path / "a")))
+    with pytest.raises(Refusal, match="no locks"):
+        StagedFile(str(tmp_path / "a"), str(tmp_path))
     assert os.listdir(tmp_path) == []
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
@@ -292,13 +295,13 @@ def test_a_symlink_leads_only_to_what_its_owner_has(tmp_path, link, monkeypatch,
     (tmp_path / "real" / "folder" / ".qcow2_overlay-0123456789abcdef.tmp").touch()
     target = observe_target(f"{link}//./folder/a")
     descriptors = len(os.listdir("/proc/self/fd"))
-    found = find_leftovers(f"{link}/folder", remove=False)
+    found = leftovers(f"{link}/folder")
     if is_followed:
         assert (target.path, target.problem) == (str(tmp_path / "real" / "folder" / "a"), None)
         assert len(found) == 1
     else:
-        assert "leads through a symlink of the user 4243 into a folder of" in target.problem
-        assert "Give the real path" in target.problem
+        assert "leads through a symlink of the user 4243 into a folder of" in str(target.problem)
+        assert "Give the real path" in str(target.problem)
         assert found == []
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
@@ -309,8 +312,8 @@ def test_a_folder_swapped_with_a_symlink_is_not_followed(tmp_path, link):
     (tmp_path / "real" / "folder").rename(tmp_path / "real" / "aside")
     (tmp_path / "real" / "folder").symlink_to(tmp_path / "bait")
     descriptors = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(Qcow2Error, match="was replaced by a symlink"):
-        StagedFile(target)
+    with pytest.raises(Refusal, match="was replaced by a symlink"):
+        StagedFile(target.path, target.folder)
     assert os.listdir(tmp_path / "bait") == []
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
@@ -321,7 +324,7 @@ def test_a_folder_swapped_with_a_symlink_is_not_followed(tmp_path, link):
 def test_a_way_that_ends_nowhere(tmp_path, what, message):
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "file").touch()
-    assert message in observe_target(str(tmp_path / what / "a")).problem
+    assert message in str(observe_target(str(tmp_path / what / "a")).problem)
 
 
 @pytest.mark.parametrize("what", ["fifo", "symlink", "folder"])
@@ -329,22 +332,22 @@ def test_what_only_looks_like_a_leftover_is_left_alone(tmp_path, what):
     place = tmp_path / ".qcow2_overlay-0123456789abcdef.tmp"
     (tmp_path / "file").touch()
     {"fifo": lambda: os.mkfifo(place), "symlink": lambda: place.symlink_to("file"), "folder": place.mkdir}[what]()
-    assert find_leftovers(str(tmp_path), remove=True) == []
+    assert sweep(str(tmp_path)) == []
     assert len(os.listdir(tmp_path)) == 2
 
 
 def test_who_may_not_give_files_away_is_told_before(tmp_path, monkeypatch):
-    monkeypatch.setattr(_publish.os, "geteuid", lambda: 4242)
-    with pytest.raises(Qcow2Error, match="cannot be given owner 0 and group 0.*Run with become"):
-        dressed(tmp_path, 0o640, AttributeOptions(uid=0, gid=0))
+    monkeypatch.setattr(os, "geteuid", lambda: 4242)
+    with pytest.raises(Refusal, match="cannot be given owner 0 and group 0.*Run with become"):
+        given(tmp_path, 0o640, AttributeOptions(uid=0, gid=0))
 
 
 def test_a_context_needs_one_to_begin_with(tmp_path):
-    with pytest.raises(Qcow2Error, match="no SELinux context"):
-        dressed(tmp_path, 0o640, AttributeOptions(context=(None, None, "virt_image_t", None)))
+    with pytest.raises(Refusal, match="no SELinux context"):
+        given(tmp_path, 0o640, AttributeOptions(context=(None, None, "virt_image_t", None)))
 
 
 def test_a_folder_that_is_missing_for_a_moment_is_not_said_to_be_no_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(observe, "open_folder", failing(errno.ENOENT))
     problem = observe_target(str(tmp_path / "a")).problem
-    assert f"its folder {tmp_path} does not exist. Create it first." in problem
+    assert f"its folder {tmp_path} does not exist. Create it first." in str(problem)

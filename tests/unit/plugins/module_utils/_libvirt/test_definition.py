@@ -10,13 +10,11 @@ import difflib
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.overlay import stem_of
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import (
+    Definition,
+    Source,
     StatedChain,
     StatedImage,
     bitmaps_of,
-    disks_of,
-    parts_of,
-    with_sources,
-    without,
 )
 
 DEFINITION = """<domain xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0' type='kvm'>
@@ -68,8 +66,13 @@ def changes(before, after):
     ]
 
 
+def switched(definition, overlays):
+    """Return the text of the definition with these targets switched to overlays with these paths."""
+    return Definition(definition).with_sources({target: Source(path) for target, path in overlays.items()}).text
+
+
 def test_what_a_definition_says_of_its_disks():
-    first, second, third = disks_of(DEFINITION)
+    first, second, third = Definition(DEFINITION).disks
     assert first[:5] == ("vda", "file", "/srv/it's.qcow2", "qcow2", None)
     assert first.stated_chain == StatedChain((StatedImage("/srv/mid", "qcow2"), StatedImage("/srv/base", "raw")), True)
     assert second == ("vdb", "block", "/dev/vg/lv", "raw", None, False, None)
@@ -77,7 +80,7 @@ def test_what_a_definition_says_of_its_disks():
 
 
 def test_a_switch_changes_the_path_and_drops_the_stated_chain():
-    after = with_sources(DEFINITION, {"vda": "/srv/it's.snap.qcow2"})
+    after = switched(DEFINITION, {"vda": "/srv/it's.snap.qcow2"})
     gone, new = changes(DEFINITION, after)
     assert new == ['<source file="/srv/it"s.snap.qcow2" startupPolicy="optional">']
     assert gone[0] == '<source file="/srv/it&apos;s.qcow2" startupPolicy="optional">'
@@ -85,37 +88,37 @@ def test_a_switch_changes_the_path_and_drops_the_stated_chain():
         "backingStore", "format", "source", "backingStore", "format", "source",
         "backingStore", "backingStore", "backingStore",
     ]  # fmt: skip
-    assert disks_of(after)[0][2:] == ("/srv/it's.snap.qcow2", "qcow2", None, False, None)
-    assert without(after, {"vda"}) == without(DEFINITION, {"vda"})
+    assert Definition(after).disks[0][2:] == ("/srv/it's.snap.qcow2", "qcow2", None, False, None)
+    assert Definition(after).has_only_switched(Definition(DEFINITION), {"vda": Source("/srv/it's.snap.qcow2")})
 
 
 def test_everything_outside_the_switched_disks_stays_byte_by_byte():
     odd = "<metadata><x k='one&#10;two&#9;three'>ü&#13;\n<![CDATA[<disk>]]></x></metadata>\r\n  <devices>"
     definition = DEFINITION.replace("  <devices>", odd).replace("<name>", "<!-- <disk/> --><name>")
-    after = with_sources(definition, {"vdc": "/srv/c.x.qcow2"})
+    after = switched(definition, {"vdc": "/srv/c.x.qcow2"})
     start, end = definition.index("<disk type='file' device='disk' snapshot"), definition.index("    <graphics")
     assert after.startswith(definition[:start])
     assert after.endswith(definition[end:])
     assert "/srv/c.x.qcow2" in after
-    assert with_sources(definition, {}) == definition
+    assert switched(definition, {}) == definition
 
 
 def test_a_raw_disk_becomes_qcow2_and_a_device_a_file():
-    after = with_sources(DEFINITION, {"vdb": "/srv/lv.x.qcow2", "vdc": "/srv/c.x.qcow2"})
-    assert disks_of(after)[1] == ("vdb", "file", "/srv/lv.x.qcow2", "qcow2", None, False, None)
-    assert disks_of(after)[2] == ("vdc", "file", "/srv/c.x.qcow2", "qcow2", None, True, None)
+    after = switched(DEFINITION, {"vdb": "/srv/lv.x.qcow2", "vdc": "/srv/c.x.qcow2"})
+    assert Definition(after).disks[1] == ("vdb", "file", "/srv/lv.x.qcow2", "qcow2", None, False, None)
+    assert Definition(after).disks[2] == ("vdc", "file", "/srv/c.x.qcow2", "qcow2", None, True, None)
     _gone, new = changes(DEFINITION, after)
     assert '<driver name="qemu" type="qcow2" io="native"/>' in new
     assert "/dev/vg/lv" not in after
-    assert with_sources(after, {"vdb": "/srv/lv.x.qcow2", "vdc": "/srv/c.x.qcow2"}) == after
+    assert switched(after, {"vdb": "/srv/lv.x.qcow2", "vdc": "/srv/c.x.qcow2"}) == after
 
 
 def test_a_diff_shows_the_disks_only():
-    text = parts_of(DEFINITION, {"vdc"})
+    text = Definition(DEFINITION).parts({"vdc"})
     assert "/srv/c.img" in text
     assert "secret" not in text
     assert "vda" not in text
-    assert parts_of(DEFINITION, set()) == ""
+    assert Definition(DEFINITION).parts(set()) == ""
 
 
 UNFIT = {
@@ -136,7 +139,7 @@ UNFIT = {
 
 @pytest.mark.parametrize("reason", UNFIT)
 def test_disks_that_can_take_no_part(reason):
-    (disk,) = disks_of(f"<domain><devices>{UNFIT[reason]}</devices></domain>")
+    (disk,) = Definition(f"<domain><devices>{UNFIT[reason]}</devices></domain>").disks
     assert disk.why_unfit == reason
 
 
@@ -167,7 +170,7 @@ def test_the_chain_that_a_definition_states(stated, expected):
     text = (
         f"<domain><devices><disk type='file'><source file='/x'/>{stated}<target dev='vda'/></disk></devices></domain>"
     )
-    assert disks_of(text)[0].stated_chain == expected
+    assert Definition(text).disks[0].stated_chain == expected
 
 
 def test_the_bitmaps_of_a_checkpoint():

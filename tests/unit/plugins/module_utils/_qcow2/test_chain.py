@@ -9,7 +9,7 @@ import os
 import subprocess
 
 import pytest
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Qcow2Error
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.chain import MAX_LAYERS, has_protocol, read_chain
@@ -19,11 +19,11 @@ from .. import qemu
 
 def chain_of(path):
     """Return the chain of an image as (file name, format) from the top."""
-    fd = open_image(str(path))
+    file = open_image(str(path))
     try:
-        return [(os.path.basename(layer.path), layer.format) for layer in read_chain(fd, str(path), "qcow2")]
+        return [(os.path.basename(layer.path), layer.format) for layer in read_chain(file, "qcow2")]
     finally:
-        os.close(fd)
+        file.close()
 
 
 def rebase(path, backing_file, backing_format="qcow2"):
@@ -58,9 +58,8 @@ def test_relative_absolute_and_symlinked_backing_files_are_followed(tmp_path):
 
 def test_a_raw_size_is_rounded_up_to_sectors(tmp_path):
     (tmp_path / "raw").write_bytes(bytes(1000))
-    fd = open_image(str(tmp_path / "raw"))
-    assert read_chain(fd, str(tmp_path / "raw"), "raw")[0].virtual_size == 1024
-    os.close(fd)
+    with open_image(str(tmp_path / "raw")) as file:
+        assert read_chain(file, "raw")[0].virtual_size == 1024
 
 
 def test_a_format_that_is_not_recorded_is_looked_up_for_reading(tmp_path):
@@ -78,7 +77,7 @@ def test_a_missing_image_is_named_with_the_one_that_needs_it(tmp_path):
     mid = qemu.create(tmp_path / "mid", "1M", "-b", base, "-F", "qcow2")
     top = qemu.create(tmp_path / "top", "1M", "-b", mid, "-F", "qcow2")
     os.unlink(base)
-    with pytest.raises(Qcow2Error, match=f"{base}: does not exist.*backing file of {mid}"):
+    with pytest.raises(Refusal, match=f"{base}: does not exist.*backing file of {mid}"):
         chain_of(top)
 
 
@@ -88,7 +87,7 @@ def test_a_loop_is_found(tmp_path, loop):
     top = qemu.create(tmp_path / "top", "1M", "-b", base, "-F", "qcow2")
     os.link(top, tmp_path / "other name")
     rebase(base, {"itself": base, "its overlay": top, "hard link": tmp_path / "other name"}[loop])
-    with pytest.raises(Qcow2Error, match="is a loop"):
+    with pytest.raises(Refusal, match="is a loop"):
         chain_of(top)
 
 
@@ -97,14 +96,14 @@ def test_a_chain_has_an_end(tmp_path):
     for number in range(1, MAX_LAYERS + 1):
         qemu.create(tmp_path / str(number), "1M", "-u", "-b", str(number - 1), "-F", "qcow2")
     assert len(chain_of(tmp_path / str(MAX_LAYERS - 1))) == MAX_LAYERS
-    with pytest.raises(Qcow2Error, match="more than 200 images"):
+    with pytest.raises(Refusal, match="more than 200 images"):
         chain_of(tmp_path / str(MAX_LAYERS))
 
 
 @pytest.mark.parametrize("name", ["json:{}", "nbd://127.0.0.1/x", "foo:bar"])
 def test_protocols_in_the_chain_are_refused_without_being_opened(tmp_path, name):
     top = qemu.create(tmp_path / "top", "1M", "-u", "-b", name, "-F", "raw")
-    with pytest.raises(Qcow2Error, match="is a protocol"):
+    with pytest.raises(Refusal, match="is a protocol"):
         chain_of(top)
 
 
@@ -120,7 +119,7 @@ def test_a_relative_backing_file_lies_beside_the_name_that_is_used(tmp_path, pla
     if opens:
         assert len(chain_of(tmp_path / "link" / "top")) == 2
     else:
-        with pytest.raises(Qcow2Error, match="does not exist"):
+        with pytest.raises(Refusal, match="does not exist"):
             chain_of(tmp_path / "link" / "top")
 
 
@@ -129,7 +128,7 @@ def test_a_missing_data_file_is_named(tmp_path):
     top = qemu.create(tmp_path / "top", "1M", "-o", f"data_file={data}")
     assert len(chain_of(top)) == 1
     data.unlink()
-    with pytest.raises(Qcow2Error, match=f"external data file {data} does not exist"):
+    with pytest.raises(Refusal, match=f"external data file {data} does not exist"):
         chain_of(top)
 
 
@@ -145,7 +144,7 @@ def test_a_data_file_that_is_no_file_is_refused_without_being_opened(tmp_path, w
     else:
         os.mkfifo(tmp_path / "fifo")
         data.symlink_to("fifo")
-    with pytest.raises(Qcow2Error, match=f"external data file {data} is neither a file nor a block device"):
+    with pytest.raises(Refusal, match=f"external data file {data} is neither a file nor a block device"):
         chain_of(top)
 
 

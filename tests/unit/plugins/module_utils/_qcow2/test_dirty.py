@@ -11,7 +11,7 @@ import struct
 import subprocess
 
 import pytest
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Qcow2Error
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.dirty import DirtyMap, _rescaled, dirty_bytes
@@ -31,10 +31,10 @@ def write(path, dice, size, times):
 
 def map_of(path, name="x"):
     """Return our reader's map of a bitmap; the descriptor stays open until the end of the tests."""
-    fd = open_image(str(path))
+    file = open_image(str(path))
     image = qemu.read(path)
     index = [bitmap.name for bitmap in image.bitmaps].index(name)
-    return DirtyMap(fd, str(path), image, image.bitmaps[index], image.bitmap_tables[index])
+    return DirtyMap(file, image, image.bitmaps[index], image.bitmap_tables[index])
 
 
 def exported(monitor, folder, node, bitmap, size):
@@ -143,7 +143,7 @@ def test_a_damaged_table_is_refused_as_qemu_refuses_it(tmp_path, damage):
     path = qemu.create(tmp_path / "x")
     qemu.add_bitmaps(path, [Bitmap("x", 65536, True, False)])
     qemu.patch(path, qemu.read(path).bitmap_tables[0].offset, struct.pack(">Q", DAMAGE[damage]))
-    with pytest.raises(Qcow2Error, match=r"is damaged: an entry of the table of the bitmap 'x' is 0x"):
+    with pytest.raises(Refusal, match=r"is damaged: an entry of the table of the bitmap 'x' is 0x"):
         map_of(path)
     assert subprocess.run(["qemu-io", "-c", "quit", path], check=False, capture_output=True).returncode == 1
 
@@ -152,5 +152,5 @@ def test_data_outside_the_file_is_refused(tmp_path):
     path = qemu.create(tmp_path / "x")
     qemu.add_bitmaps(path, [Bitmap("x", 65536, True, False)])
     qemu.patch(path, qemu.read(path).bitmap_tables[0].offset, struct.pack(">Q", 1 << 40))
-    with pytest.raises(Qcow2Error, match=r"is damaged: a bitmap has data at offset 1099511627776, outside the file"):
+    with pytest.raises(Refusal, match=r"is damaged: a bitmap has data at offset 1099511627776, outside the file"):
         dirty_bytes([map_of(path)], 64 << 20)

@@ -1,7 +1,7 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Mutated headers and directories: an image or Qcow2Error, never anything else; where QEMU can read it, the same.
+"""Mutated headers and directories: an image or Refusal, never anything else; where QEMU can read it, the same.
 
 FUZZ_EXAMPLES in the environment sets how many mutations are tried.
 """
@@ -14,7 +14,7 @@ import struct
 import subprocess
 
 import pytest
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Qcow2Error
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -93,7 +93,7 @@ def compare_with_qemu(path):
     """Read the image; when QEMU can open it too, the bitmaps must be the same."""
     try:
         image = qemu.read(path)
-    except Qcow2Error as exc:
+    except Refusal as exc:
         refusal = str(exc)
     else:
         refusal = None

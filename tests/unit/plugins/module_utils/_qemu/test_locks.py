@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import threading
 
 import pytest
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Qcow2Error
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu import locks as _locks
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import OpenImage, open_image
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu import locks
 
 from .. import qemu
 
@@ -23,15 +23,6 @@ def fixture_chain(tmp_path):
     return base, qemu.create(tmp_path / "top", "1M", "-b", base, "-F", "qcow2")
 
 
-@contextlib.contextmanager
-def opened(path):
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
 def qemu_can_open(path, *options):
     """Whether a QEMU process can open the image, for writing unless told otherwise."""
     command = ["qemu-io", "-f", "qcow2", *options, "-c", "quit", path]
@@ -40,27 +31,27 @@ def qemu_can_open(path, *options):
 
 def test_what_a_vm_holds_is_seen_and_respected(chain):
     base, top = chain
-    with qemu.opened_for_writing(top), opened(base) as base_fd, opened(top) as top_fd:
-        assert _locks.is_locked(top_fd, _locks.WRITE, top)
-        assert not _locks.is_locked(base_fd, _locks.WRITE, base)
-        assert _locks.is_locked(base_fd, _locks.WRITE_UNSHARED, base)
-        with pytest.raises(Qcow2Error, match="is open for writing in another process"):
-            _locks.hold_off_writers(top_fd, top)
-        _locks.hold_off_writers(base_fd, base)
-        with pytest.raises(Qcow2Error, match="backing file of a running VM"):
-            _locks.hold_off_everybody(base_fd, base)
-    with opened(top) as fd:
-        assert not _locks.is_locked(fd, _locks.WRITE, top)
+    with qemu.opened_for_writing(top), open_image(base) as base_file, open_image(top) as top_file:
+        assert locks.is_locked(top_file, locks.WRITE)
+        assert not locks.is_locked(base_file, locks.WRITE)
+        assert locks.is_locked(base_file, locks.WRITE_UNSHARED)
+        with pytest.raises(Refusal, match="is open for writing in another process"):
+            locks.hold_off_writers(top_file)
+        locks.hold_off_writers(base_file)
+        with pytest.raises(Refusal, match="is below a running VM"):
+            locks.hold_off_everybody(base_file)
+    with open_image(top) as file:
+        assert not locks.is_locked(file, locks.WRITE)
 
 
 def test_what_we_hold_is_respected_by_qemu(chain):
     base, top = chain
-    with opened(base) as fd:
-        _locks.hold_off_writers(fd, base)
+    with open_image(base) as file:
+        locks.hold_off_writers(file)
         assert not qemu_can_open(base)
         assert qemu_can_open(base, "-r")
         assert qemu_can_open(top)
-        _locks.hold_off_everybody(fd, base)
+        locks.hold_off_everybody(file)
         assert not qemu_can_open(base, "-r")
         assert not qemu_can_open(top)
     assert qemu_can_open(top)
@@ -69,14 +60,14 @@ def test_what_we_hold_is_respected_by_qemu(chain):
 
 def test_a_dead_holder_holds_nothing(chain):
     base, _top = chain
-    with opened(base) as fd:
+    with open_image(base) as file:
         command = ["qemu-io", "-f", "qcow2", "-c", "sleep 100000", base]
         process = subprocess.Popen(command)
-        while not _locks.is_locked(fd, _locks.WRITE, base):
+        while not locks.is_locked(file, locks.WRITE):
             assert process.poll() is None
         process.kill()
         process.wait()
-        assert not _locks.is_locked(fd, _locks.WRITE, base)
+        assert not locks.is_locked(file, locks.WRITE)
 
 
 def test_runs_take_turns(chain):
@@ -85,8 +76,8 @@ def test_runs_take_turns(chain):
 
     def run():
         for _round in range(20):
-            with opened(base) as fd:
-                _locks.take_turn(fd, base, 60)
+            with open_image(base) as file:
+                locks.take_turn(file, 60)
                 inside.append(1)
                 most.append(len(inside))
                 inside.pop()
@@ -103,20 +94,20 @@ def test_runs_take_turns(chain):
 
 def test_waiting_for_a_turn_has_an_end(chain):
     base, _top = chain
-    with opened(base) as first, opened(base) as second:
-        _locks.take_turn(first, base, 0)
-        with pytest.raises(Qcow2Error, match="another run of this module"):
-            _locks.take_turn(second, base, 0.1)
-    with opened(base) as third:
-        _locks.take_turn(third, base, 0)
+    with open_image(base) as first, open_image(base) as second:
+        locks.take_turn(first, 0)
+        with pytest.raises(Refusal, match="another run of this collection"):
+            locks.take_turn(second, 0.1)
+    with open_image(base) as third:
+        locks.take_turn(third, 0)
 
 
 def test_a_file_in_work_is_known_as_such(tmp_path):
     path = str(tmp_path / "ours")
-    ours = os.open(path, os.O_RDWR | os.O_CREAT)
-    with opened(path) as fd:
-        assert not _locks.is_locked(fd, _locks.OUR_TURN, path)
-        assert _locks.claim(ours, path)
-        assert _locks.is_locked(fd, _locks.OUR_TURN, path)
-        os.close(ours)
-        assert not _locks.is_locked(fd, _locks.OUR_TURN, path)
+    ours = OpenImage(path, os.open(path, os.O_RDWR | os.O_CREAT))
+    with open_image(path) as file:
+        assert not locks.is_locked(file, locks.OUR_TURN)
+        assert locks.claim(ours)
+        assert locks.is_locked(file, locks.OUR_TURN)
+        ours.close()
+        assert not locks.is_locked(file, locks.OUR_TURN)

@@ -14,7 +14,7 @@ import sys
 import time
 
 import pytest
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Qcow2Error
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu.monitor import Monitor, find_qemu
 
 EMULATOR = "qemu-system-x86_64"
@@ -32,14 +32,14 @@ def test_both_kinds_of_qemu_answer(program):
     assert os.path.basename(command[0]) == program
     monitor = Monitor(command, 30)
     assert monitor.command("query-named-block-nodes") == []
-    with pytest.raises(Qcow2Error, match="QEMU says: .*nonsense"):
+    with pytest.raises(Refusal, match="QEMU says: .*nonsense"):
         monitor.command("nonsense")
-    with pytest.raises(Qcow2Error, match="QEMU says: .*No such file or directory. Check that its folder is"):
+    with pytest.raises(Refusal, match="QEMU says: .*No such file or directory. Check that its folder is"):
         monitor.command("blockdev-add", {"driver": "file", "node-name": "x", "filename": "/does/not/exist"})
     full = {"driver": "blkdebug", "image": {"driver": "null-co"}, "inject-error": [{"event": "none", "errno": 28}]}
-    with pytest.raises(Qcow2Error, match="QEMU says: .*No space left on device. Check the space"):
+    with pytest.raises(Refusal, match="QEMU says: .*No space left on device. Check the space"):
         monitor.command("blockdev-add", {"driver": "qcow2", "node-name": "y", "file": full})
-    with pytest.raises(Qcow2Error, match="QEMU says: .*value 'zopfli'.*leave it out"):
+    with pytest.raises(Refusal, match="QEMU says: .*value 'zopfli'.*leave it out"):
         monitor.command("blockdev-add", {"driver": "zopfli", "node-name": "z"})
     assert monitor.command("query-jobs") == []
     monitor.close()
@@ -54,18 +54,18 @@ def test_answers_come_in_the_order_of_the_commands_and_a_failed_one_does_not_sto
     monitor.send("query-named-block-nodes", {"flat": True})
     for _number in range(20):
         assert monitor.receive() == {}
-    with pytest.raises(Qcow2Error, match="nothing"):
+    with pytest.raises(Refusal, match="nothing"):
         monitor.receive()
     assert len(monitor.receive()) == 20
     monitor.send("blockdev-del", {"node-name": "nothing"})
-    with pytest.raises(Qcow2Error, match="nothing"):
+    with pytest.raises(Refusal, match="nothing"):
         monitor.receive_rest()
     monitor.receive_rest()
     monitor.close()
 
 
 def test_without_qemu_there_is_a_way_out():
-    with pytest.raises(Qcow2Error, match="no QEMU found.*Install"):
+    with pytest.raises(Refusal, match="no QEMU found.*Install"):
         find_qemu(only())
 
 
@@ -75,7 +75,7 @@ def test_the_error_of_a_job_is_qemus_own(tmp_path):
     monitor = Monitor(find_qemu(shutil.which), 30)
     monitor.command("blockdev-add", {"driver": "file", "node-name": "f", "filename": str(path)})
     options = {"driver": "qcow2", "file": "f", "size": 1 << 62, "cluster-size": 512}
-    with pytest.raises(Qcow2Error, match="QEMU says: .*size"):
+    with pytest.raises(Refusal, match="QEMU says: .*size"):
         monitor.run_job("blockdev-create", "create", {"options": options})
     monitor.run_job("blockdev-create", "create", {"options": {**options, "size": 1 << 20}})
     monitor.close()
@@ -103,7 +103,7 @@ BROKEN = {
 def test_a_broken_qemu_is_ended_and_reported(tmp_path, how):
     script, expected = BROKEN[how]
     start = time.monotonic()
-    with pytest.raises(Qcow2Error, match=expected):
+    with pytest.raises(Refusal, match=expected):
         Monitor(fake(tmp_path, script), 1).command("query-jobs")
     assert time.monotonic() - start < 10
     assert subprocess.run(["pgrep", "-f", str(tmp_path)], check=False, capture_output=True).returncode == 1
@@ -112,13 +112,13 @@ def test_a_broken_qemu_is_ended_and_reported(tmp_path, how):
 def test_a_qemu_that_does_not_read_is_ended_too(tmp_path):
     script = f"echo '{GREETING % (9, 0)}'; read x; echo '{{\"return\": {{}}}}'; exec sleep 1000"
     monitor = Monitor(fake(tmp_path, script), 1)
-    with pytest.raises(Qcow2Error, match="gave no answer for 1 s"):
+    with pytest.raises(Refusal, match="gave no answer for 1 s"):
         monitor.command("transaction", {"actions": ["x" * 1000] * 1000})
     monitor.close()
 
 
 def test_a_program_that_cannot_be_started_is_named(tmp_path):
-    with pytest.raises(Qcow2Error, match="/nowhere/qemu: cannot be started"):
+    with pytest.raises(Refusal, match="/nowhere/qemu: cannot be started"):
         Monitor(["/nowhere/qemu"], 1)
 
 

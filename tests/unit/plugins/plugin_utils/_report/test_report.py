@@ -22,7 +22,7 @@ def overlay(path, state="created", bitmaps=("monday",), skipped=(), **more):
         "state": state,
         "bitmaps": [{"name": name, "granularity": 65536} for name in bitmaps],
         "skipped_bitmaps": [{"name": name, "granularity": 65536, "reason": reason} for name, reason in skipped],
-        **({"msg": f"{path}: is wrong."} if state == "failed" else {}),
+        **({"msg": f"{path}: is wrong.", "code": "in_use"} if state == "failed" else {}),
         **more,
     }
 
@@ -42,7 +42,7 @@ def of_domains(*domains):
                 "overlays": list(overlays),
                 "skipped_disks": [{"target": "sda", "reason": "cdrom"}],
                 "checkpoints": [],
-                **({"msg": f"{name}: is wrong."} if state == "failed" else {}),
+                **({"msg": f"{name}: is wrong.", "code": "running"} if state == "failed" else {}),
             }
             for name, state, *overlays in domains
         ]
@@ -70,11 +70,41 @@ def report(disks=(), domains=(), chains=None, check_mode=False, **more):
     return host_report(Steps(Pass(*disks), Pass(*domains), chains, **more), check_mode)
 
 
+def messages(report):
+    """Return the words of the problems."""
+    return [problem["msg"] for problem in report["problems"]]
+
+
+def test_every_problem_has_a_code():
+    looked = of_disks(overlay(A, "failed"))
+    assert report([looked])["problems"] == [{"code": "in_use", "msg": f"{A}: is wrong."}]
+    assert report((), [of_domains(("web", "failed"))])["problems"] == [{"code": "running", "msg": "web: is wrong."}]
+    codes = {
+        "module_failed": report([CRASHED]),
+        "unreachable": report([GONE]),
+        "task_failed": report(problem="A task: timed out"),
+        "unstable": report([of_disks(overlay(A)), of_disks(overlay(A)), of_disks()]),
+        "no_backup": report([of_disks(overlay(A, "present"))], chains=chains((A, {"monday": BROKEN}, {}))),
+        "not_run": fleet_report({"hv1": None}, False)["hosts"]["hv1"],
+        "no_library": report([{"failed": True, "msg": "Failed to import", "code": "no_library"}]),
+    }
+    assert {expected: [problem["code"] for problem in one["problems"]] for expected, one in codes.items()} == {
+        expected: [expected] for expected in codes
+    }
+
+
+def test_an_overlay_that_was_held_back_says_so_by_its_code():
+    looked = of_disks(overlay(A), overlay("/b.snap.qcow2", "failed"))
+    codes = [one["code"] for one in report([looked], all_or_none=True)["overlays"]]
+    assert codes == ["held_back", "in_use"]
+    assert [one["code"] for one in report([of_disks(overlay(A))])["overlays"]] == ["not_begun"]
+
+
 def test_a_run_in_which_all_is_well():
     before = of_disks(overlay(A), overlay("/b.snap.qcow2", bitmaps=(), skipped=[("old", "disabled")]))
     after = of_disks(overlay(A, "present"), overlay("/b.snap.qcow2", "present", bitmaps=()))
     result = report([before, before, after], chains=chains((A, {"monday": VALID}, {})))
-    assert (result["state"], result["problems"], result["examined"]) == ("ok", [], [A])
+    assert (result["state"], messages(result), result["examined"]) == ("ok", [], [A])
     assert summary_of_host(result) == (
         "2 created, 0 present, 0 skipped, 0 failed; bitmaps: 1 carried, 1 left behind (1 disabled)"
     )
@@ -91,7 +121,7 @@ def test_disks_and_domains_are_counted_together():
 def test_the_run_decides_and_not_what_was_seen_before():
     result = report([of_disks(overlay(A)), of_disks(overlay(A, "failed")), of_disks(overlay(A, "failed"))])
     assert (result["state"], result["created"], result["failed"]) == ("failed", 0, 1)
-    assert result["problems"] == [f"{A}: is wrong."]
+    assert messages(result) == [f"{A}: is wrong."]
     assert result["examined"] == []
 
 
@@ -99,13 +129,13 @@ def test_the_run_decides_and_not_what_was_seen_before():
 def test_an_overlay_that_is_not_there_at_the_second_look_is_a_problem(again):
     result = report([of_disks(overlay(A))] * 2 + [of_disks(again)], chains=chains((A, {"monday": VALID}, {})))
     assert result["state"] == "failed"
-    assert f"{A}: is created, but the idempotence check finds otherwise" in result["problems"][0]
+    assert f"{A}: is created, but the idempotence check finds otherwise" in messages(result)[0]
 
 
 def test_a_domain_that_is_not_there_at_the_second_look_is_a_problem():
     made = of_domains(("web", "created", overlay(A)), ("db", "failed"))
     result = report((), [made, made, of_domains(("web", "failed", overlay(A, "failed")), ("db", "failed"))])
-    assert result["problems"] == [
+    assert messages(result) == [
         "db: is wrong.",
         "web: is created, but the idempotence check finds otherwise: web: is wrong.",
     ]
@@ -113,7 +143,7 @@ def test_a_domain_that_is_not_there_at_the_second_look_is_a_problem():
 
 def test_a_second_look_that_failed_altogether_is_a_problem():
     result = report([of_disks(overlay(A))] * 2 + [CRASHED])
-    assert result["problems"] == [
+    assert messages(result) == [
         "The idempotence check could not be made: MODULE FAILURE SyntaxError: f-string",
     ]
 
@@ -130,19 +160,19 @@ def test_a_second_look_that_failed_altogether_is_a_problem():
 )
 def test_each_carried_bitmap_must_be_a_valid_checkpoint(verdicts, more, problem):
     result = report([of_disks(overlay(A, "present"))], chains=chains((A, verdicts, more)))
-    assert result["problems"] == ([problem] if problem else [])
+    assert messages(result) == ([problem] if problem else [])
 
 
 def test_an_overlay_that_was_not_examined_is_a_problem():
     result = report([of_disks(overlay(A, "present"))], chains=chains())
-    assert result["problems"] == [f"{A}: checkpoint monday cannot be used for a backup: was not examined."]
+    assert messages(result) == [f"{A}: checkpoint monday cannot be used for a backup: was not examined."]
     result = report([of_disks(overlay(A, "present"))], chains=CRASHED)
-    assert "could not be examined" in result["problems"][0]
+    assert "could not be examined" in messages(result)[0]
 
 
 def test_what_is_to_be_examined_is_told_before_it_is():
     result = report([of_disks(overlay(A, "present"))])
-    assert (result["examined"], result["problems"]) == ([A], [])
+    assert (result["examined"], messages(result)) == ([A], [])
 
 
 def test_check_mode_examines_what_is_there():
@@ -155,7 +185,7 @@ def test_what_counts_is_the_topmost_image_of_a_domain():
     below = of_domains(("web", "present", overlay(A, "present", topmost="/top.qcow2")))
     assert report((), [below])["examined"] == ["/top.qcow2"]
     result = report((), [below], chains((("/top.qcow2"), {"monday": BROKEN}, {})))
-    assert result["problems"] == [
+    assert messages(result) == [
         "/top.qcow2: checkpoint monday cannot be used for a backup: An image in between lacks it."
     ]
 
@@ -165,9 +195,9 @@ def test_a_checkpoint_that_is_broken_on_another_disk_of_the_domain_is_a_problem(
     broken = {"name": "monday", "valid": False, "image": "/b.snap.qcow2", "advice": "It lacks it."}
     made["domains"][0]["checkpoints"] = [broken, {**broken, "name": "of-old"}]
     result = report((), [made, made], chains((A, {"monday": VALID}, {})))
-    assert result["problems"] == ["web: checkpoint monday cannot be used for a backup: /b.snap.qcow2: It lacks it."]
+    assert messages(result) == ["web: checkpoint monday cannot be used for a backup: /b.snap.qcow2: It lacks it."]
     # Told once if the chain of the disk itself tells it.
-    assert len(report((), [made, made], chains((A, {"monday": BROKEN}, {})))["problems"]) == 1
+    assert len(messages(report((), [made, made], chains((A, {"monday": BROKEN}, {}))))) == 1
 
 
 def test_a_checkpoint_of_a_running_vm_is_counted_as_not_verified():
@@ -188,14 +218,14 @@ def test_a_run_that_told_nothing_is_judged_by_what_is_found_afterwards():
     after = of_disks(overlay(A, "present"), overlay("/b.snap.qcow2"))
     result = report([before, CRASHED, after])
     assert (result["state"], result["created"], result["present"], result["failed"]) == ("failed", 0, 1, 1)
-    assert result["problems"][0] == "MODULE FAILURE SyntaxError: f-string"
-    assert "did not tell what it made" in result["problems"][1]
+    assert messages(result)[0] == "MODULE FAILURE SyntaxError: f-string"
+    assert "did not tell what it made" in messages(result)[1]
     assert report([before, CRASHED])["overlays"] == []
 
 
 def test_what_ended_the_steps_is_a_problem_and_loses_nothing():
     result = report([of_disks(overlay(A, "present"))], problem="A task: timed out")
-    assert (result["state"], result["present"], result["problems"]) == ("failed", 1, ["A task: timed out"])
+    assert (result["state"], result["present"], messages(result)) == ("failed", 1, ["A task: timed out"])
 
 
 def test_what_is_left_out_before_and_after_is_stable():
@@ -203,7 +233,7 @@ def test_what_is_left_out_before_and_after_is_stable():
     after = of_domains(("db", "skipped"), ("web", "present", overlay(A, "present")))
     assert report((), [made, made, after], chains((A, {"monday": VALID}, {})))["state"] == "ok"
     gone = report((), [made, made, of_domains(("db", "skipped"))], chains((A, {"monday": VALID}, {})))
-    assert gone["problems"] == ["web: is created, but the idempotence check finds otherwise: it is not there any more."]
+    assert messages(gone) == ["web: is created, but the idempotence check finds otherwise: it is not there any more."]
 
 
 def test_warnings_of_the_modules_are_kept_once():
@@ -215,12 +245,12 @@ def test_a_domain_that_failed_has_no_overlay_whatever_became_of_each():
     made = of_domains(("web", "failed", overlay(A, "present"), overlay("/b.snap.qcow2", "failed")))
     result = report((), [made])
     assert (result["present"], result["failed"], result["bitmaps_carried"]) == (0, 2, 0)
-    assert result["problems"] == ["web: is wrong."]
+    assert messages(result) == ["web: is wrong."]
 
 
 def test_a_domain_that_failed_before_it_had_overlays_counts_as_one_failure():
     result = report((), [of_domains(("web", "failed"))])
-    assert (result["failed"], result["problems"]) == (1, ["web: is wrong."])
+    assert (result["failed"], messages(result)) == (1, ["web: is wrong."])
 
 
 def test_a_domain_that_was_left_out_is_no_failure():
@@ -230,19 +260,19 @@ def test_a_domain_that_was_left_out_is_no_failure():
 
 
 def test_a_module_that_could_not_run_is_a_problem():
-    assert report([CRASHED])["problems"] == ["MODULE FAILURE SyntaxError: f-string"]
+    assert messages(report([CRASHED])) == ["MODULE FAILURE SyntaxError: f-string"]
 
 
 def test_a_host_that_cannot_be_reached():
     result = report([GONE])
-    assert (result["state"], result["problems"]) == ("unreachable", ["Connection refused"])
+    assert (result["state"], messages(result)) == ("unreachable", ["Connection refused"])
 
 
 def test_a_connection_lost_during_the_run_leaves_open_what_was_made():
     result = report([of_disks(overlay(A)), GONE])
     assert result["state"] == "unreachable"
     assert (result["created"], result["overlays"]) == (0, [])
-    assert "did not tell what it made" in result["problems"][1]
+    assert "did not tell what it made" in messages(result)[1]
 
 
 def test_a_connection_lost_after_the_run_does_not_lose_what_was_made():

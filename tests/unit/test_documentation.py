@@ -1,0 +1,42 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What modules return alike is documented alike."""
+
+from __future__ import annotations
+
+import pathlib
+
+import yaml
+
+MODULES = pathlib.Path(__file__).parents[2] / "plugins/modules"
+
+
+def returned_by(module):
+    """Return the documentation of what a module returns."""
+    text = (MODULES / f"{module}.py").read_text(encoding="utf-8")
+    return yaml.safe_load(text.split('RETURN = r"""')[1].split('"""')[0])
+
+
+def shape(documented):
+    """Return names and types, without the prose."""
+    return {
+        name: (one["type"], one.get("elements"), shape(one.get("contains", {}))) for name, one in documented.items()
+    }
+
+
+def test_overlays_are_returned_alike():
+    of_disk = shape(returned_by("qcow2_overlay")["overlays"]["contains"])
+    of_domain = shape(returned_by("domain_overlay")["domains"]["contains"]["overlays"]["contains"])
+    assert {name: one for name, one in of_domain.items() if name not in ("target", "topmost")} == of_disk
+
+
+def test_checkpoints_are_returned_alike():
+    of_disk = shape(returned_by("qcow2_info")["disks"]["contains"]["checkpoints"]["contains"])
+    of_domain = shape(returned_by("domain_overlay")["domains"]["contains"]["checkpoints"]["contains"])
+    assert {**of_domain, "dirty_bytes": ("int", None, {})} == of_disk
+
+
+def test_every_module_returns_a_code_beside_its_message():
+    for module in ("qcow2_overlay", "qcow2_info", "domain_overlay"):
+        assert shape(returned_by(module))["code"] == ("str", None, {}), module
