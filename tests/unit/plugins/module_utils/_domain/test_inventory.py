@@ -1,0 +1,98 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What is read of the domains of a host, and how often."""
+
+from __future__ import annotations
+
+import collections
+
+import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain import inventory
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.inventory import Inventory
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection import Domain, Unreadable
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import Definition
+
+from .. import qemu
+
+
+def domain(name, *paths):
+    disks = "".join(
+        f"<disk type='file'><driver type='qcow2'/><source file='{path}'/><target dev='vd{letter}'/></disk>"
+        for letter, path in zip("abc", paths)
+    )
+    return Domain(name, name, None, True, False, Definition(f"<domain><devices>{disks}</devices></domain>"), None)
+
+
+@pytest.fixture(name="opened")
+def fixture_opened(monkeypatch):
+    """Count how often each image is opened as the topmost one of a chain."""
+    real, counts = inventory.open_image, collections.Counter()
+
+    def counting(path):
+        counts[path] += 1
+        return real(path)
+
+    monkeypatch.setattr(inventory, "open_image", counting)
+    return counts
+
+
+@pytest.fixture(name="host")
+def fixture_host(tmp_path):
+    """Have two clones of one template, and a domain whose image has no chain."""
+    template = qemu.create(tmp_path / "template", "1M")
+    clones = [qemu.create(tmp_path / name, "1M", "-b", template, "-F", "qcow2") for name in ("one", "two")]
+    alone = qemu.create(tmp_path / "alone", "1M")
+    return {"one": domain("one", clones[0]), "two": domain("two", clones[1]), "alone": domain("alone", alone)}
+
+
+def facts(host, name):
+    stock = Inventory(host)
+    return [stock.facts(host[name], disk) for disk in host[name].definition.disks]
+
+
+def test_of_one_domain_without_a_chain_no_other_is_read(host, opened, tmp_path):
+    (alone,) = facts(host, "alone")
+    assert [layer.path for layer in alone.own] == [str(tmp_path / "alone")]
+    assert opened == {str(tmp_path / "alone"): 1}
+
+
+def test_a_template_is_not_the_own_image_of_a_clone(host, opened, tmp_path):
+    (one,) = facts(host, "one")
+    assert [layer.path for layer in one.layers] == [str(tmp_path / "one"), str(tmp_path / "template")]
+    assert [layer.path for layer in one.own] == [str(tmp_path / "one")]
+    del host["two"]
+    (one,) = facts(host, "one")
+    assert len(one.own) == 2
+
+
+def test_a_chain_is_read_once_for_all_domains(host, opened):
+    stock = Inventory(host)
+    for _time in range(2):
+        for one in host.values():
+            for disk in one.definition.disks:
+                stock.facts(one, disk)
+    assert set(opened.values()) == {1}
+    assert len(opened) == 3
+
+
+def test_domains_that_write_to_one_image_are_known(host, tmp_path):
+    host["twin"] = domain("twin", str(tmp_path / "alone"))
+    (alone,) = facts(host, "alone")
+    assert alone.writers == ("twin",)
+
+
+def test_names_and_patterns(host):
+    host["gone"] = Unreadable("gone", Refusal("libvirt_failed", "gone", "cannot be told"))
+    stock = Inventory(host)
+    found, unmatched = stock.select(["on*", "two", "one", "nobody*", "nobody", "gone"])
+    assert [one.name for one in found] == ["one", "two", "nobody", "gone"]
+    assert unmatched == ["nobody*"]
+    assert [one.problem.code for one in found[2:]] == ["no_domain", "libvirt_failed"]
+
+
+def test_a_chain_that_cannot_be_read(host, tmp_path):
+    (tmp_path / "template").unlink()
+    (one,) = facts(host, "one")
+    assert (one.layers, one.problem.code) == ((), "no_such_file")
