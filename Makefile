@@ -1,4 +1,4 @@
-# The commands of this collection's developers. Each says what it installs before it does; see README.md.
+# The commands of this collection's developers. Each says what it installs before it does; see docs/development.md.
 .PHONY: demo test test-fleet lint units integration prove bench bench-fleet bench-side clean
 
 demo:
