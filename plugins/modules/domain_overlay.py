@@ -284,16 +284,8 @@ from ..module_utils._disk.verdict import root_causes
 from ..module_utils._domain.plan import SnapshotRequest
 from ..module_utils._domain.run import Call
 from ..module_utils._libvirt.connection import LIBVIRT_IMPORT_ERROR, Libvirt
-from ..module_utils._module import (
-    Report,
-    attributes_from,
-    creation_from,
-    creation_spec,
-    ownership_spec,
-    require,
-    run,
-    settings_from,
-)
+from ..module_utils._module import Report, require, run
+from ..module_utils._options import attributes_from, creation_from, creation_spec, ownership_spec, settings_from
 
 
 def argument_spec() -> dict[str, t.Any]:

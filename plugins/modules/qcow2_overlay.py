@@ -230,16 +230,16 @@ from ..module_utils._base.signals import ending_cleanly
 from ..module_utils._disk.build import MakeOverlays
 from ..module_utils._disk.overlay import OverlayRequest
 from ..module_utils._disk.run import run
-from ..module_utils._module import (
+from ..module_utils._module import Report
+from ..module_utils._module import run as run_module
+from ..module_utils._options import (
     BACKING_FORMATS,
-    Report,
     attributes_from,
     creation_from,
     creation_spec,
     ownership_spec,
     settings_from,
 )
-from ..module_utils._module import run as run_module
 
 
 def argument_spec() -> dict[str, t.Any]:

@@ -20,7 +20,8 @@ BELOW = {
     "_disk": {"_base", "_qcow2", "_qemu"},
     "_libvirt": {"_base"},
     "_domain": {"_base", "_qcow2", "_disk", "_libvirt"},
-    "_module": {"_base", "_disk"},
+    "_module": {"_base"},
+    "_options": {"_base", "_disk"},
 }
 FILES = sorted(UTILS.rglob("*.py"))
 

@@ -14,7 +14,6 @@ import contextlib
 import ctypes
 import errno
 import os
-import secrets
 import stat
 import typing as t
 
@@ -110,7 +109,7 @@ def _open_to_list(folder: str) -> tuple[int, str]:
 def _new_file(folder_fd: int, folder: str, path: str) -> tuple[str, OpenImage]:
     """Return a new file in the folder that is marked as in work, and its name there; `path` is its place."""
     for _number in range(_MOST_TRIES):
-        name = f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
+        name = f"{_PREFIX}{os.urandom(8).hex()}{_SUFFIX}"
         fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=folder_fd)
         is_ours = False
         try:

@@ -11,7 +11,7 @@ import types
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._module import attributes_from, settings_from
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._options import attributes_from, settings_from
 
 
 def attributes(**params):
