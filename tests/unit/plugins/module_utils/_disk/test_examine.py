@@ -78,7 +78,7 @@ def test_a_sound_chain(chain, tmp_path):
     ]
     assert [image["format"] for image in result["images"]] == ["qcow2", "qcow2", "qcow2", "raw"]
     assert json.loads(json.dumps(result)) == result
-    assert sorted(str(fault).split(" (")[0] for fault in disk.faults(None)) == [
+    assert sorted(str(fault).split(" (", maxsplit=1)[0] for fault in disk.faults(None)) == [
         f"{chain}: checkpoint 'broken' is not valid",
         f"{chain}: checkpoint 'off' is not valid",
     ]
