@@ -99,7 +99,8 @@ notes:
   - If ACTIVE is on a block device, the processes of the host are looked through as well, since libvirt gives each VM
     device nodes, and so locks, of its own. A VM that starts in the very moment of the run is not kept from the device.
   - A symlink on the way to the overlay's folder is followed if it belongs to root, to the owner of the folder that it
-    leads to, or to the user who runs the module. Any other is refused, since its owner could have the overlay made anywhere.
+    leads to, or to the user who runs the module. Any other is refused, since its owner could have the overlay made
+    anywhere.
   - Limits are 4096 bitmaps of an image, 4 GiB of bitmap data together, and chains of 200 images.
   - The overlays of one VM are put into place within a millisecond, but one after the other. If the run is killed by
     SIGKILL or a power loss just then, some of them are there, each complete, and the next run makes the others.
