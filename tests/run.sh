@@ -1,17 +1,23 @@
 #!/usr/bin/env bash
 # run.sh STEP...: build, lint, sanity, units, integration, fleet, prove, bench, bench-fleet or bench-side, in the order
 # given; what is missing is installed. $PROVE has the options of the programs of step prove, which tell them with --help.
+# A line tells what came of each step, or of each leg of it; its output lies in .cache/log. VERBOSE=1 shows that, too.
 # All that it makes lies in .cache: virtual environments, a copy of the collection at the path that Ansible wants.
 # Integration tests mount small file systems, change owners and make hosts, so they run as root, by sudo if need be.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-project=$PWD cache=$PWD/.cache
+project=$PWD cache=$PWD/.cache log=$PWD/.cache/log results=$PWD/.cache/results
 copy=$cache/collections/ansible_collections/kvmfleet/qcow2
-
-say() { printf '\n== %s\n' "$*"; }
+export NO_COLOR=1  # what the tools print is read in files, and summed up
+exec 3>&1  # the screen, also for a leg, whose output is a file
+fresh=''  # put before a line: on a terminal, it takes the place of the line that tells what runs
+[ ! -t 1 ] || [ "${TERM:-dumb}" = dumb ] || [ -n "${VERBOSE:-}" ] || fresh=$'\r\e[K'
+leg_name=() leg_title=() leg_start=() leg_tail=()  # of the legs that run, by process id; the last one shows the log
+failed=0
 
 # The matrix: ansible-core, the controller's Python, the managed host's Python. Oldest and newest that are supported.
 legs=("2.18 3.11 3.9" "2.21 3.13 3.13")
+system_core=2.19  # for a machine with one Python only, such as a fresh Debian
 
 # Put before a command: processes, mounts and loopback of its own. Two libvirt daemons would now and then choose the same
 # display port, and a daemon has a session of its own, so an interrupt would not reach it. The kernel ends all with bash.
@@ -26,34 +32,34 @@ find_python() {  # find_python X.Y: print the path of that Python, of the system
   return 1
 }
 
+announce() {  # show what it reads on the screen, too, where VERBOSE does so anyway
+  local line
+  while IFS= read -r line; do
+    echo "$line"
+    [ -n "${VERBOSE:-}" ] || printf '%s%s\n' "$fresh" "$line" >&3
+  done
+}
+
+install() { tests/install.sh "$@" | announce; }  # install COMMAND-OR-FILE=PACKAGE...
+
 make_venv() {  # make_venv NAME PYTHON REQUIREMENT...: a virtual environment in the cache, made once
   local name=$1 python=$2 mark
   shift 2
   mark=$(printf '%s\n' "$python" "$@" | sha256sum)
   [ "$(cat "$cache/venv/$name/.mark" 2> /dev/null)" = "$mark" ] && return
-  echo "Installing with pip into .cache/venv/$name: $*"
+  echo "Installing with pip into .cache/venv/$name: $*" | announce
   rm -rf "$cache/venv/$name"
   "$python" -m venv "$cache/venv/$name"
   "$cache/venv/$name/bin/pip" install --quiet "$@" 2>&1 | { grep -v '^WARNING: Location' || true; }
   echo "$mark" > "$cache/venv/$name/.mark"
 }
 
-prepare() {
-  say "prepare"
-  tests/install.sh qemu-img=qemu-utils qemu-storage-daemon=qemu-system-common qemu-system-x86_64=qemu-system-x86 \
-    shellcheck=shellcheck ip=iproute2 jq=jq gcc=gcc mkfs.ext4=e2fsprogs setfacl=acl strace=strace mount.exfat-fuse=exfat-fuse mkfs.exfat=exfatprogs mkfs.btrfs=btrfs-progs \
-    libvirtd=libvirt-daemon virsh=libvirt-clients pkg-config=pkg-config /usr/include/libvirt/libvirt.h=libvirt-dev \
-    "/usr/lib/$(uname -m)-linux-gnu/libvirt/connection-driver/libvirt_driver_qemu.so=libvirt-daemon-driver-qemu"
-  python3 -c 'import ensurepip' 2> /dev/null || tests/install.sh no-ensurepip-yet=python3-venv
-  usable=()
+find_legs() {  # set usable: the legs of the matrix whose Pythons are here
   local leg core controller host
+  usable=()
   for leg in "${legs[@]}"; do
     read -r core controller host <<< "$leg"
-    local python target
-    if python=$(find_python "$controller") && target=$(find_python "$host"); then
-      make_venv "core-$core" "$python" "ansible-core==$core.*" -r tests/unit/requirements.txt
-      # Only to run module code and its unit tests in: the Python of a managed host needs no Ansible.
-      make_venv "host-$host" "$target" -r tests/unit/requirements.txt libvirt-python
+    if find_python "$controller" > /dev/null && find_python "$host" > /dev/null; then
       usable+=("$leg")
     else
       echo "MISSING: Python $controller or $host, so ansible-core $core is not tested here." >&2
@@ -63,15 +69,28 @@ prepare() {
   [ "${#usable[@]}" -gt 0 ] || fall_back_on_system_python
 }
 
-fall_back_on_system_python() {  # a machine with one Python only, such as a fresh Debian
+fall_back_on_system_python() {
   local version
   version=$(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
   [[ "$version" = 3.1[1-3] ]] || { echo "Needs Python 3.11, 3.12 or 3.13." >&2; exit 1; }
-  local core=2.19
-  make_venv "core-$core" "$(find_python "$version")" "ansible-core==$core.*" -r tests/unit/requirements.txt
-  tests/install.sh "/usr/include/python$version/Python.h=python3-dev"
-  make_venv "host-$version" "$(find_python "$version")" -r tests/unit/requirements.txt libvirt-python
-  usable=("$core $version $version")
+  usable=("$system_core $version $version")
+}
+
+prepare() {
+  install qemu-img=qemu-utils qemu-storage-daemon=qemu-system-common qemu-system-x86_64=qemu-system-x86 \
+    shellcheck=shellcheck ip=iproute2 jq=jq gcc=gcc mkfs.ext4=e2fsprogs setfacl=acl strace=strace mount.exfat-fuse=exfat-fuse mkfs.exfat=exfatprogs mkfs.btrfs=btrfs-progs \
+    libvirtd=libvirt-daemon virsh=libvirt-clients pkg-config=pkg-config /usr/include/libvirt/libvirt.h=libvirt-dev \
+    "/usr/lib/$(uname -m)-linux-gnu/libvirt/connection-driver/libvirt_driver_qemu.so=libvirt-daemon-driver-qemu"
+  python3 -c 'import ensurepip' 2> /dev/null || install no-ensurepip-yet=python3-venv
+  find_legs
+  local leg core controller host
+  for leg in "${usable[@]}"; do
+    read -r core controller host <<< "$leg"
+    make_venv "core-$core" "$(find_python "$controller")" "ansible-core==$core.*" -r tests/unit/requirements.txt
+    [ "$core" != "$system_core" ] || install "/usr/include/python$host/Python.h=python3-dev"
+    # Only to run module code and its unit tests in: the Python of a managed host needs no Ansible.
+    make_venv "host-$host" "$(find_python "$host")" -r tests/unit/requirements.txt libvirt-python
+  done
 }
 
 copy_collection() {  # copy_collection FOLDER: ansible-test wants it below ansible_collections, and no symlink
@@ -92,16 +111,7 @@ ansible_test() {  # ansible_test CORE ARGUMENT...: with a home of its own, so th
     "${alone[@]}" ansible-test "$@")
 }
 
-each_leg() {  # each_leg FUNCTION: call it with core, controller Python and host Python
-  local leg
-  for leg in "${usable[@]}"; do
-    # shellcheck disable=SC2086  # three words
-    "$1" $leg
-  done
-}
-
-build() {
-  say "build: the archive builds, and installs from the archive and from a folder"
+build() {  # the archive builds, and installs from the archive and from a folder
   local core=${usable[-1]%% *} out=$cache/build galaxy
   galaxy="$cache/venv/core-$core/bin/ansible-galaxy"
   rm -rf "$out"
@@ -115,8 +125,7 @@ build() {
   done
 }
 
-lint() {
-  say "lint: ruff, mypy, shellcheck, ansible-lint"
+lint() {  # ruff, mypy, shellcheck, ansible-lint
   local core=${usable[-1]%% *} bin=$cache/venv/lint/bin
   make_venv lint "$(readlink -f "$cache/venv/core-$core/bin/python")" "ansible-core==$core.*" -r tests/requirements-lint.txt
   "$bin/ruff" check .
@@ -126,16 +135,13 @@ lint() {
   (cd "$copy" && HOME=$cache/home PATH=$bin:$PATH ANSIBLE_COLLECTIONS_PATH=$cache/collections "$bin/ansible-lint" --offline --profile production)
 }
 
-sanity_leg() { say "sanity: ansible-core $1"; ansible_test "$1" sanity --local --python "$2"; }
-sanity() { each_leg sanity_leg; }
+# sanity, units, integration CORE CONTROLLER-PYTHON HOST-PYTHON
 
-units_leg() {
-  say "units: ansible-core $1, Python $3"
-  ansible_test "$1" units --local --python "$3" --python-interpreter "$cache/venv/host-$3/bin/python"
-}
-units() { each_leg units_leg; }
+sanity() { ansible_test "$1" sanity --local --python "$2"; }
 
-integration_leg() {  # with a copy of the collection and a home of its own, since the legs run side by side
+units() { ansible_test "$1" units --local --python "$3" --python-interpreter "$cache/venv/host-$3/bin/python"; }
+
+integration() {  # with a copy of the collection and a home of its own, since the legs run side by side
   local copy=$cache/leg-$1/ansible_collections/kvmfleet/qcow2 home=$cache/leg-$1/home
   local alone=("${own_world[@]}")
   copy_collection "$copy"
@@ -143,38 +149,8 @@ integration_leg() {  # with a copy of the collection and a home of its own, sinc
   ansible_test "$1" integration --local --python "$2" --allow-root --allow-destructive
 }
 
-as_root() {  # as_root STEP: by sudo, if we are not root
-  echo "This step runs as root: by sudo."
-  local status=0
-  sudo --preserve-env=CI,PROVE,CASES env "PYENV_ROOT=${PYENV_ROOT:-$HOME/.pyenv}" "$project/tests/run.sh" "$1" || status=$?
-  sudo chown -R "$(id -u):$(id -g)" "$cache"  # or the next run could not remove what root has made
-  return "$status"
-}
-
-integration() {
-  [ "$(id -u)" -eq 0 ] || { as_root integration; return; }
-  local leg core controller host jobs=() failed=0
-  for leg in "${usable[@]}"; do
-    read -r core controller host <<< "$leg"
-    say "integration: ansible-core $core on Python $controller, managed host on Python $host (runs beside the others)"
-    integration_leg "$core" "$controller" "$host" > "$cache/integration-$core.log" 2>&1 &
-    jobs+=("$core $!")
-  done
-  # An interrupt reaches the legs, too, which are in our process group. All are waited for, whatever becomes of one.
-  for leg in "${jobs[@]}"; do
-    read -r core job <<< "$leg"
-    local verdict=passed
-    wait "$job" || { verdict=FAILED; failed=1; }
-    say "integration: ansible-core $core: $verdict. Its output:"
-    cat "$cache/integration-$core.log"
-  done
-  return "$failed"
-}
-
-fleet() {
-  [ "$(id -u)" -eq 0 ] || { as_root fleet; return; }
-  say "fleet: Molecule on four hosts"
-  tests/install.sh mmdebstrap=mmdebstrap ssh=openssh-client
+fleet() {  # Molecule on four hosts
+  install mmdebstrap=mmdebstrap ssh=openssh-client
   local core=${usable[-1]%% *} status=0
   make_venv fleet "$(readlink -f "$cache/venv/core-$core/bin/python")" "ansible-core==$core.*" -r tests/requirements-fleet.txt
   export FLEET=$cache/fleet
@@ -189,50 +165,192 @@ fleet() {
   return "$status"
 }
 
-prove() {
-  [ "$(id -u)" -eq 0 ] || { as_root prove; return; }
-  local program options
+prove() {  # prove PROGRAM
+  local options
   read -ra options <<< "${PROVE:-}"
   local core=${usable[-1]%% *}
   make_venv prove "$(readlink -f "$cache/venv/core-$core/bin/python")" "ansible-core==$core.*" libvirt-python
-  for program in kills faults domains hostile; do
-    say "prove: tests/prove/$program.py ${options[*]}"
-    "${own_world[@]}" "$cache/venv/prove/bin/python" "$copy/tests/prove/$program.py" "${options[@]}"
-  done
+  "${own_world[@]}" "$cache/venv/prove/bin/python" "$copy/tests/prove/$1.py" "${options[@]}"
 }
 
 bench() {
-  say "bench"
   local core=${usable[-1]%% *}
   PYTHONPATH=$cache/collections "$cache/venv/core-$core/bin/python" tests/benchmarks/overlay.py
   PYTHONPATH=$cache/collections "$cache/venv/core-$core/bin/python" tests/benchmarks/info.py
 }
 
 bench_fleet() {
-  [ "$(id -u)" -eq 0 ] || { as_root bench-fleet; return; }
-  say "bench-fleet"
-  tests/install.sh mmdebstrap=mmdebstrap ssh=openssh-client
+  install mmdebstrap=mmdebstrap ssh=openssh-client
   FLEET=$cache/fleet ANSIBLE_COLLECTIONS_PATH=$cache/collections PATH="$cache/venv/core-${usable[-1]%% *}/bin:$PATH" \
     python3 tests/benchmarks/fleet.py
 }
 
-bench_side() {
-  [ "$(id -u)" -eq 0 ] || { as_root bench-side; return; }
-  say "bench-side: writes docs/side-by-side.md"
-  tests/install.sh strace=strace qemu-io=qemu-utils findmnt=util-linux
+bench_side() {  # writes docs/side-by-side.md
+  install strace=strace qemu-io=qemu-utils findmnt=util-linux
   PYTHONPATH=$cache/collections ANSIBLE_COLLECTIONS_PATH=$cache/collections \
     "$cache/venv/core-${usable[-1]%% *}/bin/python" tests/benchmarks/side_by_side.py
 }
 
-[ "$#" -gt 0 ] || { sed -n '2,5s/^# //p' "$0"; exit 2; }
-mkdir -p "$cache/home"
-prepare
-copy_collection "$copy"
-for step in "$@"; do
+begin() {  # begin NAME TITLE FUNCTION ARGUMENT...: start a leg, with its output in the log of that name
+  # Not after "if", nor before "||" or "&&": bash would ignore -e in the leg, too.
+  # In the background bash ignores an interrupt, unless told otherwise.
+  (trap - INT QUIT; echo "$2: ${*:3}"; "${@:3}"; echo "Ended well.") > "$log/$1.log" 2>&1 &
+  local leg=$!
+  leg_name[leg]=$1 leg_title[leg]=$2 leg_start[leg]=$SECONDS
+  [ -z "${VERBOSE:-}" ] || { tail -s 0.2 -f -n +1 --pid="$leg" "$log/$1.log" & leg_tail[leg]=$!; }
+}
+
+await() {  # wait for all legs that have begun, and tell of each that ends; end here if one has failed
+  local leg all
+  while [ "${#leg_name[@]}" -gt 0 ]; do
+    printf -v all ', %s' "${leg_title[@]}"
+    [ -z "$fresh" ] || printf '%s%s ...' "$fresh" "${all#, }"
+    wait -n "${!leg_name[@]}" || true
+    for leg in "${!leg_name[@]}"; do
+      kill -0 "$leg" 2> /dev/null || judge "$leg"
+    done
+  done
+  [ "$failed" -eq 0 ] || exit 1
+}
+
+tell() {  # tell LEG VERDICT: print its line, which also names the log unless all is well
+  local dots=................................. verdict=$2 file="   .cache/log/${leg_name[$1]}.log"
+  [ "$verdict" != ok ] || file=''
+  printf '%s%s %s %-6s %4d s%s\n' "$fresh" "${leg_title[$1]}" "${dots:${#leg_title[$1]}}" "$verdict" $((SECONDS - leg_start[$1])) "$file"
+}
+
+judge() {  # judge LEG: tell what came of a leg that has ended, and show the end of the log of one that has failed
+  local file=$log/${leg_name[$1]}.log status=0 verdict=ok good bad
+  wait "$1" || status=$?
+  [ -z "${leg_tail[$1]:-}" ] || wait "${leg_tail[$1]}"
+  read -r good bad _ <<< "$(count "${leg_name[$1]}")"
+  if [ "$status" -ne 0 ] || [ "$good" -eq 0 ] || [ "$bad" -ne 0 ]; then
+    verdict=FAILED failed=1 bad=$((bad ? bad : 1))
+  fi
+  tell "$1" "$verdict"
+  if [ "$verdict" = FAILED ]; then
+    [ -n "${leg_tail[$1]:-}" ] || tail -n 60 "$file"
+    [ "$status" -ne 0 ] || echo "It ended well, but by its log $good passed and $bad failed."
+  fi
+  echo "${leg_name[$1]} $verdict $good $bad" >> "$results"
+  unset "leg_name[$1]" "leg_title[$1]" "leg_start[$1]" "leg_tail[$1]"
+}
+
+# What the runners of tests print at their end, as awk programs that count what is good and what is bad in it.
+# shellcheck disable=SC2016  # awk expands it
+declare -A counting=(
+  [units]='/^=.* in [0-9.]+s.*=$/ { for (i = 2; i < NF; i++) n[$(i + 1)] += $i }
+    END { good = n["passed"]; bad = n["failed"] + n["error"] + n["errors"]; more = n["skipped"] }'
+  # A sanity test says only that it begins; those that have failed are listed in the end.
+  [sanity]='/^Running sanity test / { good += runs; runs = 1 } /^Ended well/ { good += runs; runs = 0 }
+    $4 == "sanity" && $6 == "listed" { good += runs - $3; bad += $3; runs = 0 }'
+  [integration]='/^testhost +: ok=/ { more += substr($3, 4); if ($5 $6 == "unreachable=0failed=0") good++; else bad++ }'
+  [fleet]='$3 ~ /^actions=/ { if ($NF == "failed=0") good++; else bad++ }'
+  [prove]='$3 == "rounds" && $8 == "violations" { good += $2 - $7; bad += $7 }'
+)
+declare -A words=(
+  [units]="%d tests passed, %d failed, %d skipped"
+  [sanity]="%d tests passed, %d failed"
+  [integration]="%d targets passed, %d failed, %d tasks"
+  [fleet]="%d scenarios passed, %d failed"
+  [prove]="%d rounds passed, %d violations"
+)
+
+count() {  # count NAME...: print of these legs, all of one step, how much is good, how much is bad, and that in words
+  local step=${1%%-*} files=("${@/#/$log/}") program='/^Ended well/ { good++ }'
+  program=${counting[$step]:-$program}' END { printf "%d %d " words "\n", good, bad, good, bad, more }'
+  awk -F '[ ,]+' -v "words=${words[$step]:-}" "$program" "${files[@]/%/.log}"
+}
+
+summarize() {  # on exit: the sums. The last line is for whoever reads no more than that
+  local status=$? step leg verdict good bad sum of_step all_good=0 all_bad=0
+  echo
+  for step in units sanity integration fleet prove; do
+    mapfile -t of_step < <(grep -o "^${step}[^ ]*" "$results")
+    [ "${#of_step[@]}" -gt 0 ] || continue
+    read -r _ _ sum <<< "$(count "${of_step[@]}")"
+    echo "$step: $sum"
+  done
+  while read -r leg verdict good bad; do
+    [ "$leg $verdict" != "prepare ok" ] || continue  # which is no test
+    all_good=$((all_good + good)) all_bad=$((all_bad + bad))
+    [ "$verdict" = ok ] || echo "FAILED: .cache/log/$leg.log"
+  done < "$results"
+  [ "$status" -eq 0 ] || [ "$all_bad" -gt 0 ] || all_bad=1  # what ended this is no leg
+  echo "$all_good passed, $all_bad failed"
+}
+
+end() {  # end PROCESS: all that it has started, and then itself
+  local child children=()
+  read -ra children 2> /dev/null < "/proc/$1/task/$1/children" || true
+  for child in "${children[@]}"; do end "$child"; done
+  kill -TERM "$1" 2> /dev/null || true
+}
+
+interrupted() {  # interrupted SIGNAL: end the legs, and wait for them to clean up
+  local leg
+  trap - INT TERM  # a second one ends this at once
+  for leg in "${!leg_name[@]}"; do
+    [ "$1" = INT ] || end "$leg"  # Ctrl-C has reached all of it already
+  done
+  wait
+  for leg in "${!leg_name[@]}"; do tell "$leg" ENDED; done
+  exit $((128 + $(kill -l "$1")))
+}
+
+as_root() (  # as_root STEP: by sudo, if we are not root
+  echo "$1 runs as root: by sudo."
+  trap : INT TERM  # what root has made changes hands in any case
+  status=0
+  sudo --preserve-env=CI,PROVE,CASES,VERBOSE env "PYENV_ROOT=${PYENV_ROOT:-$HOME/.pyenv}" \
+    "$project/tests/run.sh" --prepared "$1" || status=$?
+  sudo chown -R "$(id -u):$(id -g)" "$cache"  # or the next run could not remove what root has made
+  exit "$status"
+)
+
+each_leg() {  # each_leg STEP: all of the matrix, one after the other, but integration side by side
+  local leg core controller host
+  for leg in "${usable[@]}"; do
+    read -r core controller host <<< "$leg"
+    begin "$1-$core" "$1, ansible-core $core" "$1" "$core" "$controller" "$host"
+    [ "$1" = integration ] || await
+  done
+  await
+}
+
+run() {  # run STEP
+  local program
+  case $1 in
+    sanity | units | integration) each_leg "$1" ;;
+    prove) for program in kills faults domains hostile; do begin "prove-$program" "prove, $program" prove "$program"; await; done ;;
+    bench*) local VERBOSE=1 fresh=''; begin "$1" "$1" "${1//-/_}"; await ;;  # for its tables
+    *) begin "$1" "$1" "$1"; await ;;
+  esac
+}
+
+[ "$#" -gt 0 ] || { sed -n '2,6s/^# //p' "$0"; exit 2; }
+prepared=''
+[ "$1" != --prepared ] || { prepared=yes; shift; }  # by as_root alone
+for step; do
   case $step in
-    build | lint | sanity | units | integration | fleet | prove | bench) "$step" ;;
-    bench-fleet) bench_fleet ;;
-    bench-side) bench_side ;;
+    build | lint | sanity | units | integration | fleet | prove | bench | bench-fleet | bench-side) ;;
     *) echo "unknown step: $step" >&2; exit 2 ;;
   esac
+done
+mkdir -p "$cache/home" "$log"
+trap 'interrupted INT' INT
+trap 'interrupted TERM' TERM
+if [ -z "$prepared" ]; then
+  : > "$results"
+  trap summarize EXIT
+  echo "The output of each step: .cache/log"
+  run prepare
+fi
+find_legs
+copy_collection "$copy"
+for step; do
+  case $step in
+    integration | fleet | prove | bench-fleet | bench-side) [ "$(id -u)" -eq 0 ] || { as_root "$step"; continue; } ;;
+  esac
+  run "$step"
 done
