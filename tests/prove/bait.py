@@ -21,10 +21,13 @@ import subprocess
 import sys
 import typing as t
 
+import kinds
 import lab
 import modules
 import mutants
 import qemu
+import rounds
+import runs
 
 MODULES = ("qcow2_overlay", "qcow2_info")
 
@@ -80,21 +83,21 @@ def set_bait(ground: lab.Lab, bait: Bait, where: str) -> None:
     active, target = ground.disks[0].active, ground.disks[0].target
     if where == "data file":
         # The name that QEMU was given for it is replaced by hand: QEMU would open what it is given.
-        subprocess.run(["truncate", "-s", str(lab.SIZE), str(ground.place / "bait" / "real")], check=True)
+        subprocess.run(["truncate", "-s", str(kinds.SIZE), str(ground.place / "bait" / "real")], check=True)
         active.unlink()
-        qemu.create(active, lab.SIZE, "-o", f"data_file={ground.place}/bait/real")
+        qemu.create(active, kinds.SIZE, "-o", f"data_file={ground.place}/bait/real")
         qemu.qemu_img("bitmap", "--add", str(active), "monday")
         set_extension(active, 0x44415441, bait.name.encode())
     else:
         image = {"target": target, "base": ground.actives_folder / "middle.qcow2"}.get(where, active)
         image.unlink(missing_ok=True)
         image_format = "qcow2" if where == "backing file as qcow2" else "raw"
-        qemu.create(image, lab.SIZE, "-u", "-b", bait.name, "-F", image_format)
+        qemu.create(image, kinds.SIZE, "-u", "-b", bait.name, "-F", image_format)
         if where == "backing file without format":
             set_extension(image, 0xE2792ACA, None)
         if where == "base":
             active.unlink()
-            qemu.create(active, lab.SIZE, "-u", "-b", str(image), "-F", "qcow2")
+            qemu.create(active, kinds.SIZE, "-u", "-b", str(image), "-F", "qcow2")
     ground.before = {active: lab.identity(active)}
 
 
@@ -136,7 +139,7 @@ class Watch:
             os.close(self._fd)
 
 
-def traced(ground: lab.Lab, module: str, arguments: dict[str, t.Any]) -> tuple[lab.Run, list[tuple[bool, list[str]]]]:
+def traced(ground: lab.Lab, module: str, arguments: dict[str, t.Any]) -> tuple[runs.Run, list[tuple[bool, list[str]]]]:
     """Run a module under strace; return how it ended and, of each of its threads, whether it is QEMU's, and calls."""
     logs = ground.papers / "strace"
     shutil.rmtree(logs, ignore_errors=True)
@@ -144,12 +147,12 @@ def traced(ground: lab.Lab, module: str, arguments: dict[str, t.Any]) -> tuple[l
     command = ["strace", "-ff", "-qq", "-y", "-s", "4096", "-o", f"{logs}/log", "-e",
                "trace=%file,connect,read,pread64,readv,preadv,execve", sys.executable, "-m",
                f"ansible_collections.kvmfleet.qcow2.plugins.modules.{module}"]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(lab.COLLECTION.parents[2]), "PYTHONDONTWRITEBYTECODE": "1",
+    environment = {**os.environ, "PYTHONPATH": str(kinds.COLLECTION.parents[2]), "PYTHONDONTWRITEBYTECODE": "1",
                    "LC_ALL": "C.UTF-8"}  # fmt: skip
     process = subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-1, env=environment, start_new_session=True)
     text = json.dumps({"ANSIBLE_MODULE_ARGS": arguments}).encode()
     try:
-        stdout, stderr = process.communicate(text, timeout=lab.SECONDS_TO_ANSWER)
+        stdout, stderr = process.communicate(text, timeout=runs.SECONDS_TO_ANSWER)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         stdout, stderr = process.communicate()
@@ -159,7 +162,7 @@ def traced(ground: lab.Lab, module: str, arguments: dict[str, t.Any]) -> tuple[l
     except ValueError:
         result = None
     threads = [path.read_text(encoding="ascii", errors="replace").splitlines() for path in sorted(logs.iterdir())]
-    ended = lab.Run(process.returncode, 0.0, False, True, result, stderr.decode(errors="replace"))
+    ended = runs.Run(process.returncode, 0.0, False, True, result, stderr.decode(errors="replace"))
     return ended, [(any("execve(" in line and "/qemu-" in line for line in lines), lines) for lines in threads]
 
 
@@ -196,7 +199,7 @@ def read_of_bait(bait: Bait, threads: list[tuple[bool, list[str]]]) -> int:
     return sum(int(match[2]) for match in reads if match[1] == str(bait.watched))
 
 
-def play_bait(ground: lab.Lab, module: str, what: str, where: str) -> lab.Finding:
+def play_bait(ground: lab.Lab, module: str, what: str, where: str) -> rounds.Finding:
     """Run a module on images that name the bait, and see what is opened."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         bait = lay(ground, what, where, server.getsockname()[1])
@@ -225,10 +228,10 @@ def play_bait(ground: lab.Lab, module: str, what: str, where: str) -> lab.Findin
         wrong.append(f"exit {ended.status}: {ended.message}")
     if lab.identity(disk.active) != ground.before[disk.active]:
         wrong.append("ACTIVE was changed")
-    return lab.Finding("goes on" if ended.status == 0 else "refused", wrong)
+    return rounds.Finding("goes on" if ended.status == 0 else "refused", wrong)
 
 
-def clean_bait(ground: lab.Lab, module: str, what: str, where: str) -> lab.Finding:
+def clean_bait(ground: lab.Lab, module: str, what: str, where: str) -> rounds.Finding:
     """Play a round with bait and take the bait away."""
     try:
         return play_bait(ground, module, what, where)
@@ -236,11 +239,11 @@ def clean_bait(ground: lab.Lab, module: str, what: str, where: str) -> lab.Findi
         shutil.rmtree(ground.place / "bait", ignore_errors=True)
 
 
-def bait_jobs(asked: lab.Choice) -> list[lab.Job]:
+def bait_jobs(asked: rounds.Choice) -> list[rounds.Job]:
     """Return the rounds with bait: all, if so asked, else some in each place."""
     everything = asked.full or asked.only
     return [
-        lab.Job(
+        rounds.Job(
             f"{module}: bait as {where}",
             f"bait-{module}-{where.replace(' ', '-')}-{what}",
             functools.partial(clean_bait, module=module, what=what, where=where),

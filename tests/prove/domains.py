@@ -24,7 +24,10 @@ import xml.etree.ElementTree as ET
 import estate
 import faults
 import kills
+import kinds
 import lab
+import rounds
+import runs
 
 Ground = t.Any  # an estate.Estate; the rounds of the other programs know a lab.Lab only
 FILLER = "filler"
@@ -34,10 +37,10 @@ AFTER_DEFINING = 3  # the last two of them, and the end of the connection
 TITLE = "<title>changed by somebody else</title>"
 
 
-def daemon_dies(ground: Ground, number: int) -> lab.Finding:
+def daemon_dies(ground: Ground, number: int) -> rounds.Finding:
     """Kill libvirt's daemon while the module is at a step."""
     if not ground.stops("*", number):
-        return lab.Finding("the run was over", [])
+        return rounds.Finding("the run was over", [])
     ground.daemon.kill()
     ground.runner.say()
     run = ground.runner.answer()
@@ -45,7 +48,7 @@ def daemon_dies(ground: Ground, number: int) -> lab.Finding:
     return faults.judge(ground, run)
 
 
-def daemon_is_full(ground: Ground, pages: int) -> lab.Finding:
+def daemon_is_full(ground: Ground, pages: int) -> rounds.Finding:
     """Have libvirt's daemon no more room than this for the definition."""
     filler = ground.daemon.etc / FILLER
     space = os.statvfs(ground.daemon.etc)
@@ -58,20 +61,20 @@ def daemon_is_full(ground: Ground, pages: int) -> lab.Finding:
     return faults.judge(ground, run)
 
 
-def started_at_step(ground: Ground, number: int) -> lab.Finding:
+def started_at_step(ground: Ground, number: int) -> rounds.Finding:
     """Start a domain while the module is at a step."""
     if not ground.stops("*", number):
-        return lab.Finding("the run was over", [])
+        return rounds.Finding("the run was over", [])
     name = sorted(ground.numbers)[-1]
     said = ground.daemon.start_domain(name)
     ground.runner.say()
     return judge_started(ground, name, said, ground.runner.answer())
 
 
-def being_started_at_question(ground: Ground, number: int, questions: int) -> lab.Finding:
+def being_started_at_question(ground: Ground, number: int, questions: int) -> rounds.Finding:
     """Let a domain begin to start when the module is about to ask libvirt, before QEMU has opened the images."""
     if not ground.stops("ask", number):
-        return lab.Finding("the run was over", [])
+        return rounds.Finding("the run was over", [])
     name = sorted(ground.numbers)[-1]
     with concurrent.futures.ThreadPoolExecutor(1) as starter:
         start = starter.submit(ground.daemon.start_domain, name)
@@ -81,7 +84,7 @@ def being_started_at_question(ground: Ground, number: int, questions: int) -> la
         return judge_started(ground, name, start.result(), ground.runner.answer())
 
 
-def started_at_moment(ground: Ground, pause: float) -> lab.Finding:
+def started_at_moment(ground: Ground, pause: float) -> rounds.Finding:
     """Start a domain at a random moment of a run."""
     ground.start()
     time.sleep(pause)
@@ -90,7 +93,7 @@ def started_at_moment(ground: Ground, pause: float) -> lab.Finding:
     return judge_started(ground, name, said, ground.runner.answer())
 
 
-def judge_started(ground: Ground, name: str, said: str, run: lab.Run) -> lab.Finding:
+def judge_started(ground: Ground, name: str, said: str, run: runs.Run) -> rounds.Finding:
     """Judge a run in which a domain was started, or could not be for what was said."""
     state = next((domain["state"] for domain in run.domains if domain["name"] == name), "failed")
     outcome = f"does not start, {state}" if said else f"starts, {state}"
@@ -101,7 +104,7 @@ def judge_started(ground: Ground, name: str, said: str, run: lab.Run) -> lab.Fin
             if now == [*was[:-1]]:  # libvirt gives an image to QEMU's user before it starts QEMU, were it for nothing
                 ground.before[path] = lab.identity(path)
         wrong += ground.ended_wrong(run)
-        return lab.Finding(outcome, wrong + faults.message_wrong(ground, run), faults.told(ground, run))
+        return rounds.Finding(outcome, wrong + faults.message_wrong(ground, run), faults.told(ground, run))
     # On which images it runs, the daemon knows; it has them open, so there is nothing to be compared in them any more.
     runs_on = set(sources(ground.domain(name).XMLDesc(0)))
     ground.domain(name).destroy()
@@ -115,7 +118,7 @@ def judge_started(ground: Ground, name: str, said: str, run: lab.Run) -> lab.Fin
         wrong.append(f"{name} runs, and there are overlays of it: {run.message}")
     if ground.leftovers() or run.result is None or not run.alone:
         wrong.append(f"left {ground.leftovers()}: {run.message} {run.stderr[-2000:]}")
-    return lab.Finding(outcome, wrong + faults.message_wrong(ground, run), faults.told(ground, run))
+    return rounds.Finding(outcome, wrong + faults.message_wrong(ground, run), faults.told(ground, run))
 
 
 def sources(definition: str) -> list[str]:
@@ -124,10 +127,10 @@ def sources(definition: str) -> list[str]:
     return [source.attrib["file"] for source in disks]
 
 
-def edited_at_question(ground: Ground, number: int, questions: int) -> lab.Finding:
+def edited_at_question(ground: Ground, number: int, questions: int) -> rounds.Finding:
     """Edit the definition, as by virsh edit, when the module is about to ask libvirt something."""
     if not ground.stops("ask", number):
-        return lab.Finding("the run was over", [])
+        return rounds.Finding("the run was over", [])
     name = sorted(ground.numbers)[-1]
     was_switched = ground.switched(name)
     edited = estate.definition_of(ground.domain(name)).replace("</name>", f"</name>{TITLE}", 1)
@@ -148,14 +151,14 @@ def edited_at_question(ground: Ground, number: int, questions: int) -> lab.Findi
         wrong += [] if all(ground.there()) else [f"says {run.states}, which are {ground.there()}"]
     else:
         wrong += ground.ended_wrong(run)
-    return lab.Finding(
+    return rounds.Finding(
         f"{outcome}, told as {'success' if run.status == 0 else 'failure'}",
         wrong + faults.message_wrong(ground, run) + ground.rerun_wrong(),
         faults.told(ground, run),
     )
 
 
-def second_run(ground: Ground, number: int | None, pause: float) -> lab.Finding:
+def second_run(ground: Ground, number: int | None, pause: float) -> rounds.Finding:
     """Let two runs want the same snapshot of the same domains, the second at a step of the first or after a pause."""
     ground.start(f"module:*:{number}:stop" if number else "")
     first = ground.runner.answer() if number else None
@@ -179,7 +182,7 @@ def second_run(ground: Ground, number: int | None, pause: float) -> lab.Finding:
     for run in (first, second):
         wrong += faults.message_wrong(ground, run)
     messages = faults.told(ground, first) + faults.told(ground, second)
-    return lab.Finding("; ".join(words), wrong + ground.rerun_wrong(), messages)
+    return rounds.Finding("; ".join(words), wrong + ground.rerun_wrong(), messages)
 
 
 AT_STEPS = {
@@ -193,23 +196,23 @@ AT_QUESTIONS = {
 }
 
 
-def around(ground: Ground, kind: lab.Kind, asked: lab.Choice) -> list[lab.Job]:
+def around(ground: Ground, kind: kinds.Kind, asked: rounds.Choice) -> list[rounds.Job]:
     """Return the rounds in which something happens around a run."""
     ground.use(kind)
     calls = ground.calls()["module"]
     steps, questions = sum(calls.values()), calls["ask"]
     jobs = [
-        lab.Job(f"{kind.name}: {series}", f"{kind.name}-{word}-step-{n}", functools.partial(play, number=n), kind)
+        rounds.Job(f"{kind.name}: {series}", f"{kind.name}-{word}-step-{n}", functools.partial(play, number=n), kind)
         for series, (word, play) in AT_STEPS.items()
         for n in range(1, steps + 1)
     ]
     for series, (word, play) in AT_QUESTIONS.items():
         for n in range(1, questions + 1):
             round_ = functools.partial(play, number=n, questions=questions)
-            jobs.append(lab.Job(f"{kind.name}: {series}", f"{kind.name}-{word}-question-{n}", round_, kind))
+            jobs.append(rounds.Job(f"{kind.name}: {series}", f"{kind.name}-{word}-question-{n}", round_, kind))
     for pages in range(4):
         play = functools.partial(daemon_is_full, pages=pages)
-        jobs.append(lab.Job(f"{kind.name}: libvirt's disk is full", f"{kind.name}-daemon-full-{pages}", play, kind))
+        jobs.append(rounds.Job(f"{kind.name}: libvirt's disk is full", f"{kind.name}-daemon-full-{pages}", play, kind))
     for n in range(asked.rounds):
         for series, word, play in (
             ("domain is started at a random moment", "start", started_at_moment),
@@ -217,11 +220,11 @@ def around(ground: Ground, kind: lab.Kind, asked: lab.Choice) -> list[lab.Job]:
         ):
             name = f"{kind.name}-{word}-moment-{n}"
             pause = asked.randomness(name).random() * 0.3
-            jobs.append(lab.Job(f"{kind.name}: {series}", name, functools.partial(play, pause=pause), kind))
+            jobs.append(rounds.Job(f"{kind.name}: {series}", name, functools.partial(play, pause=pause), kind))
     return jobs
 
 
-def jobs_for(crew: lab.Crew, asked: lab.Choice) -> list[lab.Job]:
+def jobs_for(crew: rounds.Crew, asked: rounds.Choice) -> list[rounds.Job]:
     """Return all rounds."""
     ground = crew.labs[0]
     jobs = []
@@ -230,8 +233,8 @@ def jobs_for(crew: lab.Crew, asked: lab.Choice) -> list[lab.Job]:
         jobs += kills.moment_jobs(ground, kind, asked)
         jobs += faults.injected(ground, kind)
         jobs += around(ground, kind, asked)
-    return lab.sampled(jobs, asked)
+    return rounds.sampled(jobs, asked)
 
 
 if __name__ == "__main__":
-    sys.exit(lab.prove(str(__doc__), 10, jobs_for, estate.Estate))
+    sys.exit(rounds.prove(str(__doc__), 10, jobs_for, estate.Estate))

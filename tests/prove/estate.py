@@ -14,17 +14,19 @@ import typing as t
 import uuid
 import xml.etree.ElementTree as ET
 
+import kinds
 import lab
 import libvirt
+import runs
 
-LAB_SH = lab.COLLECTION / "tests/integration/targets/domain_overlay/files/lab.sh"
+LAB_SH = kinds.COLLECTION / "tests/integration/targets/domain_overlay/files/lab.sh"
 SNAPSHOT = "snap"
 CHECKPOINT = "monday"  # its bitmap is in all qcow2 images of the kinds below
 HALF_DONE = "so its overlays were left in place"
 _SECONDS_TO_SETTLE = 0.1  # in which the daemon does what a run has asked for that was killed then
 
-THREE = lab.Kind("one domain", (0, 1, 2))
-TWO = lab.Kind("two domains", (0, 1, 4))
+THREE = kinds.Kind("one domain", (0, 1, 2))
+TWO = kinds.Kind("two domains", (0, 1, 4))
 DOMAINS = {THREE: {"web": (0, 1, 2)}, TWO: {"web": (0, 1), "db": (4,)}}  # the numbers of their disks
 
 
@@ -82,7 +84,7 @@ class Estate(lab.Lab):
 
     module = "domain_overlay"
 
-    def __init__(self, base: pathlib.Path, library: pathlib.Path, templates: lab.Templates) -> None:
+    def __init__(self, base: pathlib.Path, library: pathlib.Path, templates: kinds.Templates) -> None:
         # A daemon's words about a call that is meant to fail are no news.
         libvirt.registerErrorHandler(lambda _context, _error: None, None)
         self.daemon = Daemon(base / "libvirt")
@@ -95,7 +97,7 @@ class Estate(lab.Lab):
         super().close()
         self.daemon.close()
 
-    def use(self, kind: lab.Kind) -> None:
+    def use(self, kind: kinds.Kind) -> None:
         """Have the domains of this kind."""
         kind = kind if kind in DOMAINS else THREE
         super().use(kind)
@@ -142,7 +144,7 @@ class Estate(lab.Lab):
             f"{self._definition(name)}</domaincheckpoint>"
         )
 
-    def disks_of(self, name: str) -> list[lab.Disk]:
+    def disks_of(self, name: str) -> list[kinds.Disk]:
         """Return the disks of a domain."""
         return [disk for disk in self.disks if disk.number in self.numbers[name]]
 
@@ -150,13 +152,13 @@ class Estate(lab.Lab):
         """Return libvirt's handle of a domain."""
         return self.daemon.connection.lookupByName(name)
 
-    def arguments(self, disks: t.Sequence[lab.Disk] | None = None, **options: t.Any) -> dict[str, t.Any]:
+    def arguments(self, disks: t.Sequence[kinds.Disk] | None = None, **options: t.Any) -> dict[str, t.Any]:
         """Return the options of the module; disks only for the other module."""
         assert disks is None
         place = {"directory": str(self.folder), "uri": self.daemon.uri}
         return {"name": list(self.numbers), "snapshot": SNAPSHOT, "timeout": 20, **place, **options}
 
-    def run(self, rule: str = "", log: pathlib.Path | None = None, kill: dict[str, t.Any] | None = None) -> lab.Run:
+    def run(self, rule: str = "", log: pathlib.Path | None = None, kill: dict[str, t.Any] | None = None) -> runs.Run:
         """Run the module to its end."""
         run = super().run(rule, log, kill)
         if run.status < 0:
@@ -180,7 +182,7 @@ class Estate(lab.Lab):
         switched = sum(self.switched(name) is True for name in self.numbers)
         return f"{super().outcome()}, {switched} of {len(self.numbers)} switched"
 
-    def is_told(self, path: pathlib.Path, run: lab.Run) -> bool:
+    def is_told(self, path: pathlib.Path, run: runs.Run) -> bool:
         """Whether a run that has failed says that this overlay is there all the same."""
         name = next(name for name in self.numbers for disk in self.disks_of(name) if disk.target == path)
         said = next((domain for domain in run.domains if domain["name"] == name), {})
@@ -201,7 +203,7 @@ class Estate(lab.Lab):
                 wrong.append(f"{name} has lost its checkpoint")
         return wrong
 
-    def told_wrong(self, run: lab.Run) -> list[str]:
+    def told_wrong(self, run: runs.Run) -> list[str]:
         """Return what is wrong with what a run says of what it has left, domain by domain."""
         if not run.domains:  # nothing was begun
             untouched = not any(self.there()) and not any(self.switched(name) for name in self.numbers)

@@ -24,7 +24,10 @@ import sys
 import time
 import typing as t
 
+import kinds
 import lab
+import rounds
+import runs
 
 DIALOGUE = {"fork", "hear", "say", "kill", "wait", "ask", "answer"}
 PAGE = 4096
@@ -63,12 +66,12 @@ def shown(ground: lab.Lab, text: str) -> str:
     return re.sub(r"\b\d{4,}\b", "N", text)
 
 
-def told(ground: lab.Lab, run: lab.Run) -> tuple[str, ...]:
+def told(ground: lab.Lab, run: runs.Run) -> tuple[str, ...]:
     """Return the messages of a run for the list at the end."""
     return tuple(shown(ground, message) for message in run.messages)
 
 
-def judge(ground: lab.Lab, run: lab.Run, stuck: bool = False) -> lab.Finding:
+def judge(ground: lab.Lab, run: runs.Run, stuck: bool = False) -> rounds.Finding:
     """Judge a run that has met a fault, stuck if one that kept it from removing files, and a second one without."""
     outcome = f"told as {'success' if run.status == 0 else 'failure'}"
     if stuck and run.status and run.result and ("could not be removed" in run.message or ground.leftovers()):
@@ -76,10 +79,10 @@ def judge(ground: lab.Lab, run: lab.Run, stuck: bool = False) -> lab.Finding:
         outcome += ", what could not be removed is left" + (", and it says so" if any(ground.there()) else "")
     else:
         wrong = ground.ended_wrong(run)
-    return lab.Finding(outcome, wrong + message_wrong(ground, run) + ground.rerun_wrong(), told(ground, run))
+    return rounds.Finding(outcome, wrong + message_wrong(ground, run) + ground.rerun_wrong(), told(ground, run))
 
 
-def message_wrong(ground: lab.Lab, run: lab.Run) -> list[str]:
+def message_wrong(ground: lab.Lab, run: runs.Run) -> list[str]:
     """Return what is wrong with the messages of a failure: each names the file and says what to do."""
     messages = run.messages
     if run.status and not messages:
@@ -95,13 +98,13 @@ def message_wrong(ground: lab.Lab, run: lab.Run) -> list[str]:
     ]
 
 
-def unsaid(ground: lab.Lab, run: lab.Run) -> list[str]:
+def unsaid(ground: lab.Lab, run: runs.Run) -> list[str]:
     """Return which overlays a failed run has left without a word."""
     left = [disk.target for disk in ground.disks if os.path.lexists(disk.target)]
     return [f"left {path}, says: {run.message}" for path in left if not ground.is_told(path, run)]
 
 
-def faulty(ground: lab.Lab, rule: str) -> lab.Finding:
+def faulty(ground: lab.Lab, rule: str) -> rounds.Finding:
     """Run the module with a fault."""
     _who, call, number, _action = rule.split(":")
     run = ground.run(rule)
@@ -111,7 +114,7 @@ def faulty(ground: lab.Lab, rule: str) -> lab.Finding:
     return finding
 
 
-def injected(ground: lab.Lab, kind: lab.Kind) -> list[lab.Job]:
+def injected(ground: lab.Lab, kind: kinds.Kind) -> list[rounds.Job]:
     """Return a round for each call and each error that it may meet, once and from there on."""
     ground.use(kind)
     jobs = []
@@ -122,12 +125,12 @@ def injected(ground: lab.Lab, kind: lab.Kind) -> list[lab.Job]:
                 sides = {"module": "the module's calls", "qemu": "QEMU's calls"}
                 series = f"{kind.name}: {rule.split(':')[3]} in {sides[who]}" + (" from there on" * ("+" in rule))
                 jobs.append(
-                    lab.Job(series, f"{kind.name}-{rule}", lambda ground, rule=rule: faulty(ground, rule), kind)
+                    rounds.Job(series, f"{kind.name}-{rule}", lambda ground, rule=rule: faulty(ground, rule), kind)
                 )
     of_files = sum(count for call, count in ground.calls()["module"].items() if call not in DIALOGUE)
     everything = [f"module:files:{number}+:EIO" for number in range(1, of_files + 1)]
     jobs += [
-        lab.Job(
+        rounds.Job(
             f"{kind.name}: all I/O fails from there on", f"{kind.name}-{rule}", lambda g, r=rule: faulty(g, r), kind
         )
         for rule in everything
@@ -172,22 +175,22 @@ def quota(ground: lab.Lab, limit: int) -> t.Iterator[t.Callable[[], None]]:
 Unfit = t.Callable[[lab.Lab], t.ContextManager[t.Callable[[], None]]]
 
 
-def unfit(ground: lab.Lab, storage: Unfit) -> lab.Finding:
+def unfit(ground: lab.Lab, storage: Unfit) -> rounds.Finding:
     """Run the module on storage that is unfit, then on the same when it is cured."""
     with storage(ground) as cure:
         run = ground.run()
         wrong = [*ground.ended_wrong(run), *message_wrong(ground, run)]
         cure()
         outcome = f"told as {'success' if run.status == 0 else 'failure'}"
-        return lab.Finding(outcome, wrong + ground.rerun_wrong(), told(ground, run))
+        return rounds.Finding(outcome, wrong + ground.rerun_wrong(), told(ground, run))
 
 
-def unfit_job(kind: lab.Kind, series: str, name: str, storage: Unfit) -> lab.Job:
+def unfit_job(kind: kinds.Kind, series: str, name: str, storage: Unfit) -> rounds.Job:
     """Return a round on such storage."""
-    return lab.Job(f"{kind.name}: {series}", f"{kind.name}-{name}", functools.partial(unfit, storage=storage), kind)
+    return rounds.Job(f"{kind.name}: {series}", f"{kind.name}-{name}", functools.partial(unfit, storage=storage), kind)
 
 
-def full_jobs(ground: lab.Lab, kind: lab.Kind) -> list[lab.Job]:
+def full_jobs(ground: lab.Lab, kind: kinds.Kind) -> list[rounds.Job]:
     """Return a round for each size of the file system, from one page to more than enough, and for each quota."""
     ground.use(kind)
     ground.reset()
@@ -206,7 +209,7 @@ def full_jobs(ground: lab.Lab, kind: lab.Kind) -> list[lab.Job]:
     return sizes + quotas
 
 
-def without_folder(ground: lab.Lab, number: int, moved: bool) -> lab.Finding:
+def without_folder(ground: lab.Lab, number: int, moved: bool) -> rounds.Finding:
     """Take the folder of the overlays away while the module is at a step."""
     elsewhere = ground.place / "elsewhere"
     ground.start(f"module:*:{number}:stop")
@@ -221,13 +224,13 @@ def without_folder(ground: lab.Lab, number: int, moved: bool) -> lab.Finding:
         ground.runner.say()
         run = ground.runner.answer()
     try:
-        return judge_without_folder(ground, t.cast("lab.Run", run), there, elsewhere)
+        return judge_without_folder(ground, t.cast("runs.Run", run), there, elsewhere)
     finally:
         shutil.rmtree(elsewhere, ignore_errors=True)
         ground.folder.mkdir(exist_ok=True)
 
 
-def judge_without_folder(ground: lab.Lab, run: lab.Run, there: list[bool], elsewhere: t.Any) -> lab.Finding:
+def judge_without_folder(ground: lab.Lab, run: runs.Run, there: list[bool], elsewhere: t.Any) -> rounds.Finding:
     """Judge what is left in both folders; there is what stood there when the folder was taken away."""
     ground.folder.mkdir(exist_ok=True)
     strays = [entry.name for entry in elsewhere.iterdir()] if elsewhere.is_dir() else []
@@ -239,32 +242,32 @@ def judge_without_folder(ground: lab.Lab, run: lab.Run, there: list[bool], elsew
     if run.result is None:
         wrong.append(f"ended with {run.status} and no result: {run.stderr[-2000:]}")
     outcome = f"told as {'success' if run.status == 0 else 'failure'}"
-    return lab.Finding(outcome, wrong + message_wrong(ground, run), told(ground, run))
+    return rounds.Finding(outcome, wrong + message_wrong(ground, run), told(ground, run))
 
 
 class Rival(t.NamedTuple):
     """What the second of two runs is to make, out of the disks of the VM."""
 
     what: str
-    kind: lab.Kind
-    choose: t.Callable[[lab.Lab], list[lab.Disk]]
+    kind: kinds.Kind
+    choose: t.Callable[[lab.Lab], list[kinds.Disk]]
     winners: tuple[int, ...]  # how many runs may create something
     other: str  # the state that a run comes to that waits, but is not the first
 
 
 RIVALS = (
-    Rival("the same target", lab.ONE, lambda ground: ground.disks, (1,), "present"),
+    Rival("the same target", kinds.ONE, lambda ground: ground.disks, (1,), "present"),
     Rival(
         "another target on the same ACTIVE",
-        lab.ONE,
+        kinds.ONE,
         lambda ground: [ground.disks[0]._replace(target=ground.folder / "other.snap.qcow2")],
         (1, 2),
         "created",
     ),
-    Rival("the same three, in another order", lab.THREE, lambda ground: ground.disks[::-1], (1,), "present"),
+    Rival("the same three, in another order", kinds.THREE, lambda ground: ground.disks[::-1], (1,), "present"),
     Rival(
         "the same target on another ACTIVE",
-        lab.ONE,
+        kinds.ONE,
         lambda ground: [ground.disks[0]._replace(active=ground.actives_folder / "other.qcow2")],
         (1,),
         "failed",
@@ -272,7 +275,7 @@ RIVALS = (
 )
 
 
-def race(ground: lab.Lab, rival: Rival, pause: float, step: int | None) -> lab.Finding:
+def race(ground: lab.Lab, rival: Rival, pause: float, step: int | None) -> rounds.Finding:
     """Let two runs race, the second after a pause or while the first is at a step."""
     theirs = rival.choose(ground)
     for disk in theirs:
@@ -288,13 +291,15 @@ def race(ground: lab.Lab, rival: Rival, pause: float, step: int | None) -> lab.F
         if step:
             ground.runner.say()
         first = ground.runner.answer()
-    finding = judge_race(ground, rival, theirs, t.cast("lab.Run", first), t.cast("lab.Run", second))
+    finding = judge_race(ground, rival, theirs, t.cast("runs.Run", first), t.cast("runs.Run", second))
     if not step and {*first.states, *second.states} != {"created", rival.other}:  # nobody stopped, so waiting helps
         finding.violations.append(f"{first.states} and {second.states}, but each has waited for the other")
     return finding
 
 
-def judge_race(ground: lab.Lab, rival: Rival, theirs: list[lab.Disk], first: lab.Run, second: lab.Run) -> lab.Finding:
+def judge_race(
+    ground: lab.Lab, rival: Rival, theirs: list[kinds.Disk], first: runs.Run, second: runs.Run
+) -> rounds.Finding:
     """Judge what two runs have made."""
     created = [set(run.states) == {"created"} for run in (first, second)]
     wrong = [f"ended with {run.status}: {run.stderr[-2000:]}" for run in (first, second) if run.result is None]
@@ -310,7 +315,7 @@ def judge_race(ground: lab.Lab, rival: Rival, theirs: list[lab.Disk], first: lab
     wrong += ground.images_wrong()
     ground.disks = ours
     words = ["+".join(sorted(set(run.states))) or "none" for run in (first, second)]
-    return lab.Finding(" and ".join(words), wrong, told(ground, first) + told(ground, second))
+    return rounds.Finding(" and ".join(words), wrong, told(ground, first) + told(ground, second))
 
 
 class VM:
@@ -348,10 +353,10 @@ class VM:
         return self._process.communicate()[1].decode()
 
 
-def vm_at_step(ground: lab.Lab, number: int, on_overlay: bool) -> lab.Finding:
+def vm_at_step(ground: lab.Lab, number: int, on_overlay: bool) -> rounds.Finding:
     """Start a VM on ACTIVE, or on the overlay, while the module is at a step."""
     if not ground.stops("*", number):
-        return lab.Finding("the run was over", [])
+        return rounds.Finding("the run was over", [])
     there = all(ground.there())
     disk = ground.disks[number % len(ground.disks)]
     vm = VM(*((disk.target, "qcow2") if on_overlay else (disk.active, disk.format)), emulator=False)
@@ -359,10 +364,10 @@ def vm_at_step(ground: lab.Lab, number: int, on_overlay: bool) -> lab.Finding:
     ground.runner.say()
     run = ground.runner.answer()
     said = vm.end()
-    return judge_vm(ground, t.cast("lab.Run", run), runs_on, runs_on and not there, said)
+    return judge_vm(ground, t.cast("runs.Run", run), runs_on, runs_on and not there, said)
 
 
-def vm_at_moment(ground: lab.Lab, pause: float, emulator: bool) -> lab.Finding:
+def vm_at_moment(ground: lab.Lab, pause: float, emulator: bool) -> rounds.Finding:
     """Start a VM on ACTIVE at a random moment of a run."""
     ground.start()
     time.sleep(pause)
@@ -375,10 +380,10 @@ def vm_at_moment(ground: lab.Lab, pause: float, emulator: bool) -> lab.Finding:
     # The overlay's last change is that its temporary name goes, before ACTIVE is released; clocks of files are coarse.
     made = max((disk.target.stat().st_ctime for disk in ground.disks if disk.target.exists()), default=0.0)
     too_early = runs_on and t.cast("float", vm.opened_at) < made - 0.02
-    return judge_vm(ground, t.cast("lab.Run", run), runs_on, too_early, said)
+    return judge_vm(ground, t.cast("runs.Run", run), runs_on, too_early, said)
 
 
-def judge_vm(ground: lab.Lab, run: lab.Run, runs_on: bool, too_early: bool, said: str) -> lab.Finding:
+def judge_vm(ground: lab.Lab, run: runs.Run, runs_on: bool, too_early: bool, said: str) -> rounds.Finding:
     """Judge a run into which a VM came; too_early, it had ACTIVE open before all overlays were there."""
     wrong = []
     there = ground.there()
@@ -396,32 +401,34 @@ def judge_vm(ground: lab.Lab, run: lab.Run, runs_on: bool, too_early: bool, said
     if not runs_on:
         wrong += ground.images_wrong()
     outcome = f"VM {'starts' if runs_on else 'does not start'}, told as {'success' if run.status == 0 else 'failure'}"
-    return lab.Finding(outcome, wrong + message_wrong(ground, run), told(ground, run))
+    return rounds.Finding(outcome, wrong + message_wrong(ground, run), told(ground, run))
 
 
-def stepping(ground: lab.Lab) -> list[lab.Job]:
+def stepping(ground: lab.Lab) -> list[rounds.Job]:
     """Return the rounds in which something happens while the module is at a step."""
     jobs = []
-    for kind in (lab.ONE, lab.THREE, lab.TEMPLATE, lab.RAW):
+    for kind in (kinds.ONE, kinds.THREE, kinds.TEMPLATE, kinds.RAW):
         ground.use(kind)
         for n in range(1, sum(ground.calls()["module"].values()) + 1):
             play = functools.partial(vm_at_step, number=n, on_overlay=False)
-            jobs.append(lab.Job(f"{kind.name}: VM starts on ACTIVE at a step", f"vm-{kind.name}-step-{n}", play, kind))
-    ground.use(lab.ONE)
+            jobs.append(
+                rounds.Job(f"{kind.name}: VM starts on ACTIVE at a step", f"vm-{kind.name}-step-{n}", play, kind)
+            )
+    ground.use(kinds.ONE)
     for n in range(1, sum(ground.calls()["module"].values()) + 1):
         for moved in (True, False):
             word = "moved away" if moved else "removed"
             play = functools.partial(without_folder, number=n, moved=moved)
-            jobs.append(lab.Job(f"folder {word} in mid-run", f"folder-{moved}-{n}", play))
+            jobs.append(rounds.Job(f"folder {word} in mid-run", f"folder-{moved}-{n}", play))
         play = functools.partial(vm_at_step, number=n, on_overlay=True)
-        jobs.append(lab.Job("one: VM starts on the overlay at a step", f"vm-overlay-step-{n}", play))
+        jobs.append(rounds.Job("one: VM starts on the overlay at a step", f"vm-overlay-step-{n}", play))
         for number, rival in enumerate(RIVALS[:2]):
             play = functools.partial(race, rival=rival, pause=0, step=n)
-            jobs.append(lab.Job(f"second run at a step, {rival.what}", f"race-{number}-step-{n}", play))
+            jobs.append(rounds.Job(f"second run at a step, {rival.what}", f"race-{number}-step-{n}", play))
     return jobs
 
 
-def racing(asked: lab.Choice) -> list[lab.Job]:
+def racing(asked: rounds.Choice) -> list[rounds.Job]:
     """Return the rounds with a second run, or a VM, at a random moment."""
     jobs = []
     for n in range(asked.rounds):
@@ -429,28 +436,30 @@ def racing(asked: lab.Choice) -> list[lab.Job]:
             name = f"race-{number}-moment-{n}"
             pause = asked.randomness(name).random() * 0.15
             play = functools.partial(race, rival=rival, pause=pause, step=None)
-            jobs.append(lab.Job(f"two runs race, {rival.what}", name, play, rival.kind))
-        for kind in (lab.ONE, lab.THREE, lab.TEMPLATE, lab.RAW):
+            jobs.append(rounds.Job(f"two runs race, {rival.what}", name, play, rival.kind))
+        for kind in (kinds.ONE, kinds.THREE, kinds.TEMPLATE, kinds.RAW):
             name = f"vm-{kind.name}-moment-{n}"
             pause = asked.randomness(name).random() * 0.1
             play = functools.partial(vm_at_moment, pause=pause, emulator=bool(n % 2))
-            jobs.append(lab.Job(f"{kind.name}: VM starts on ACTIVE at a random moment", name, play, kind))
+            jobs.append(rounds.Job(f"{kind.name}: VM starts on ACTIVE at a random moment", name, play, kind))
     return jobs
 
 
-def jobs_for(crew: lab.Crew, asked: lab.Choice) -> list[lab.Job]:
+def jobs_for(crew: rounds.Crew, asked: rounds.Choice) -> list[rounds.Job]:
     """Return all rounds."""
     ground = crew.labs[0]
     jobs = [
-        unfit_job(lab.ONE, "read-only file system", "read-only", functools.partial(small_disk, options="ro,size=64m")),
+        unfit_job(
+            kinds.ONE, "read-only file system", "read-only", functools.partial(small_disk, options="ro,size=64m")
+        ),
         *racing(asked),
         *stepping(ground),
     ]
-    for kind in (lab.ONE, lab.THREE, lab.TEMPLATE, lab.RAW):
+    for kind in (kinds.ONE, kinds.THREE, kinds.TEMPLATE, kinds.RAW):
         jobs += injected(ground, kind)
         jobs += full_jobs(ground, kind)
-    return lab.sampled(jobs, asked, whole="one: full disk")
+    return rounds.sampled(jobs, asked, whole="one: full disk")
 
 
 if __name__ == "__main__":
-    sys.exit(lab.prove(str(__doc__), 10, jobs_for))
+    sys.exit(rounds.prove(str(__doc__), 10, jobs_for))

@@ -16,8 +16,11 @@ import subprocess
 import sys
 import typing as t
 
+import kinds
 import lab
 import modules
+import rounds
+import runs
 
 NOBODY = 65534
 
@@ -60,7 +63,7 @@ def snapshot(folder: pathlib.Path) -> dict[str, tuple[t.Any, ...]]:
     return found
 
 
-def race_wrong(ground: lab.Lab, shared: Shared, disk: lab.Disk, ended: lab.Run) -> list[str]:
+def race_wrong(ground: lab.Lab, shared: Shared, disk: kinds.Disk, ended: runs.Run) -> list[str]:
     """Return what is wrong after a run in a shared folder, whatever it says."""
     wrong = modules.run_wrong(ended, [ground.place])
     if snapshot(shared.outside) != shared.before:
@@ -72,7 +75,7 @@ def race_wrong(ground: lab.Lab, shared: Shared, disk: lab.Disk, ended: lab.Run) 
     return wrong
 
 
-def make(ground: lab.Lab, disk: lab.Disk) -> lab.Run:
+def make(ground: lab.Lab, disk: kinds.Disk) -> runs.Run:
     """Have the overlay of the disk made."""
     return modules.run(ground, "qcow2_overlay", path=str(disk.target), backing_file=str(disk.active), timeout=15)
 
@@ -80,7 +83,7 @@ def make(ground: lab.Lab, disk: lab.Disk) -> lab.Run:
 @contextlib.contextmanager
 def intruder(what: str, place: pathlib.Path, bait: pathlib.Path) -> t.Iterator[list[int]]:
     """Have another user at work for the block; afterwards the list has how often it did what it can."""
-    command = [sys.executable, "-S", str(lab.HERE / "intruder.py"), what, str(NOBODY), str(place), str(bait)]
+    command = [sys.executable, "-S", str(kinds.HERE / "intruder.py"), what, str(NOBODY), str(place), str(bait)]
     done: list[int] = []
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         stdin, stdout = t.cast("t.IO[str]", process.stdin), t.cast("t.IO[str]", process.stdout)
@@ -92,7 +95,7 @@ def intruder(what: str, place: pathlib.Path, bait: pathlib.Path) -> t.Iterator[l
             done.append(int(stdout.readline() or -1))
 
 
-def race(ground: lab.Lab, what: str, mode: int, owned: bool) -> lab.Finding:
+def race(ground: lab.Lab, what: str, mode: int, owned: bool) -> rounds.Finding:
     """Run the module while another user swaps something; owned, the image is that user's, and so is the overlay."""
     with shared_folder(ground, mode) as shared:
         disk = ground.disks[0]._replace(target=shared.folder / "disk.snap.qcow2")
@@ -110,14 +113,14 @@ def race(ground: lab.Lab, what: str, mode: int, owned: bool) -> lab.Finding:
         wrong = race_wrong(ground, shared, disk, ended)
         if done[0] < 0:
             wrong.append("the other user has failed")
-    return lab.Finding(f"{ended.states[0]}, {'after' if done[0] else 'without'} swaps", wrong)
+    return rounds.Finding(f"{ended.states[0]}, {'after' if done[0] else 'without'} swaps", wrong)
 
 
 STEP_TRICKS = ("target-symlink", "target-new", "target-link", "temporary-symlink", "temporary-new", "temporary-link",
                "temporary-gone", "temporary-folder", "folder-symlink")  # fmt: skip
 
 
-def trick(shared: Shared, disk: lab.Disk, what: str) -> bool:
+def trick(shared: Shared, disk: kinds.Disk, what: str) -> bool:
     """Do once what another user could do in a folder that is not sticky; whether it could be done."""
     thing, way = what.split("-")
     if thing == "folder":
@@ -142,7 +145,7 @@ def trick(shared: Shared, disk: lab.Disk, what: str) -> bool:
     return bool(places)
 
 
-def race_at_step(ground: lab.Lab, what: str, number: int) -> lab.Finding:
+def race_at_step(ground: lab.Lab, what: str, number: int) -> rounds.Finding:
     """Do something in the folder while the module is at a step."""
     with shared_folder(ground, 0o777) as shared:
         disk = ground.disks[0]._replace(target=shared.folder / "disk.snap.qcow2")
@@ -161,10 +164,10 @@ def race_at_step(ground: lab.Lab, what: str, number: int) -> lab.Finding:
         wrong = race_wrong(ground, shared, disk, ended)
         if done and what.startswith("target-") and ended.states != ["failed"]:
             wrong.append("has replaced what another user has put there")
-    return lab.Finding(f"{' '.join(ended.states)}, {'after the trick' if done else 'nothing to be tricked'}", wrong)
+    return rounds.Finding(f"{' '.join(ended.states)}, {'after the trick' if done else 'nothing to be tricked'}", wrong)
 
 
-def standing_link(ground: lab.Lab, owner: int, to_owner: int, mode: int) -> lab.Finding:
+def standing_link(ground: lab.Lab, owner: int, to_owner: int, mode: int) -> rounds.Finding:
     """Have a symlink on the way to the overlay, of this owner and to a folder of that one."""
     with shared_folder(ground, mode) as shared:
         link = shared.parent / "link"
@@ -181,10 +184,10 @@ def standing_link(ground: lab.Lab, owner: int, to_owner: int, mode: int) -> lab.
             wrong.append(f"{ended.states}: {ended.message}")
         if not trusted:
             wrong += race_wrong(ground, shared._replace(before=before), disk, ended)
-    return lab.Finding(ended.states[0], wrong)
+    return rounds.Finding(ended.states[0], wrong)
 
 
-def planted(ground: lab.Lab, way: str) -> lab.Finding:
+def planted(ground: lab.Lab, way: str) -> rounds.Finding:
     """Have something in the folder that looks like what a killed run has left."""
     with shared_folder(ground, 0o777) as shared:
         disk = ground.disks[0]._replace(target=shared.folder / "disk.snap.qcow2")
@@ -205,18 +208,18 @@ def planted(ground: lab.Lab, way: str) -> lab.Finding:
             wrong.append(f"{ended.states}: {ended.message}")
         if os.path.lexists(place) != (way != "link"):  # another name of a file is taken away, but never the file
             wrong.append("what was planted is " + ("still there" if way == "link" else "gone"))
-    return lab.Finding(ended.states[0], wrong)
+    return rounds.Finding(ended.states[0], wrong)
 
 
-def folder_jobs(ground: lab.Lab, asked: lab.Choice) -> list[lab.Job]:
+def folder_jobs(ground: lab.Lab, asked: rounds.Choice) -> list[rounds.Job]:
     """Return the rounds with another user in the folder."""
     jobs = []
     for n in range(max(1, asked.rounds // 20)):
         for what in ("target", "temporary", "link"):
             for mode, word in ((0o777, "a folder for all"), (0o1777, "a sticky folder")):
                 play = functools.partial(race, what=what, mode=mode, owned=bool(n % 2))
-                jobs.append(lab.Job(f"another user swaps the {what} in {word}", f"race-{what}-{mode:o}-{n}", play))
-    ground.use(lab.ONE)
+                jobs.append(rounds.Job(f"another user swaps the {what} in {word}", f"race-{what}-{mode:o}-{n}", play))
+    ground.use(kinds.ONE)
     ground.reset()
     steps = sum(ground.calls()["module"].values()) + 8
     for what in STEP_TRICKS:
@@ -225,13 +228,13 @@ def folder_jobs(ground: lab.Lab, asked: lab.Choice) -> list[lab.Job]:
             numbers = sorted(asked.randomness(what).sample(numbers, min(steps, max(4, asked.rounds // 20))))
         for number in numbers:
             play = functools.partial(race_at_step, what=what, number=number)
-            jobs.append(lab.Job(f"{what} at a step", f"step-{what}-{number}", play))
+            jobs.append(rounds.Job(f"{what} at a step", f"step-{what}-{number}", play))
     for owner, to_owner in ((0, 0), (0, NOBODY), (NOBODY, NOBODY), (NOBODY, 0), (NOBODY, 1)):
         for mode in (0o777, 0o1777):
             play = functools.partial(standing_link, owner=owner, to_owner=to_owner, mode=mode)
             series = f"a symlink of user {owner} to a folder of user {to_owner}"
-            jobs.append(lab.Job(series, f"link-{owner}-{to_owner}-{mode:o}", play))
+            jobs.append(rounds.Job(series, f"link-{owner}-{to_owner}-{mode:o}", play))
     return jobs + [
-        lab.Job(f"a planted leftover, {way}", f"planted-{way}", functools.partial(planted, way=way))
+        rounds.Job(f"a planted leftover, {way}", f"planted-{way}", functools.partial(planted, way=way))
         for way in ("symlink", "link", "fifo", "folder", "device")
     ]

@@ -21,11 +21,11 @@ import tempfile
 import bait
 import folders
 import images
-import lab
 import names
+import rounds
 
 
-def jobs_for(crew: lab.Crew, asked: lab.Choice) -> list[lab.Job]:
+def jobs_for(crew: rounds.Crew, asked: rounds.Choice) -> list[rounds.Job]:
     """Return all rounds."""
     ground = crew.labs[0]
     jobs = [*images.bomb_jobs(), *names.name_jobs(), *folders.folder_jobs(ground, asked), *bait.bait_jobs(asked)]
@@ -40,4 +40,4 @@ if __name__ == "__main__":
     # Thousands of images are written, none of which has to outlive a power cut.
     if os.access("/dev/shm", os.W_OK) and "TMPDIR" not in os.environ:
         tempfile.tempdir = "/dev/shm"
-    sys.exit(lab.prove(str(__doc__), 100, jobs_for))
+    sys.exit(rounds.prove(str(__doc__), 100, jobs_for))

@@ -15,9 +15,12 @@ import subprocess
 import sys
 import typing as t
 
+import kinds
 import lab
 import modules
 import mutants
+import rounds
+import runs
 
 BOMB_MEMORY = 1 << 30  # bytes of address space that qcow2_info gets for an image that claims the most
 READER_BATCH = 1000  # mutants that one process reads
@@ -53,7 +56,7 @@ def ask_qemu(path: pathlib.Path, image_format: str = "qcow2") -> Said:
     )
 
 
-def play_mutant(ground: lab.Lab, corpus: list[mutants.Seed], name: str, asked: lab.Choice) -> lab.Finding:
+def play_mutant(ground: lab.Lab, corpus: list[mutants.Seed], name: str, asked: rounds.Choice) -> rounds.Finding:
     """Run both modules on a mutant."""
     randomness = asked.randomness(name)
     seed = randomness.choice(corpus)
@@ -63,12 +66,12 @@ def play_mutant(ground: lab.Lab, corpus: list[mutants.Seed], name: str, asked: l
     return finding._replace(violations=[f"{what} (a mutant of {seed.name})" for what in finding.violations])
 
 
-def judge_image(ground: lab.Lab, image_format: str = "qcow2") -> lab.Finding:
+def judge_image(ground: lab.Lab, image_format: str = "qcow2") -> rounds.Finding:
     """Run both modules on the image that is there and compare them with qemu-img."""
     active, target = ground.disks[0].active, ground.disks[0].target
     active.chmod(0o640)
     said = ask_qemu(active, image_format)
-    ground.disks = [lab.Disk(active, target, said.carried, said.size, image_format)]
+    ground.disks = [kinds.Disk(active, target, said.carried, said.size, image_format)]
     ground.before = {active: lab.identity(active)}
     info = modules.run(ground, "qcow2_info", path=str(active))
     wrong = [f"qcow2_info: {what}" for what in [*modules.run_wrong(info, [active]), *ground.images_wrong()]]
@@ -87,10 +90,10 @@ def judge_image(ground: lab.Lab, image_format: str = "qcow2") -> lab.Finding:
     if created and not said.opens:
         wrong.append("created on an image that qemu-img cannot open")
     outcome = "created" if created else "refused" + (", qemu-img opens it" if said.opens else ", and by qemu-img")
-    return lab.Finding(f"{outcome}; qcow2_info {'fails' if info.status else 'reports'}", wrong)
+    return rounds.Finding(f"{outcome}; qcow2_info {'fails' if info.status else 'reports'}", wrong)
 
 
-def info_wrong(info: lab.Run, said: Said) -> list[str]:
+def info_wrong(info: runs.Run, said: Said) -> list[str]:
     """Return in what qcow2_info differs from qemu-img about an image that both can read."""
     images = [image for disk in (info.result or {}).get("disks", ()) for image in disk["images"]]
     if not images:
@@ -109,27 +112,27 @@ def info_wrong(info: lab.Run, said: Said) -> list[str]:
     return wrong
 
 
-def read_mutants(_ground: lab.Lab, corpus: pathlib.Path, word: str, first: int, count: int) -> lab.Finding:
+def read_mutants(_ground: lab.Lab, corpus: pathlib.Path, word: str, first: int, count: int) -> rounds.Finding:
     """Have the reader alone read many mutants in one process."""
-    command = [sys.executable, str(lab.HERE / "reader.py"), str(corpus), word, str(first), str(count)]
+    command = [sys.executable, str(kinds.HERE / "reader.py"), str(corpus), word, str(first), str(count)]
     said = subprocess.run(command, capture_output=True, text=True, check=True)
     book = json.loads(said.stdout)
-    return lab.Finding("", book["violations"], (), book["counts"])
+    return rounds.Finding("", book["violations"], (), book["counts"])
 
 
-def mutant_jobs(folder: pathlib.Path, asked: lab.Choice) -> list[lab.Job]:
+def mutant_jobs(folder: pathlib.Path, asked: rounds.Choice) -> list[rounds.Job]:
     """Return the rounds with mutants."""
     corpus = mutants.build_corpus(folder)
     pickled = folder / "corpus.pickle"
     pickled.write_bytes(pickle.dumps(corpus))
     jobs = [
-        lab.Job("mutant, both modules", f"mutant-{n}", lambda g, n=n: play_mutant(g, corpus, f"mutant-{n}", asked))
+        rounds.Job("mutant, both modules", f"mutant-{n}", lambda g, n=n: play_mutant(g, corpus, f"mutant-{n}", asked))
         for n in range(asked.rounds)
     ]
     for first in range(0, asked.rounds * READER_SHARE, READER_BATCH):
         count = min(READER_BATCH, asked.rounds * READER_SHARE - first)
         play = functools.partial(read_mutants, corpus=pickled, word=str(asked.seed), first=first, count=count)
-        jobs.append(lab.Job("mutant, reader alone", f"reader-{first}", play))
+        jobs.append(rounds.Job("mutant, reader alone", f"reader-{first}", play))
     return jobs
 
 
@@ -171,7 +174,7 @@ BOMBS: dict[str, tuple[int, t.Callable[[int], bytes], int, int, int]] = {
 }
 
 
-def explode(ground: lab.Lab, what: str) -> lab.Finding:
+def explode(ground: lab.Lab, what: str) -> rounds.Finding:
     """Run the modules on an image that claims a lot, with little memory for qcow2_info."""
     active, target = ground.disks[0].active, ground.disks[0].target
     bomb(active, *BOMBS[what])
@@ -186,12 +189,12 @@ def explode(ground: lab.Lab, what: str) -> lab.Finding:
     if overlay.states == ["created"] and not ask_qemu(active).opens:
         wrong.append("created on an image that qemu-img cannot open")
     words = f"{'+'.join(overlay.states)}; qcow2_info {'fails' if info.status else 'reports'}"
-    return lab.Finding(f"{words}, with {info.memory >> 10} MiB", wrong)
+    return rounds.Finding(f"{words}, with {info.memory >> 10} MiB", wrong)
 
 
-def bomb_jobs() -> list[lab.Job]:
+def bomb_jobs() -> list[rounds.Job]:
     """Return the rounds with images that claim a lot."""
     return [
-        lab.Job("an image that claims a lot", f"bomb-{number}", functools.partial(explode, what=what))
+        rounds.Job("an image that claims a lot", f"bomb-{number}", functools.partial(explode, what=what))
         for number, what in enumerate(BOMBS)
     ]

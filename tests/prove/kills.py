@@ -17,7 +17,10 @@ from __future__ import annotations
 import collections
 import sys
 
+import kinds
 import lab
+import rounds
+import runs
 
 WHOM = {
     "group": "module and QEMU killed",
@@ -29,7 +32,7 @@ WHOM = {
 LOOKING = {"stat", "open", "readdir", "close", "access", "fstat", "getlk", "pread", "fgetxattr", "hear", "read", "wait"}
 
 
-def judge(ground: lab.Lab, run: lab.Run, whom: str) -> lab.Finding:
+def judge(ground: lab.Lab, run: runs.Run, whom: str) -> rounds.Finding:
     """Judge what a killed run has left, and then the second run."""
     outcome = ground.outcome()
     # Of a run whose QEMU was killed, the module is to tell; of one that was over before, too.
@@ -44,17 +47,17 @@ def judge(ground: lab.Lab, run: lab.Run, whom: str) -> lab.Finding:
     if not run.alone:
         wrong.append("a process of the run is left")
     messages = (run.message.replace(str(ground.place), "…"),) if run.status > 0 else ()
-    return lab.Finding(outcome, wrong + ground.rerun_wrong(), messages)
+    return rounds.Finding(outcome, wrong + ground.rerun_wrong(), messages)
 
 
-def at_step(ground: lab.Lab, rule: str, whom: str) -> lab.Finding:
+def at_step(ground: lab.Lab, rule: str, whom: str) -> rounds.Finding:
     """Have a run kill itself at a step."""
     run = ground.run(rule)
     finding = judge(ground, run, whom)
     return finding if run.status else finding._replace(outcome=f"the run went through, {finding.outcome}")
 
 
-def at_moment(ground: lab.Lab, whom: str, share: float, longest: float) -> lab.Finding:
+def at_moment(ground: lab.Lab, whom: str, share: float, longest: float) -> rounds.Finding:
     """Kill a run after this share of the time that runs take."""
     run = ground.run(kill={"whom": whom, "after": share * longest})
     finding = judge(ground, run, whom)
@@ -71,7 +74,7 @@ def steps(calls: dict[str, collections.Counter[str]], who: str, full: bool) -> l
     ]
 
 
-def step_jobs(ground: lab.Lab, kind: lab.Kind, full: bool) -> list[lab.Job]:
+def step_jobs(ground: lab.Lab, kind: kinds.Kind, full: bool) -> list[rounds.Job]:
     """Return a round for each step of a run for such a VM."""
     ground.use(kind)
     calls = ground.calls()
@@ -83,7 +86,7 @@ def step_jobs(ground: lab.Lab, kind: lab.Kind, full: bool) -> list[lab.Job]:
         ("qemu", "qemu", "self"),
     ]
     return [
-        lab.Job(
+        rounds.Job(
             f"{kind.name}: {WHOM[whom]} at a step",
             f"{kind.name}-{who}-{call}-{number}-{action}",
             lambda ground, rule=f"{who}:{call}:{number}:{action}", whom=whom: at_step(ground, rule, whom),
@@ -95,7 +98,7 @@ def step_jobs(ground: lab.Lab, kind: lab.Kind, full: bool) -> list[lab.Job]:
     ]
 
 
-def moment_jobs(ground: lab.Lab, kind: lab.Kind, asked: lab.Choice) -> list[lab.Job]:
+def moment_jobs(ground: lab.Lab, kind: kinds.Kind, asked: rounds.Choice) -> list[rounds.Job]:
     """Return so many rounds of each kind with a kill at a random moment."""
     ground.use(kind)
     durations = []
@@ -109,7 +112,7 @@ def moment_jobs(ground: lab.Lab, kind: lab.Kind, asked: lab.Choice) -> list[lab.
             name = f"{kind.name}-{whom}-moment-{number}"
             share = asked.randomness(name).random() * (0.4 if whom == "qemu" else 1)  # QEMU is not there from the start
             jobs.append(
-                lab.Job(
+                rounds.Job(
                     f"{kind.name}: {WHOM[whom]} at a random moment",
                     name,
                     lambda ground, whom=whom, share=share: at_moment(ground, whom, share, longest),
@@ -119,16 +122,16 @@ def moment_jobs(ground: lab.Lab, kind: lab.Kind, asked: lab.Choice) -> list[lab.
     return jobs
 
 
-def jobs_for(crew: lab.Crew, asked: lab.Choice) -> list[lab.Job]:
+def jobs_for(crew: rounds.Crew, asked: rounds.Choice) -> list[rounds.Job]:
     """Return all rounds."""
     ground = crew.labs[0]
     jobs = [
         job
-        for kind in (lab.ONE, lab.THREE, lab.RAW)
+        for kind in (kinds.ONE, kinds.THREE, kinds.RAW)
         for job in [*step_jobs(ground, kind, asked.full), *moment_jobs(ground, kind, asked)]
     ]
-    return lab.sampled(jobs, asked)
+    return rounds.sampled(jobs, asked)
 
 
 if __name__ == "__main__":
-    sys.exit(lab.prove(str(__doc__), 100, jobs_for))
+    sys.exit(rounds.prove(str(__doc__), 100, jobs_for))

@@ -8,12 +8,13 @@ from __future__ import annotations
 import typing as t
 
 import lab
+import runs
 
 LONGEST = 20.0  # seconds that a run may take, whatever the image says
 MOST_MEMORY = 512 << 10  # KiB that a run may take for a mutant, whatever the image says
 
 
-def run(ground: lab.Lab, module: str, memory: int | None = None, **arguments: t.Any) -> lab.Run:
+def run(ground: lab.Lab, module: str, memory: int | None = None, **arguments: t.Any) -> runs.Run:
     """Run a module to its end."""
     if any(isinstance(value, str) and not _is_text(value) for value in arguments.values()):
         arguments["_ansible_no_log"] = True  # or Ansible would end on the name before the module begins
@@ -28,7 +29,7 @@ def _is_text(value: str) -> bool:
     return "\0" not in value and value == value.encode("utf-8", "replace").decode()
 
 
-def run_wrong(ended: lab.Run, names: t.Sequence[t.Any], most: int = MOST_MEMORY) -> list[str]:
+def run_wrong(ended: runs.Run, names: t.Sequence[t.Any], most: int = MOST_MEMORY) -> list[str]:
     """Return what is wrong with a run whatever it was for; a message must have one of the names in it."""
     if ended.result is None or "Traceback" in ended.stderr:
         return [f"ended with {ended.status} and no result: {ended.stderr[-2000:]}"]

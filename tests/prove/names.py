@@ -13,9 +13,11 @@ import struct
 import subprocess
 import typing as t
 
+import kinds
 import lab
 import modules
 import qemu
+import rounds
 
 
 class Odd(t.NamedTuple):
@@ -40,7 +42,7 @@ ODD_NAMES = (
 WHERE = ("target", "ACTIVE", "folder", "bitmap")
 
 
-def set_up_name(ground: lab.Lab, odd: Odd, where: str) -> lab.Disk:
+def set_up_name(ground: lab.Lab, odd: Odd, where: str) -> kinds.Disk:
     """Have a disk with this name somewhere."""
     disk, raw = ground.disks[0], os.fsencode(odd.name)
     if where == "target":
@@ -80,7 +82,7 @@ def rename_bitmap(path: pathlib.Path, new: bytes) -> None:
         os.pwrite(file.fileno(), struct.pack(">QQ", len(entries), end), place)
 
 
-def play_name(ground: lab.Lab, odd: Odd, where: str, relative: bool) -> lab.Finding:
+def play_name(ground: lab.Lab, odd: Odd, where: str, relative: bool) -> rounds.Finding:
     """Run both modules with an odd name somewhere."""
     disk = set_up_name(ground, odd, where)
     ground.disks, ground.before = [disk], {disk.active: lab.identity(disk.active)}
@@ -101,10 +103,10 @@ def play_name(ground: lab.Lab, odd: Odd, where: str, relative: bool) -> lab.Find
     if left or (not made and os.path.lexists(disk.target)):
         wrong.append(f"left {left}")
     wrong += name_info_wrong(ground, disk, made)
-    return lab.Finding(" and ".join(overlay.states), wrong, ())
+    return rounds.Finding(" and ".join(overlay.states), wrong, ())
 
 
-def name_info_wrong(ground: lab.Lab, disk: lab.Disk, made: bool) -> list[str]:
+def name_info_wrong(ground: lab.Lab, disk: kinds.Disk, made: bool) -> list[str]:
     """Return what is wrong with what qcow2_info says of the same disk."""
     path = disk.target if made else disk.active
     info = modules.run(ground, "qcow2_info", path=str(path))
@@ -119,7 +121,7 @@ def name_info_wrong(ground: lab.Lab, disk: lab.Disk, made: bool) -> list[str]:
     return wrong
 
 
-def chain_wrong(disk: lab.Disk) -> list[str]:
+def chain_wrong(disk: kinds.Disk) -> list[str]:
     """Return what is wrong with the chain as QEMU itself finds it from the overlay."""
     command = ["qemu-img", "info", "-f", "qcow2", "--backing-chain", "--output=json", str(disk.target)]
     said = subprocess.run(command, capture_output=True, check=False)
@@ -131,7 +133,7 @@ def chain_wrong(disk: lab.Disk) -> list[str]:
     return []
 
 
-def long_path(ground: lab.Lab, length: int) -> lab.Finding:
+def long_path(ground: lab.Lab, length: int) -> rounds.Finding:
     """Run the module on an ACTIVE whose path has so many bytes; qcow2 records 1023 at most."""
     disk = ground.disks[0]
     folder = ground.actives_folder
@@ -146,10 +148,10 @@ def long_path(ground: lab.Lab, length: int) -> lab.Finding:
     wrong = [*modules.run_wrong(overlay, [active]), *ground.ended_wrong(overlay)]
     if overlay.states != ["created" if length <= 1023 else "failed"]:
         wrong.append(f"{overlay.states}: {overlay.message}")
-    return lab.Finding(f"{length} bytes {overlay.states[0]}", wrong)
+    return rounds.Finding(f"{length} bytes {overlay.states[0]}", wrong)
 
 
-def impossible_target(ground: lab.Lab, name: str) -> lab.Finding:
+def impossible_target(ground: lab.Lab, name: str) -> rounds.Finding:
     """Run the module for a target that no file system takes."""
     disk = ground.disks[0]
     target = f"{ground.folder}/{name}"
@@ -157,10 +159,10 @@ def impossible_target(ground: lab.Lab, name: str) -> lab.Finding:
     wrong = [*modules.run_wrong(overlay, [target, repr(target)]), *ground.images_wrong()]
     if overlay.states != ["failed"] or os.listdir(ground.folder):
         wrong.append(f"{overlay.states}: {overlay.message}")
-    return lab.Finding("failed", wrong)
+    return rounds.Finding("failed", wrong)
 
 
-def name_jobs() -> list[lab.Job]:
+def name_jobs() -> list[rounds.Job]:
     """Return the rounds with odd names."""
     jobs = []
     for number, odd in enumerate(ODD_NAMES):
@@ -168,16 +170,18 @@ def name_jobs() -> list[lab.Job]:
             for relative in (False, True) if where == "ACTIVE" else (False,):
                 play = functools.partial(play_name, odd=odd, where=where, relative=relative)
                 how = ", recorded relative" * relative
-                jobs.append(lab.Job(f"odd name of the {where}{how}", f"name-{number}-{where}{'-r' * relative}", play))
+                jobs.append(
+                    rounds.Job(f"odd name of the {where}{how}", f"name-{number}-{where}{'-r' * relative}", play)
+                )
     jobs += [
-        lab.Job("long path of ACTIVE", f"long-{length}", functools.partial(long_path, length=length))
+        rounds.Job("long path of ACTIVE", f"long-{length}", functools.partial(long_path, length=length))
         for length in (1022, 1023, 1024, 1025)
     ]
     for number, name in enumerate(("x" * 256, "\u00e4" * 128, "d/" * 2100 + "x", "", ".", "..", "a\0b", "x/../y/x")):
         play = functools.partial(impossible_target, name=name)
-        jobs.append(lab.Job("impossible target", f"impossible-{number}", play))
+        jobs.append(rounds.Job("impossible target", f"impossible-{number}", play))
     longest = [Odd("\u20ac" * 341), Odd("x" * 1023), Odd("\n" * 1023)]
     for number, odd in enumerate(longest):
         play = functools.partial(play_name, odd=odd, where="bitmap", relative=False)
-        jobs.append(lab.Job("odd name of the bitmap", f"longest-{number}", play))
+        jobs.append(rounds.Job("odd name of the bitmap", f"longest-{number}", play))
     return jobs
