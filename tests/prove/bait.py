@@ -23,6 +23,7 @@ import typing as t
 
 import kinds
 import lab
+import leftover
 import modules
 import mutants
 import qemu
@@ -183,7 +184,7 @@ def opened_wrong(ground: lab.Lab, module: str, bait: Bait, threads: list[tuple[b
             if not place.startswith(str(ground.place)) or "O_DIRECTORY" in flags:
                 continue
             writes = "O_RDWR" in flags or "O_WRONLY" in flags or "O_CREAT" in flags
-            is_ours = pathlib.Path(place.removesuffix(" (deleted)")).match(lab.LEFTOVER)
+            is_ours = leftover.is_one(pathlib.Path(place.removesuffix(" (deleted)")).name)
             if place.startswith(f"{ground.place}/bait/") and (is_qemu or not bait.may_be_opened or writes):
                 wrong.append(f"{who} opens the bait: {line}")
             elif is_qemu and place != active and not is_ours:

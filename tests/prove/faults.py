@@ -26,6 +26,7 @@ import typing as t
 
 import kinds
 import lab
+import leftover
 import rounds
 import runs
 
@@ -62,7 +63,7 @@ ERRORS = {
 def shown(ground: lab.Lab, text: str) -> str:
     """Return a message without what differs from round to round."""
     text = text.replace(str(ground.folder), "OVERLAYS").replace(str(ground.actives_folder), "ACTIVES")
-    text = re.sub(r"disk\d\.", "disk.", re.sub(r"overlay-[0-9a-f]{16}", "overlay-X", text))
+    text = re.sub(r"disk\d\.", "disk.", leftover.shown(text))
     return re.sub(r"\b\d{4,}\b", "N", text)
 
 

@@ -18,6 +18,7 @@ import typing as t
 
 import kinds
 import lab
+import leftover
 import modules
 import rounds
 import runs
@@ -128,7 +129,8 @@ def trick(shared: Shared, disk: kinds.Disk, what: str) -> bool:
         shared.folder.symlink_to(shared.outside)
         os.chown(shared.folder, NOBODY, NOBODY, follow_symlinks=False)
         return True
-    places = [disk.target] if thing == "target" else list(shared.folder.glob(lab.LEFTOVER))
+    temporary = [path for path in shared.folder.iterdir() if leftover.is_one(path.name)]
+    places = [disk.target] if thing == "target" else temporary
     for place in places:
         with contextlib.suppress(FileNotFoundError):
             if thing == "target" and place.exists():
@@ -175,7 +177,7 @@ def standing_link(ground: lab.Lab, owner: int, to_owner: int, mode: int) -> roun
         os.chown(link, owner, owner, follow_symlinks=False)
         os.chown(shared.outside, to_owner, to_owner)
         disk = ground.disks[0]._replace(target=link / "disk.snap.qcow2")
-        (shared.outside / ".qcow2_overlay-0123456789abcdef.tmp").write_bytes(b"left over")
+        (shared.outside / leftover.EXAMPLE).write_bytes(b"left over")
         before = snapshot(shared.outside)
         ended = make(ground, disk)
         wrong = modules.run_wrong(ended, [disk.target])
@@ -191,7 +193,7 @@ def planted(ground: lab.Lab, way: str) -> rounds.Finding:
     """Have something in the folder that looks like what a killed run has left."""
     with shared_folder(ground, 0o777) as shared:
         disk = ground.disks[0]._replace(target=shared.folder / "disk.snap.qcow2")
-        place = shared.folder / ".qcow2_overlay-0123456789abcdef.tmp"
+        place = shared.folder / leftover.EXAMPLE
         if way == "symlink":
             place.symlink_to(shared.outside / "bait")
         elif way == "link":

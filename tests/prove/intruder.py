@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fnmatch
 import os
 import pathlib
 import select
 import sys
 import typing as t
 
-PREFIX, SUFFIX = ".qcow2_overlay-", ".tmp"
+import leftover
+
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
@@ -67,7 +67,7 @@ def swap_temporary(place: str, bait: pathlib.Path) -> t.Iterator[bool]:
     while True:
         done = False
         for name in os.listdir(place):
-            if fnmatch.fnmatch(name, f"{PREFIX}*{SUFFIX}"):
+            if leftover.is_one(name):
                 path = os.path.join(place, name)
                 with contextlib.suppress(OSError):
                     if not os.path.islink(path):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import collections
 import fcntl
-import fnmatch
 import hashlib
 import json
 import os
@@ -18,9 +17,9 @@ import subprocess
 import typing as t
 
 import kinds
+import leftover
 import runs
 
-LEFTOVER = ".qcow2_overlay-*.tmp"
 _OFD_GETLK = 36  # Linux, fcntl(2)
 _FLOCK = struct.Struct("@hhqqi4x")
 
@@ -129,7 +128,7 @@ class Lab:
 
     def leftovers(self) -> list[str]:
         """Return the names of the temporary files."""
-        return fnmatch.filter(os.listdir(self.folder), LEFTOVER)
+        return list(filter(leftover.is_one, os.listdir(self.folder)))
 
     def outcome(self) -> str:
         """Return in a few words what a run has left."""
@@ -153,7 +152,7 @@ class Lab:
             ]
         expected = {disk.target.name for disk in self.disks}
         wrong += [f"there is {name}" for name in os.listdir(self.folder)
-                  if name not in expected and not fnmatch.fnmatch(name, LEFTOVER)]  # fmt: skip
+                  if name not in expected and not leftover.is_one(name)]  # fmt: skip
         return wrong
 
     def ended_wrong(self, run: runs.Run) -> list[str]:

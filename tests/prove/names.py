@@ -15,6 +15,7 @@ import typing as t
 
 import kinds
 import lab
+import leftover
 import modules
 import qemu
 import rounds
@@ -34,7 +35,7 @@ ODD_NAMES = (
     Odd("fat:rw:"), Odd("fd:0"), Odd("{{ lookup }}"), Odd("{% x %}"), Odd("%s%n%d"), Odd("$HOME"), Odd("~root"),
     Odd("$(id)`id`"), Odd("\u202eright to left"), Odd("zero\u200bwidth\ufeff"), Odd("\u0301combining"), Odd("e\u0301"),
     Odd("\U0001f600"), Odd("tab\t\rreturn\x1b[31m\x07"), Odd(" blank "), Odd("..."), Odd("x" * 255),
-    Odd("\u00e4" * 127), Odd(".qcow2_overlay-0123456789abcdef.tmp.x"), Odd("#x?y&z*[a]"), Odd("\x7f\x01"),
+    Odd("\u00e4" * 127), Odd(f"{leftover.EXAMPLE}.x"), Odd("#x?y&z*[a]"), Odd("\x7f\x01"),
     Odd("not UTF-8 \udcff", as_file=False, as_bitmap=False), Odd("half \udcc3", as_file=False, as_bitmap=False),
     Odd("\ufdd0 no character", as_file=False, as_bitmap=False), Odd("\ufffe", as_file=False, as_bitmap=False),
     Odd("\U0010ffff", as_file=False, as_bitmap=False),
