@@ -95,7 +95,7 @@ def started_at_moment(ground: Ground, pause: float) -> rounds.Finding:
 
 def judge_started(ground: Ground, name: str, said: str, run: runs.Run) -> rounds.Finding:
     """Judge a run in which a domain was started, or could not be for what was said."""
-    state = next((domain["state"] for domain in run.domains if domain["name"] == name), "failed")
+    state = run.domain(name).get("state", "failed")
     outcome = f"does not start, {state}" if said else f"starts, {state}"
     if said:
         wrong = [] if "lock" in said else [f"{name} does not start: {said}"]

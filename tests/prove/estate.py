@@ -22,7 +22,6 @@ import runs
 LAB_SH = kinds.COLLECTION / "tests/integration/targets/domain_overlay/files/lab.sh"
 SNAPSHOT = "snap"
 CHECKPOINT = "monday"  # its bitmap is in all qcow2 images of the kinds below
-HALF_DONE = "so its overlays were left in place"
 _SECONDS_TO_SETTLE = 0.1  # in which the daemon does what a run has asked for that was killed then
 
 THREE = kinds.Kind("one domain", (0, 1, 2))
@@ -185,10 +184,9 @@ class Estate(lab.Lab):
     def is_told(self, path: pathlib.Path, run: runs.Run) -> bool:
         """Whether a run that has failed says that this overlay is there all the same."""
         name = next(name for name in self.numbers for disk in self.disks_of(name) if disk.target == path)
-        said = next((domain for domain in run.domains if domain["name"] == name), {})
-        if said.get("state") in ("created", "present"):
+        if run.domain(name).get("state") in ("created", "present"):
             return True
-        return HALF_DONE in said.get("msg", "") or super().is_told(path, run)
+        return runs.left_in_place(run.domain(name)) or super().is_told(path, run)
 
     def images_wrong(self) -> list[str]:
         """Return what is wrong with the images and definitions, whatever the run was to do."""
@@ -218,7 +216,7 @@ class Estate(lab.Lab):
         name, state = domain["name"], domain["state"]
         there = {os.path.lexists(disk.target) for disk in self.disks_of(name)}
         switched = self.switched(name)
-        if HALF_DONE in domain.get("msg", ""):
+        if runs.left_in_place(domain):
             return [] if there == {True} else [f"{name}: says that overlays were left, of which some are missing"]
         expected = {"created": ({True}, True), "failed": ({False}, False)}.get(state)
         if (there, switched) != expected:

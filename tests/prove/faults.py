@@ -75,7 +75,7 @@ def told(ground: lab.Lab, run: runs.Run) -> tuple[str, ...]:
 def judge(ground: lab.Lab, run: runs.Run, stuck: bool = False) -> rounds.Finding:
     """Judge a run that has met a fault, stuck if one that kept it from removing files, and a second one without."""
     outcome = f"told as {'success' if run.status == 0 else 'failure'}"
-    if stuck and run.status and run.result and ("could not be removed" in run.message or ground.leftovers()):
+    if stuck and run.status and run.result and (run.says_not_removed() or ground.leftovers()):
         wrong = [*ground.images_wrong(), *unsaid(ground, run)]
         outcome += ", what could not be removed is left" + (", and it says so" if any(ground.there()) else "")
     else:

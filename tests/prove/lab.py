@@ -137,7 +137,7 @@ class Lab:
 
     def is_told(self, path: pathlib.Path, run: runs.Run) -> bool:
         """Whether a run that has failed says that this overlay is there all the same."""
-        return f"{path}: could not be removed" in run.message
+        return run.says_not_removed(path)
 
     def images_wrong(self) -> list[str]:
         """Return what is wrong with the images, whatever the run was to do."""
@@ -184,9 +184,8 @@ class Lab:
         if run.status != 0 or run.states != expected:
             words = f"{run.message} {run.stderr}"
             wrong.append(f"second run: exit {run.status}, {run.states} instead of {expected}: {words}")
-        told = [warning for warning in (run.result or {}).get("warnings", ()) if "is left over" in str(warning)]
-        if self.leftovers() or len(told) != len(leftovers):
-            wrong.append(f"second run: of {leftovers} it told {len(told)} and left {self.leftovers()}")
+        if self.leftovers() or len(run.said_left_over) != len(leftovers):
+            wrong.append(f"second run: of {leftovers} it told {len(run.said_left_over)} and left {self.leftovers()}")
         return wrong if all(self.there()) else [*wrong, "second run: an overlay is missing"]
 
 

@@ -16,6 +16,16 @@ import typing as t
 import kinds
 
 SECONDS_TO_ANSWER = 45.0
+# By these words, and by nothing else that a run says in words, it is judged what has become of files.
+LEFT_OUT = ": not made, because"  # an overlay that has not failed itself
+LEFT_IN_PLACE = "so its overlays were left in place"  # nobody knows whether the domain uses them
+NOT_REMOVED = "could not be removed"
+LEFT_OVER = "is left over"  # a temporary file, from a killed run
+
+
+def left_in_place(domain: t.Mapping[str, t.Any]) -> bool:
+    """Whether what a run says of a domain is that its overlays were left where they are."""
+    return LEFT_IN_PLACE in domain.get("msg", "")
 
 
 class Run(t.NamedTuple):
@@ -34,6 +44,10 @@ class Run(t.NamedTuple):
         """What it says of each domain, if it is about domains."""
         return list((self.result or {}).get("domains", ()))
 
+    def domain(self, name: str) -> dict[str, t.Any]:
+        """What it says of this domain; nothing, if it does not come to it."""
+        return next((domain for domain in self.domains if domain["name"] == name), {})
+
     @property
     def states(self) -> list[str]:
         """What it says of each overlay."""
@@ -43,7 +57,7 @@ class Run(t.NamedTuple):
     def messages(self) -> list[str]:
         """Why overlays failed, each that is not only left out because of another; or else their domain, or the run."""
         of_overlays = [overlay.get("msg", "") for overlay in self._overlays]
-        said = [message for message in of_overlays if message and ": not made, because" not in message]
+        said = [message for message in of_overlays if message and LEFT_OUT not in message]
         said = said or [domain["msg"] for domain in self.domains if "msg" in domain]
         return said if said or of_overlays or not self.message else [self.message]
 
@@ -57,6 +71,16 @@ class Run(t.NamedTuple):
     def message(self) -> str:
         """Why it failed, in its words."""
         return str((self.result or {}).get("msg", ""))
+
+    def says_not_removed(self, path: pathlib.Path | None = None) -> bool:
+        """Whether it says that this file, or any if none is given, could not be removed again."""
+        return (f"{path}: {NOT_REMOVED}" if path else NOT_REMOVED) in self.message
+
+    @property
+    def said_left_over(self) -> list[str]:
+        """Its warnings of what a killed run has left, one for each file."""
+        warnings = map(str, (self.result or {}).get("warnings", ()))
+        return [warning for warning in warnings if LEFT_OVER in warning]
 
 
 def build_library(folder: pathlib.Path) -> pathlib.Path:
