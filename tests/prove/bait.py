@@ -99,7 +99,7 @@ def set_bait(ground: lab.Lab, bait: Bait, where: str) -> None:
         if where == "base":
             active.unlink()
             qemu.create(active, kinds.SIZE, "-u", "-b", str(image), "-F", "qcow2")
-    ground.before = {active: lab.identity(active)}
+    ground.promise.prepare()
 
 
 def set_extension(path: pathlib.Path, wanted: int, new: bytes | None) -> None:
@@ -227,7 +227,7 @@ def play_bait(ground: lab.Lab, module: str, what: str, where: str) -> rounds.Fin
         wrong.append(f"{read_of_bait(bait, threads)} bytes of the bait were read")
     if (ended.status == 0) != bait.usable:
         wrong.append(f"exit {ended.status}: {ended.message}")
-    if lab.identity(disk.active) != ground.before[disk.active]:
+    if lab.identity(disk.active) != ground.promise.before[disk.active]:
         wrong.append("ACTIVE was changed")
     return rounds.Finding("goes on" if ended.status == 0 else "refused", wrong)
 

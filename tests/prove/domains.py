@@ -28,6 +28,7 @@ import kinds
 import lab
 import rounds
 import runs
+import switch
 
 Ground = t.Any  # an estate.Estate; the rounds of the other programs know a lab.Lab only
 FILLER = "filler"
@@ -99,10 +100,10 @@ def judge_started(ground: Ground, name: str, said: str, run: runs.Run) -> rounds
     outcome = f"does not start, {state}" if said else f"starts, {state}"
     if said:
         wrong = [] if "lock" in said else [f"{name} does not start: {said}"]
-        for path, was in ground.before.items():
+        for path, was in ground.promise.before.items():
             *now, _changed = lab.identity(path)
             if now == [*was[:-1]]:  # libvirt gives an image to QEMU's user before it starts QEMU, were it for nothing
-                ground.before[path] = lab.identity(path)
+                ground.promise.before[path] = lab.identity(path)
         wrong += ground.ended_wrong(run)
         return rounds.Finding(outcome, wrong + faults.message_wrong(ground, run), faults.told(ground, run))
     # On which images it runs, the daemon knows; it has them open, so there is nothing to be compared in them any more.
@@ -142,18 +143,18 @@ def edited_at_question(ground: Ground, number: int, questions: int) -> rounds.Fi
     if is_edited:  # take it back, so that the rest is judged as ever
         ground.daemon.connection.defineXML(now.replace(TITLE, ""))
     outcome = "when it was switched already" if was_switched else "before" if is_edited else "too late to be seen"
-    wrong = ground.images_wrong()
+    wrong = ground.promise.images_wrong()
     # Only when the very next word to libvirt is the new definition, nothing can be done: libvirt does not compare.
     later = len(ground.numbers) - 1 - list(ground.numbers).index(name)
     if not is_edited and number != questions - AFTER_DEFINING - later * TO_SWITCH:
         wrong.append(f"{name}: the edit before question {number} of {questions} is lost")
     if run.status == 0 or was_switched:
-        wrong += [] if all(ground.there()) else [f"says {run.states}, which are {ground.there()}"]
+        wrong += [] if all(ground.promise.done()) else [f"says {run.states}, which are {ground.promise.done()}"]
     else:
         wrong += ground.ended_wrong(run)
     return rounds.Finding(
         f"{outcome}, told as {'success' if run.status == 0 else 'failure'}",
-        wrong + faults.message_wrong(ground, run) + ground.rerun_wrong(),
+        wrong + faults.message_wrong(ground, run) + ground.promise.rerun_wrong(),
         faults.told(ground, run),
     )
 
@@ -163,14 +164,14 @@ def second_run(ground: Ground, number: int | None, pause: float) -> rounds.Findi
     ground.start(f"module:*:{number}:stop" if number else "")
     first = ground.runner.answer() if number else None
     time.sleep(pause)
-    arguments = ground.arguments(timeout=1 if number else 20)
-    ground.second.start(arguments, ground.environment(), None, ground.module)
+    arguments = ground.promise.arguments(timeout=1 if number else 20)
+    ground.second.start(ground.promise.module, arguments, ground.environment())
     second = ground.second.answer()
     if first is None:
         if number:
             ground.runner.say()
         first = ground.runner.answer()
-    wrong = ground.images_wrong()
+    wrong = ground.promise.images_wrong()
     words = []
     for name in ground.numbers:
         states = [domain["state"] for run in (first, second) for domain in run.domains if domain["name"] == name]
@@ -182,7 +183,7 @@ def second_run(ground: Ground, number: int | None, pause: float) -> rounds.Findi
     for run in (first, second):
         wrong += faults.message_wrong(ground, run)
     messages = faults.told(ground, first) + faults.told(ground, second)
-    return rounds.Finding("; ".join(words), wrong + ground.rerun_wrong(), messages)
+    return rounds.Finding("; ".join(words), wrong + ground.promise.rerun_wrong(), messages)
 
 
 AT_STEPS = {
@@ -237,4 +238,4 @@ def jobs_for(crew: rounds.Crew, asked: rounds.Choice) -> list[rounds.Job]:
 
 
 if __name__ == "__main__":
-    sys.exit(rounds.prove(str(__doc__), 10, jobs_for, estate.Estate))
+    sys.exit(rounds.prove(str(__doc__), 10, jobs_for, functools.partial(estate.Estate, make_promise=switch.Switched)))

@@ -1,7 +1,7 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A lab in which the VMs are domains of a libvirt daemon of its own, and the judgement of their definitions."""
+"""A lab in which the VMs are domains of a libvirt daemon of its own."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ import xml.etree.ElementTree as ET
 import kinds
 import lab
 import libvirt
+import promise
 import runs
 
 LAB_SH = kinds.COLLECTION / "tests/integration/targets/domain_overlay/files/lab.sh"
-SNAPSHOT = "snap"
 CHECKPOINT = "monday"  # its bitmap is in all qcow2 images of the kinds below
 _SECONDS_TO_SETTLE = 0.1  # in which the daemon does what a run has asked for that was killed then
 
@@ -78,18 +78,25 @@ class Daemon:
         subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 
 
+E = t.TypeVar("E", bound="Estate")
+
+
 class Estate(lab.Lab):
-    """A lab for the module domain_overlay."""
+    """A lab with domains."""
 
-    module = "domain_overlay"
-
-    def __init__(self, base: pathlib.Path, library: pathlib.Path, templates: kinds.Templates) -> None:
+    def __init__(
+        self: E,
+        base: pathlib.Path,
+        library: pathlib.Path,
+        templates: kinds.Templates,
+        make_promise: t.Callable[[E], promise.Promise],
+    ) -> None:
         # A daemon's words about a call that is meant to fail are no news.
         libvirt.registerErrorHandler(lambda _context, _error: None, None)
         self.daemon = Daemon(base / "libvirt")
         self._definitions: dict[str, str] = {}  # before the snapshot, by name; of the kind that is in use
         self.numbers: dict[str, tuple[int, ...]] = {}
-        super().__init__(base, library, templates)
+        super().__init__(base, library, templates, make_promise)
 
     def close(self) -> None:
         """End all that runs."""
@@ -103,11 +110,10 @@ class Estate(lab.Lab):
         if self.numbers != DOMAINS[kind]:
             self._definitions.clear()
         self.numbers = DOMAINS[kind]
-        self.subjects = [str(self.place), "libvirt cannot ", *(f"{name}: " for name in self.numbers)]
 
-    def reset(self) -> None:
+    def lay_out(self) -> None:
         """Have fresh images, no overlays, and the domains with their first definitions and a checkpoint each."""
-        super().reset()
+        super().lay_out()
         for domain in self.daemon.connection.listAllDomains():
             if domain.isActive():
                 domain.destroy()
@@ -151,12 +157,6 @@ class Estate(lab.Lab):
         """Return libvirt's handle of a domain."""
         return self.daemon.connection.lookupByName(name)
 
-    def arguments(self, disks: t.Sequence[kinds.Disk] | None = None, **options: t.Any) -> dict[str, t.Any]:
-        """Return the options of the module; disks only for the other module."""
-        assert disks is None
-        place = {"directory": str(self.folder), "uri": self.daemon.uri}
-        return {"name": list(self.numbers), "snapshot": SNAPSHOT, "timeout": 20, **place, **options}
-
     def run(self, rule: str = "", log: pathlib.Path | None = None, kill: dict[str, t.Any] | None = None) -> runs.Run:
         """Run the module to its end."""
         run = super().run(rule, log, kill)
@@ -175,68 +175,6 @@ class Estate(lab.Lab):
             t.cast("ET.Element", element.find("source")).set("file", str(disk.target))
             t.cast("ET.Element", element.find("driver")).set("type", "qcow2")
         return True if now == ET.canonicalize(ET.tostring(new, encoding="unicode")) else None
-
-    def outcome(self) -> str:
-        """Return in a few words what a run has left."""
-        switched = sum(self.switched(name) is True for name in self.numbers)
-        return f"{super().outcome()}, {switched} of {len(self.numbers)} switched"
-
-    def is_told(self, path: pathlib.Path, run: runs.Run) -> bool:
-        """Whether a run that has failed says that this overlay is there all the same."""
-        name = next(name for name in self.numbers for disk in self.disks_of(name) if disk.target == path)
-        if run.domain(name).get("state") in ("created", "present"):
-            return True
-        return runs.left_in_place(run.domain(name)) or super().is_told(path, run)
-
-    def images_wrong(self) -> list[str]:
-        """Return what is wrong with the images and definitions, whatever the run was to do."""
-        wrong = super().images_wrong()
-        for name in self.numbers:
-            switched = self.switched(name)
-            if switched is None:
-                wrong.append(f"{name} has another definition: {definition_of(self.domain(name))}")
-            if switched and not all(os.path.lexists(disk.target) for disk in self.disks_of(name)):
-                wrong.append(f"{name} is on overlays that are not there")
-            if [checkpoint.getName() for checkpoint in self.domain(name).listAllCheckpoints()] != [CHECKPOINT]:
-                wrong.append(f"{name} has lost its checkpoint")
-        return wrong
-
-    def told_wrong(self, run: runs.Run) -> list[str]:
-        """Return what is wrong with what a run says of what it has left, domain by domain."""
-        if not run.domains:  # nothing was begun
-            untouched = not any(self.there()) and not any(self.switched(name) for name in self.numbers)
-            return [] if run.status and untouched else [f"says nothing of the domains: {run.message!r}"]
-        wrong = [problem for domain in run.domains for problem in self._told_of_domain_wrong(domain)]
-        if (run.status == 0) != all(domain["state"] == "created" for domain in run.domains):
-            wrong.append(f"exit {run.status} with {[domain['state'] for domain in run.domains]}")
-        return wrong
-
-    def _told_of_domain_wrong(self, domain: dict[str, t.Any]) -> list[str]:
-        """Return what is wrong with what a run says of one domain."""
-        name, state = domain["name"], domain["state"]
-        there = {os.path.lexists(disk.target) for disk in self.disks_of(name)}
-        switched = self.switched(name)
-        if runs.left_in_place(domain):
-            return [] if there == {True} else [f"{name}: says that overlays were left, of which some are missing"]
-        expected = {"created": ({True}, True), "failed": ({False}, False)}.get(state)
-        if (there, switched) != expected:
-            return [f"{name} is {state}, but overlays there: {there}, switched: {switched}: {domain.get('msg')!r}"]
-        # None: it cannot be told, as after a fault that has kept the run from looking; the next run looks again.
-        if False in {checkpoint["valid"] for checkpoint in domain["checkpoints"]}:
-            return [f"{name}: its checkpoint is said to be of no use: {domain['checkpoints']}"]
-        return []
-
-    def rerun_wrong(self) -> list[str]:
-        """Return what is wrong with a second run, which completes everything, and a third, which changes nothing."""
-        wrong = super().rerun_wrong()
-        wrong += [f"second run: {name} was not switched" for name in self.numbers if not self.switched(name)]
-        run = self.run()
-        unfit = {domain["name"] for domain in run.domains if [one["valid"] for one in domain["checkpoints"]] != [True]}
-        without_bitmaps = {name for name in self.numbers if not any(disk.bitmaps for disk in self.disks_of(name))}
-        states = {domain["state"] for domain in run.domains}
-        if run.status or (run.result or {}).get("changed") or states != {"present"} or unfit != without_bitmaps:
-            wrong.append(f"third run: exit {run.status}, {run.message} {run.result}")
-        return wrong
 
 
 def definition_of(domain: t.Any) -> str:

@@ -16,6 +16,7 @@ import contextlib
 import functools
 import json
 import os
+import pathlib
 import re
 import select
 import shutil
@@ -27,6 +28,8 @@ import typing as t
 import kinds
 import lab
 import leftover
+import overlays
+import promise
 import rounds
 import runs
 
@@ -76,11 +79,11 @@ def judge(ground: lab.Lab, run: runs.Run, stuck: bool = False) -> rounds.Finding
     """Judge a run that has met a fault, stuck if one that kept it from removing files, and a second one without."""
     outcome = f"told as {'success' if run.status == 0 else 'failure'}"
     if stuck and run.status and run.result and (run.says_not_removed() or ground.leftovers()):
-        wrong = [*ground.images_wrong(), *unsaid(ground, run)]
-        outcome += ", what could not be removed is left" + (", and it says so" if any(ground.there()) else "")
+        wrong = [*ground.promise.images_wrong(), *ground.promise.unsaid(run)]
+        outcome += ", what could not be removed is left" + (", and it says so" if any(ground.promise.done()) else "")
     else:
         wrong = ground.ended_wrong(run)
-    return rounds.Finding(outcome, wrong + message_wrong(ground, run) + ground.rerun_wrong(), told(ground, run))
+    return rounds.Finding(outcome, wrong + message_wrong(ground, run) + ground.promise.rerun_wrong(), told(ground, run))
 
 
 def message_wrong(ground: lab.Lab, run: runs.Run) -> list[str]:
@@ -92,17 +95,11 @@ def message_wrong(ground: lab.Lab, run: runs.Run) -> list[str]:
         f"the message {what}: {message}"
         for message in messages
         for what, holds in (
-            ("names no file", message.startswith((*ground.subjects, "/proc:"))),
+            ("names no file", message.startswith((*ground.promise.subjects, "/proc:"))),
             ("does not say what to do", ADVICE.search(message)),
         )
         if not holds
     ]
-
-
-def unsaid(ground: lab.Lab, run: runs.Run) -> list[str]:
-    """Return which overlays a failed run has left without a word."""
-    left = [disk.target for disk in ground.disks if os.path.lexists(disk.target)]
-    return [f"left {path}, says: {run.message}" for path in left if not ground.is_told(path, run)]
 
 
 def faulty(ground: lab.Lab, rule: str) -> rounds.Finding:
@@ -183,7 +180,7 @@ def unfit(ground: lab.Lab, storage: Unfit) -> rounds.Finding:
         wrong = [*ground.ended_wrong(run), *message_wrong(ground, run)]
         cure()
         outcome = f"told as {'success' if run.status == 0 else 'failure'}"
-        return rounds.Finding(outcome, wrong + ground.rerun_wrong(), told(ground, run))
+        return rounds.Finding(outcome, wrong + ground.promise.rerun_wrong(), told(ground, run))
 
 
 def unfit_job(kind: kinds.Kind, series: str, name: str, storage: Unfit) -> rounds.Job:
@@ -210,12 +207,17 @@ def full_jobs(ground: lab.Lab, kind: kinds.Kind) -> list[rounds.Job]:
     return sizes + quotas
 
 
+def result_wrong(run: runs.Run) -> list[str]:
+    """Return what is wrong with a run that has no result."""
+    return [] if run.result is not None else [f"ended with {run.status} and no result: {run.stderr[-2000:]}"]
+
+
 def without_folder(ground: lab.Lab, number: int, moved: bool) -> rounds.Finding:
     """Take the folder of the overlays away while the module is at a step."""
     elsewhere = ground.place / "elsewhere"
     ground.start(f"module:*:{number}:stop")
     run = ground.runner.answer()
-    there = ground.there()
+    done = ground.promise.done()
     if run is None:
         ground.folder.rename(elsewhere)
         if moved:
@@ -225,96 +227,56 @@ def without_folder(ground: lab.Lab, number: int, moved: bool) -> rounds.Finding:
         ground.runner.say()
         run = ground.runner.answer()
     try:
-        return judge_without_folder(ground, t.cast("runs.Run", run), there, elsewhere)
+        assert run is not None
+        ground.folder.mkdir(exist_ok=True)
+        wrong = [*result_wrong(run), *ground.promise.without_folder_wrong(run, done, elsewhere)]
+        outcome = f"told as {'success' if run.status == 0 else 'failure'}"
+        return rounds.Finding(outcome, wrong + message_wrong(ground, run), told(ground, run))
     finally:
         shutil.rmtree(elsewhere, ignore_errors=True)
         ground.folder.mkdir(exist_ok=True)
 
 
-def judge_without_folder(ground: lab.Lab, run: runs.Run, there: list[bool], elsewhere: t.Any) -> rounds.Finding:
-    """Judge what is left in both folders; there is what stood there when the folder was taken away."""
-    ground.folder.mkdir(exist_ok=True)
-    strays = [entry.name for entry in elsewhere.iterdir()] if elsewhere.is_dir() else []
-    wrong = ground.images_wrong()
-    if run.status != 0 and (strays or os.listdir(ground.folder)):
-        wrong.append(f"failed and left {strays} and {os.listdir(ground.folder)}: {run.message}")
-    if run.status == 0 and not all(there) and not all(ground.there()):
-        wrong.append("says that it has created what is not there")
-    if run.result is None:
-        wrong.append(f"ended with {run.status} and no result: {run.stderr[-2000:]}")
-    outcome = f"told as {'success' if run.status == 0 else 'failure'}"
-    return rounds.Finding(outcome, wrong + message_wrong(ground, run), told(ground, run))
-
-
-class Rival(t.NamedTuple):
-    """What the second of two runs is to make, out of the disks of the VM."""
-
-    what: str
-    kind: kinds.Kind
-    choose: t.Callable[[lab.Lab], list[kinds.Disk]]
-    winners: tuple[int, ...]  # how many runs may create something
-    other: str  # the state that a run comes to that waits, but is not the first
-
-
 RIVALS = (
-    Rival("the same target", kinds.ONE, lambda ground: ground.disks, (1,), "present"),
-    Rival(
+    promise.Rival("the same target", kinds.ONE, lambda disks: disks, (1,), "present"),
+    promise.Rival(
         "another target on the same ACTIVE",
         kinds.ONE,
-        lambda ground: [ground.disks[0]._replace(target=ground.folder / "other.snap.qcow2")],
+        lambda disks: [disks[0]._replace(target=disks[0].target.with_name("other.snap.qcow2"))],
         (1, 2),
         "created",
     ),
-    Rival("the same three, in another order", kinds.THREE, lambda ground: ground.disks[::-1], (1,), "present"),
-    Rival(
+    promise.Rival("the same three, in another order", kinds.THREE, lambda disks: disks[::-1], (1,), "present"),
+    promise.Rival(
         "the same target on another ACTIVE",
         kinds.ONE,
-        lambda ground: [ground.disks[0]._replace(active=ground.actives_folder / "other.qcow2")],
+        lambda disks: [disks[0]._replace(active=disks[0].active.with_name("other.qcow2"))],
         (1,),
         "failed",
     ),
 )
 
 
-def race(ground: lab.Lab, rival: Rival, pause: float, step: int | None) -> rounds.Finding:
+def race(ground: lab.Lab, rival: promise.Rival, pause: float, step: int | None) -> rounds.Finding:
     """Let two runs race, the second after a pause or while the first is at a step."""
-    theirs = rival.choose(ground)
+    theirs = rival.choose(ground.disks)
     for disk in theirs:
         if not disk.active.exists():
             shutil.copy2(ground.disks[0].active, disk.active)
     ground.start(f"module:*:{step}:stop" if step else "")
     first = ground.runner.answer() if step else None
     time.sleep(pause)
-    arguments = ground.arguments(theirs, timeout=1 if step else 20)
-    ground.second.start(arguments, ground.environment(), None)
+    arguments = ground.promise.arguments(theirs, timeout=1 if step else 20)
+    ground.second.start(ground.promise.module, arguments, ground.environment())
     second = ground.second.answer()
     if first is None:
         if step:
             ground.runner.say()
         first = ground.runner.answer()
-    finding = judge_race(ground, rival, theirs, t.cast("runs.Run", first), t.cast("runs.Run", second))
-    if not step and {*first.states, *second.states} != {"created", rival.other}:  # nobody stopped, so waiting helps
-        finding.violations.append(f"{first.states} and {second.states}, but each has waited for the other")
-    return finding
-
-
-def judge_race(
-    ground: lab.Lab, rival: Rival, theirs: list[kinds.Disk], first: runs.Run, second: runs.Run
-) -> rounds.Finding:
-    """Judge what two runs have made."""
-    created = [set(run.states) == {"created"} for run in (first, second)]
-    wrong = [f"ended with {run.status}: {run.stderr[-2000:]}" for run in (first, second) if run.result is None]
-    if sum(created) not in rival.winners:
-        wrong.append(f"states {first.states} and {second.states}: {first.message} / {second.message}")
-    # What stands there is what the run made that says so.
-    made = [disk for won, disks in zip(created, (ground.disks, theirs)) if won for disk in disks]
-    wrong += [problem for disk in made for problem in lab.incomplete(disk)]
-    expected = {disk.target.name for disk in made}
-    if set(os.listdir(ground.folder)) != expected:
-        wrong.append(f"there is {os.listdir(ground.folder)}, not {sorted(expected)}")
-    ours, ground.disks = ground.disks, made
-    wrong += ground.images_wrong()
-    ground.disks = ours
+    assert first is not None
+    assert second is not None
+    wrong = [*result_wrong(first), *result_wrong(second)]
+    wrong += ground.promise.raced_wrong(rival, theirs, first, second, bool(step))
     words = ["+".join(sorted(set(run.states))) or "none" for run in (first, second)]
     return rounds.Finding(" and ".join(words), wrong, told(ground, first) + told(ground, second))
 
@@ -322,7 +284,7 @@ def judge_race(
 class VM:
     """A QEMU that opens an image for writing, as a VM does, and goes on holding it if it could."""
 
-    def __init__(self, image: t.Any, image_format: str, emulator: bool) -> None:
+    def __init__(self, image: pathlib.Path, image_format: str, emulator: bool) -> None:
         command = ["qemu-io", "-f", image_format, str(image)]
         if emulator:
             node = {"driver": image_format, "node-name": "d", "file": {"driver": "file", "filename": str(image)}}
@@ -354,53 +316,53 @@ class VM:
         return self._process.communicate()[1].decode()
 
 
-def vm_at_step(ground: lab.Lab, number: int, on_overlay: bool) -> rounds.Finding:
-    """Start a VM on ACTIVE, or on the overlay, while the module is at a step."""
+Opened = t.Callable[[kinds.Disk], tuple[pathlib.Path, str]]  # the image of a disk that a VM opens, and its format
+
+
+def active(disk: kinds.Disk) -> tuple[pathlib.Path, str]:
+    """Have a VM open ACTIVE."""
+    return disk.active, disk.format
+
+
+def overlay(disk: kinds.Disk) -> tuple[pathlib.Path, str]:
+    """Have a VM open the overlay."""
+    return disk.target, "qcow2"
+
+
+def vm_at_step(ground: lab.Lab, image: Opened, number: int) -> rounds.Finding:
+    """Start a VM on an image while the module is at a step."""
     if not ground.stops("*", number):
         return rounds.Finding("the run was over", [])
-    there = all(ground.there())
+    done = all(ground.promise.done())
     disk = ground.disks[number % len(ground.disks)]
-    vm = VM(*((disk.target, "qcow2") if on_overlay else (disk.active, disk.format)), emulator=False)
+    vm = VM(*image(disk), emulator=False)
     runs_on = vm.settle()
     ground.runner.say()
     run = ground.runner.answer()
     said = vm.end()
-    return judge_vm(ground, t.cast("runs.Run", run), runs_on, runs_on and not there, said)
+    return judge_vm(ground, t.cast("runs.Run", run), runs_on, runs_on and not done, said)
 
 
-def vm_at_moment(ground: lab.Lab, pause: float, emulator: bool) -> rounds.Finding:
-    """Start a VM on ACTIVE at a random moment of a run."""
+def vm_at_moment(ground: lab.Lab, image: Opened, pause: float, emulator: bool) -> rounds.Finding:
+    """Start a VM on an image at a random moment of a run."""
     ground.start()
     time.sleep(pause)
-    disk = ground.disks[-1]
+    path, image_format = image(ground.disks[-1])
     # An emulator with no device takes a raw image without asking to write to it.
-    vm = VM(disk.active, disk.format, emulator and disk.format == "qcow2")
+    vm = VM(path, image_format, emulator and image_format == "qcow2")
     runs_on = vm.settle()
     run = ground.runner.answer()
     said = vm.end()
-    # The overlay's last change is that its temporary name goes, before ACTIVE is released; clocks of files are coarse.
-    made = max((disk.target.stat().st_ctime for disk in ground.disks if disk.target.exists()), default=0.0)
-    too_early = runs_on and t.cast("float", vm.opened_at) < made - 0.02
+    # What is done is done before the image is released; clocks of files are coarse.
+    too_early = runs_on and t.cast("float", vm.opened_at) < ground.promise.done_at() - 0.02
     return judge_vm(ground, t.cast("runs.Run", run), runs_on, too_early, said)
 
 
 def judge_vm(ground: lab.Lab, run: runs.Run, runs_on: bool, too_early: bool, said: str) -> rounds.Finding:
-    """Judge a run into which a VM came; too_early, it had ACTIVE open before all overlays were there."""
-    wrong = []
-    there = ground.there()
-    if run.status == 0 and too_early:
-        wrong.append("the VM had ACTIVE open, and the overlays were made all the same")
-    if run.status != 0 and runs_on and any(there):
-        wrong.append("the VM runs, and an overlay is there that the run says it has not made")
+    """Judge a run into which a VM came; too_early, it had its image open before all was done."""
+    wrong = ground.promise.vm_wrong(run, runs_on, too_early)
     if not runs_on and "lock" not in said and "No such file" not in said:
         wrong.append(f"the VM failed in another way: {said}")
-    if not runs_on or (run.status == 0 and not too_early):
-        wrong += [problem for disk in ground.disks if disk.target.exists() for problem in lab.incomplete(disk)
-                  if "is 'in-use'" not in problem]  # fmt: skip
-    if run.status != 0 and os.listdir(ground.folder):
-        wrong.append(f"there is {os.listdir(ground.folder)} after {run.message}")
-    if not runs_on:
-        wrong += ground.images_wrong()
     outcome = f"VM {'starts' if runs_on else 'does not start'}, told as {'success' if run.status == 0 else 'failure'}"
     return rounds.Finding(outcome, wrong + message_wrong(ground, run), told(ground, run))
 
@@ -411,7 +373,7 @@ def stepping(ground: lab.Lab) -> list[rounds.Job]:
     for kind in (kinds.ONE, kinds.THREE, kinds.TEMPLATE, kinds.RAW):
         ground.use(kind)
         for n in range(1, sum(ground.calls()["module"].values()) + 1):
-            play = functools.partial(vm_at_step, number=n, on_overlay=False)
+            play = functools.partial(vm_at_step, image=active, number=n)
             jobs.append(
                 rounds.Job(f"{kind.name}: VM starts on ACTIVE at a step", f"vm-{kind.name}-step-{n}", play, kind)
             )
@@ -421,7 +383,7 @@ def stepping(ground: lab.Lab) -> list[rounds.Job]:
             word = "moved away" if moved else "removed"
             play = functools.partial(without_folder, number=n, moved=moved)
             jobs.append(rounds.Job(f"folder {word} in mid-run", f"folder-{moved}-{n}", play))
-        play = functools.partial(vm_at_step, number=n, on_overlay=True)
+        play = functools.partial(vm_at_step, image=overlay, number=n)
         jobs.append(rounds.Job("one: VM starts on the overlay at a step", f"vm-overlay-step-{n}", play))
         for number, rival in enumerate(RIVALS[:2]):
             play = functools.partial(race, rival=rival, pause=0, step=n)
@@ -441,7 +403,7 @@ def racing(asked: rounds.Choice) -> list[rounds.Job]:
         for kind in (kinds.ONE, kinds.THREE, kinds.TEMPLATE, kinds.RAW):
             name = f"vm-{kind.name}-moment-{n}"
             pause = asked.randomness(name).random() * 0.1
-            play = functools.partial(vm_at_moment, pause=pause, emulator=bool(n % 2))
+            play = functools.partial(vm_at_moment, image=active, pause=pause, emulator=bool(n % 2))
             jobs.append(rounds.Job(f"{kind.name}: VM starts on ACTIVE at a random moment", name, play, kind))
     return jobs
 
@@ -463,4 +425,4 @@ def jobs_for(crew: rounds.Crew, asked: rounds.Choice) -> list[rounds.Job]:
 
 
 if __name__ == "__main__":
-    sys.exit(rounds.prove(str(__doc__), 10, jobs_for))
+    sys.exit(rounds.prove(str(__doc__), 10, jobs_for, functools.partial(lab.Lab, make_promise=overlays.Made)))

@@ -20,6 +20,7 @@ import kinds
 import lab
 import leftover
 import modules
+import overlays
 import rounds
 import runs
 
@@ -69,10 +70,11 @@ def race_wrong(ground: lab.Lab, shared: Shared, disk: kinds.Disk, ended: runs.Ru
     wrong = modules.run_wrong(ended, [ground.place])
     if snapshot(shared.outside) != shared.before:
         wrong.append(f"outside was {shared.before}, is {snapshot(shared.outside)}")
-    if lab.identity(disk.active) != ground.before[disk.active]:
+    if lab.identity(disk.active) != ground.promise.before[disk.active]:
         wrong.append("ACTIVE was changed")
     if ended.states == ["created"]:
-        wrong += lab.incomplete(disk) if disk.target.is_file() and not disk.target.is_symlink() else ["is not there"]
+        is_there = disk.target.is_file() and not disk.target.is_symlink()
+        wrong += overlays.incomplete(disk) if is_there else ["is not there"]
     return wrong
 
 
@@ -102,7 +104,7 @@ def race(ground: lab.Lab, what: str, mode: int, owned: bool) -> rounds.Finding:
         disk = ground.disks[0]._replace(target=shared.folder / "disk.snap.qcow2")
         if owned:
             os.chown(disk.active, NOBODY, NOBODY)
-            ground.before[disk.active] = lab.identity(disk.active)
+            ground.promise.prepare()
         place = {"target": disk.target, "temporary": shared.folder, "link": shared.folder}[what]
         if what == "link":
             os.chown(shared.folder, NOBODY, NOBODY)  # or it could not be moved out of a sticky folder
@@ -152,7 +154,7 @@ def race_at_step(ground: lab.Lab, what: str, number: int) -> rounds.Finding:
     with shared_folder(ground, 0o777) as shared:
         disk = ground.disks[0]._replace(target=shared.folder / "disk.snap.qcow2")
         arguments = {"path": str(disk.target), "backing_file": str(disk.active), "timeout": 15}
-        ground.runner.start(arguments, ground.environment(f"module:*:{number}:stop"))
+        ground.runner.start("qcow2_overlay", arguments, ground.environment(f"module:*:{number}:stop"))
         ended = ground.runner.answer()
         done = False
         if ended is None:

@@ -14,6 +14,7 @@ nothing is left. Of what lies outside the folder of the overlays, nothing is mad
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import tempfile
@@ -21,7 +22,9 @@ import tempfile
 import bait
 import folders
 import images
+import lab
 import names
+import overlays
 import rounds
 
 
@@ -40,4 +43,4 @@ if __name__ == "__main__":
     # Thousands of images are written, none of which has to outlive a power cut.
     if os.access("/dev/shm", os.W_OK) and "TMPDIR" not in os.environ:
         tempfile.tempdir = "/dev/shm"
-    sys.exit(rounds.prove(str(__doc__), 100, jobs_for))
+    sys.exit(rounds.prove(str(__doc__), 100, jobs_for, functools.partial(lab.Lab, make_promise=overlays.Made)))

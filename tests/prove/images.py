@@ -72,9 +72,9 @@ def judge_image(ground: lab.Lab, image_format: str = "qcow2") -> rounds.Finding:
     active.chmod(0o640)
     said = ask_qemu(active, image_format)
     ground.disks = [kinds.Disk(active, target, said.carried, said.size, image_format)]
-    ground.before = {active: lab.identity(active)}
+    ground.promise.prepare()
     info = modules.run(ground, "qcow2_info", path=str(active))
-    wrong = [f"qcow2_info: {what}" for what in [*modules.run_wrong(info, [active]), *ground.images_wrong()]]
+    wrong = [f"qcow2_info: {what}" for what in [*modules.run_wrong(info, [active]), *ground.promise.images_wrong()]]
     if said.opens and image_format == "qcow2":
         wrong += info_wrong(info, said)
     overlay = modules.run(

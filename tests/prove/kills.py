@@ -15,10 +15,12 @@ absent; no process and no lock is left; and a second run makes what is missing a
 from __future__ import annotations
 
 import collections
+import functools
 import sys
 
 import kinds
 import lab
+import overlays
 import rounds
 import runs
 
@@ -34,10 +36,10 @@ LOOKING = {"stat", "open", "readdir", "close", "access", "fstat", "getlk", "prea
 
 def judge(ground: lab.Lab, run: runs.Run, whom: str) -> rounds.Finding:
     """Judge what a killed run has left, and then the second run."""
-    outcome = ground.outcome()
+    outcome = ground.promise.outcome()
     # Of a run whose QEMU was killed, the module is to tell; of one that was over before, too.
     if run.status < 0:
-        wrong = ground.images_wrong()
+        wrong = ground.promise.images_wrong()
         outcome += f", {len(ground.leftovers())} leftovers"
     else:
         wrong = ground.ended_wrong(run)
@@ -47,7 +49,7 @@ def judge(ground: lab.Lab, run: runs.Run, whom: str) -> rounds.Finding:
     if not run.alone:
         wrong.append("a process of the run is left")
     messages = (run.message.replace(str(ground.place), "…"),) if run.status > 0 else ()
-    return rounds.Finding(outcome, wrong + ground.rerun_wrong(), messages)
+    return rounds.Finding(outcome, wrong + ground.promise.rerun_wrong(), messages)
 
 
 def at_step(ground: lab.Lab, rule: str, whom: str) -> rounds.Finding:
@@ -134,4 +136,4 @@ def jobs_for(crew: rounds.Crew, asked: rounds.Choice) -> list[rounds.Job]:
 
 
 if __name__ == "__main__":
-    sys.exit(rounds.prove(str(__doc__), 100, jobs_for))
+    sys.exit(rounds.prove(str(__doc__), 100, jobs_for, functools.partial(lab.Lab, make_promise=overlays.Made)))

@@ -17,6 +17,7 @@ import kinds
 import lab
 import leftover
 import modules
+import overlays
 import qemu
 import rounds
 
@@ -86,7 +87,8 @@ def rename_bitmap(path: pathlib.Path, new: bytes) -> None:
 def play_name(ground: lab.Lab, odd: Odd, where: str, relative: bool) -> rounds.Finding:
     """Run both modules with an odd name somewhere."""
     disk = set_up_name(ground, odd, where)
-    ground.disks, ground.before = [disk], {disk.active: lab.identity(disk.active)}
+    ground.disks = [disk]
+    ground.promise.prepare()
     overlay = modules.run(
         ground, "qcow2_overlay", path=str(disk.target), backing_file=str(disk.active), relative=relative, timeout=15
     )
@@ -97,8 +99,8 @@ def play_name(ground: lab.Lab, odd: Odd, where: str, relative: bool) -> rounds.F
     if made:
         wrong += chain_wrong(disk)
         if not relative:
-            wrong += lab.incomplete(disk)
-    if lab.identity(disk.active) != ground.before[disk.active]:
+            wrong += overlays.incomplete(disk)
+    if lab.identity(disk.active) != ground.promise.before[disk.active]:
         wrong.append("ACTIVE was changed")
     left = [path.name for path in ground.folder.rglob("*") if path.is_file() and path != disk.target]
     if left or (not made and os.path.lexists(disk.target)):
@@ -144,7 +146,8 @@ def long_path(ground: lab.Lab, length: int) -> rounds.Finding:
     active = folder / ("a" * (length - len(str(folder)) - 1))
     disk.active.rename(active)
     disk = disk._replace(active=active)
-    ground.disks, ground.before = [disk], {active: lab.identity(active)}
+    ground.disks = [disk]
+    ground.promise.prepare()
     overlay = modules.run(ground, "qcow2_overlay", path=str(disk.target), backing_file=str(active))
     wrong = [*modules.run_wrong(overlay, [active]), *ground.ended_wrong(overlay)]
     if overlay.states != ["created" if length <= 1023 else "failed"]:
@@ -157,7 +160,7 @@ def impossible_target(ground: lab.Lab, name: str) -> rounds.Finding:
     disk = ground.disks[0]
     target = f"{ground.folder}/{name}"
     overlay = modules.run(ground, "qcow2_overlay", path=target, backing_file=str(disk.active))
-    wrong = [*modules.run_wrong(overlay, [target, repr(target)]), *ground.images_wrong()]
+    wrong = [*modules.run_wrong(overlay, [target, repr(target)]), *ground.promise.images_wrong()]
     if overlay.states != ["failed"] or os.listdir(ground.folder):
         wrong.append(f"{overlay.states}: {overlay.message}")
     return rounds.Finding("failed", wrong)

@@ -22,8 +22,8 @@ import traceback
 import typing as t
 
 import kinds
+import lab
 import runs
-from lab import Lab
 
 
 class Finding(t.NamedTuple):
@@ -35,7 +35,7 @@ class Finding(t.NamedTuple):
     counts: t.Mapping[str, int] | None = None  # by outcome, of a round that stands for many
 
 
-Round = t.Callable[["Lab"], Finding]
+Round = t.Callable[[lab.Lab], Finding]
 
 
 class Job(t.NamedTuple):
@@ -82,17 +82,17 @@ class Book:
 class Crew:
     """The labs in which rounds are played side by side."""
 
-    def __init__(self, base: pathlib.Path, workers: int, make_lab: t.Callable[..., Lab]) -> None:
+    def __init__(self, base: pathlib.Path, workers: int, make_lab: t.Callable[..., lab.Lab]) -> None:
         library, templates = runs.build_library(base), kinds.Templates(base)
-        self.labs: list[Lab] = []
+        self.labs: list[lab.Lab] = []
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self.close)
             for number in range(workers):
                 self.labs.append(make_lab(base / f"lab{number}", library, templates))
             on_failure.pop_all()
-        self._free: queue.SimpleQueue[Lab] = queue.SimpleQueue()
-        for lab in self.labs:
-            self._free.put(lab)
+        self._free: queue.SimpleQueue[lab.Lab] = queue.SimpleQueue()
+        for ground in self.labs:
+            self._free.put(ground)
 
     def play(self, jobs: t.Sequence[Job], book: Book) -> None:
         """Play all rounds."""
@@ -106,22 +106,22 @@ class Crew:
 
     def _play_one(self, job: Job) -> Finding:
         """Play one round in a lab that is free."""
-        lab = self._free.get()
+        ground = self._free.get()
         try:
-            lab.use(job.kind)
-            lab.reset()
-            return job.play(lab)
+            ground.use(job.kind)
+            ground.reset()
+            return job.play(ground)
         except Exception:  # a round that cannot be judged is no proof
-            lab.leave()
-            lab.man()
+            ground.leave()
+            ground.man()
             return Finding("could not be judged", [traceback.format_exc()])
         finally:
-            self._free.put(lab)
+            self._free.put(ground)
 
     def close(self) -> None:
         """End all processes."""
-        for lab in self.labs:
-            lab.close()
+        for ground in self.labs:
+            ground.close()
 
 
 class Choice(t.NamedTuple):
@@ -164,7 +164,7 @@ def choice(about: str, rounds: int) -> Choice:
 
 
 def prove(
-    about: str, rounds: int, jobs_for: t.Callable[[Crew, Choice], list[Job]], make_lab: t.Callable[..., Lab] = Lab
+    about: str, rounds: int, jobs_for: t.Callable[[Crew, Choice], list[Job]], make_lab: t.Callable[..., lab.Lab]
 ) -> int:
     """Play what the command line asks for and return the exit code."""
     asked, start = choice(about, rounds), time.monotonic()

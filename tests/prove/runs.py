@@ -110,10 +110,10 @@ class Runner:
 
     def start(
         self,
+        module: str,
         arguments: dict[str, t.Any],
         environment: dict[str, str],
         kill: dict[str, t.Any] | None = None,
-        module: str = "qcow2_overlay",
         memory: int | None = None,
     ) -> None:
         """Begin a run of a module, with so many bytes of memory; answer() has what becomes of it."""
