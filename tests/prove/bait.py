@@ -240,7 +240,7 @@ def clean_bait(ground: lab.Lab, module: str, what: str, where: str) -> rounds.Fi
         shutil.rmtree(ground.place / "bait", ignore_errors=True)
 
 
-def bait_jobs(asked: rounds.Choice) -> list[rounds.Job]:
+def bait_jobs(asked: rounds.Choice) -> list[rounds.Job[lab.Lab]]:
     """Return the rounds with bait: all, if so asked, else some in each place."""
     everything = asked.full or asked.only
     return [

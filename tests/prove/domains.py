@@ -30,7 +30,7 @@ import rounds
 import runs
 import switch
 
-Ground = t.Any  # an estate.Estate; the rounds of the other programs know a lab.Lab only
+Play = t.Callable[..., rounds.Finding]  # in an estate, with what is given by name
 FILLER = "filler"
 # Questions to libvirt, for each domain: lookup, active, managed save, definition, define, definition, active.
 TO_SWITCH = 7
@@ -38,18 +38,17 @@ AFTER_DEFINING = 3  # the last two of them, and the end of the connection
 TITLE = "<title>changed by somebody else</title>"
 
 
-def daemon_dies(ground: Ground, number: int) -> rounds.Finding:
+def daemon_dies(ground: estate.Estate, number: int) -> rounds.Finding:
     """Kill libvirt's daemon while the module is at a step."""
     if not ground.stops("*", number):
         return rounds.Finding("the run was over", [])
     ground.daemon.kill()
-    ground.runner.say()
-    run = ground.runner.answer()
+    run = ground.runner.resume()
     ground.daemon.start()
     return faults.judge(ground, run)
 
 
-def daemon_is_full(ground: Ground, pages: int) -> rounds.Finding:
+def daemon_is_full(ground: estate.Estate, pages: int) -> rounds.Finding:
     """Have libvirt's daemon no more room than this for the definition."""
     filler = ground.daemon.etc / FILLER
     space = os.statvfs(ground.daemon.etc)
@@ -62,17 +61,16 @@ def daemon_is_full(ground: Ground, pages: int) -> rounds.Finding:
     return faults.judge(ground, run)
 
 
-def started_at_step(ground: Ground, number: int) -> rounds.Finding:
+def started_at_step(ground: estate.Estate, number: int) -> rounds.Finding:
     """Start a domain while the module is at a step."""
     if not ground.stops("*", number):
         return rounds.Finding("the run was over", [])
     name = sorted(ground.numbers)[-1]
     said = ground.daemon.start_domain(name)
-    ground.runner.say()
-    return judge_started(ground, name, said, ground.runner.answer())
+    return judge_started(ground, name, said, ground.runner.resume())
 
 
-def being_started_at_question(ground: Ground, number: int, questions: int) -> rounds.Finding:
+def being_started_at_question(ground: estate.Estate, number: int, questions: int) -> rounds.Finding:
     """Let a domain begin to start when the module is about to ask libvirt, before QEMU has opened the images."""
     if not ground.stops("ask", number):
         return rounds.Finding("the run was over", [])
@@ -82,19 +80,19 @@ def being_started_at_question(ground: Ground, number: int, questions: int) -> ro
         while not start.done() and not ground.domain(name).isActive():
             time.sleep(0.001)
         ground.runner.say()
-        return judge_started(ground, name, start.result(), ground.runner.answer())
+        return judge_started(ground, name, start.result(), ground.runner.ended())
 
 
-def started_at_moment(ground: Ground, pause: float) -> rounds.Finding:
+def started_at_moment(ground: estate.Estate, pause: float) -> rounds.Finding:
     """Start a domain at a random moment of a run."""
     ground.start()
     time.sleep(pause)
     name = sorted(ground.numbers)[-1]
     said = ground.daemon.start_domain(name)
-    return judge_started(ground, name, said, ground.runner.answer())
+    return judge_started(ground, name, said, ground.runner.ended())
 
 
-def judge_started(ground: Ground, name: str, said: str, run: runs.Run) -> rounds.Finding:
+def judge_started(ground: estate.Estate, name: str, said: str, run: runs.Run) -> rounds.Finding:
     """Judge a run in which a domain was started, or could not be for what was said."""
     state = run.domain(name).get("state", "failed")
     outcome = f"does not start, {state}" if said else f"starts, {state}"
@@ -128,7 +126,7 @@ def sources(definition: str) -> list[str]:
     return [source.attrib["file"] for source in disks]
 
 
-def edited_at_question(ground: Ground, number: int, questions: int) -> rounds.Finding:
+def edited_at_question(ground: estate.Estate, number: int, questions: int) -> rounds.Finding:
     """Edit the definition, as by virsh edit, when the module is about to ask libvirt something."""
     if not ground.stops("ask", number):
         return rounds.Finding("the run was over", [])
@@ -136,8 +134,7 @@ def edited_at_question(ground: Ground, number: int, questions: int) -> rounds.Fi
     was_switched = ground.switched(name)
     edited = estate.definition_of(ground.domain(name)).replace("</name>", f"</name>{TITLE}", 1)
     ground.daemon.connection.defineXML(edited)
-    ground.runner.say()
-    run = ground.runner.answer()
+    run = ground.runner.resume()
     now = estate.definition_of(ground.domain(name))
     is_edited = TITLE in now
     if is_edited:  # take it back, so that the rest is judged as ever
@@ -159,18 +156,16 @@ def edited_at_question(ground: Ground, number: int, questions: int) -> rounds.Fi
     )
 
 
-def second_run(ground: Ground, number: int | None, pause: float) -> rounds.Finding:
+def second_run(ground: estate.Estate, number: int | None, pause: float) -> rounds.Finding:
     """Let two runs want the same snapshot of the same domains, the second at a step of the first or after a pause."""
     ground.start(f"module:*:{number}:stop" if number else "")
     first = ground.runner.answer() if number else None
     time.sleep(pause)
     arguments = ground.promise.arguments(timeout=1 if number else 20)
     ground.second.start(ground.promise.module, arguments, ground.environment())
-    second = ground.second.answer()
+    second = ground.second.ended()
     if first is None:
-        if number:
-            ground.runner.say()
-        first = ground.runner.answer()
+        first = ground.runner.resume() if number else ground.runner.ended()
     wrong = ground.promise.images_wrong()
     words = []
     for name in ground.numbers:
@@ -186,18 +181,18 @@ def second_run(ground: Ground, number: int | None, pause: float) -> rounds.Findi
     return rounds.Finding("; ".join(words), wrong + ground.promise.rerun_wrong(), messages)
 
 
-AT_STEPS = {
+AT_STEPS: dict[str, tuple[str, Play]] = {
     "libvirt's daemon dies at a step": ("daemon", daemon_dies),
     "domain is started at a step": ("start", started_at_step),
     "second run at a step": ("second", functools.partial(second_run, pause=0)),
 }
-AT_QUESTIONS = {
+AT_QUESTIONS: dict[str, tuple[str, Play]] = {
     "domain begins to start at a question to libvirt": ("starting", being_started_at_question),
     "definition is edited at a question to libvirt": ("edit", edited_at_question),
 }
 
 
-def around(ground: Ground, kind: kinds.Kind, asked: rounds.Choice) -> list[rounds.Job]:
+def around(ground: estate.Estate, kind: kinds.Kind, asked: rounds.Choice) -> list[rounds.Job[estate.Estate]]:
     """Return the rounds in which something happens around a run."""
     ground.use(kind)
     calls = ground.calls()["module"]
@@ -225,10 +220,10 @@ def around(ground: Ground, kind: kinds.Kind, asked: rounds.Choice) -> list[round
     return jobs
 
 
-def jobs_for(crew: rounds.Crew, asked: rounds.Choice) -> list[rounds.Job]:
+def jobs_for(crew: rounds.Crew[estate.Estate], asked: rounds.Choice) -> list[rounds.Job[estate.Estate]]:
     """Return all rounds."""
     ground = crew.labs[0]
-    jobs = []
+    jobs: list[rounds.Job[estate.Estate]] = []
     for kind in estate.DOMAINS:
         jobs += kills.step_jobs(ground, kind, asked.full)
         jobs += kills.moment_jobs(ground, kind, asked)

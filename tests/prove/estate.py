@@ -26,7 +26,11 @@ _SECONDS_TO_SETTLE = 0.1  # in which the daemon does what a run has asked for th
 
 THREE = kinds.Kind("one domain", (0, 1, 2))
 TWO = kinds.Kind("two domains", (0, 1, 4))
-DOMAINS = {THREE: {"web": (0, 1, 2)}, TWO: {"web": (0, 1), "db": (4,)}}  # the numbers of their disks
+# The numbers of their disks.
+DOMAINS: dict[kinds.Kind, dict[str, tuple[int, ...]]] = {
+    THREE: {"web": (0, 1, 2)},
+    TWO: {"web": (0, 1), "db": (4,)},
+}
 
 
 class Daemon:

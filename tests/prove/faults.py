@@ -112,7 +112,7 @@ def faulty(ground: lab.Lab, rule: str) -> rounds.Finding:
     return finding
 
 
-def injected(ground: lab.Lab, kind: kinds.Kind) -> list[rounds.Job]:
+def injected(ground: lab.Lab, kind: kinds.Kind) -> list[rounds.Job[lab.Lab]]:
     """Return a round for each call and each error that it may meet, once and from there on."""
     ground.use(kind)
     jobs = []
@@ -122,16 +122,12 @@ def injected(ground: lab.Lab, kind: kinds.Kind) -> list[rounds.Job]:
             for rule in [f"{who}:{call}:{n}{s}:{e}" for n in range(1, count + 1) for e in errors for s in ("", "+")]:
                 sides = {"module": "the module's calls", "qemu": "QEMU's calls"}
                 series = f"{kind.name}: {rule.split(':')[3]} in {sides[who]}" + (" from there on" * ("+" in rule))
-                jobs.append(
-                    rounds.Job(series, f"{kind.name}-{rule}", lambda ground, rule=rule: faulty(ground, rule), kind)
-                )
+                jobs.append(rounds.Job(series, f"{kind.name}-{rule}", functools.partial(faulty, rule=rule), kind))
     of_files = sum(count for call, count in ground.calls()["module"].items() if call not in DIALOGUE)
     everything = [f"module:files:{number}+:EIO" for number in range(1, of_files + 1)]
+    series = f"{kind.name}: all I/O fails from there on"
     jobs += [
-        rounds.Job(
-            f"{kind.name}: all I/O fails from there on", f"{kind.name}-{rule}", lambda g, r=rule: faulty(g, r), kind
-        )
-        for rule in everything
+        rounds.Job(series, f"{kind.name}-{rule}", functools.partial(faulty, rule=rule), kind) for rule in everything
     ]
     return jobs
 
@@ -183,12 +179,12 @@ def unfit(ground: lab.Lab, storage: Unfit) -> rounds.Finding:
         return rounds.Finding(outcome, wrong + ground.promise.rerun_wrong(), told(ground, run))
 
 
-def unfit_job(kind: kinds.Kind, series: str, name: str, storage: Unfit) -> rounds.Job:
+def unfit_job(kind: kinds.Kind, series: str, name: str, storage: Unfit) -> rounds.Job[lab.Lab]:
     """Return a round on such storage."""
     return rounds.Job(f"{kind.name}: {series}", f"{kind.name}-{name}", functools.partial(unfit, storage=storage), kind)
 
 
-def full_jobs(ground: lab.Lab, kind: kinds.Kind) -> list[rounds.Job]:
+def full_jobs(ground: lab.Lab, kind: kinds.Kind) -> list[rounds.Job[lab.Lab]]:
     """Return a round for each size of the file system, from one page to more than enough, and for each quota."""
     ground.use(kind)
     ground.reset()
@@ -224,10 +220,8 @@ def without_folder(ground: lab.Lab, number: int, moved: bool) -> rounds.Finding:
             ground.folder.mkdir()
         else:
             shutil.rmtree(elsewhere)
-        ground.runner.say()
-        run = ground.runner.answer()
+        run = ground.runner.resume()
     try:
-        assert run is not None
         ground.folder.mkdir(exist_ok=True)
         wrong = [*result_wrong(run), *ground.promise.without_folder_wrong(run, done, elsewhere)]
         outcome = f"told as {'success' if run.status == 0 else 'failure'}"
@@ -268,13 +262,9 @@ def race(ground: lab.Lab, rival: promise.Rival, pause: float, step: int | None) 
     time.sleep(pause)
     arguments = ground.promise.arguments(theirs, timeout=1 if step else 20)
     ground.second.start(ground.promise.module, arguments, ground.environment())
-    second = ground.second.answer()
+    second = ground.second.ended()
     if first is None:
-        if step:
-            ground.runner.say()
-        first = ground.runner.answer()
-    assert first is not None
-    assert second is not None
+        first = ground.runner.resume() if step else ground.runner.ended()
     wrong = [*result_wrong(first), *result_wrong(second)]
     wrong += ground.promise.raced_wrong(rival, theirs, first, second, bool(step))
     words = ["+".join(sorted(set(run.states))) or "none" for run in (first, second)]
@@ -290,20 +280,21 @@ class VM:
             node = {"driver": image_format, "node-name": "d", "file": {"driver": "file", "filename": str(image)}}
             command = [f"qemu-system-{os.uname().machine}", "-machine", "none", "-nodefaults", "-display", "none"]
             command += ["-qmp", "stdio", "-blockdev", json.dumps(node)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        self._process = subprocess.Popen(command, bufsize=0, **pipes)  # type: ignore[call-overload]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, bufsize=0, stdin=pipe, stdout=pipe, stderr=pipe)
         self._word = b'{"execute": "qmp_capabilities"}\n' if emulator else b"length\n"
         self._sign = b'"return"' if emulator else b"MiB"
         self.opened_at: float | None = None
 
     def settle(self) -> bool:
         """Return whether it has the image open, once that is decided."""
+        stdin, stdout = t.cast("t.IO[bytes]", self._process.stdin), t.cast("t.IO[bytes]", self._process.stdout)
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(self._word)
+            stdin.write(self._word)
         seen = b""
         while self._sign not in seen:
-            select.select([self._process.stdout], [], [], 30)
-            piece = self._process.stdout.read(4096)
+            select.select([stdout], [], [], 30)
+            piece = stdout.read(4096)
             if not piece:
                 return False
             seen += piece
@@ -337,10 +328,9 @@ def vm_at_step(ground: lab.Lab, image: Opened, number: int) -> rounds.Finding:
     disk = ground.disks[number % len(ground.disks)]
     vm = VM(*image(disk), emulator=False)
     runs_on = vm.settle()
-    ground.runner.say()
-    run = ground.runner.answer()
+    run = ground.runner.resume()
     said = vm.end()
-    return judge_vm(ground, t.cast("runs.Run", run), runs_on, runs_on and not done, said)
+    return judge_vm(ground, run, runs_on, runs_on and not done, said)
 
 
 def vm_at_moment(ground: lab.Lab, image: Opened, pause: float, emulator: bool) -> rounds.Finding:
@@ -351,11 +341,11 @@ def vm_at_moment(ground: lab.Lab, image: Opened, pause: float, emulator: bool) -
     # An emulator with no device takes a raw image without asking to write to it.
     vm = VM(path, image_format, emulator and image_format == "qcow2")
     runs_on = vm.settle()
-    run = ground.runner.answer()
+    run = ground.runner.ended()
     said = vm.end()
     # What is done is done before the image is released; clocks of files are coarse.
     too_early = runs_on and t.cast("float", vm.opened_at) < ground.promise.done_at() - 0.02
-    return judge_vm(ground, t.cast("runs.Run", run), runs_on, too_early, said)
+    return judge_vm(ground, run, runs_on, too_early, said)
 
 
 def judge_vm(ground: lab.Lab, run: runs.Run, runs_on: bool, too_early: bool, said: str) -> rounds.Finding:
@@ -367,7 +357,7 @@ def judge_vm(ground: lab.Lab, run: runs.Run, runs_on: bool, too_early: bool, sai
     return rounds.Finding(outcome, wrong + message_wrong(ground, run), told(ground, run))
 
 
-def stepping(ground: lab.Lab) -> list[rounds.Job]:
+def stepping(ground: lab.Lab) -> list[rounds.Job[lab.Lab]]:
     """Return the rounds in which something happens while the module is at a step."""
     jobs = []
     for kind in (kinds.ONE, kinds.THREE, kinds.TEMPLATE, kinds.RAW):
@@ -391,7 +381,7 @@ def stepping(ground: lab.Lab) -> list[rounds.Job]:
     return jobs
 
 
-def racing(asked: rounds.Choice) -> list[rounds.Job]:
+def racing(asked: rounds.Choice) -> list[rounds.Job[lab.Lab]]:
     """Return the rounds with a second run, or a VM, at a random moment."""
     jobs = []
     for n in range(asked.rounds):
@@ -408,7 +398,7 @@ def racing(asked: rounds.Choice) -> list[rounds.Job]:
     return jobs
 
 
-def jobs_for(crew: rounds.Crew, asked: rounds.Choice) -> list[rounds.Job]:
+def jobs_for(crew: rounds.Crew[lab.Lab], asked: rounds.Choice) -> list[rounds.Job[lab.Lab]]:
     """Return all rounds."""
     ground = crew.labs[0]
     jobs = [

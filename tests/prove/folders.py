@@ -159,12 +159,10 @@ def race_at_step(ground: lab.Lab, what: str, number: int) -> rounds.Finding:
         done = False
         if ended is None:
             done = trick(shared, disk, what)
-            ground.runner.say()
-            ended = ground.runner.answer()
+            ended = ground.runner.resume()
         if what == "folder-symlink" and done:
             shared.folder.unlink()
             (shared.parent / "aside").rename(shared.folder)
-        assert ended is not None
         wrong = race_wrong(ground, shared, disk, ended)
         if done and what.startswith("target-") and ended.states != ["failed"]:
             wrong.append("has replaced what another user has put there")
@@ -215,7 +213,7 @@ def planted(ground: lab.Lab, way: str) -> rounds.Finding:
     return rounds.Finding(ended.states[0], wrong)
 
 
-def folder_jobs(ground: lab.Lab, asked: rounds.Choice) -> list[rounds.Job]:
+def folder_jobs(ground: lab.Lab, asked: rounds.Choice) -> list[rounds.Job[lab.Lab]]:
     """Return the rounds with another user in the folder."""
     jobs = []
     for n in range(max(1, asked.rounds // 20)):
@@ -227,7 +225,7 @@ def folder_jobs(ground: lab.Lab, asked: rounds.Choice) -> list[rounds.Job]:
     ground.reset()
     steps = sum(ground.calls()["module"].values()) + 8
     for what in STEP_TRICKS:
-        numbers = range(1, steps + 1)
+        numbers: t.Sequence[int] = range(1, steps + 1)
         if not asked.full:
             numbers = sorted(asked.randomness(what).sample(numbers, min(steps, max(4, asked.rounds // 20))))
         for number in numbers:

@@ -28,7 +28,7 @@ import overlays
 import rounds
 
 
-def jobs_for(crew: rounds.Crew, asked: rounds.Choice) -> list[rounds.Job]:
+def jobs_for(crew: rounds.Crew[lab.Lab], asked: rounds.Choice) -> list[rounds.Job[lab.Lab]]:
     """Return all rounds."""
     ground = crew.labs[0]
     jobs = [*images.bomb_jobs(), *names.name_jobs(), *folders.folder_jobs(ground, asked), *bait.bait_jobs(asked)]

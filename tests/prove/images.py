@@ -120,14 +120,14 @@ def read_mutants(_ground: lab.Lab, corpus: pathlib.Path, word: str, first: int, 
     return rounds.Finding("", book["violations"], (), book["counts"])
 
 
-def mutant_jobs(folder: pathlib.Path, asked: rounds.Choice) -> list[rounds.Job]:
+def mutant_jobs(folder: pathlib.Path, asked: rounds.Choice) -> list[rounds.Job[lab.Lab]]:
     """Return the rounds with mutants."""
     corpus = mutants.build_corpus(folder)
     pickled = folder / "corpus.pickle"
     pickled.write_bytes(pickle.dumps(corpus))
     jobs = [
-        rounds.Job("mutant, both modules", f"mutant-{n}", lambda g, n=n: play_mutant(g, corpus, f"mutant-{n}", asked))
-        for n in range(asked.rounds)
+        rounds.Job("mutant, both modules", name, functools.partial(play_mutant, corpus=corpus, name=name, asked=asked))
+        for name in (f"mutant-{n}" for n in range(asked.rounds))
     ]
     for first in range(0, asked.rounds * READER_SHARE, READER_BATCH):
         count = min(READER_BATCH, asked.rounds * READER_SHARE - first)
@@ -192,7 +192,7 @@ def explode(ground: lab.Lab, what: str) -> rounds.Finding:
     return rounds.Finding(f"{words}, with {info.memory >> 10} MiB", wrong)
 
 
-def bomb_jobs() -> list[rounds.Job]:
+def bomb_jobs() -> list[rounds.Job[lab.Lab]]:
     """Return the rounds with images that claim a lot."""
     return [
         rounds.Job("an image that claims a lot", f"bomb-{number}", functools.partial(explode, what=what))

@@ -76,7 +76,7 @@ def steps(calls: dict[str, collections.Counter[str]], who: str, full: bool) -> l
     ]
 
 
-def step_jobs(ground: lab.Lab, kind: kinds.Kind, full: bool) -> list[rounds.Job]:
+def step_jobs(ground: lab.Lab, kind: kinds.Kind, full: bool) -> list[rounds.Job[lab.Lab]]:
     """Return a round for each step of a run for such a VM."""
     ground.use(kind)
     calls = ground.calls()
@@ -91,7 +91,7 @@ def step_jobs(ground: lab.Lab, kind: kinds.Kind, full: bool) -> list[rounds.Job]
         rounds.Job(
             f"{kind.name}: {WHOM[whom]} at a step",
             f"{kind.name}-{who}-{call}-{number}-{action}",
-            lambda ground, rule=f"{who}:{call}:{number}:{action}", whom=whom: at_step(ground, rule, whom),
+            functools.partial(at_step, rule=f"{who}:{call}:{number}:{action}", whom=whom),
             kind,
         )
         for who, whom, action in sides
@@ -100,7 +100,7 @@ def step_jobs(ground: lab.Lab, kind: kinds.Kind, full: bool) -> list[rounds.Job]
     ]
 
 
-def moment_jobs(ground: lab.Lab, kind: kinds.Kind, asked: rounds.Choice) -> list[rounds.Job]:
+def moment_jobs(ground: lab.Lab, kind: kinds.Kind, asked: rounds.Choice) -> list[rounds.Job[lab.Lab]]:
     """Return so many rounds of each kind with a kill at a random moment."""
     ground.use(kind)
     durations = []
@@ -117,14 +117,14 @@ def moment_jobs(ground: lab.Lab, kind: kinds.Kind, asked: rounds.Choice) -> list
                 rounds.Job(
                     f"{kind.name}: {WHOM[whom]} at a random moment",
                     name,
-                    lambda ground, whom=whom, share=share: at_moment(ground, whom, share, longest),
+                    functools.partial(at_moment, whom=whom, share=share, longest=longest),
                     kind,
                 )
             )
     return jobs
 
 
-def jobs_for(crew: rounds.Crew, asked: rounds.Choice) -> list[rounds.Job]:
+def jobs_for(crew: rounds.Crew[lab.Lab], asked: rounds.Choice) -> list[rounds.Job[lab.Lab]]:
     """Return all rounds."""
     ground = crew.labs[0]
     jobs = [

@@ -104,12 +104,10 @@ class Lab:
     def run(self, rule: str = "", log: pathlib.Path | None = None, kill: dict[str, t.Any] | None = None) -> runs.Run:
         """Run the module for all disks to its end."""
         self.start(rule, log, kill)
-        run = self.runner.answer()
-        assert run is not None
-        return run
+        return self.runner.ended()
 
     def stops(self, call: str, number: int) -> bool:
-        """Begin a run that stops itself at a step; False when it was over before. It waits for runner.say()."""
+        """Begin a run that stops itself at a step; False when it was over before. It waits for runner.resume()."""
         self.start(f"module:{call}:{number}:stop")
         return self.runner.answer() is None
 

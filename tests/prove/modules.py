@@ -19,9 +19,7 @@ def run(ground: lab.Lab, module: str, memory: int | None = None, **arguments: t.
     if any(isinstance(value, str) and not _is_text(value) for value in arguments.values()):
         arguments["_ansible_no_log"] = True  # or Ansible would end on the name before the module begins
     ground.runner.start(module, arguments, ground.environment(), None, memory)
-    ended = ground.runner.answer()
-    assert ended is not None
-    return ended
+    return ground.runner.ended()
 
 
 def _is_text(value: str) -> bool:

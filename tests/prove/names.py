@@ -166,7 +166,7 @@ def impossible_target(ground: lab.Lab, name: str) -> rounds.Finding:
     return rounds.Finding("failed", wrong)
 
 
-def name_jobs() -> list[rounds.Job]:
+def name_jobs() -> list[rounds.Job[lab.Lab]]:
     """Return the rounds with odd names."""
     jobs = []
     for number, odd in enumerate(ODD_NAMES):

@@ -9,6 +9,7 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
+import dataclasses
 import fnmatch
 import os
 import pathlib
@@ -25,6 +26,10 @@ import kinds
 import lab
 import runs
 
+L = t.TypeVar("L", bound=lab.Lab)
+L_contra = t.TypeVar("L_contra", bound=lab.Lab, contravariant=True)
+MakeLab = t.Callable[[pathlib.Path, pathlib.Path, kinds.Templates], L]
+
 
 class Finding(t.NamedTuple):
     """What came of a round."""
@@ -35,15 +40,13 @@ class Finding(t.NamedTuple):
     counts: t.Mapping[str, int] | None = None  # by outcome, of a round that stands for many
 
 
-Round = t.Callable[[lab.Lab], Finding]
-
-
-class Job(t.NamedTuple):
-    """A round to be played."""
+@dataclasses.dataclass(frozen=True)
+class Job(t.Generic[L_contra]):
+    """A round to be played, in any lab that has what it needs."""
 
     series: str
     name: str
-    play: Round
+    play: t.Callable[[L_contra], Finding]
     kind: kinds.Kind = kinds.ONE
 
 
@@ -56,7 +59,7 @@ class Book:
         self._violations: list[str] = []
         self.messages: collections.Counter[str] = collections.Counter()
 
-    def note(self, job: Job, finding: Finding) -> None:
+    def note(self, job: Job[L], finding: Finding) -> None:
         """Note what came of a round, and tell at once of what must not be."""
         for outcome, count in (finding.counts or {finding.outcome: 1}).items():
             self._counts[job.series, outcome] += count
@@ -79,22 +82,22 @@ class Book:
         return 1 if self._violations or not self._counts else 0
 
 
-class Crew:
+class Crew(t.Generic[L]):
     """The labs in which rounds are played side by side."""
 
-    def __init__(self, base: pathlib.Path, workers: int, make_lab: t.Callable[..., lab.Lab]) -> None:
+    def __init__(self, base: pathlib.Path, workers: int, make_lab: MakeLab[L]) -> None:
         library, templates = runs.build_library(base), kinds.Templates(base)
-        self.labs: list[lab.Lab] = []
+        self.labs: list[L] = []
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self.close)
             for number in range(workers):
                 self.labs.append(make_lab(base / f"lab{number}", library, templates))
             on_failure.pop_all()
-        self._free: queue.SimpleQueue[lab.Lab] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[L] = queue.SimpleQueue()
         for ground in self.labs:
             self._free.put(ground)
 
-    def play(self, jobs: t.Sequence[Job], book: Book) -> None:
+    def play(self, jobs: t.Sequence[Job[L]], book: Book) -> None:
         """Play all rounds."""
         with concurrent.futures.ThreadPoolExecutor(len(self.labs)) as pool:
             try:
@@ -104,7 +107,7 @@ class Crew:
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def _play_one(self, job: Job) -> Finding:
+    def _play_one(self, job: Job[L]) -> Finding:
         """Play one round in a lab that is free."""
         ground = self._free.get()
         try:
@@ -138,9 +141,9 @@ class Choice(t.NamedTuple):
         return random.Random(f"{self.seed} {name}")
 
 
-def sampled(jobs: list[Job], asked: Choice, whole: str = "") -> list[Job]:
+def sampled(jobs: list[Job[L]], asked: Choice, whole: str = "") -> list[Job[L]]:
     """Return at most so many rounds of each series, unless all are asked for, but that one as a whole."""
-    series: dict[str, list[Job]] = {}
+    series: dict[str, list[Job[L]]] = {}
     for job in jobs:
         series.setdefault(job.series, []).append(job)
     if asked.full or asked.only:
@@ -163,9 +166,7 @@ def choice(about: str, rounds: int) -> Choice:
     return Choice(**vars(parser.parse_args()))
 
 
-def prove(
-    about: str, rounds: int, jobs_for: t.Callable[[Crew, Choice], list[Job]], make_lab: t.Callable[..., lab.Lab]
-) -> int:
+def prove(about: str, rounds: int, jobs_for: t.Callable[[Crew[L], Choice], list[Job[L]]], make_lab: MakeLab[L]) -> int:
     """Play what the command line asks for and return the exit code."""
     asked, start = choice(about, rounds), time.monotonic()
     if os.geteuid() != 0:

@@ -122,7 +122,7 @@ class Runner:
         self.say(json.dumps({**request, **papers}))
 
     def say(self, line: str = "") -> None:
-        """Give the process a line: a run, or that one goes on that has stopped."""
+        """Give the process a line: a run, or that the one goes on that has stopped."""
         t.cast("t.IO[bytes]", self._process.stdin).write(line.encode() + b"\n")
 
     def answer(self) -> Run | None:
@@ -140,6 +140,17 @@ class Runner:
         text = (self._papers / "stdout").read_text(encoding="utf-8")
         stderr = (self._papers / "stderr").read_text(encoding="utf-8", errors="replace")
         return Run(**said, result=_json(text), stderr=stderr)
+
+    def ended(self) -> Run:
+        """Return how the run ended, which does not stop itself any more."""
+        run = self.answer()
+        assert run is not None
+        return run
+
+    def resume(self) -> Run:
+        """Let the run go on that has stopped, and return how it ended."""
+        self.say()
+        return self.ended()
 
     def close(self) -> None:
         """End the process."""
