@@ -90,7 +90,7 @@ def message_wrong(ground: lab.Lab, run: runs.Run) -> list[str]:
     """Return what is wrong with the messages of a failure: each names the file and says what to do."""
     messages = run.messages
     if run.status and not messages:
-        return [f"no overlay has a message: {run.message or run.stderr[-2000:]}"]
+        return [f"nothing has a message: {run.message or run.stderr[-2000:]}"]
     return [
         f"the message {what}: {message}"
         for message in messages
@@ -284,6 +284,7 @@ class VM:
         self._process = subprocess.Popen(command, bufsize=0, stdin=pipe, stdout=pipe, stderr=pipe)
         self._word = b'{"execute": "qmp_capabilities"}\n' if emulator else b"length\n"
         self._sign = b'"return"' if emulator else b"MiB"
+        self._farewell = b'{"execute": "quit"}\n' if emulator else b"quit\n"
         self.opened_at: float | None = None
 
     def settle(self) -> bool:
@@ -302,9 +303,11 @@ class VM:
         return True
 
     def end(self) -> str:
-        """End it and return what it said."""
-        self._process.kill()
-        return self._process.communicate()[1].decode()
+        """Have it end by itself, which stores its bitmaps, and return what it said."""
+        try:
+            return self._process.communicate(self._farewell, timeout=30)[1].decode()
+        finally:
+            self._process.kill()
 
 
 Opened = t.Callable[[kinds.Disk], tuple[pathlib.Path, str]]  # the image of a disk that a VM opens, and its format

@@ -131,8 +131,7 @@ class Made:
         if run.status != 0 and runs_on and any(self.done()):
             wrong.append("the VM runs, and an overlay is there that the run says it has not made")
         if not runs_on or (run.status == 0 and not too_early):
-            wrong += [problem for disk in self._ground.disks if disk.target.exists() for problem in incomplete(disk)
-                      if "is 'in-use'" not in problem]  # fmt: skip
+            wrong += [problem for disk in self._ground.disks if disk.target.exists() for problem in incomplete(disk)]
         if run.status != 0 and os.listdir(self._ground.folder):
             wrong.append(f"there is {os.listdir(self._ground.folder)} after {run.message}")
         return wrong if runs_on else wrong + self.images_wrong()
