@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-PREFIXES, SUFFIX = (".qcow2_overlay-",), ".tmp"
+PREFIXES, SUFFIX = (".kvmfleet-", ".qcow2_overlay-"), ".tmp"
 EXAMPLE = f"{PREFIXES[0]}0123456789abcdef{SUFFIX}"
 _RANDOM = re.compile(f"({'|'.join(map(re.escape, PREFIXES))})[0-9a-f]{{16}}")
 

@@ -16,16 +16,16 @@ import typing as t
 import kinds
 
 SECONDS_TO_ANSWER = 45.0
-# By these words, and by nothing else that a run says in words, it is judged what has become of files.
-LEFT_OUT = ": not made, because"  # an overlay that has not failed itself
-LEFT_IN_PLACE = "so its overlays were left in place"  # nobody knows whether the domain uses them
-NOT_REMOVED = "could not be removed"
-LEFT_OVER = "is left over"  # a temporary file, from a killed run
+# By these codes, and by one word, it is judged what a run says has become of files.
+LEFT_OUT = "group_failed"  # an overlay that has not failed itself
+LEFT_IN_PLACE = "unknown_outcome"  # nobody knows whether the domain uses its overlays
+NOT_REMOVED = "not_removed"
+LEFT_OVER = "is left over"  # a warning about a temporary file, from a killed run
 
 
 def left_in_place(domain: t.Mapping[str, t.Any]) -> bool:
     """Whether what a run says of a domain is that its overlays were left where they are."""
-    return LEFT_IN_PLACE in domain.get("msg", "")
+    return domain.get("code") == LEFT_IN_PLACE
 
 
 class Run(t.NamedTuple):
@@ -57,7 +57,7 @@ class Run(t.NamedTuple):
     def messages(self) -> list[str]:
         """Why overlays failed, each that is not only left out because of another; or else their domain, or the run."""
         of_overlays = [overlay.get("msg", "") for overlay in self._overlays]
-        said = [message for message in of_overlays if message and LEFT_OUT not in message]
+        said = [one["msg"] for one in self._overlays if "msg" in one and one["code"] != LEFT_OUT]
         said = said or [domain["msg"] for domain in self.domains if "msg" in domain]
         return said if said or of_overlays or not self.message else [self.message]
 
@@ -74,7 +74,8 @@ class Run(t.NamedTuple):
 
     def says_not_removed(self, path: pathlib.Path | None = None) -> bool:
         """Whether it says that this file, or any if none is given, could not be removed again."""
-        return (f"{path}: {NOT_REMOVED}" if path else NOT_REMOVED) in self.message
+        said = [overlay["msg"] for overlay in self._overlays if overlay.get("code") == NOT_REMOVED]
+        return any(path is None or f"{path}: " in message for message in said)
 
     @property
     def said_left_over(self) -> list[str]:

@@ -29,7 +29,12 @@ class Switched(overlays.Made):
     @property
     def subjects(self) -> tuple[str, ...]:
         """With one of which each message begins."""
-        return (*super().subjects, "libvirt cannot ", *(f"{name}: " for name in self._estate.numbers))
+        return (
+            *super().subjects,
+            "libvirt cannot ",
+            self._estate.daemon.uri,
+            *(f"{name}: " for name in self._estate.numbers),
+        )
 
     def arguments(self, disks: t.Sequence[kinds.Disk] | None = None, **options: t.Any) -> dict[str, t.Any]:
         """Return the options of the module, which takes domains as a whole."""

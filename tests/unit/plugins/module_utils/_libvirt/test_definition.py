@@ -199,3 +199,21 @@ def test_the_bitmaps_of_a_checkpoint():
 )
 def test_names_do_not_grow(paths, stem):
     assert stem_of(paths) == stem
+
+
+def test_a_disk_can_be_switched_to_any_type_and_format():
+    before, sources = Definition(DEFINITION), {"vda": Source("/dev/vg/base", "raw", "block")}
+    after = before.with_sources(sources)
+    assert after.disks[0][:5] == ("vda", "block", "/dev/vg/base", "raw", None)
+    assert '<source startupPolicy="optional" dev="/dev/vg/base">' in after.text
+    assert after.has_only_switched(before, sources)
+    assert not after.has_only_switched(before, {"vda": Source("/dev/vg/base", "raw", "file")})
+    assert not after.has_only_switched(before, {})
+    back = after.with_sources({"vda": Source("/srv/it's.qcow2")})
+    assert back.disks[0][:4] == ("vda", "file", "/srv/it's.qcow2", "qcow2")
+
+
+def test_a_definition_in_which_something_else_has_changed_is_not_only_switched():
+    before, sources = Definition(DEFINITION), {"vda": Source("/srv/x.qcow2")}
+    after = before.with_sources({**sources, "vdc": Source("/srv/y.qcow2")})
+    assert not after.has_only_switched(before, sources)
