@@ -64,6 +64,14 @@ stop_daemon() {
   done
 }
 
+# Print all that the module could change: the files in the folder of the disks, with checksums, and the definitions.
+world() {
+  local name names
+  (cd "$lab/disks" && find . | sort && find . -type f -exec sha256sum {} + | sort -k 2)
+  names=$(virsh list --all --name | sort)
+  for name in $names; do virsh dumpxml --inactive "$name"; done
+}
+
 # define NAME DISK-ELEMENT...: define a domain with these disks; it needs no operating system.
 define() {
   local name=$1 kind=qemu uuid

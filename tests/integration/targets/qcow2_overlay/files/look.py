@@ -1,9 +1,9 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Tell what there is, without any code of the collection: all files of a folder, and what qemu-img says of overlays.
+"""look.py FOLDER [OVERLAY...]: tell as JSON what there is, without any code of the collection.
 
-Reads {"folder": PATH, "overlays": [PATH, ...]} from standard input, writes JSON to standard output.
+That is all files of the folder, and what qemu-img says of the overlays.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def describe(path: str) -> dict[str, t.Any]:
         if os.path.exists(path) and stat.S_ISBLK(os.stat(path).st_mode):
             about["sha256"] = checksum(path)
     elif stat.S_ISREG(status.st_mode):
-        about.update(sha256=checksum(path), inode=status.st_ino, changed=status.st_mtime_ns)
+        about.update(ownership(path), sha256=checksum(path), inode=status.st_ino, changed=status.st_mtime_ns)
     return about
 
 
@@ -86,17 +86,14 @@ def inspect(path: str) -> dict[str, t.Any]:
 
 
 def main() -> None:
-    """Answer the question on standard input."""
-    question = json.load(sys.stdin)
+    """Print what there is."""
     found = [
-        os.path.join(folder, name)
-        for folder, folders, files in os.walk(question["folder"])
-        for name in [*folders, *files]
+        os.path.join(folder, name) for folder, folders, files in os.walk(sys.argv[1]) for name in [*folders, *files]
     ]
     json.dump(
         {
             "files": {path: describe(path) for path in sorted(found)},
-            "overlays": [inspect(path) for path in question["overlays"]],
+            "overlays": [inspect(path) for path in sys.argv[2:]],
         },
         sys.stdout,
     )
