@@ -42,8 +42,20 @@ class Bait(t.NamedTuple):
     may_be_opened: bool  # for reading: a regular file as backing file, whose size is needed
 
 
-BAITS = ("file", "fifo", "device", "link-to-fifo", "link-to-device", "folder", "socket", "json", "nbd", "old-nbd",
-         "host-device", "fat")  # fmt: skip
+BAITS = (
+    "file",
+    "fifo",
+    "device",
+    "link-to-fifo",
+    "link-to-device",
+    "folder",
+    "socket",
+    "json",
+    "nbd",
+    "old-nbd",
+    "host-device",
+    "fat",
+)
 PLACES = ("data file", "backing file", "backing file as qcow2", "backing file without format", "base", "target")
 _OPEN = re.compile(r'^(?:open|openat|openat2|creat)\((?:[^"]*, )?"((?:[^"\\]|\\.)*)"\.*, (.*)\) = (-?\d+)(?:<(.*?)>)?')
 _READ = re.compile(r"^(?:read|pread64|readv|preadv)\(\d+<(.*?)>.* = (\d+)$")
@@ -145,11 +157,27 @@ def traced(ground: lab.Lab, module: str, arguments: dict[str, t.Any]) -> tuple[r
     logs = ground.papers / "strace"
     shutil.rmtree(logs, ignore_errors=True)
     logs.mkdir()
-    command = ["strace", "-ff", "-qq", "-y", "-s", "4096", "-o", f"{logs}/log", "-e",
-               "trace=%file,connect,read,pread64,readv,preadv,execve", sys.executable, "-m",
-               f"ansible_collections.kvmfleet.qcow2.plugins.modules.{module}"]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(kinds.COLLECTION.parents[2]), "PYTHONDONTWRITEBYTECODE": "1",
-                   "LC_ALL": "C.UTF-8"}  # fmt: skip
+    command = [
+        "strace",
+        "-ff",
+        "-qq",
+        "-y",
+        "-s",
+        "4096",
+        "-o",
+        f"{logs}/log",
+        "-e",
+        "trace=%file,connect,read,pread64,readv,preadv,execve",
+        sys.executable,
+        "-m",
+        f"ansible_collections.kvmfleet.qcow2.plugins.modules.{module}",
+    ]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(kinds.COLLECTION.parents[2]),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "LC_ALL": "C.UTF-8",
+    }
     process = subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-1, env=environment, start_new_session=True)
     text = json.dumps({"ANSIBLE_MODULE_ARGS": arguments}).encode()
     try:

@@ -119,8 +119,17 @@ def race(ground: lab.Lab, what: str, mode: int, owned: bool) -> rounds.Finding:
     return rounds.Finding(f"{ended.states[0]}, {'after' if done[0] else 'without'} swaps", wrong)
 
 
-STEP_TRICKS = ("target-symlink", "target-new", "target-link", "temporary-symlink", "temporary-new", "temporary-link",
-               "temporary-gone", "temporary-folder", "folder-symlink")  # fmt: skip
+STEP_TRICKS = (
+    "target-symlink",
+    "target-new",
+    "target-link",
+    "temporary-symlink",
+    "temporary-new",
+    "temporary-link",
+    "temporary-gone",
+    "temporary-folder",
+    "folder-symlink",
+)
 
 
 def trick(shared: Shared, disk: kinds.Disk, what: str) -> bool:

@@ -24,8 +24,26 @@ INTERESTING = (
     *(0xE2792ACA, 0x23852875, 0x44415441, 0x0537BE77, 0x6803F857),  # the types of header extensions
 )
 TEXTS = (b"\0", b"\xff\xfe", "\u202e\u200b".encode(), b'\n",\\', "\U0001f600".encode(), b"json:{", b"nbd:", b"/", b"..")
-_HEADER = ((4, 4), (8, 8), (16, 4), (20, 4), (24, 8), (32, 4), (36, 4), (40, 8), (48, 8), (56, 4), (60, 4), (64, 8),
-           (72, 8), (80, 8), (88, 8), (96, 4), (100, 4), (104, 1))  # fmt: skip
+_HEADER = (
+    (4, 4),
+    (8, 8),
+    (16, 4),
+    (20, 4),
+    (24, 8),
+    (32, 4),
+    (36, 4),
+    (40, 8),
+    (48, 8),
+    (56, 4),
+    (60, 4),
+    (64, 8),
+    (72, 8),
+    (80, 8),
+    (88, 8),
+    (96, 4),
+    (100, 4),
+    (104, 1),
+)
 _ENTRY = ((0, 8), (8, 4), (12, 4), (16, 1), (17, 1), (18, 2), (20, 4), (24, 1))  # of the bitmap directory
 _BITMAPS = ((0, 4), (4, 4), (8, 8), (16, 8))  # of the header extension
 
@@ -65,8 +83,11 @@ class Mutation(t.NamedTuple):
 
 def build_corpus(folder: pathlib.Path) -> list[Seed]:
     """Return the seeds, made in the folder; what images name lies there too."""
-    three = [qemu.Bitmap("monday", 65536, True, False), qemu.Bitmap("off", 4096, False, False),
-             qemu.Bitmap("crashed", 65536, True, True)]  # fmt: skip
+    three = [
+        qemu.Bitmap("monday", 65536, True, False),
+        qemu.Bitmap("off", 4096, False, False),
+        qemu.Bitmap("crashed", 65536, True, True),
+    ]
     long = [qemu.Bitmap("ä" * 511, 512, True, False), qemu.Bitmap("x" * 1023, 65536, True, False)]
     base = qemu.create(folder / "base.qcow2", SIZE)
     compressed = ("-o", "compression_type=zstd")
@@ -166,8 +187,17 @@ def mutation(seed: Seed, corpus: t.Sequence[Seed], randomness: random.Random) ->
     length = None
     if randomness.random() < 0.06:
         near = randomness.choice([field for fields in seed.regions.values() for field in fields])
-        length = randomness.choice((randomness.choice(INTERESTING[:24]), near.offset, near.offset + 1, seed.length - 1,
-                                    seed.length // 2, seed.length + 1, seed.length + (1 << 24)))  # fmt: skip
+        length = randomness.choice(
+            (
+                randomness.choice(INTERESTING[:24]),
+                near.offset,
+                near.offset + 1,
+                seed.length - 1,
+                seed.length // 2,
+                seed.length + 1,
+                seed.length + (1 << 24),
+            )
+        )
     return Mutation(tuple(edits), length)
 
 

@@ -69,8 +69,11 @@ class Made:
                 f"{path.name} is locked" for path in (disk.active, disk.target) if path.exists() and lab.is_locked(path)
             ]
         expected = {disk.target.name for disk in self._ground.disks}
-        wrong += [f"there is {name}" for name in os.listdir(self._ground.folder)
-                  if name not in expected and not leftover.is_one(name)]  # fmt: skip
+        wrong += [
+            f"there is {name}"
+            for name in os.listdir(self._ground.folder)
+            if name not in expected and not leftover.is_one(name)
+        ]
         return wrong
 
     def told_wrong(self, run: runs.Run) -> list[str]:
@@ -167,8 +170,9 @@ def incomplete(disk: kinds.Disk) -> list[str]:
         "corrupt": (data["corrupt"], False),
         "mode": (disk.target.stat().st_mode, disk.active.stat().st_mode),
     }
-    wrong = [f"{disk.target.name}: {what} is {is_!r}, not {to_be!r}" for what, (is_, to_be) in seen.items()
-             if is_ != to_be]  # fmt: skip
+    wrong = [
+        f"{disk.target.name}: {what} is {is_!r}, not {to_be!r}" for what, (is_, to_be) in seen.items() if is_ != to_be
+    ]
     command = ["qemu-img", "check", "-q", str(disk.target)]
     check = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     return [*wrong, *([f"{disk.target.name}: check says {check.stdout}{check.stderr}"] if check.returncode else [])]

@@ -105,7 +105,7 @@ def _what_became_of(
     return afterwards._replace(overlays=overlays, problems=[reason(one.run), _LOST, *afterwards.problems])
 
 
-def _not_made(overlay: dict[str, t.Any], why: _Excuse) -> dict[str, t.Any]:
+def _not_made(overlay: Result, why: _Excuse) -> Result:
     """Return what the report says of an overlay that could have been made, but was not."""
     if overlay["state"] != CREATED:
         return overlay

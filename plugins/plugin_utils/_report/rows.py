@@ -37,10 +37,10 @@ class Problem(t.NamedTuple):
 class Found(t.NamedTuple):
     """What the results of one module tell."""
 
-    overlays: list[dict[str, t.Any]]
-    skipped_disks: list[dict[str, t.Any]]
-    problems: list[Problem]
-    checkpoints: list[tuple[str, dict[str, t.Any]]]  # those of libvirt, with the name of the domain
+    overlays: t.Sequence[Result]
+    skipped_disks: t.Sequence[Result]
+    problems: t.Sequence[Problem]
+    checkpoints: t.Sequence[tuple[str, Result]]  # those of libvirt, with the name of the domain
 
 
 def problem(code: ReportCode, msg: str) -> Problem:

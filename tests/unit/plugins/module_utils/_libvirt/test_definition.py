@@ -85,9 +85,16 @@ def test_a_switch_changes_the_path_and_drops_the_stated_chain():
     assert new == ['<source file="/srv/it"s.snap.qcow2" startupPolicy="optional">']
     assert gone[0] == '<source file="/srv/it&apos;s.qcow2" startupPolicy="optional">'
     assert [line.split()[0].strip("</>") for line in gone[1:]] == [
-        "backingStore", "format", "source", "backingStore", "format", "source",
-        "backingStore", "backingStore", "backingStore",
-    ]  # fmt: skip
+        "backingStore",
+        "format",
+        "source",
+        "backingStore",
+        "format",
+        "source",
+        "backingStore",
+        "backingStore",
+        "backingStore",
+    ]
     assert Definition(after).disks[0][2:] == ("/srv/it's.snap.qcow2", "qcow2", None, False, None)
     assert Definition(after).has_only_switched(Definition(DEFINITION), {"vda": Source("/srv/it's.snap.qcow2")})
 
