@@ -274,6 +274,21 @@ disks:
             - Null if it is not valid or was not counted.
           type: int
           sample: 196608
+        dirty_bytes_top:
+          description:
+            - Bytes that the bitmap of the topmost image alone marks. A backup tool that reads only this bitmap would
+              copy so much.
+            - Null if RV(disks[].checkpoints[].dirty_bytes) is.
+          type: int
+          sample: 65536
+        top_alone:
+          description:
+            - Whether the bitmap of the topmost image alone marks all that changed since the checkpoint. If not, an
+              increment by a tool that reads only this bitmap (C(qemu-nbd -B), or C(blockdev-backup) with
+              C(sync=incremental)) would be silently incomplete. libvirt's own backups read the whole chain.
+            - Null if RV(disks[].checkpoints[].dirty_bytes) is.
+          type: bool
+          sample: false
     msg:
       description: Why not everything could be read, or why no VM could start on it.
       returned: when there is such a reason

@@ -92,6 +92,7 @@ class ExaminedChain(t.NamedTuple):
     is_complete: bool  # `layers` is the whole chain
     checkpoints: tuple[Checkpoint, ...]
     dirty: t.Mapping[str, int]  # bytes by the name of the checkpoint, as far as they were counted
+    dirty_top: t.Mapping[str, int]  # of these what the topmost image's bitmap alone says
     problem: Refusal | None  # why not everything could be read
     warning: str | None
 
@@ -127,13 +128,21 @@ class ExaminedChain(t.NamedTuple):
             return [Refusal("lost_bitmaps", self.path, why, "Make a full backup with a new checkpoint.")]
         return []
 
+    def _figures(self, name: str) -> dict[str, t.Any]:
+        """Return what was counted of a checkpoint.
+
+        The bits of the topmost image's bitmap are among those of the chain, so equal sums mean equal bits.
+        """
+        whole, top = self.dirty.get(name), self.dirty_top.get(name)
+        return {"dirty_bytes": whole, "dirty_bytes_top": top, "top_alone": None if whole is None else whole == top}
+
     def as_result(self) -> dict[str, t.Any]:
         """Return the chain in the form in which qcow2_info returns a disk."""
         return {
             "path": printable(self.path),
             "in_use": self.layers[0].is_open_for_writing if self.layers else None,
             "images": [layer.as_result() for layer in self.layers],
-            "checkpoints": [{**one.as_result(), "dirty_bytes": self.dirty.get(one.name)} for one in self.checkpoints],
+            "checkpoints": [{**one.as_result(), **self._figures(one.name)} for one in self.checkpoints],
             **({"msg": str(self.problem), "code": self.problem.code} if self.problem else {}),
         }
 
@@ -297,6 +306,7 @@ class _Examination:
             is_complete=self._is_complete,
             checkpoints=tuple(self._checkpoints),
             dirty=self._dirty if with_figures else {},
+            dirty_top=self._layers[0].dirty if self._dirty and with_figures else {},
             problem=self._problem,
             warning=self._warning if with_figures else changing,
         )

@@ -84,6 +84,29 @@ def test_a_sound_chain(chain, tmp_path):
     ]
 
 
+def test_whether_the_bitmap_of_the_topmost_image_alone_would_do(chain, tmp_path):
+    def figures(path):
+        result = examine_chain(str(path), follow=True, count=True).as_result()
+        return {one["name"]: (one["dirty_bytes_top"], one["top_alone"]) for one in result["checkpoints"]}
+
+    # Three images have monday, each with bits of its own; the topmost one has one granule of three.
+    assert figures(chain) == {
+        "monday": (65536, False),
+        "tuesday": (131072, False),
+        "off": (None, None),
+        "broken": (None, None),
+    }
+    # Where the top has the same bits as all together, a tool may read it alone; so too where nothing is below.
+    write(chain, 0)
+    write(chain, "1M")
+    assert figures(chain)["monday"] == (3 * 65536, True)
+    alone = qemu.create(tmp_path / "alone", "1M")
+    qemu.add_bitmaps(alone, [MONDAY])
+    assert figures(alone) == {"monday": (0, True)}
+    uncounted = examine_chain(chain, follow=True, count=False).as_result()["checkpoints"][0]
+    assert (uncounted["dirty_bytes_top"], uncounted["top_alone"]) == (None, None)
+
+
 def test_the_same_as_qemu_img(chain):
     said = json.loads(qemu.qemu_img("info", "--backing-chain", "--output=json", chain))
     result = examine_chain(chain, follow=True, count=False).as_result()
