@@ -52,6 +52,15 @@ options:
     type: str
     choices: [fail, skip]
     default: fail
+  libvirt_snapshots:
+    description:
+      - What becomes of a domain of which libvirt has snapshots of its own (C(virsh snapshot-list)), internal ones or
+        external ones with metadata.
+      - V(fail) refuses it. C(virsh snapshot-revert) would rewrite, or delete, the image below the overlay.
+      - V(ignore) goes on. Never revert to such a snapshot then.
+    type: str
+    choices: [fail, ignore]
+    default: fail
   uri:
     description: The libvirt daemon to talk to, on the managed host.
     type: str
@@ -72,7 +81,7 @@ notes:
     destroying it. That needs the memory, the network and all devices of the domain, takes seconds for each domain, and
     skips bitmaps that are not valid without a word. It is the better way if this collection cannot be used on the host.
   - No snapshot is added to C(virsh snapshot-list). To go back, switch the definition to the images below and remove the
-    overlays.
+    overlays. Never use C(virsh snapshot-revert) on a domain that is on overlays, see O(libvirt_snapshots).
   - While overlays are made, the domain cannot be started. Its first disk is locked too, even if it takes no part. It
     must not be in use. A QEMU that gets its first disk but not its second exits and leaves the first disk's bitmaps
     inconsistent.
@@ -256,6 +265,11 @@ domains:
           description: What it means and what to do; null if it is valid.
           type: str
           sample: null
+    libvirt_snapshots:
+      description: Names of the snapshots that libvirt itself has of the domain.
+      type: list
+      elements: str
+      sample: []
     msg:
       description: Why it failed.
       returned: when RV(domains[].state) is V(failed)
@@ -296,6 +310,7 @@ def argument_spec() -> dict[str, t.Any]:
         "disks": {"type": "list", "elements": "str"},
         "directory": {"type": "str"},
         "running": {"type": "str", "choices": ["fail", "skip"], "default": "fail"},
+        "libvirt_snapshots": {"type": "str", "choices": ["fail", "ignore"], "default": "fail"},
         "uri": {"type": "str", "default": "qemu:///system"},
         "timeout": {"type": "int", "default": 60},
         **creation_spec(defaults=True),
@@ -319,6 +334,7 @@ def request_from(params: dict[str, t.Any]) -> SnapshotRequest:
         relative=params["relative"],
         creation=creation_from(params),
         skips_running=params["running"] == "skip",
+        allows_snapshots=params["libvirt_snapshots"] == "ignore",
     )
 
 

@@ -41,6 +41,7 @@ Code = t.Literal[
     "in_use",
     "interrupted",
     "libvirt_failed",
+    "libvirt_snapshots",
     "libvirt_unreachable",
     "lost_bitmaps",
     "managed_save",

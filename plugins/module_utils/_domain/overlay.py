@@ -22,10 +22,16 @@ from .plan import DiskPlan, DomainPlan, SkippedDisk, SnapshotRequest, state_prob
 
 _EXTENSIONS = (".qcow2", ".qcow", ".img", ".raw")  # that are no part of an image's stem
 _NOT_ASKED_FOR = "not asked for"
+_SHOWN = 5  # snapshots that a message names
 
 
-def plan_domain(domain: Domain, facts: t.Sequence[DiskFacts], request: SnapshotRequest) -> DomainPlan:
-    """Return what is to become of a domain, as far as that can be said without its images' bitmaps."""
+def plan_domain(
+    domain: Domain, facts: t.Sequence[DiskFacts], request: SnapshotRequest, snapshots: t.Sequence[str] = ()
+) -> DomainPlan:
+    """Return what is to become of a domain, as far as that can be said without its images' bitmaps.
+
+    `snapshots` has the names of libvirt's own snapshots of the domain.
+    """
     reasons = {one.disk.target: _reason_to_skip(one, request) for one in facts}
     skipped = tuple(SkippedDisk(target, reason) for target, reason in reasons.items() if reason is not None)
     taking_part = [one for one in facts if reasons[one.disk.target] is None]
@@ -36,8 +42,23 @@ def plan_domain(domain: Domain, facts: t.Sequence[DiskFacts], request: SnapshotR
         listed = ", ".join(f"{disk.target}: {disk.reason}" for disk in skipped) or "it has no disks"
         problems.append(Refusal("no_disk", domain.name, f"none of its disks can take part ({listed})"))
     problems += state_problems(domain, disks)
+    if snapshots and not request.allows_snapshots and any(disk.is_new for disk in disks):
+        problems.append(_snapshots_problem(domain, snapshots))
     plan = DomainPlan(domain, tuple(disks), skipped, tuple(problems), domain.definition)
     return plan._replace(definition=domain.definition.with_sources(plan.sources)) if plan.sources else plan
+
+
+def _snapshots_problem(domain: Domain, snapshots: t.Sequence[str]) -> Refusal:
+    """Return the refusal of a domain of which libvirt has snapshots of its own."""
+    shown = ", ".join(snapshots[:_SHOWN]) + (f" and {len(snapshots) - _SHOWN} more" * (len(snapshots) > _SHOWN))
+    # Reverting to an internal one rewrites the image below the overlay; to an external one, libvirt 11 deletes it.
+    return Refusal(
+        "libvirt_snapshots",
+        domain.name,
+        f"libvirt has snapshots of its own of it ({shown}). 'virsh snapshot-revert' would rewrite or delete the image "
+        "below the overlay",
+        "Remove them with 'virsh snapshot-delete', or set libvirt_snapshots=ignore and never revert to one of them.",
+    )
 
 
 def _reason_to_skip(facts: DiskFacts, request: SnapshotRequest) -> str | None:

@@ -25,6 +25,7 @@ class SnapshotRequest(t.NamedTuple):
     relative: bool
     creation: Creation
     skips_running: bool = False  # domains that are not shut off are left out, instead of a failure
+    allows_snapshots: bool = False  # libvirt's own snapshots of a domain are no failure
 
 
 class SkippedDisk(t.NamedTuple):
@@ -67,6 +68,7 @@ class DomainOutcome(t.NamedTuple):
     overlays: tuple[tuple[str, OverlayVerdict], ...] = ()  # with the target
     skipped: tuple[SkippedDisk, ...] = ()
     checkpoints: tuple[Checkpoint, ...] = ()
+    snapshots: tuple[str, ...] = ()  # names of libvirt's own
     problems: tuple[Refusal, ...] = ()
     diff: tuple[str, str] = ("", "")  # the disks' elements before and after
     tops: t.Mapping[str, str] = {}  # the topmost image of each disk, by target, as the definition has it after the task
@@ -92,6 +94,7 @@ class DomainOutcome(t.NamedTuple):
             ],
             "skipped_disks": [disk._asdict() for disk in self.skipped],
             "checkpoints": [checkpoint.as_result() for checkpoint in self.checkpoints],
+            "libvirt_snapshots": [printable(name) for name in self.snapshots],
             **problem_fields(self.problems),
         }
 

@@ -15,7 +15,7 @@ from .._disk.overlay import OverlayVerdict
 from .._disk.run import run
 from .._disk.session import Settings, Vm
 from .._disk.verdict import CREATED, FAILED, PRESENT, SKIPPED, root_causes
-from .._libvirt.connection import Domain, KnownCheckpoint, Libvirt, Unreadable
+from .._libvirt.connection import Domain, Kept, Libvirt, Unreadable
 from .._libvirt.switch import switch
 from .checkpoints import judge_checkpoints
 from .inventory import Inventory, first_image
@@ -34,21 +34,23 @@ class Call:
         self._settings = settings
         inventory = Inventory(daemon.domains())
         found, self._unmatched = inventory.select(names)
-        self._found = [self._with_checkpoints(one) for one in found]
+        self._found = [self._with_kept(one) for one in found]
         self._plans = {
-            one.name: plan_domain(one, [inventory.facts(one, disk) for disk in one.definition.disks], request)
-            for one, _checkpoints in self._found
+            one.name: plan_domain(
+                one, [inventory.facts(one, disk) for disk in one.definition.disks], request, kept.snapshots
+            )
+            for one, kept in self._found
             if isinstance(one, Domain)
         }
 
-    def _with_checkpoints(self, one: Domain | Unreadable) -> tuple[Domain | Unreadable, tuple[KnownCheckpoint, ...]]:
-        """Return a domain with its checkpoints; unreadable if libvirt cannot tell these."""
+    def _with_kept(self, one: Domain | Unreadable) -> tuple[Domain | Unreadable, Kept]:
+        """Return a domain with what libvirt keeps of it; unreadable if libvirt cannot tell that."""
         if isinstance(one, Unreadable):
-            return one, ()
+            return one, Kept()
         try:
-            return one, self._daemon.checkpoints(one)
+            return one, self._daemon.kept(one)
         except Refusal as exc:
-            return Unreadable(one.name, exc), ()
+            return Unreadable(one.name, exc), Kept()
 
     def run(self, operation: MakeOverlays) -> tuple[list[DomainOutcome], list[str]]:
         """Do it, each domain all or none; return what became of them, and warnings."""
@@ -58,7 +60,7 @@ class Call:
         vms: dict[str | None, Vm] = {uuid: Vm(one.run, first_image(one.domain)) for uuid, one in switches.items()}
         outcome = run(operation, requests, self._settings, vms)
         verdicts = {(verdict.request.vm, verdict.request.path): verdict for verdict in outcome.verdicts}
-        results = [self._outcome(one, checkpoints, verdicts, switches) for one, checkpoints in self._found]
+        results = [self._outcome(one, kept, verdicts, switches) for one, kept in self._found]
         return results, [*(f"{one}: no domain of this host matches it." for one in self._unmatched), *outcome.warnings]
 
     def _is_left_out(self, plan: DomainPlan) -> bool:
@@ -70,7 +72,7 @@ class Call:
     def _outcome(
         self,
         one: Domain | Unreadable,
-        checkpoints: t.Sequence[KnownCheckpoint],
+        kept: Kept,
         verdicts: t.Mapping[tuple[str | None, str], OverlayVerdict],
         switches: t.Mapping[str, _Switch],
     ) -> DomainOutcome:
@@ -79,13 +81,13 @@ class Call:
             return failed_outcome(one)
         plan = self._plans[one.name]
         if self._is_left_out(plan):
-            return _left_out(plan, checkpoints)
-        return self._conclude(plan, checkpoints, verdicts, switches.get(one.uuid))
+            return _left_out(plan, kept)
+        return self._conclude(plan, kept, verdicts, switches.get(one.uuid))
 
     def _conclude(
         self,
         plan: DomainPlan,
-        checkpoints: t.Sequence[KnownCheckpoint],
+        kept: Kept,
         verdicts: t.Mapping[tuple[str | None, str], OverlayVerdict],
         switched: _Switch | None,
     ) -> DomainOutcome:
@@ -104,7 +106,8 @@ class Call:
             state=FAILED if problems else CREATED if changed else PRESENT,
             overlays=tuple(overlays.items()),
             skipped=plan.skipped,
-            checkpoints=judge_checkpoints(checkpoints, plan, made),
+            checkpoints=judge_checkpoints(kept.checkpoints, plan, made),
+            snapshots=kept.snapshots,
             problems=tuple(root_causes(problems)),
             diff=("", "") if problems else (_parts(plan, before=True), _parts(plan, before=False)),
             tops=definition.tops,
@@ -148,7 +151,7 @@ class _Switch:
         return [Refusal("not_switched", self.domain.name, "was not switched to its overlays", "Run this again.")]
 
 
-def _left_out(plan: DomainPlan, checkpoints: t.Sequence[KnownCheckpoint]) -> DomainOutcome:
+def _left_out(plan: DomainPlan, kept: Kept) -> DomainOutcome:
     """Return the outcome for a domain that is left as it is."""
     reason = f"the domain is {plan.domain.state}"
     return DomainOutcome(
@@ -156,7 +159,8 @@ def _left_out(plan: DomainPlan, checkpoints: t.Sequence[KnownCheckpoint]) -> Dom
         uuid=plan.domain.uuid,
         state=SKIPPED,
         skipped=(*plan.skipped, *(SkippedDisk(disk.target, reason) for disk in plan.disks)),
-        checkpoints=judge_checkpoints(checkpoints, plan, {}),
+        checkpoints=judge_checkpoints(kept.checkpoints, plan, {}),
+        snapshots=kept.snapshots,
     )
 
 

@@ -5,8 +5,8 @@
 """Read: the libvirt daemon of this host, by its Python bindings.
 
 The calls that are made, here and in switch.py: open; listAllDomains, lookupByUUIDString, defineXML of the connection;
-name, UUIDString, isActive, state, isPersistent, hasManagedSaveImage, XMLDesc, listAllCheckpoints of a domain; getName,
-getXMLDesc of a checkpoint.
+name, UUIDString, isActive, state, isPersistent, hasManagedSaveImage, XMLDesc, listAllCheckpoints, listAllSnapshots of a
+domain; getName, getXMLDesc of a checkpoint; getName of a snapshot.
 """
 
 from __future__ import annotations
@@ -49,6 +49,13 @@ class Domain(t.NamedTuple):
     running_definition: Definition | None  # what it runs with; None if it is shut off
 
 
+class Kept(t.NamedTuple):
+    """What libvirt keeps of a domain beside its definition."""
+
+    checkpoints: tuple[KnownCheckpoint, ...] = ()  # by name
+    snapshots: tuple[str, ...] = ()  # names of libvirt's own, internal ones and external ones that have metadata
+
+
 class Unreadable(t.NamedTuple):
     """A domain, or the name of one, of which nothing can be said."""
 
@@ -78,16 +85,27 @@ class Libvirt:
             raise Refusal("libvirt_failed", "", why, "See that its daemon runs, then run this again.") from exc
         return {name: _read(handle, name) for name, handle in handles.items()}
 
-    def checkpoints(self, domain: Domain) -> tuple[KnownCheckpoint, ...]:
-        """Return the checkpoints of a domain by name; none where the hypervisor driver knows no such thing."""
+    def kept(self, domain: Domain) -> Kept:
+        """Return the checkpoints and snapshots of a domain; Refusal if libvirt cannot tell."""
         try:
             handle = self.connection.lookupByUUIDString(domain.uuid)
-            checkpoints = sorted(handle.listAllCheckpoints(0), key=lambda one: t.cast("str", one.getName()))
-            return tuple(KnownCheckpoint(one.getName(), bitmaps_of(one.getXMLDesc(0))) for one in checkpoints)
+            checkpoints = sorted(_known(handle.listAllCheckpoints), key=lambda one: t.cast("str", one.getName()))
+            return Kept(
+                tuple(KnownCheckpoint(one.getName(), bitmaps_of(one.getXMLDesc(0))) for one in checkpoints),
+                tuple(sorted(one.getName() for one in _known(handle.listAllSnapshots))),
+            )
         except LibvirtError as exc:
-            if exc.get_error_code() == libvirt.VIR_ERR_NO_SUPPORT:
-                return ()
             raise unreadable(domain.name, exc) from exc
+
+
+def _known(list_all: t.Callable[[int], list[t.Any]]) -> list[t.Any]:
+    """Return what libvirt lists; nothing where the hypervisor driver knows no such thing."""
+    try:
+        return list_all(0)
+    except LibvirtError as exc:
+        if exc.get_error_code() == libvirt.VIR_ERR_NO_SUPPORT:
+            return []
+        raise
 
 
 def _read(handle: t.Any, name: str) -> Domain | Unreadable:

@@ -79,3 +79,15 @@ def test_a_plan_holds_the_definition_that_the_domain_is_to_get():
     on_it = domain(disk("vda", "/srv/web.s.qcow2"))
     plan = plan_domain(on_it, facts(on_it, layer("/srv/web.s.qcow2"), layer("/srv/web.qcow2")), REQUEST)
     assert (plan.sources, plan.definition.text) == ({}, on_it.definition.text)
+
+
+def test_snapshots_of_libvirts_own_are_refused_only_where_something_is_to_be_done():
+    web = domain(disk("vda", "/srv/web.qcow2"))
+    own = facts(web, layer("/srv/web.qcow2"))
+    plan = plan_domain(web, own, REQUEST, [f"s{number}" for number in range(7)])
+    assert [problem.code for problem in plan.problems] == ["libvirt_snapshots"]
+    assert "(s0, s1, s2, s3, s4 and 2 more)" in str(plan.problems[0])
+    assert plan_domain(web, own, REQUEST._replace(allows_snapshots=True), ["s"]).problems == ()
+    on_it = domain(disk("vda", "/srv/web.s.qcow2"))
+    there = facts(on_it, layer("/srv/web.s.qcow2"), layer("/srv/web.qcow2"))
+    assert plan_domain(on_it, there, REQUEST, ["s"]).problems == ()
