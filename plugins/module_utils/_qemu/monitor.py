@@ -134,7 +134,7 @@ class Monitor:
         answer = self._next(lambda message: "return" in message or "error" in message, deadline)
         self._awaited -= 1
         if "error" in answer:
-            raise qemu_refusal(answer["error"].get("desc"))
+            raise qemu_refusal(str(answer["error"].get("desc")))
         return answer["return"]
 
     def receive_rest(self, more_seconds: float = 0.0) -> None:
