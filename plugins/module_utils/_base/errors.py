@@ -7,7 +7,7 @@
 ::
 
     Refusal                   whatever is wrong: subject, rule, way out
-    ├── QemuError             QEMU's own words; whoever knows the file calls about()
+    ├── QemuError             of QEMU, which knows no file name
     └── UnknownOutcomeError   nobody knows whether it happened, so nothing may be undone
 """
 
@@ -109,6 +109,9 @@ _BY_ERRNO: dict[int, tuple[Code, str]] = {
 }
 
 
+R = t.TypeVar("R", bound="Refusal")
+
+
 class Refusal(Exception):  # noqa: N818  it refuses; the program has no error
     """An expected failure. Its text names the subject, the rule and the way out, and is shown to the user as it is.
 
@@ -135,17 +138,22 @@ class Refusal(Exception):  # noqa: N818  it refuses; the program has no error
     def __hash__(self) -> int:
         return hash(self.args)
 
-    def about(self, subject: str) -> Refusal:
+    def about(self: R, subject: str) -> R:
         """Return the same refusal about another subject."""
-        return Refusal(self.code, subject, self.why, self.remedy)
+        return self._changed(subject, self.remedy)
 
-    def with_note(self, note: str) -> Refusal:
+    def with_note(self: R, note: str) -> R:
         """Return the same refusal with one more sentence at its end."""
-        return Refusal(self.code, self.subject, self.why, f"{self.remedy} {note}".lstrip())
+        return self._changed(self.subject, f"{self.remedy} {note}".lstrip())
+
+    def _changed(self: R, subject: str, remedy: str) -> R:
+        changed = type(self).__new__(type(self))
+        Refusal.__init__(changed, self.code, subject, self.why, remedy)  # the types differ in what they are made from
+        return changed
 
 
 class QemuError(Refusal):
-    """A failure of QEMU, in its own words. It has no subject yet."""
+    """A failure of QEMU, or that there is none. It has no subject yet; whoever knows the file gives it one."""
 
     def __init__(self, code: Code, why: str, remedy: str) -> None:
         super().__init__(code, "", why, remedy)

@@ -58,6 +58,10 @@ class OpenImage:
         """Return its length in bytes."""
         return os.lseek(self.fd, 0, os.SEEK_END)
 
+    def named(self, path: str) -> OpenImage:
+        """Return this open file under another of its names. Close only this one."""
+        return OpenImage(path, self.fd)
+
     def is_still_at_its_path(self) -> bool:
         """Whether its path still leads to this very file."""
         try:
@@ -79,7 +83,7 @@ def open_image(path: str) -> OpenImage:
             mode = os.fstat(place).st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
                 raise Refusal("not_a_disk", path, "is neither a file nor a block device, so it cannot be a disk image")
-            return OpenImage(path, os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_CLOEXEC))
+            return owning(path, os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_CLOEXEC))
         finally:
             os.close(place)
     except FileNotFoundError as exc:
@@ -89,6 +93,15 @@ def open_image(path: str) -> OpenImage:
         raise system_refusal(exc, path, "cannot be opened") from exc
     except ValueError as exc:  # a NUL byte, or characters that file names cannot have in this locale
         raise Refusal("bad_name", repr(path), "is no name that a file can have here", "Correct it.") from exc
+
+
+def owning(path: str, fd: int) -> OpenImage:
+    """Return the open file of a descriptor that nobody else closes; close it if that fails."""
+    try:
+        return OpenImage(path, fd)
+    except BaseException:
+        close(fd)
+        raise
 
 
 def close(fd: int) -> None:

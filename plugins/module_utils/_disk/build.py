@@ -25,7 +25,7 @@ from . import overlay
 from .observe import observe_chain, observe_target
 from .overlay import BuildSpec, OverlayRequest, OverlayVerdict
 from .publish import StagedFile, publish_together
-from .session import Held, Images
+from .session import Held, Images, failed_by
 from .verdict import CREATED, FAILED, PRESENT
 
 if t.TYPE_CHECKING:
@@ -44,7 +44,7 @@ class MakeOverlays:
 
     def conflicts(self, requests: t.Sequence[OverlayRequest]) -> list[Refusal | None]:
         """Return for each request of a call what is wrong with it beside the others."""
-        targets = [os.path.realpath(request.path) for request in requests]
+        targets = [_place_of(request.path) for request in requests]
         return overlay.conflicts(targets, [os.path.realpath(request.backing_file) for request in requests])
 
     def folders(self, request: OverlayRequest) -> t.Sequence[str]:
@@ -65,13 +65,12 @@ class MakeOverlays:
             return verdict
         if active.is_recording:
             held.hold_off_everybody(request.backing_file)
-        spec = BuildSpec(
-            target=target,
-            backing_file=overlay.recorded_backing_file(request, active, target),
-            attributes=attributes_for(file, self._attributes, request.path),
-            active=active.image,
-        )
-        return verdict._replace(spec=spec)
+        try:
+            attributes = attributes_for(file, self._attributes, request.path)
+        except (Refusal, OSError) as exc:
+            return failed_by(verdict, exc)  # with its warnings
+        backing_file = overlay.recorded_backing_file(request, active, target)
+        return verdict._replace(spec=BuildSpec(target, backing_file, attributes, active.image))
 
     def images(self, verdict: OverlayVerdict) -> Images:
         """Return ACTIVE, and before it an overlay that is there: its VM may be on it, or not yet."""
@@ -112,6 +111,12 @@ class MakeOverlays:
     def publish(self, _verdicts: t.Sequence[OverlayVerdict], held: Held, switch: t.Callable[[], None]) -> None:
         """Put all new overlays into place, and the VM on them, or none."""
         publish_together(held.staged, switch)
+
+
+def _place_of(path: str) -> str:
+    """Return the resolved path at which an overlay would be made; a dangling symlink is no way to one."""
+    is_dangling = os.path.islink(path) and not os.path.exists(path)
+    return path if is_dangling else os.path.realpath(path)
 
 
 def _fill(

@@ -11,7 +11,7 @@ import os
 import typing as t
 
 from .._base.errors import Refusal, printable, system_refusal
-from .._base.files import OpenImage, open_image
+from .._base.files import OpenImage, open_image, owning
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer, walk_chain, why_unusable
 from .._qcow2.dirty import DirtyMap, counting_cost, dirty_bytes
@@ -175,6 +175,7 @@ class _OpenLayer:
         self.layer = layer
         self.file = file
         self.image, self.is_open_for_writing = self._look()
+        self.actual_size = file.status().st_blocks * SECTOR
         self.maps: dict[str, DirtyMap] = {}  # by the name of the bitmap; of those that hold what is stored
         self.dirty: dict[str, int] = {}  # bytes by the name of the bitmap
 
@@ -205,7 +206,7 @@ class _OpenLayer:
             layer=self.layer,
             image=self.image,
             is_open_for_writing=self.is_open_for_writing,
-            actual_size=self.file.status().st_blocks * SECTOR,
+            actual_size=self.actual_size,
             dirty=self.dirty if with_figures else {},
         )
 
@@ -250,7 +251,7 @@ class _Examination:
 
     def _add(self, layer: Layer, file: OpenImage) -> None:
         """Add an image, with a descriptor of its own, since the walk closes the one that it has."""
-        new = _OpenLayer(layer, self._held.enter_context(OpenImage(layer.path, os.dup(file.fd))))
+        new = _OpenLayer(layer, self._held.enter_context(owning(layer.path, os.dup(file.fd))))
         self._size.add(new)
         self._layers.append(new)
         new.map_bitmaps()
@@ -294,8 +295,11 @@ class _Examination:
         return [one.maps[name] for one in self._layers if name in one.maps]
 
     def is_unchanged(self) -> bool:
-        """Whether all images still are as they were read."""
-        return all(one.is_unchanged() for one in self._layers)
+        """Whether all images still are as they were read; one that cannot be read any more is not."""
+        try:
+            return all(one.is_unchanged() for one in self._layers)
+        except (Refusal, OSError):
+            return False
 
     def result(self, *, with_figures: bool) -> ExaminedChain:
         """Return what was found, without the figures if they are of different moments."""

@@ -24,7 +24,7 @@ from .._qemu.settled import is_open_for_writing, read_settled
 # What can stand at the place of an overlay.
 NOTHING = "nothing"
 IMAGE = "image"  # qcow2
-OTHER_FILE = "other file"
+OTHER_FILE = "other file"  # or a pipe, a socket, …
 FOLDER = "folder"
 DEVICE = "device"
 
@@ -129,14 +129,16 @@ def _observe_folder_of(path: str) -> tuple[str, os.stat_result]:
 
 def _with_space(target: Target, status: os.stat_result) -> Target:
     """Return a target at which nothing stands yet, with the space in its folder; Refusal if that is not writable."""
-    if not os.access(target.folder, os.W_OK | os.X_OK):
-        raise Refusal(
-            "no_permission",
-            target.path,
-            f"its folder {target.folder} cannot be written to: its permissions forbid it, or it is mounted read-only",
-            "Run with become, or make it writable.",
-        )
     space = os.statvfs(target.folder)
+    if not os.access(target.folder, os.W_OK | os.X_OK):
+        is_read_only = bool(space.f_flag & os.ST_RDONLY)
+        why = "it is mounted read-only" if is_read_only else "its permissions forbid it"
+        raise Refusal(
+            "read_only" if is_read_only else "no_permission",
+            target.path,
+            f"its folder {target.folder} cannot be written to: {why}",
+            "Make it writable." if is_read_only else "Run with become, or make it writable.",
+        )
     blocks = space.f_bfree if os.geteuid() == 0 else space.f_bavail
     free = blocks * space.f_frsize if space.f_blocks else None
     return target._replace(device=status.st_dev, free_bytes=free)
@@ -156,6 +158,8 @@ def _observe_occupied(target: Target, status: os.stat_result, path: str) -> Targ
         return target._replace(stands=FOLDER)
     if stat.S_ISBLK(status.st_mode):
         return target._replace(stands=DEVICE)
+    if not stat.S_ISREG(status.st_mode):
+        return target._replace(stands=OTHER_FILE)
     with open_image(target.path) as file:
         return _observe_image(file, target, path) if is_qcow2(file) else target._replace(stands=OTHER_FILE)
 

@@ -4,7 +4,7 @@
 # PRIVATE to this collection: may change at any time.
 """Decide: what each overlay must be, whether what is there already is that, and why something is refused.
 
-Pure: values in, verdicts out. build.py acts on them.
+Values in, verdicts out: nothing is read here. build.py acts on the verdicts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import typing as t
 
 from .._base.attributes import Attributes
-from .._base.errors import Refusal
+from .._base.errors import Refusal, printable
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import MAX_LAYERS, has_protocol, why_unusable
 from .._qcow2.header import MAX_BACKING_FILE_NAME, MAX_L1_TABLE, l1_bytes
@@ -105,8 +105,8 @@ class OverlayVerdict(t.NamedTuple):
     def as_result(self) -> dict[str, t.Any]:
         """Return the verdict in the form in which the module returns it."""
         return {
-            "path": self.request.path,
-            "backing_file": self.request.backing_file,
+            "path": printable(self.request.path),
+            "backing_file": printable(self.request.backing_file),
             "backing_format": self.request.backing_format,
             "virtual_size": self.virtual_size,
             "state": self.state,
@@ -118,7 +118,7 @@ class OverlayVerdict(t.NamedTuple):
     def as_diff(self) -> tuple[t.Any, t.Any]:
         """Return what a diff shows: nothing before, the new overlay after."""
         after = {
-            "backing_file": self.request.backing_file,
+            "backing_file": printable(self.request.backing_file),
             "backing_format": self.request.backing_format,
             "virtual_size": self.virtual_size,
             "bitmaps": {bitmap.name: bitmap.granularity for bitmap in self.bitmaps},

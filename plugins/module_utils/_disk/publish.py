@@ -18,7 +18,7 @@ import stat
 import typing as t
 
 from .._base.errors import CHECK_STORAGE, Refusal, UnknownOutcomeError
-from .._base.files import OpenImage, close, open_folder
+from .._base.files import OpenImage, close, open_folder, owning
 from .._qemu import locks
 
 _PREFIX = ".kvmfleet-"
@@ -164,10 +164,10 @@ def _retract_all(begun: t.Sequence[StagedFile], exc: BaseException) -> None:
     stuck = [problem for problem in [one.retract() for one in reversed(begun)] if problem]
     if not stuck:
         return
-    cause = exc.strerror if isinstance(exc, OSError) else str(exc)
+    cause = exc.strerror if isinstance(exc, OSError) else str(exc).rstrip(".")
     others = "".join(f" {problem}" for problem in stuck[1:])
     raise stuck[0].with_note(
-        f"It is complete but unused, because its VM is not on it: {cause}.{others} {CHECK_STORAGE}"
+        f"It is complete but unused, because what belongs to it failed: {cause}.{others} {CHECK_STORAGE}"
     ) from exc
 
 
@@ -225,7 +225,7 @@ def _open_file(name: str, folder_fd: int) -> OpenImage:
     try:
         if not stat.S_ISREG(os.fstat(place).st_mode):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return OpenImage(name, os.open(f"/proc/self/fd/{place}", os.O_RDWR | os.O_CLOEXEC))
+        return owning(name, os.open(f"/proc/self/fd/{place}", os.O_RDWR | os.O_CLOEXEC))
     finally:
         os.close(place)
 

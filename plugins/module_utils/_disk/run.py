@@ -38,8 +38,8 @@ class Outcome(t.Generic[V]):
             "changed": bool(changed),
             items: [verdict.as_result() for verdict in self.verdicts],
             "diff": {
-                "before": {verdict.request.path: verdict.as_diff()[0] for verdict in changed},
-                "after": {verdict.request.path: verdict.as_diff()[1] for verdict in changed},
+                "before": {printable(verdict.request.path): verdict.as_diff()[0] for verdict in changed},
+                "after": {printable(verdict.request.path): verdict.as_diff()[1] for verdict in changed},
             },
         }
 
@@ -156,7 +156,7 @@ def _look(operation: Operation[R, V], request: R, hold: t.Callable[[], Held]) ->
 
 
 def _interrupted(verdict: V, exc: Interrupted) -> V:
-    """Return the verdict on a request that was not begun, because the run was told to end."""
+    """Return the verdict on a request that was not done, because the run was told to end."""
     if not verdict.changed:
         return verdict
     why = f"is left as it is, because the run was ended by {exc}"

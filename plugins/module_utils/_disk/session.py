@@ -122,7 +122,7 @@ class Held:
             file = self.image(path) if path in images.needed else self._open_to_lock(path)
             if file is not None:
                 # The lock is on the first one; the name stays, since relative backing files count from it.
-                self._images[path] = OpenImage(path, files.setdefault(file.identity, file).fd)
+                self._images[path] = files.setdefault(file.identity, file).named(path)
         if not self._locking:  # or a VM that starts just now would fail because of a mere question
             return
         # Take turns in an order that all runs share, or two could wait for each other.

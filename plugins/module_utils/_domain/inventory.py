@@ -4,7 +4,8 @@
 # PRIVATE to this collection: may change at any time.
 """Read: every domain of the host, and which images its disks use.
 
-Each definition is parsed once. A chain is read at most once, its headers only, and only if somebody asks for it.
+The disks of a definition are parsed once. A chain is read at most once, and only if somebody asks for it: headers, and
+the bitmaps of the topmost image, where damage would otherwise go unnoticed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .._base.errors import Refusal, system_refusal
 from .._base.files import open_image
 from .._libvirt.connection import Domain, Unreadable
 from .._libvirt.definition import DomainDisk
-from .._qcow2.chain import Layer, walk_chain
+from .._qcow2.chain import Layer, read_chain
 
 READ_ONLY = ("cdrom", "floppy", "read-only")  # why a disk is unfit, of those that are not written to
 
@@ -29,14 +30,14 @@ class DiskFacts(t.NamedTuple):
 
     disk: DomainDisk
     is_device: bool  # whatever the definition calls it
-    layers: tuple[Layer, ...] = ()  # top to base, as far as they can be read
+    layers: tuple[Layer, ...] = ()  # top to base; none if one of them cannot be read
     own: tuple[Layer, ...] = ()  # of these from the top those that no other domain uses
     writers: tuple[str, ...] = ()  # names of other domains that write to its topmost image
     problem: Refusal | None = None  # why the chain cannot be read
 
 
 class _Chain(t.NamedTuple):
-    """The chain of an image, or why it cannot be read to its end."""
+    """The chain of an image, or why it cannot be read."""
 
     layers: tuple[Layer, ...]
     problem: Refusal | None
@@ -109,7 +110,7 @@ class Inventory:
         return self._writers.get(os.path.realpath(source), set())
 
     def _chain(self, source: str, image_format: str) -> _Chain:
-        """Return the chain of an image, without its bitmaps."""
+        """Return the chain of an image."""
         if (source, image_format) not in self._chains:
             self._chains[source, image_format] = _read(source, image_format)
         return self._chains[source, image_format]
@@ -117,15 +118,13 @@ class Inventory:
 
 def _read(source: str, image_format: str) -> _Chain:
     """Read the chain of an image."""
-    layers: list[Layer] = []
     try:
         with open_image(source) as file:
-            layers.extend(layer for layer, _file in walk_chain(file, image_format, with_bitmaps=False))
+            return _Chain(read_chain(file, image_format), None)
     except Refusal as exc:
         return _Chain((), exc)
     except OSError as exc:
         return _Chain((), system_refusal(exc, source, "cannot be read"))
-    return _Chain(tuple(layers), None)
 
 
 def first_image(domain: Domain) -> str | None:

@@ -4,7 +4,7 @@
 # PRIVATE to this collection: may change at any time.
 """Decide: what becomes of each disk of a domain that is to be on a snapshot.
 
-Pure: facts in, a plan out.
+Facts in, a plan out. Only symlinks in the paths that a definition states are looked up here.
 """
 
 from __future__ import annotations

@@ -148,7 +148,9 @@ class _Switch:
             return [self._problem]
         if self._is_done or not is_expected:
             return []
-        return [Refusal("not_switched", self.domain.name, "was not switched to its overlays", "Run this again.")]
+        # Its turn did not come, although its overlays were there already: then no overlay tells of the signal.
+        why = "was not switched to its overlays, because the run was ended"
+        return [Refusal("interrupted", self.domain.name, why, "Run this again.")]
 
 
 def _left_out(plan: DomainPlan, kept: Kept) -> DomainOutcome:

@@ -5,7 +5,7 @@
 """Decide: what the definition of a libvirt domain says of its disks, and what it must become.
 
 Pure: XML in, values or XML out (libvirt, "Domain XML format", Hard drives, floppy disks, CDROMs). Whatever is not
-inside the element of a with_sources disk stays as it was, byte by byte.
+inside the element of a switched disk stays as it was, byte by byte.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class DomainDisk(t.NamedTuple):
 
 
 class Definition:
-    """The XML of a domain. It is parsed once."""
+    """The XML of a domain. Its disks are parsed once."""
 
     def __init__(self, text: str) -> None:
         self.text = text

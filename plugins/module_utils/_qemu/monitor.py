@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import selectors
@@ -17,13 +19,14 @@ import tempfile
 import time
 import typing as t
 
-from .._base.errors import CHECK_STORAGE, QemuError, qemu_refusal
+from .._base.errors import CHECK_STORAGE, QemuError, qemu_refusal, system_refusal
 from .._base.signals import interruptible
 
 OLDEST_QEMU = (5, 2)  # the oldest that the whole sequence was run on
 _PR_SET_PDEATHSIG = 1
 _SHOWN_STDERR = 2000  # characters
 _LONGEST_ANSWER = 64 * 1024 * 1024  # bytes
+_NO_PROGRAM = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOEXEC)
 _PIECE = 65536  # bytes that are read or written at once
 _SECONDS_TO_DIE = 5.0
 
@@ -59,7 +62,7 @@ def _dying_with(parent: int) -> t.Callable[[], None]:
 
 
 class Monitor:
-    """A running QEMU process and its monitor. Every failure of it ends it and raises QemuError.
+    """A running QEMU process and its monitor. If it dies, hangs or babbles, end it and raise QemuError.
 
     send() gives QEMU a command without waiting; receive() returns the answers in turn. command() does both.
     """
@@ -69,7 +72,8 @@ class Monitor:
         self._seconds = seconds
         self._stderr = tempfile.TemporaryFile()
         self._events: list[Message] = []
-        self._unread = b""  # what QEMU wrote and nobody asked for yet
+        self._lines: collections.deque[bytes] = collections.deque()  # that QEMU wrote and nobody asked for yet
+        self._rest = bytearray()  # of a line that it has not ended yet
         self._awaited = 0  # answers
         self._program = os.path.basename(command[0])
         try:
@@ -85,7 +89,9 @@ class Monitor:
             )
         except OSError as exc:
             self._stderr.close()
-            raise QemuError("no_qemu", f"{command[0]}: cannot be started: {exc.strerror}", "") from exc
+            refusal = system_refusal(exc, command[0], "cannot be started")
+            code = "no_qemu" if exc.errno in _NO_PROGRAM else refusal.code
+            raise QemuError(code, f"{command[0]}: {refusal.why}", refusal.remedy) from exc
         self._stdin = t.cast("t.IO[bytes]", self._process.stdin)
         self._stdout = t.cast("t.IO[bytes]", self._process.stdout)
         self._to_read = _selector({self._stdout: selectors.EVENT_READ})
@@ -197,10 +203,9 @@ class Monitor:
     def _next(self, wanted: t.Callable[[Message], bool], deadline: _Deadline) -> Message:
         """Return the next message that is wanted; keep the events of jobs that come before it."""
         while True:
-            while b"\n" in self._unread:
-                line, _newline, self._unread = self._unread.partition(b"\n")
+            while self._lines:
                 try:
-                    message = json.loads(line)
+                    message = json.loads(self._lines.popleft())
                     if wanted(message):
                         return t.cast("Message", message)
                     if message.get("event") == "JOB_STATUS_CHANGE":
@@ -230,8 +235,12 @@ class Monitor:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 raise self._lost(f"ended with status {self._process.wait(_SECONDS_TO_DIE)}")
             raise self._lost("closed its monitor")
-        self._unread += piece
-        if len(self._unread) > _LONGEST_ANSWER:
+        self._rest += piece
+        if b"\n" in piece:  # look at the new piece only: an answer can have many
+            *lines, rest = self._rest.split(b"\n")
+            self._lines.extend(map(bytes, lines))
+            self._rest = rest
+        if len(self._rest) > _LONGEST_ANSWER:
             raise self._lost("writes answers without end")
 
     def _lost(self, what: str) -> QemuError:

@@ -175,9 +175,9 @@ def _no_backup(where: str, checkpoint: str, why: str) -> Problem:
 
 def _broken_checkpoints(domains: Found, told: t.Container[str]) -> t.Iterator[Problem]:
     """Yield which checkpoints of domains are broken on one disk although they are carried on another."""
+    carried = {(overlay["domain"], name) for overlay in domains.overlays for name in overlay["bitmaps"]}
     for domain, checkpoint in domains.checkpoints:
-        own = [overlay for overlay in domains.overlays if overlay["domain"] == domain]
-        is_carried = any(checkpoint["name"] in overlay["bitmaps"] for overlay in own)
+        is_carried = (domain, checkpoint["name"]) in carried
         if checkpoint["valid"] is False and is_carried and checkpoint["name"] not in told:
             yield _no_backup(domain, checkpoint["name"], f"{checkpoint['image']}: {checkpoint['advice']}")
 

@@ -53,7 +53,9 @@ def from_disks(result: Result | None, check_mode: bool) -> Found:
     if result is None or "overlays" not in result:
         return found_nothing(result)
     overlays = [_row(overlay, None, check_mode) for overlay in result["overlays"]]
-    return Found(overlays, [], [Problem(one["code"], one["msg"]) for one in overlays if "msg" in one], [])
+    # What only follows from another problem is told with the overlay alone.
+    failed = [one for one in overlays if one.get("code", "group_failed") != "group_failed"]
+    return Found(overlays, [], [Problem(one["code"], one["msg"]) for one in failed], [])
 
 
 def from_domains(result: Result | None, check_mode: bool) -> Found:

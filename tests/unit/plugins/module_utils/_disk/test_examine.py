@@ -13,6 +13,7 @@ import subprocess
 import sys
 
 import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import OpenImage
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import examine as _disks
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.examine import examine_chain
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
@@ -400,3 +401,12 @@ def test_a_format_that_is_known_is_not_guessed(chain):
     disk = examine_chain(chain, follow=True, count=True, image_format="qcow2")
     assert "qcow2" in str(disk.problem)
     assert (disk.layers, disk.is_complete) == ((), False)
+
+
+def test_an_image_that_goes_stale_is_told_and_no_traceback(chain, monkeypatch):
+    def stale(_file):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(OpenImage, "status", stale)
+    result = examine_chain(chain, follow=True, count=False).as_result()
+    assert (result["images"], result["code"]) == ([], "gone")

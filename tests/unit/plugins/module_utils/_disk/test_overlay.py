@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
@@ -14,6 +15,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.observe impor
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay import (
     Creation,
     OverlayRequest,
+    OverlayVerdict,
     conflicts,
     decide,
     recorded_backing_file,
@@ -326,3 +328,8 @@ def test_the_chain_has_room_for_one_more():
     layers = active().layers
     assert decide(WANTED, active()._replace(layers=layers * 199), ABSENT).state == CREATED
     assert "more than 200 images" in message(decide(WANTED, active()._replace(layers=layers * 200), ABSENT))
+
+
+def test_names_that_are_not_utf8_can_be_returned():
+    odd = OverlayVerdict(WANTED._replace(path="/srv/\udcff", backing_file="/srv/caf\udce9"), CREATED)
+    json.dumps([odd.as_result(), odd.as_diff()], ensure_ascii=False).encode("utf-8")

@@ -13,6 +13,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain import inve
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.inventory import Inventory
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection import Domain, Unreadable
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import Definition
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
 
 from .. import qemu
 
@@ -96,3 +97,10 @@ def test_a_chain_that_cannot_be_read(host, tmp_path):
     (tmp_path / "template").unlink()
     (one,) = facts(host, "one")
     assert (one.layers, one.problem.code) == ((), "no_such_file")
+
+
+def test_a_topmost_image_whose_bitmaps_are_damaged_is_told_whatever_is_asked_for(host, tmp_path):
+    qemu.add_bitmaps(tmp_path / "one", [Bitmap("monday", 65536, True, False)])
+    qemu.patch(tmp_path / "one", qemu.directory_of(tmp_path / "one")[0], b"\xff" * 8)
+    (one,) = facts(host, "one")
+    assert (one.layers, one.problem.code) == ((), "damaged")
