@@ -144,7 +144,7 @@ def test_a_long_answer_comes_whole_and_those_after_it_in_turn(tmp_path):
     script = (
         f"echo '{GREETING % (9, 0)}'; read x; echo '{{\"return\": {{}}}}'; read x; printf '{{\"return\": \"'\n"
         "head -c 3000000 /dev/zero | tr '\\0' x; "
-        "printf '\"}\\n{\"return\": 2}\\n{\"return\"'; sleep 0.2; echo ': 3}'; exec sleep 1000"
+        'printf \'"}\\n{"return": 2}\\n{"return"\'; sleep 0.2; echo \': 3}\'; exec sleep 1000'
     )
     monitor = Monitor(fake(tmp_path, script), 20)
     for _number in range(3):
