@@ -101,7 +101,7 @@ def compare_with_qemu(path):
         assert path in refusal
         return
     command = ["qemu-img", "info", "--output=json", path]
-    result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, check=False, capture_output=True, text=True, errors="replace", timeout=60)
     if result.returncode == 0:
         said = json.loads(result.stdout)
         flat, ours = {**said, **said["format-specific"]["data"]}, qemu.as_qemu_says(image)
