@@ -281,19 +281,26 @@ summarize() {  # on exit: the sums. The last line is for whoever reads no more t
   echo "$all_good passed, $all_bad failed"
 }
 
-end() {  # end PROCESS: all that it has started, and then itself
+descendants() {  # descendants PROCESS: print all that it has started, and what that has
   local child children=()
   read -ra children 2> /dev/null < "/proc/$1/task/$1/children" || true
-  for child in "${children[@]}"; do end "$child"; done
-  kill -TERM "$1" 2> /dev/null || true
+  for child in "${children[@]}"; do
+    echo "$child"
+    descendants "$child"
+  done
 }
 
 interrupted() {  # interrupted SIGNAL: end the legs, and wait for them to clean up
-  local leg
+  local leg all patience
   trap - INT TERM  # a second one ends this at once
-  for leg in "${!leg_name[@]}"; do
-    [ "$1" = INT ] || end "$leg"  # Ctrl-C has reached all of it already
+  mapfile -t all < <(for leg in "${!leg_name[@]}"; do descendants "$leg"; done)
+  # Ctrl-C has reached all of them already.
+  [ "$1" = INT ] || kill -TERM "${!leg_name[@]}" "${all[@]}" 2> /dev/null || true
+  for ((patience = 10; patience > 0; patience--)); do
+    kill -0 "${!leg_name[@]}" 2> /dev/null || break
+    sleep 1
   done
+  kill -KILL "${all[@]}" 2> /dev/null || true  # often it is pytest that does not end, for its workers
   wait
   for leg in "${!leg_name[@]}"; do tell "$leg" ENDED; done
   exit $((128 + $(kill -l "$1")))
