@@ -137,7 +137,9 @@ def _with_space(target: Target, status: os.stat_result) -> Target:
             "read_only" if is_read_only else "no_permission",
             target.path,
             f"its folder {target.folder} cannot be written to: {why}",
-            "Make it writable." if is_read_only else "Run with become, or make it writable.",
+            "Make its file system writable, then run this again."
+            if is_read_only
+            else "Run with become, or make it writable.",
         )
     blocks = space.f_bfree if os.geteuid() == 0 else space.f_bavail
     free = blocks * space.f_frsize if space.f_blocks else None
