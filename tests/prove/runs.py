@@ -56,10 +56,9 @@ class Run(t.NamedTuple):
     @property
     def messages(self) -> list[str]:
         """Why overlays failed, each that is not only left out because of another; or else their domain, or the run."""
-        of_overlays = [overlay.get("msg", "") for overlay in self._overlays]
         said = [one["msg"] for one in self._overlays if "msg" in one and one["code"] != LEFT_OUT]
         said = said or [domain["msg"] for domain in self.domains if "msg" in domain]
-        return said if said or of_overlays or not self.message else [self.message]
+        return said if said or self._overlays or not self.message else [self.message]
 
     @property
     def _overlays(self) -> list[dict[str, t.Any]]:

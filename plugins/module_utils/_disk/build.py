@@ -26,7 +26,7 @@ from .observe import observe_chain, observe_target
 from .overlay import BuildSpec, OverlayRequest, OverlayVerdict
 from .publish import StagedFile, publish_together
 from .session import Held, Images, failed_by
-from .verdict import CREATED, FAILED, PRESENT
+from .verdict import FAILED, PRESENT
 
 if t.TYPE_CHECKING:
     from .._qemu.monitor import Monitor
@@ -82,12 +82,11 @@ class MakeOverlays:
 
     def rehearse(self, verdict: OverlayVerdict, held: Held) -> OverlayVerdict:
         """Have QEMU as second witness of ACTIVE."""
-        if verdict.spec is not None and verdict.spec.active is not None:
-            witness = Witness(held.monitor(), held.image(verdict.request.backing_file), verdict.spec.active)
-            witness.ask()
-            witness.compare()
-        elif verdict.state == CREATED:
-            held.monitor()  # a host without QEMU is told of
+        if verdict.spec is not None:
+            witness = _witness(verdict, verdict.spec, held)
+            if witness is not None:
+                witness.ask()
+                witness.compare()
         return verdict
 
     def phases(self) -> t.Sequence[t.Callable[[OverlayVerdict, Held], OverlayVerdict]]:
@@ -101,7 +100,7 @@ class MakeOverlays:
             return verdict
         monitor = held.monitor()
         staged = held.stage(spec.target.path, spec.target.folder)
-        witness = spec.active and Witness(monitor, held.image(verdict.request.backing_file), spec.active)
+        witness = _witness(verdict, spec, held)
         _fill(monitor, staged, verdict, spec, witness)
         apply_attributes(staged.file, spec.attributes)
         os.fsync(staged.file.fd)
@@ -111,6 +110,12 @@ class MakeOverlays:
     def publish(self, _verdicts: t.Sequence[OverlayVerdict], held: Held, switch: t.Callable[[], None]) -> None:
         """Put all new overlays into place, and the VM on them, or none."""
         publish_together(held.staged, switch)
+
+
+def _witness(verdict: OverlayVerdict, spec: BuildSpec, held: Held) -> Witness | None:
+    """Return QEMU as witness of ACTIVE; None if that is raw. A host without QEMU is refused in either case."""
+    monitor = held.monitor()
+    return spec.active and Witness(monitor, held.image(verdict.request.backing_file), spec.active)
 
 
 def _place_of(path: str) -> str:

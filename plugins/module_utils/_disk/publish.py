@@ -173,25 +173,23 @@ def _retract_all(begun: t.Sequence[StagedFile], exc: BaseException) -> None:
 
 def leftovers(folder: str) -> list[str]:
     """Return the paths of the files in the folder that killed runs have left."""
-    return _abandoned(folder, lambda _name, _folder_fd: True)
+    return _of_runs(folder, _is_abandoned)
 
 
 def sweep(folder: str) -> list[str]:
     """Remove the files in the folder that killed runs have left, and return their paths."""
-    return _abandoned(folder, _remove)
+    return _of_runs(folder, _remove)
 
 
-def _abandoned(folder: str, counts: t.Callable[[str, int], bool]) -> list[str]:
-    """Return the paths of the temporary files that no run holds, and that count."""
+def _of_runs(folder: str, counts: t.Callable[[str, int], bool]) -> list[str]:
+    """Return the paths of the temporary files of runs that count."""
     try:
         folder_fd, folder = _open_to_list(folder)
     except (OSError, Refusal):  # what is to be done in it will tell
         return []
     try:
         names = sorted(name for name in os.listdir(folder_fd) if name.startswith(_PREFIXES) and name.endswith(_SUFFIX))
-        return [
-            os.path.join(folder, name) for name in names if _is_abandoned(name, folder_fd) and counts(name, folder_fd)
-        ]
+        return [os.path.join(folder, name) for name in names if counts(name, folder_fd)]
     except OSError:
         return []
     finally:
@@ -208,7 +206,7 @@ def _is_abandoned(name: str, folder_fd: int) -> bool:
 
 
 def _remove(name: str, folder_fd: int) -> bool:
-    """Claim an abandoned file, then unlink it, so that no run can pick it up in between; False if that fails."""
+    """Claim a file that no run holds, then unlink it, so that no run can pick it up in between; False if that fails."""
     try:
         with _open_file(name, folder_fd) as file:
             if locks.claim(file):

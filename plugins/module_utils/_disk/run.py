@@ -34,12 +34,13 @@ class Outcome(t.Generic[V]):
     def as_result(self, items: str) -> dict[str, t.Any]:
         """Return the result of a module, in which the list of requests has the name `items`."""
         changed = [verdict for verdict in self.verdicts if verdict.changed]
+        diffs = {printable(verdict.request.path): verdict.as_diff() for verdict in changed}
         return {
             "changed": bool(changed),
             items: [verdict.as_result() for verdict in self.verdicts],
             "diff": {
-                "before": {printable(verdict.request.path): verdict.as_diff()[0] for verdict in changed},
-                "after": {printable(verdict.request.path): verdict.as_diff()[1] for verdict in changed},
+                "before": {path: before for path, (before, _after) in diffs.items()},
+                "after": {path: after for path, (_before, after) in diffs.items()},
             },
         }
 
@@ -75,8 +76,13 @@ def run(
     _allow_many_open_files()
     engine = Engine(settings)
     groups: list[Group[R, V]] = _groups(requests)
-    warnings = _leftovers(operation, requests, settings)
-    _first_look(operation, requests, groups, lambda: Held(settings, engine, locking=False))
+    wrong = {index: problems for index, one in enumerate(requests) if (problems := operation.problems(one))}
+    sound = {index: one for index, one in enumerate(requests) if index not in wrong}
+    warnings = _leftovers(operation, sound.values(), settings)
+    for index, conflict in zip(sound, operation.conflicts(list(sound.values()))):
+        if conflict is not None:
+            wrong[index] = [conflict]
+    _first_look(operation, groups, wrong, lambda: Held(settings, engine, locking=False))
     sessions = [(group, Session(operation, settings, engine, vms.get(group.vm))) for group in groups]
     to_do = [(group, session) for group, session in sessions if group.is_pending(session)]
     try:
@@ -112,9 +118,8 @@ def _groups(requests: t.Sequence[R]) -> list[Group[R, t.Any]]:
     return list(groups.values())
 
 
-def _leftovers(operation: Operation[R, t.Any], requests: t.Sequence[R], settings: Settings) -> list[str]:
+def _leftovers(operation: Operation[R, t.Any], sound: t.Iterable[R], settings: Settings) -> list[str]:
     """Return a warning for each file that a killed run has left in the folders of this call; a run removes it."""
-    sound = [request for request in requests if not operation.problems(request)]
     folders = dict.fromkeys(folder for request in sound for folder in operation.folders(request))
     find = leftovers if settings.check_mode else sweep
     return [
@@ -126,16 +131,11 @@ def _leftovers(operation: Operation[R, t.Any], requests: t.Sequence[R], settings
 
 def _first_look(
     operation: Operation[R, V],
-    requests: t.Sequence[R],
     groups: t.Sequence[Group[R, V]],
+    wrong: t.Mapping[int, t.Sequence[Refusal]],
     hold: t.Callable[[], Held],
 ) -> None:
-    """Judge everything without any lock."""
-    wrong = {index: problems for index, one in enumerate(requests) if (problems := operation.problems(one))}
-    sound = [index for index in range(len(requests)) if index not in wrong]
-    for index, conflict in zip(sound, operation.conflicts([requests[index] for index in sound])):
-        if conflict is not None:
-            wrong[index] = [conflict]
+    """Judge everything without any lock, but for the requests that are `wrong` by themselves."""
     free: dict[int, int] = {}
     for group in groups:
         for index, request in zip(group.indexes, group.requests):

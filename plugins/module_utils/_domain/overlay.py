@@ -45,7 +45,9 @@ def plan_domain(
     if snapshots and not request.allows_snapshots and any(disk.is_new for disk in disks):
         problems.append(_snapshots_problem(domain, snapshots))
     plan = DomainPlan(domain, tuple(disks), skipped, tuple(problems), domain.definition)
-    return plan._replace(definition=domain.definition.with_sources(plan.sources)) if plan.sources else plan
+    if problems or not plan.sources:  # there is nothing to switch
+        return plan
+    return plan._replace(definition=domain.definition.with_sources(plan.sources))
 
 
 def _snapshots_problem(domain: Domain, snapshots: t.Sequence[str]) -> Refusal:
