@@ -7,7 +7,7 @@
 ::
 
     OVERLAY  (new, ours alone until it is published)
-       │     recording bitmaps, as ACTIVE has them
+       │     recording bitmaps, as ACTIVE has them, with the bits of the chain below or with none
        ▼
     ACTIVE   (locked, never written to)
 """
@@ -19,9 +19,22 @@ import typing as t
 
 from .._base.attributes import AttributeOptions, apply_attributes, attributes_for
 from .._base.errors import CHECK_STORAGE, Refusal
+from .._base.files import open_image
+from .._qcow2.bitmaps import Bitmap
 from .._qcow2.image import read_image
-from .._qemu.nodes import Witness, add_bitmaps, close_file, create_image, extra_seconds
+from .._qemu.nodes import (
+    ACTIVE,
+    SCRATCH,
+    Witness,
+    add_bitmaps,
+    close_file,
+    close_node,
+    create_image,
+    extra_seconds,
+    open_scratch,
+)
 from . import overlay
+from .cumulative import Maps, has_bits, lower_bits, map_chain, most_bytes, wrong_bits
 from .observe import observe_chain, observe_target
 from .overlay import BuildSpec, OverlayRequest, OverlayVerdict
 from .publish import StagedFile, publish_together
@@ -61,8 +74,13 @@ class MakeOverlays:
         active = observe_chain(file, request.backing_format, relative=request.relative)
         target = observe_target(request.path)
         verdict = overlay.decide(request, active, target)
-        if not verdict.changed:
+        if verdict.state == FAILED:
             return verdict
+        maps: Maps = {}
+        if request.bitmap_content == overlay.CUMULATIVE and (verdict.changed or request.must_be_fresh):
+            maps = map_chain(active, lambda path: file if path == active.layers[0].path else held.image(path))
+        if verdict.state == PRESENT:
+            return overlay.with_stale(verdict, _stale_bitmaps(verdict, maps))
         if active.is_recording:
             held.hold_off_everybody(request.backing_file)
         try:
@@ -70,7 +88,12 @@ class MakeOverlays:
         except (Refusal, OSError) as exc:
             return failed_by(verdict, exc)  # with its warnings
         backing_file = overlay.recorded_backing_file(request, active, target)
-        return verdict._replace(spec=BuildSpec(target, backing_file, attributes, active.image))
+        size = active.virtual_size
+        bit_bytes = most_bytes(maps, verdict.bitmaps, request.creation.cluster_size, size)
+        return verdict._replace(
+            need=overlay.need(verdict, target, bit_bytes),
+            spec=BuildSpec(target, backing_file, attributes, active.image, maps, bit_bytes),
+        )
 
     def images(self, verdict: OverlayVerdict) -> Images:
         """Return ACTIVE, and before it an overlay that is there: its VM may be on it, or not yet."""
@@ -86,7 +109,9 @@ class MakeOverlays:
             witness = _witness(verdict, verdict.spec, held)
             if witness is not None:
                 witness.ask()
+                witness.close()
                 witness.compare()
+                held.monitor().receive_rest()
         return verdict
 
     def phases(self) -> t.Sequence[t.Callable[[OverlayVerdict, Held], OverlayVerdict]]:
@@ -124,6 +149,12 @@ def _place_of(path: str) -> str:
     return path if is_dangling else os.path.realpath(path)
 
 
+def _stale_bitmaps(verdict: OverlayVerdict, maps: Maps) -> list[Bitmap]:
+    """Return the bitmaps of an overlay on which no VM has run that lack bits of the chain below, or have others."""
+    with open_image(verdict.request.path) as file:
+        return wrong_bits(maps, [b for b in verdict.bitmaps if b.name in maps], file, read_image(file))
+
+
 def _fill(
     monitor: Monitor, staged: StagedFile, verdict: OverlayVerdict, spec: BuildSpec, witness: Witness | None
 ) -> None:
@@ -144,19 +175,37 @@ def _fill(
         },
     )
     # QEMU opens ACTIVE while its monitor is still reading the bitmaps, so send all before the answers are awaited.
-    if witness is not None:
-        witness.ask()
-    if verdict.bitmaps:
-        add_bitmaps(monitor, verdict.bitmaps)
-    close_file(monitor)
-    if witness is not None:
+    if witness is None or spec.active is None:  # ACTIVE is raw, so there are no bitmaps
+        close_file(monitor)
+        monitor.receive_rest()
+        return
+    witness.ask()
+    more_seconds = extra_seconds(len(verdict.bitmaps), spec.bit_bytes)
+    with lower_bits(spec.maps, verdict.bitmaps, spec.active.virtual_size) as scratch:
+        if scratch is not None:
+            open_scratch(monitor, scratch)
+        if verdict.bitmaps:
+            add_bitmaps(monitor, verdict.bitmaps, _sources(spec.maps), more_seconds)
+        if scratch is not None:
+            close_node(monitor, SCRATCH)
+        witness.close()
+        close_file(monitor)
         witness.compare()
-    monitor.receive_rest(extra_seconds(len(verdict.bitmaps)))
+        monitor.receive_rest(more_seconds)
+
+
+def _sources(maps: Maps) -> dict[str, list[str]]:
+    """Return by the name of each bitmap the nodes that have bits of it: QEMU reads those of ACTIVE itself."""
+    nodes = {name: [ACTIVE] * has_bits(own[:1]) + [SCRATCH] * has_bits(own[1:]) for name, own in maps.items()}
+    return {name: wanted for name, wanted in nodes.items() if wanted}
 
 
 def _read_back(staged: StagedFile, verdict: OverlayVerdict, spec: BuildSpec, monitor: Monitor) -> None:
     """Refuse a finished overlay that is not what it was to be: no exit code tells that bitmaps were lost."""
-    wrong = overlay.verify(verdict, spec.backing_file, read_image(staged.file))
+    image = read_image(staged.file)
+    wrong = overlay.verify(verdict, spec.backing_file, image)
+    if not wrong:
+        wrong = overlay.wrong_content(wrong_bits(spec.maps, verdict.bitmaps, staged.file, image))
     if not wrong:
         return
     words = monitor.stderr()

@@ -25,6 +25,13 @@ from .bitmap_rules import bitmap_drift, bitmap_problems, carries_over, is_expres
 from .observe import DEVICE, FOLDER, OTHER_FILE, ObservedChain, Target
 from .verdict import CREATED, FAILED, PRESENT, Need, problem_fields
 
+if t.TYPE_CHECKING:
+    from .cumulative import Maps
+
+# What the bits of a new bitmap are.
+CUMULATIVE = "cumulative"  # those of the chain below
+EMPTY = "empty"  # none, as in a snapshot by libvirt
+
 _HEADER_ROOM = 168  # bytes that an overlay's header and extensions take, beside the name of the backing file
 _SMALLEST_BLOCK = 4096  # bytes of a file system
 # Why nothing can be made, and the way out, by what stands at the place.
@@ -60,6 +67,7 @@ class OverlayRequest(t.NamedTuple):
     vm: str | None = None
     relative: bool = False
     creation: Creation = Creation()
+    bitmap_content: str = CUMULATIVE
     must_be_fresh: bool = False  # the VM is not on it yet, so one that exists already must hold no data
 
 
@@ -78,6 +86,8 @@ class BuildSpec(t.NamedTuple):
     backing_file: str  # as the overlay records it
     attributes: Attributes
     active: Image | None  # None if it is raw
+    maps: Maps  # what the bitmaps begin with; nothing for one that begins empty
+    bit_bytes: int  # that the bits take at most
 
 
 class OverlayVerdict(t.NamedTuple):
@@ -207,7 +217,7 @@ def _promise(request: OverlayRequest, active: ObservedChain, target: Target) -> 
     )
     warnings = _active_warnings(active)
     if target.image is None:
-        verdict = OverlayVerdict(
+        return OverlayVerdict(
             request=request,
             state=CREATED,
             warnings=tuple(warnings),
@@ -215,7 +225,6 @@ def _promise(request: OverlayRequest, active: ObservedChain, target: Target) -> 
             bitmaps=carried,
             skipped=skipped,
         )
-        return verdict._replace(need=_need(verdict, target))
     there = {bitmap.name: bitmap for bitmap in target.image.bitmaps}
     warnings += [
         f"{target.path}: bitmap {b.name!r} has a granularity of {there[b.name].granularity} bytes, in "
@@ -357,6 +366,26 @@ def _signs_of_use(active: ObservedChain, target: Target, image: Image) -> list[s
     return signs
 
 
+def with_stale(verdict: OverlayVerdict, stale: t.Sequence[Bitmap]) -> OverlayVerdict:
+    """Return the verdict on an overlay that is there and fresh; it fails if `stale` bitmaps have not the chain's bits.
+
+    So it is if the VM went on running on ACTIVE after a run that was interrupted.
+    """
+    if not stale:
+        return verdict
+    why = (
+        f"exists and differs: its bitmap {names_of(stale)} has not the bits of the images below, as if the VM had "
+        "run on ACTIVE since, or as if it was made with bitmap_content=empty"
+    )
+    remedy = "No VM has run on it: remove it and run this again, or use bitmap_content=empty."
+    return verdict.failed(Refusal("differs", verdict.request.path, why, remedy))
+
+
+def wrong_content(bitmaps: t.Sequence[Bitmap]) -> list[str]:
+    """Return how the bits of a finished overlay, as read back, differ from what they were to be."""
+    return [f"the bitmap {names_of(bitmaps)} has other bits than it was to begin with"] if bitmaps else []
+
+
 def verify(verdict: OverlayVerdict, backing_file: str, image: Image) -> list[str]:
     """Return how a finished overlay, as read back, differs from what it was to be; nothing if it is right."""
     expected = {
@@ -381,15 +410,15 @@ def verify(verdict: OverlayVerdict, backing_file: str, image: Image) -> list[str
     return wrong
 
 
-def _need(verdict: OverlayVerdict, target: Target) -> Need | None:
+def need(verdict: OverlayVerdict, target: Target, bit_bytes: int) -> Need | None:
     """Return the space that a new overlay takes; None if its file system does not say how much it has."""
     if target.free_bytes is None:
         return None
-    return Need(target.device, target.folder, needed_bytes(verdict), target.free_bytes)
+    return Need(target.device, target.folder, needed_bytes(verdict) + bit_bytes, target.free_bytes)
 
 
 def needed_bytes(verdict: OverlayVerdict) -> int:
-    """Return how many bytes the new overlay takes on disk at least, where blocks are of 4 KiB or larger."""
+    """Return how many bytes the new overlay takes on disk at least, beside bits, where blocks are of 4 KiB or more."""
     creation, size = verdict.request.creation, verdict.virtual_size or 0
     # Header, refcount table, one refcount block, L1 table.
     needed = 3 * creation.cluster_size + l1_bytes(size, creation.cluster_size, creation.extended_l2)

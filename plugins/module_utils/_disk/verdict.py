@@ -36,7 +36,7 @@ class Need(t.NamedTuple):
 
     device: int  # of the file system
     folder: str
-    bytes: int  # at least
+    bytes: int
     free: int  # bytes, before anything of this call is done
 
 
@@ -122,7 +122,7 @@ def within_space(verdicts: t.Sequence[V], free: dict[int, int]) -> list[V]:
                 Refusal(
                     "no_space",
                     verdict.request.path,
-                    f"needs at least {need.bytes} bytes in {need.folder}, where {max(available, 0)} are left",
+                    f"needs {need.bytes} bytes in {need.folder}, where {max(available, 0)} are left",
                     "Make room, or choose another folder.",
                 )
             )

@@ -2,14 +2,16 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 # PRIVATE to this collection: may change at any time.
-"""Read: the bits of stored bitmaps, and how much of a disk they mark dirty, one by one or all of a chain together.
+"""Read: the bits of stored bitmaps, one by one or all of a chain together, and how much of a disk they mark dirty.
 
 Look at a piece of the disk at a time, so that memory is bounded however large the bitmaps are.
 """
 
 from __future__ import annotations
 
-import struct
+import array
+import itertools
+import sys
 import typing as t
 
 from .._base.files import OpenImage
@@ -17,7 +19,7 @@ from .bitmaps import TABLE_ENTRY_SIZE, Bitmap, BitmapTable
 from .header import damaged
 from .image import Image
 
-_PIECE = 1 << 19  # bits of the finest bitmap that are looked at together
+_PIECE = 1 << 19  # bits of the finest bitmap that are looked at together; a cluster of 64 KiB holds so many
 _ENTRY_ALL_ONES = 1 << 0
 _ENTRY_OFFSET = 0x00FFFFFFFFFFFE00  # bits 9 to 55
 _DIGITS = "01"
@@ -38,7 +40,9 @@ class DirtyMap:
         data = file.read(table.entries * TABLE_ENTRY_SIZE, table.offset)
         if len(data) != table.entries * TABLE_ENTRY_SIZE:
             raise damaged(path, f"the file ends within the table of the bitmap {bitmap.name!r}")
-        self._entries = struct.unpack(f">{table.entries}Q", data)
+        self._entries = array.array("Q", data)  # eight bytes each; as numbers of their own they would be forty
+        if sys.byteorder == "little":
+            self._entries.byteswap()
         for entry in self._entries:
             self._check(entry, bitmap)
 
@@ -57,17 +61,31 @@ class DirtyMap:
     def bits(self, start: int, length: int) -> int:
         """Return the bits that cover `length` bytes of the disk from `start`, the first bit as the number's lowest.
 
-        `start` and `length` are multiples of eight granules.
+        `start` and `length` are multiples of eight granules; `length` may also end where a disk does.
+        """
+        return int.from_bytes(self.stored(start, length), "little")
+
+    def stored(self, start: int, length: int) -> bytes:
+        """Return the same bits as bitmap data (qcow2 spec, Bitmap data); nothing at all where none is set.
+
+        Zeroes at the end may be left out.
         """
         end = min(start + length, self._virtual_size)
         if start >= end:
-            return 0
+            return b""
         per_byte = self.granularity * 8
         first, last = start // per_byte, (end - 1) // per_byte
         if not any(self._entries[first // self._cluster_size : last // self._cluster_size + 1]):
-            return 0  # as most of a disk is
-        bits = int.from_bytes(self._data(first, last + 1), "little")
-        return bits & ((1 << -(-(end - start) // self.granularity)) - 1)
+            return b""  # as most of a disk is
+        data = self._data(first, last + 1)
+        used = -(-(end - start) // self.granularity) % 8  # bits of the last byte that lie on the disk
+        return data[:-1] + bytes([data[-1] & ((1 << used) - 1)]) if used else data
+
+    def most_clusters(self, granularity: int, cluster_size: int) -> int:
+        """Return an upper bound of the clusters that hold these bits in another image, in `granularity`."""
+        here, there = self._cluster_size * 8 * self.granularity, cluster_size * 8 * granularity  # bytes of the disk
+        clusters = sum(1 for entry in self._entries if entry)
+        return min(clusters * (here // there if here > there else 1), -(-self._virtual_size // there))
 
     def _data(self, first: int, end: int) -> bytes:
         """Return the bytes of the bitmap data from `first` up to, not including, `end`."""
@@ -111,6 +129,49 @@ def dirty_bytes(maps: t.Sequence[DirtyMap], virtual_size: int) -> int:
         if bits >> (granules - 1):  # the last granule may reach beyond the end of the disk
             dirty -= -here % granularity
     return dirty
+
+
+def united(
+    maps: t.Sequence[DirtyMap], granularity: int, virtual_size: int, span: int = 0
+) -> t.Iterator[tuple[int, bytes]]:
+    """Yield what is dirty in any of `maps`, piece by piece, as data of a bitmap of `granularity`.
+
+    Yield pairs of the offset in the bitmap's data in bytes, a multiple of 64 KiB, and the data, to the end of the disk
+    at most. Leave out pieces that are clean. A piece covers `span` bytes of the disk or more.
+    """
+    coarsest = max((one.granularity for one in maps), default=granularity)
+    span = max(span, granularity * _PIECE, coarsest * 8)
+    for start in range(0, virtual_size, span):
+        here = min(span, virtual_size - start)  # bytes of the disk
+        length = -(-here // (granularity * 8))  # bytes of data
+        stored = [one.stored(start, here) for one in maps]
+        if not any(stored):
+            continue
+        if len(maps) == 1 and coarsest == granularity:  # the usual case, and some ten times as fast
+            data = stored[0].ljust(length, b"\0")
+        else:
+            bits = 0
+            for one, own in zip(maps, stored):
+                bits |= _rescaled(int.from_bytes(own, "little"), one.granularity, granularity)
+            bits &= (1 << -(-here // granularity)) - 1  # a coarser map marks some beyond the end of the disk
+            data = bits.to_bytes(length, "little")
+        if data.count(0) != length:
+            yield start // (granularity * 8), data
+
+
+def first_difference(maps: t.Sequence[DirtyMap], found: DirtyMap, virtual_size: int) -> int | None:
+    """Return where on the disk `found` is dirty and none of `maps`, or the other way round; None if nowhere.
+
+    The answer is in bytes, and may lie before the difference.
+    """
+    span = max((one.granularity * 8 for one in maps), default=0)
+    wanted = united(maps, found.granularity, virtual_size, span)
+    there = united([found], found.granularity, virtual_size, span)
+    for one, other in itertools.zip_longest(wanted, there):
+        if one != other:
+            offset = min(piece[0] for piece in (one, other) if piece is not None)
+            return offset * 8 * found.granularity
+    return None
 
 
 def counting_cost(maps: t.Sequence[DirtyMap]) -> int:

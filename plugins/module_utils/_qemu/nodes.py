@@ -19,12 +19,14 @@ from .._qcow2.bitmaps import Bitmap
 from .._qcow2.image import Image
 from .monitor import Message, Monitor
 
-# Node names; short, because the new image's is sent once for each bitmap.
-_WITNESS = "a"
+# Node names; short, because most are sent once for each bitmap.
+ACTIVE = "a"
+SCRATCH = "s"
 _FILE = "f"
 _NEW = "o"
 
 _SECONDS_PER_BITMAP = 0.1  # that a step may take longer, on slow storage
+_SECONDS_PER_BYTE = 1 / (1 << 20)  # of bits; QEMU looks for each free cluster from the beginning
 
 
 class _Seen(t.NamedTuple):
@@ -45,21 +47,16 @@ class Witness:
         self._image = image
 
     def ask(self) -> None:
-        """Have QEMU open the image, say what it sees, and close it; do not wait for the answers."""
-        node: Message = {
-            "driver": "qcow2",
-            "node-name": _WITNESS,
-            "read-only": True,
-            # The locks are held already, through the very same open file; see locks.py.
-            "force-share": True,
-            "backing": None,
-            "file": {"driver": _file_driver(self._file), "filename": name_for_qemu(self._file), "locking": "off"},
-        }
+        """Have QEMU open the image as the node ACTIVE, and say what it sees; do not wait for the answers."""
+        node = _bitmaps_only(ACTIVE, self._file)
         if self._image.has_data_file:  # the data plays no part here, so it stays closed
             node["data-file"] = {"driver": "null-co", "size": self._image.virtual_size}
         self._monitor.send("blockdev-add", node)
         self._monitor.send("query-named-block-nodes", {"flat": True})
-        self._monitor.send("blockdev-del", {"node-name": _WITNESS})
+
+    def close(self) -> None:
+        """Have QEMU close the image; do not wait for the answer."""
+        close_node(self._monitor, ACTIVE)
 
     def compare(self) -> None:
         """Receive the answers; Refusal if QEMU sees other bitmaps than were read."""
@@ -68,12 +65,11 @@ class Witness:
             self._monitor.receive(extra_seconds(len(bitmaps)))
         except QemuError as exc:
             raise Refusal(exc.code, path, f"QEMU cannot open it. {exc.why}", exc.remedy) from exc
-        node = next(node for node in self._monitor.receive() if node["node-name"] == _WITNESS)
+        node = next(node for node in self._monitor.receive() if node["node-name"] == ACTIVE)
         seen = {
             _Seen(entry["name"], entry["granularity"], entry["recording"], entry.get("inconsistent", False))
             for entry in node.get("dirty-bitmaps", ())
         }
-        self._monitor.receive()
         # A bitmap that is inconsistent never records, whatever its flag says.
         read = {_Seen(b.name, b.granularity, b.recording and not b.inconsistent, b.inconsistent) for b in bitmaps}
         if seen != read:
@@ -99,31 +95,64 @@ def create_image(monitor: Monitor, file: OpenImage, options: Message) -> None:
     )
 
 
-def add_bitmaps(monitor: Monitor, bitmaps: t.Sequence[Bitmap]) -> None:
+def open_scratch(monitor: Monitor, file: OpenImage) -> None:
+    """Have QEMU open an image that holds nothing but bitmaps as the node SCRATCH; do not wait for the answer."""
+    monitor.send("blockdev-add", _bitmaps_only(SCRATCH, file))
+
+
+def add_bitmaps(
+    monitor: Monitor, bitmaps: t.Sequence[Bitmap], sources: t.Mapping[str, t.Sequence[str]], more_seconds: float
+) -> None:
     """Have QEMU add recording bitmaps to the new image in one transaction; do not wait for the answers.
 
-    They are stored when the node goes away.
+    `sources` has by the name of a bitmap the nodes whose bitmaps of the same name it begins with. The bitmaps are
+    stored when the node goes away.
     """
     monitor.send("blockdev-add", {"driver": "qcow2", "node-name": _NEW, "file": _FILE, "backing": None})
-    actions = [
+    adding = [
         {
             "type": "block-dirty-bitmap-add",
             "data": {"node": _NEW, "name": bitmap.name, "granularity": bitmap.granularity, "persistent": True},
         }
         for bitmap in bitmaps
     ]
-    monitor.send("transaction", {"actions": actions}, extra_seconds(len(actions)))
-    monitor.send("blockdev-del", {"node-name": _NEW})
+    merging = [
+        {
+            "type": "block-dirty-bitmap-merge",
+            "data": {"node": _NEW, "target": name, "bitmaps": [{"node": node, "name": name} for node in nodes]},
+        }
+        for name, nodes in sources.items()
+    ]
+    monitor.send("transaction", {"actions": adding + merging}, more_seconds)
+    close_node(monitor, _NEW)
 
 
 def close_file(monitor: Monitor) -> None:
     """Have QEMU close the file of the new image; do not wait for the answer."""
-    monitor.send("blockdev-del", {"node-name": _FILE})
+    close_node(monitor, _FILE)
 
 
-def extra_seconds(bitmaps: int) -> float:
-    """Return what a step with so many bitmaps may take longer than one without."""
-    return bitmaps * _SECONDS_PER_BITMAP
+def close_node(monitor: Monitor, node: str) -> None:
+    """Have QEMU close what it has open under this name; do not wait for the answer."""
+    monitor.send("blockdev-del", {"node-name": node})
+
+
+def extra_seconds(bitmaps: int, data_bytes: int = 0) -> float:
+    """Return what a step with so many bitmaps, and so many bytes of their bits, may take longer than one without."""
+    return bitmaps * _SECONDS_PER_BITMAP + data_bytes * _SECONDS_PER_BYTE
+
+
+def _bitmaps_only(name: str, file: OpenImage) -> Message:
+    """Return the node of an open image of which only the bitmaps are read."""
+    return {
+        "driver": "qcow2",
+        "node-name": name,
+        "read-only": True,
+        # The locks are held already, through the very same open file; see locks.py.
+        "force-share": True,
+        "backing": None,
+        "file": {"driver": _file_driver(file), "filename": name_for_qemu(file), "locking": "off"},
+    }
 
 
 def _file_driver(file: OpenImage) -> str:

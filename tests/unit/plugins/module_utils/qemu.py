@@ -114,6 +114,45 @@ def opened_for_writing(path: t.Any) -> t.Iterator[None]:
         process.communicate()
 
 
+@contextlib.contextmanager
+def exporting(folder: t.Any) -> t.Iterator[Monitor]:
+    """Run a QEMU process for the block that serves what dirty_extents() asks for."""
+    with storage_daemon() as monitor:
+        monitor.command("nbd-server-start", {"addr": {"type": "unix", "data": {"path": f"{folder}/nbd"}}})
+        yield monitor
+
+
+def open_bitmaps(monitor: Monitor, node: str, path: t.Any) -> None:
+    """Open an image without its chain and read-only."""
+    file = {"driver": "file", "filename": str(path)}
+    options = {"driver": "qcow2", "node-name": node, "file": file, "backing": None, "read-only": True}
+    monitor.command("blockdev-add", options)
+
+
+def dirty_extents(monitor: Monitor, folder: t.Any, node: str, bitmap: str) -> list[tuple[int, int]]:
+    """Return (start, length) of all that an NBD client is told to be dirty in a bitmap of QEMU."""
+    export = {"type": "nbd", "id": "export", "node-name": node, "name": "disk", "bitmaps": [bitmap]}
+    monitor.command("block-export-add", export)
+    options = [
+        "driver=nbd,server.type=unix,export=disk",
+        f"server.path={folder}/nbd",
+        f"x-dirty-bitmap=qemu:dirty-bitmap:{bitmap}".replace(",", ",,"),
+    ]
+    extents = json.loads(qemu_img("map", "--output=json", "--image-opts", ",".join(options)))
+    monitor.command("block-export-del", {"id": "export", "mode": "hard"})
+    while monitor.command("query-block-exports"):
+        pass
+    found: list[tuple[int, int]] = []
+    for extent in extents:
+        if extent["data"]:
+            continue
+        start, length = extent["start"], extent["length"]
+        if found and sum(found[-1]) == start:
+            start, length = found[-1][0], found.pop()[1] + length
+        found.append((start, length))
+    return found
+
+
 def read(path: t.Any) -> Image:
     """Return what our reader says of an image."""
     with open_image(str(path)) as file:

@@ -58,7 +58,7 @@ def test_space_is_counted_over_the_vms_of_a_call():
     assert [v.state for v in within_space([needing(1, 300_000)], free)] == [CREATED]
     short = within_space([needing(1, 300_000)], free)[0]
     assert (short.state, short.problems[0].code) == (FAILED, "no_space")
-    assert "needs at least 200000 bytes in /srv, where 100000 are left" in str(short.problems[0])
+    assert "needs 200000 bytes in /srv, where 100000 are left" in str(short.problems[0])
     assert [v.state for v in within_space([needing(2, 300_000)], free)] == [CREATED]
     assert [v.state for v in within_space([needing(1, 300_000)] * 2, {})] == [FAILED, FAILED]
     assert [v.state for v in within_space([MADE], {})] == [CREATED]

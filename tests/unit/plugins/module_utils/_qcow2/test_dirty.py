@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import struct
 import subprocess
@@ -37,21 +36,9 @@ def map_of(path, name="x"):
     return DirtyMap(file, image, image.bitmaps[index], image.bitmap_tables[index])
 
 
-def exported(monitor, folder, node, bitmap, size):
+def exported(monitor, folder, node, bitmap):
     """Return the dirty bytes that an NBD client is told of a bitmap of QEMU."""
-    export = {"type": "nbd", "id": "export", "node-name": node, "name": "disk", "bitmaps": [bitmap]}
-    monitor.command("block-export-add", export)
-    options = [
-        "driver=nbd,server.type=unix,export=disk",
-        f"server.path={folder}/nbd",
-        f"x-dirty-bitmap=qemu:dirty-bitmap:{bitmap}",
-    ]
-    extents = json.loads(qemu.qemu_img("map", "--output=json", "--image-opts", ",".join(options)))
-    monitor.command("block-export-del", {"id": "export", "mode": "hard"})
-    while monitor.command("query-block-exports"):
-        pass
-    assert sum(extent["length"] for extent in extents) == size
-    return sum(extent["length"] for extent in extents if not extent["data"])
+    return sum(length for _start, length in qemu.dirty_extents(monitor, folder, node, bitmap))
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -70,19 +57,15 @@ def test_equal_to_qemu_to_the_byte(tmp_path, seed):
         paths.insert(0, path)
         backing = ["-b", path, "-F", "qcow2"]
     maps = [map_of(path) for path in paths]
-    with qemu.storage_daemon() as monitor:
-        nbd = {"addr": {"type": "unix", "data": {"path": f"{tmp_path}/nbd"}}}
-        monitor.command("nbd-server-start", nbd)
+    with qemu.exporting(tmp_path) as monitor:
         for number, path in enumerate(paths):
-            file = {"driver": "file", "filename": path}
-            node = {"driver": "qcow2", "node-name": f"n{number}", "file": file, "backing": None, "read-only": True}
-            monitor.command("blockdev-add", node)
-            assert dirty_bytes([maps[number]], size) == exported(monitor, tmp_path, f"n{number}", "x", size)
+            qemu.open_bitmaps(monitor, f"n{number}", path)
+            assert dirty_bytes([maps[number]], size) == exported(monitor, tmp_path, f"n{number}", "x")
         merged = {"node": "n0", "name": "all", "granularity": maps[0].granularity, "disabled": True}
         monitor.command("block-dirty-bitmap-add", merged)
         sources = [{"node": f"n{number}", "name": "x"} for number in range(3)]
         monitor.command("block-dirty-bitmap-merge", {"node": "n0", "target": "all", "bitmaps": sources})
-        assert 0 < dirty_bytes(maps, size) == exported(monitor, tmp_path, "n0", "all", size)
+        assert 0 < dirty_bytes(maps, size) == exported(monitor, tmp_path, "n0", "all")
 
 
 def test_clusters_of_the_bitmap_that_are_all_ones_or_all_zeroes(tmp_path):
@@ -94,11 +77,9 @@ def test_clusters_of_the_bitmap_that_are_all_ones_or_all_zeroes(tmp_path):
     table = qemu.read(path).bitmap_tables[0]
     for index in (0, 7, table.entries - 1):
         qemu.patch(path, table.offset + index * 8, struct.pack(">Q", 1))
-    with qemu.storage_daemon() as monitor:
-        monitor.command("nbd-server-start", {"addr": {"type": "unix", "data": {"path": f"{tmp_path}/nbd"}}})
-        node = {"driver": "qcow2", "node-name": "n", "file": {"driver": "file", "filename": path}, "read-only": True}
-        monitor.command("blockdev-add", node)
-        assert dirty_bytes([map_of(path)], size) == exported(monitor, tmp_path, "n", "x", size) == 2 * (256 << 20) + 512
+    with qemu.exporting(tmp_path) as monitor:
+        qemu.open_bitmaps(monitor, "n", path)
+        assert dirty_bytes([map_of(path)], size) == exported(monitor, tmp_path, "n", "x") == 2 * (256 << 20) + 512
 
 
 @pytest.mark.parametrize("top", [512, 1 << 31])

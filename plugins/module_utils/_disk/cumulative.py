@@ -1,0 +1,108 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change at any time.
+"""Read: the bits that a cumulative bitmap of an overlay begins with.
+
+::
+
+    OVERLAY   begins with the union of …
+    ACTIVE    valid          ┐
+    image     valid          ├ … these
+    image     valid          ┘
+    base      not there, or inconsistent: libvirt's backup reads no further either
+
+With them OVERLAY's bitmap alone tells all changes since the checkpoint, as tools need that read no other image.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import typing as t
+
+from .._base.errors import Refusal
+from .._base.files import OpenImage, owning
+from .._qcow2.bitmaps import Bitmap
+from .._qcow2.dirty import DirtyMap, first_difference, united
+from .._qcow2.image import Image, read_image
+from .._qcow2.scratch import write_scratch
+from .bitmap_rules import carries_over
+from .observe import ObservedChain
+
+MAX_CHAIN_BITMAP_DATA = 16 * 1024 * 1024 * 1024  # bytes of the bits of all images; reading them takes that many seconds
+
+Maps = t.Mapping[str, t.Sequence[DirtyMap]]  # by the name of the bitmap, ACTIVE's map first
+
+
+def map_chain(active: ObservedChain, open_layer: t.Callable[[str], OpenImage]) -> Maps:
+    """Return the maps of each bitmap that an overlay of ACTIVE carries on; Refusal if one is damaged, or too large.
+
+    `open_layer` returns the open image of a path; it must stay open as long as the maps are read.
+    """
+    maps: dict[str, list[DirtyMap]] = {}
+    missing = [bitmap.name for bitmap in active.image.bitmaps if carries_over(bitmap)] if active.image else []
+    taken = 0
+    for layer in active.layers:
+        if layer.image is None or not missing:
+            break
+        file = open_layer(layer.path)
+        if file.identity != layer.identity:
+            raise Refusal("changed_meanwhile", layer.path, "was moved or replaced meanwhile", "Run this again.")
+        image = read_image(file)
+        stored = {b.name: (b, table) for b, table in zip(image.bitmaps, image.bitmap_tables) if not b.inconsistent}
+        missing = [name for name in missing if name in stored]
+        taken += sum(stored[name][0].data_bytes(image.virtual_size) for name in missing)
+        if taken > MAX_CHAIN_BITMAP_DATA:
+            raise _too_large(layer.path, taken)
+        for name in missing:
+            maps.setdefault(name, []).append(DirtyMap(file, image, *stored[name]))
+    return maps
+
+
+def _too_large(path: str, taken: int) -> Refusal:
+    return Refusal(
+        "bitmaps_too_large",
+        path,
+        f"with the images above it has {taken >> 20} MiB of bits to be united; at most "
+        f"{MAX_CHAIN_BITMAP_DATA >> 20} MiB are",
+        "Remove those bitmaps that no backup needs, or use bitmap_content=empty.",
+    )
+
+
+def most_bytes(maps: Maps, bitmaps: t.Sequence[Bitmap], cluster_size: int, virtual_size: int) -> int:
+    """Return an upper bound of the bytes that the bits of these bitmaps take in an overlay of this `cluster_size`."""
+    clusters = 0
+    for bitmap in bitmaps:
+        most = sum(one.most_clusters(bitmap.granularity, cluster_size) for one in maps.get(bitmap.name, ()))
+        clusters += min(most, -(-bitmap.data_bytes(virtual_size) // cluster_size))
+    return clusters * cluster_size
+
+
+def has_bits(maps: t.Sequence[DirtyMap]) -> bool:
+    """Whether any bit can be set in one of the maps, without a look at the bits."""
+    return any(one.most_dirty_bits for one in maps)
+
+
+@contextlib.contextmanager
+def lower_bits(maps: Maps, bitmaps: t.Sequence[Bitmap], virtual_size: int) -> t.Iterator[OpenImage | None]:
+    """Hold for the block an image in memory that has the bits of the images below ACTIVE; None if there are none.
+
+    They are brought to ACTIVE's virtual size, since QEMU merges no bitmaps of different sizes.
+    """
+    lower = {name: own[1:] for name, own in maps.items() if has_bits(own[1:])}
+    if not lower:
+        yield None
+        return
+    with owning("the bitmaps below ACTIVE", os.memfd_create("kvmfleet-bitmaps")) as file:
+        wanted = [bitmap for bitmap in bitmaps if bitmap.name in lower]
+        pieces = ((b, united(lower[b.name], b.granularity, virtual_size)) for b in wanted)
+        write_scratch(file.fd, virtual_size, pieces)
+        yield file
+
+
+def wrong_bits(maps: Maps, bitmaps: t.Sequence[Bitmap], file: OpenImage, image: Image) -> list[Bitmap]:
+    """Return those of `bitmaps` that begin with other bits, in the open overlay, than the union of their maps."""
+    found = {b.name: DirtyMap(file, image, b, table) for b, table in zip(image.bitmaps, image.bitmap_tables)}
+    size = image.virtual_size
+    return [b for b in bitmaps if first_difference(maps.get(b.name, ()), found[b.name], size) is not None]

@@ -1,0 +1,99 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change at any time.
+"""Write a small qcow2 image that holds nothing but bitmaps, for QEMU to merge from.
+
+::
+
+    header │ data, table │ data, table │ … │ directory │ L1 table, all zero │ refcount blocks │ refcount table
+
+Write each part where the one before it ends, so nothing needs to be counted beforehand. Zeroes stay a hole.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import typing as t
+
+from .bitmaps import TABLE_ENTRY_SIZE, Bitmap
+from .header import AUTOCLEAR_BITMAPS, EXT_BITMAPS, L1_ENTRY_SIZE, MAGIC, l1_bytes
+
+CLUSTER = 65536  # bytes
+_ALL_ONES = 1  # a table entry without data (qcow2 spec, Bitmap table)
+_REFCOUNT_ORDER = 4  # refcounts of 16 bits
+_HEADER_LENGTH = 104  # bytes
+
+Pieces = t.Iterable[tuple[int, bytes]]  # of a bitmap's data: offset in bytes, a multiple of CLUSTER, and what is there
+
+
+def write_scratch(fd: int, virtual_size: int, bitmaps: t.Iterable[tuple[Bitmap, Pieces]]) -> None:
+    """Make the open, empty file an image of `virtual_size` bytes that has these bitmaps, disabled, and no data."""
+    writer = _Writer(fd)
+    l1_size = l1_bytes(virtual_size, CLUSTER, extended_l2=False)
+    directory = [_write_bitmap(writer, virtual_size, bitmap, pieces) for bitmap, pieces in bitmaps]
+    entries = b"".join(directory)
+    directory_at = writer.append(entries)
+    l1_at = writer.append(b"", l1_size)
+    refcounts_at, refcount_clusters = writer.append_refcounts()
+    extension = struct.pack(">IIIIQQ", EXT_BITMAPS, 24, len(directory), 0, len(entries), directory_at)
+    fields = (0, 0, CLUSTER.bit_length() - 1, virtual_size, 0, l1_size // L1_ENTRY_SIZE, l1_at)
+    features = (0, 0, AUTOCLEAR_BITMAPS, _REFCOUNT_ORDER, _HEADER_LENGTH)
+    header = struct.pack(">4sIQIIQIIQQIIQ", MAGIC, 3, *fields, refcounts_at, refcount_clusters, 0, 0)
+    writer.write(0, header + struct.pack(">QQQII", *features) + extension + bytes(8))
+
+
+def _write_bitmap(writer: _Writer, virtual_size: int, bitmap: Bitmap, pieces: Pieces) -> bytes:
+    """Write data and table of a bitmap; return its entry of the directory (qcow2 spec, Bitmap directory entry)."""
+    entries = -(-bitmap.data_bytes(virtual_size) // CLUSTER)
+    table = bytearray(entries * TABLE_ENTRY_SIZE)
+    for offset, data in pieces:
+        for within in range(0, len(data), CLUSTER):
+            cluster = data[within : within + CLUSTER]
+            zeroes = cluster.count(0)
+            if zeroes == len(cluster):
+                continue
+            is_full = zeroes == 0 and cluster.count(255) == CLUSTER
+            entry = _ALL_ONES if is_full else writer.append(cluster)
+            struct.pack_into(">Q", table, (offset + within) // CLUSTER * TABLE_ENTRY_SIZE, entry)
+    name = bitmap.name.encode()
+    fields = (writer.append(bytes(table)), entries, 0, 1, bitmap.granularity.bit_length() - 1, len(name), 0)
+    entry_bytes = struct.pack(">QIIBBHI", *fields) + name
+    return entry_bytes + bytes(-len(entry_bytes) % 8)
+
+
+class _Writer:
+    """The clusters of the image, one after the other; the first one is the header's."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._clusters = 1
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Write all of the data at this offset."""
+        while data:
+            written = os.pwrite(self._fd, data, offset)
+            data, offset = data[written:], offset + written
+
+    def append(self, data: bytes, length: int = 0) -> int:
+        """Append the data, with zeroes up to `length` and to the end of its last cluster; return its offset."""
+        offset = self._clusters * CLUSTER
+        self.write(offset, data)
+        self._clusters += -(-max(len(data), length) // CLUSTER)
+        os.ftruncate(self._fd, self._clusters * CLUSTER)
+        return offset
+
+    def append_refcounts(self) -> tuple[int, int]:
+        """Append a count of one for every cluster, these included; return offset and clusters of the table."""
+        per_block = CLUSTER * 8 >> _REFCOUNT_ORDER
+        table, blocks = 1, 1
+        while True:
+            counted = self._clusters + table + blocks
+            needed = -(-counted // per_block)
+            if (-(-needed * 8 // CLUSTER), needed) == (table, blocks):
+                break
+            table, blocks = -(-needed * 8 // CLUSTER), needed
+        blocks_at = self.append(b"\0\1" * counted)
+        table_at = self.append(b"".join(struct.pack(">Q", blocks_at + i * CLUSTER) for i in range(blocks)))
+        return table_at, table
