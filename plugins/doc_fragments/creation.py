@@ -11,6 +11,20 @@ class ModuleDocFragment:
 
     DOCUMENTATION = r"""
 options:
+  bitmap_content:
+    description:
+      - What a bitmap of a new overlay begins with.
+      - V(cumulative) means all that the bitmaps of this name mark in the images below. The overlay's bitmap alone then
+        tells what has changed since the checkpoint. Many tools read only that one, such as C(virtnbdbackup) on a VM
+        that is shut off, C(qemu-nbd --bitmap), or QMP C(blockdev-backup). Backups by libvirt unite the bitmaps of the
+        chain, so they are as large as with V(empty).
+      - V(empty) means nothing, as in a live snapshot by libvirt. A tool that reads only the topmost image copies then
+        none of the changes from before the overlay, without an error.
+      - What the bitmaps of an existing overlay mark is not looked at. M(kvmfleet.qcow2.qcow2_info) tells by C(top_alone)
+        whether it is enough.
+    type: str
+    choices: [cumulative, empty]
+    default: cumulative
   relative:
     description: Record the image below relative to the overlay's folder, for storage mounted at different places.
     type: bool

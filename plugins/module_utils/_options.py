@@ -16,7 +16,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ._base.attributes import AttributeOptions
 from ._base.errors import Refusal
-from ._disk.overlay import Creation
+from ._disk.overlay import CUMULATIVE, EMPTY, Creation
 from ._disk.session import Settings
 
 BACKING_FORMATS = ["qcow2", "raw"]
@@ -27,6 +27,7 @@ _LARGEST_ID = (1 << 32) - 2  # the number above means "leave it" to chown
 def creation_spec(*, defaults: bool) -> dict[str, t.Any]:
     """Return the argument spec of the creation options: for a task with defaults, for an item of a list without."""
     spec: dict[str, dict[str, t.Any]] = {
+        "bitmap_content": {"type": "str", "choices": [CUMULATIVE, EMPTY], "default": CUMULATIVE},
         "relative": {"type": "bool", "default": False},
         "cluster_size": {"type": "bytes", "default": "64K"},
         "extended_l2": {"type": "bool", "default": False},

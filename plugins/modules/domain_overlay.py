@@ -331,6 +331,7 @@ def request_from(params: dict[str, t.Any]) -> SnapshotRequest:
         snapshot=snapshot,
         targets=None if params["disks"] is None else tuple(params["disks"]),
         directory=directory,
+        bitmap_content=params["bitmap_content"],
         relative=params["relative"],
         creation=creation_from(params),
         skips_running=params["running"] == "skip",

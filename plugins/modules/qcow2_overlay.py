@@ -16,6 +16,8 @@ description:
   - Every dirty bitmap of ACTIVE that is recording and not inconsistent goes on recording in the overlay, with the same
     name and granularity, so that incremental backups go on. C(qemu-img create) alone would drop the bitmaps, and the
     next backup would have to be a full one.
+  - The bitmap in the overlay begins with what those in the images below mark, so that backup tools which read only the
+    topmost image are right too, see O(bitmap_content).
   - After a run each overlay is complete, as verified by reading it back, or does not exist. Nothing that exists is ever
     replaced.
   - Point the VM at the overlay afterwards. M(kvmfleet.qcow2.domain_overlay) does that for libvirt domains.
@@ -60,6 +62,10 @@ options:
             fails does not stop the others; the task fails at the end, with every result.
           - Overlays without it all belong together.
         type: str
+      bitmap_content:
+        description: As O(bitmap_content).
+        type: str
+        choices: [cumulative, empty]
       relative:
         description: As O(relative).
         type: bool
@@ -278,6 +284,7 @@ def requests_from(params: dict[str, t.Any]) -> list[OverlayRequest]:
                 vm=own.get("vm"),
                 relative=own["relative"],
                 creation=creation_from(own),
+                bitmap_content=own["bitmap_content"],
             )
         )
     return requests

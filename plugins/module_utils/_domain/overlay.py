@@ -111,6 +111,7 @@ def _plan_disk(domain: Domain, facts: DiskFacts, request: SnapshotRequest) -> Di
         vm=domain.uuid,
         relative=request.relative,
         creation=request.creation,
+        bitmap_content=request.bitmap_content,
         must_be_fresh=True,
     )
     return DiskPlan(disk.target, new, is_new=True, problems=tuple(problems))

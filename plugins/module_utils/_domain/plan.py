@@ -10,7 +10,7 @@ import typing as t
 
 from .._base.errors import Refusal, printable
 from .._disk.bitmap_rules import Checkpoint
-from .._disk.overlay import Creation, OverlayRequest, OverlayVerdict
+from .._disk.overlay import CUMULATIVE, Creation, OverlayRequest, OverlayVerdict
 from .._disk.verdict import CREATED, FAILED, problem_fields
 from .._libvirt.connection import Domain, Unreadable
 from .._libvirt.definition import Definition, Source
@@ -24,6 +24,7 @@ class SnapshotRequest(t.NamedTuple):
     directory: str | None  # None: beside each disk
     relative: bool
     creation: Creation
+    bitmap_content: str = CUMULATIVE
     skips_running: bool = False  # domains that are not shut off are left out, instead of a failure
     allows_snapshots: bool = False  # libvirt's own snapshots of a domain are no failure
 

@@ -155,7 +155,7 @@ def united(
                 bits |= _rescaled(int.from_bytes(own, "little"), one.granularity, granularity)
             bits &= (1 << -(-here // granularity)) - 1  # a coarser map marks some beyond the end of the disk
             data = bits.to_bytes(length, "little")
-        if data.count(0) != length:
+        if data != bytes(length):
             yield start // (granularity * 8), data
 
 

@@ -21,6 +21,7 @@ from .bitmaps import TABLE_ENTRY_SIZE, Bitmap
 from .header import AUTOCLEAR_BITMAPS, EXT_BITMAPS, L1_ENTRY_SIZE, MAGIC, l1_bytes
 
 CLUSTER = 65536  # bytes
+_FULL = b"\xff" * CLUSTER
 _ALL_ONES = 1  # a table entry without data (qcow2 spec, Bitmap table)
 _REFCOUNT_ORDER = 4  # refcounts of 16 bits
 _HEADER_LENGTH = 104  # bytes
@@ -51,11 +52,9 @@ def _write_bitmap(writer: _Writer, virtual_size: int, bitmap: Bitmap, pieces: Pi
     for offset, data in pieces:
         for within in range(0, len(data), CLUSTER):
             cluster = data[within : within + CLUSTER]
-            zeroes = cluster.count(0)
-            if zeroes == len(cluster):
+            if cluster == bytes(len(cluster)):
                 continue
-            is_full = zeroes == 0 and cluster.count(255) == CLUSTER
-            entry = _ALL_ONES if is_full else writer.append(cluster)
+            entry = _ALL_ONES if cluster == _FULL else writer.append(cluster)
             struct.pack_into(">Q", table, (offset + within) // CLUSTER * TABLE_ENTRY_SIZE, entry)
     name = bitmap.name.encode()
     fields = (writer.append(bytes(table)), entries, 0, 1, bitmap.granularity.bit_length() - 1, len(name), 0)
