@@ -20,8 +20,8 @@ options:
         chain, so they are as large as with V(empty).
       - V(empty) means nothing, as in a live snapshot by libvirt. A tool that reads only the topmost image copies then
         none of the changes from before the overlay, without an error.
-      - What the bitmaps of an existing overlay mark is not looked at. M(kvmfleet.qcow2.qcow2_info) tells by C(top_alone)
-        whether it is enough.
+      - What the bitmaps of an existing overlay mark is not looked at. M(kvmfleet.qcow2.qcow2_info) tells it by
+        C(top_alone).
     type: str
     choices: [cumulative, empty]
     default: cumulative

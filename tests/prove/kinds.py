@@ -25,6 +25,8 @@ BITMAPS = (
     (("sunday", 65536, False, False),),
     None,  # raw
 )
+# Of the image below the first disk. Bits of "monday" come from there; those of "tuesday" end at a gap.
+BELOW = (("monday", 4096, True, False), ("tuesday", 65536, True, True))
 SIZE = 64 << 20
 
 
@@ -60,10 +62,19 @@ class Templates:
                 path.touch()
                 os.truncate(path, SIZE)
             else:
-                qemu.create(path, SIZE)
+                below = ["-b", self._below(folder), "-F", "qcow2"] if number == 0 else []
+                qemu.create(path, SIZE, *below)
                 qemu.add_bitmaps(path, [qemu.Bitmap(*bitmap) for bitmap in bitmaps])
             image_format = "raw" if bitmaps is None else "qcow2"
             subprocess.run(
                 ["qemu-io", "-f", image_format, "-c", "write -P 7 1M 300k", str(path)], check=True, stdout=-3
             )
             self.paths.append(path)
+
+    @staticmethod
+    def _below(folder: pathlib.Path) -> str:
+        """Make the image below the first disk, which all rounds share; no run writes to it."""
+        path = qemu.create(folder / "below.qcow2", SIZE)
+        qemu.add_bitmaps(path, [qemu.Bitmap(*bitmap) for bitmap in BELOW])
+        subprocess.run(["qemu-io", "-c", "write -P 8 9M 300k", path], check=True, stdout=-3)
+        return path

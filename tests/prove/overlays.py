@@ -15,7 +15,11 @@ import kinds
 import lab
 import leftover
 import promise
+import qemu
 import runs
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.dirty import DirtyMap
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.image import read_image
 
 
 class Made:
@@ -173,6 +177,40 @@ def incomplete(disk: kinds.Disk) -> list[str]:
     wrong = [
         f"{disk.target.name}: {what} is {is_!r}, not {to_be!r}" for what, (is_, to_be) in seen.items() if is_ != to_be
     ]
+    if not wrong:
+        wrong = [f"{disk.target.name}: {name} begins with other bits" for name in sorted(other_bits(disk))]
     command = ["qemu-img", "check", "-q", str(disk.target)]
     check = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     return [*wrong, *([f"{disk.target.name}: check says {check.stdout}{check.stderr}"] if check.returncode else [])]
+
+
+def other_bits(disk: kinds.Disk) -> set[str]:
+    """Return the bitmaps of the overlay that do not begin with the bits of ACTIVE and of the images below it."""
+    there = dirty_granules(disk.target, disk.bitmaps)
+    wanted: dict[str, set[int]] = {name: set() for name in disk.bitmaps}
+    below, missing = str(disk.active) if disk.format == "qcow2" else None, set(disk.bitmaps)
+    while below is not None and missing:
+        here = dirty_granules(below, disk.bitmaps)
+        missing &= set(here)
+        for name in missing:
+            wanted[name] |= here[name]
+        below = qemu.read(below).backing_file
+    return {name for name in disk.bitmaps if there[name] != wanted[name]}
+
+
+def dirty_granules(path: str | pathlib.Path, granularities: t.Mapping[str, int]) -> dict[str, set[int]]:
+    """Return what each consistent bitmap of an image marks, as numbers of granules of these sizes."""
+    found = {}
+    with open_image(str(path)) as file:
+        image = read_image(file)
+        for bitmap, table in zip(image.bitmaps, image.bitmap_tables):
+            if bitmap.name in granularities and not bitmap.inconsistent:
+                bits = bin(DirtyMap(file, image, bitmap, table).bits(0, image.virtual_size))[:1:-1]
+                starts = (number * bitmap.granularity for number, bit in enumerate(bits) if bit == "1")
+                own = granularities[bitmap.name]
+                found[bitmap.name] = {
+                    granule
+                    for start in starts
+                    for granule in range(start // own, -(-(start + bitmap.granularity) // own))
+                }
+    return found

@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# Backup tools that read the topmost image's bitmap alone. To be read in after lab.sh.
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# by_nbd IMAGE CHECKPOINT FULL: bring the raw file FULL up to date with what qemu-nbd says is dirty since a checkpoint.
+by_nbd() {
+  rm -f "$lab/nbd.sock"
+  qemu-nbd --fork --persistent --read-only -f qcow2 -x disk --bitmap "$2" -k "$lab/nbd.sock" --pid-file "$lab/nbd.pid" "$1"
+  local disk="driver=nbd,server.type=unix,server.path=$lab/nbd.sock,export=disk"
+  qemu-img convert -O raw --image-opts "$disk" "$lab/nbd.raw"
+  qemu-img map --output=json --image-opts "$disk,x-dirty-bitmap=qemu:dirty-bitmap:$2" > "$lab/nbd.json"
+  kill "$(cat "$lab/nbd.pid")"
+  python3 - "$lab/nbd.raw" "$lab/nbd.json" "$3" << 'PYTHON'
+import json, sys
+disk, extents, full = sys.argv[1:]
+with open(disk, "rb") as source, open(full, "r+b") as target, open(extents) as file:
+    for extent in json.load(file):
+        if not extent["data"]:  # so an NBD client is told of what is dirty
+            source.seek(extent["start"])
+            target.seek(extent["start"])
+            target.write(source.read(extent["length"]))
+PYTHON
+}
+
+# by_qmp IMAGE CHECKPOINT FULL: the same by QMP blockdev-backup; on a copy of the image, since the job clears its bitmap.
+by_qmp() {
+  cp "$1" "$lab/qmp.qcow2"
+  python3 - "$lab/qmp.qcow2" "$2" "$3" << 'PYTHON'
+import json, subprocess, sys
+image, bitmap, full = sys.argv[1:]
+daemon = ["qemu-storage-daemon", "--chardev", "stdio,id=m", "--monitor", "m"]
+process = subprocess.Popen(daemon, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def wait(wanted):
+    for line in process.stdout:
+        message = json.loads(line)
+        assert "error" not in message, message
+        if wanted(message):
+            return message
+def command(name, **arguments):
+    process.stdin.write(json.dumps({"execute": name, "arguments": arguments}) + "\n")
+    process.stdin.flush()
+    return wait(lambda message: "return" in message)
+command("qmp_capabilities")
+command("blockdev-add", driver="qcow2", **{"node-name": "d", "file": {"driver": "file", "filename": image}})
+command("blockdev-add", driver="raw", **{"node-name": "t", "file": {"driver": "file", "filename": full}})
+command("blockdev-backup", device="d", target="t", sync="incremental", bitmap=bitmap, **{"job-id": "j"})
+done = wait(lambda message: message.get("event") == "BLOCK_JOB_COMPLETED")
+assert "error" not in done["data"], done
+for node in ("d", "t"):
+    command("blockdev-del", **{"node-name": node})
+command("quit")
+process.wait()
+PYTHON
+}
+
+# offline TOOL DOMAIN IMAGE-OF-VDA IMAGE-OF-VDB: whether the full backup and an increment by the tool are the disks.
+offline() {
+  local tool=$1 domain=$2 images=("$3" "$4") number target
+  for number in 0 1; do
+    target=vd$(printf %b "\\$((141 + number))")
+    qemu-img convert -f qcow2 -O raw "$lab/backups/$domain-full.$target" "$lab/increased.raw"
+    "$tool" "${images[$number]}" "$domain-one" "$lab/increased.raw" || return 2
+    qemu-img convert -f qcow2 -O raw "${images[$number]}" "$lab/truth.raw"
+    cmp "$lab/increased.raw" "$lab/truth.raw" || return 1
+  done
+}
+
+# extents_in LABEL: what a backup holds itself, for both disks.
+extents_in() {
+  local target
+  for target in vda vdb; do
+    qemu-img map --output=json "$lab/backups/$1.$target" |
+      python3 -c 'import json, sys; print([(e["start"], e["length"]) for e in json.load(sys.stdin) if e["depth"] == 0])'
+  done
+}
+
+# client backup|restore OPTION...: Debian's virtnbdbackup or virtnbdrestore.
+client() {
+  # A user and a password must be given with a socket of one's own; nobody asks for them.
+  "virtnbd$1" -U "$LIBVIRT_DEFAULT_URI" --user none --password none "${@:2}" > "$lab/client.log" 2>&1 || {
+    cat "$lab/client.log" >&2
+    return 1
+  }
+}
+
+# restored FOLDER IMAGE...: restore what is in the folder, and compare it with the images.
+restored() {
+  local folder=$1 image
+  shift
+  rm -rf "$lab/restored"
+  mkdir "$lab/restored"
+  client restore -i "$folder" -o "$lab/restored"
+  for image; do
+    name=$(basename "$image")
+    qemu-img compare -q "$lab/restored/${name%%.*}.qcow2" "$image"
+  done
+}
