@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# run.sh STEP...: build, lint, sanity, units, integration, fleet, prove, bench, bench-fleet or bench-side, in the order
+# run.sh STEP...: build, galaxy, lint, sanity, units, integration, fleet, prove, bench, bench-fleet or bench-side, in the order
 # given; what is missing is installed. $PROVE has the options of the programs of step prove, which tell them with --help.
 # A line tells what came of each step, or of each leg of it; its output lies in .cache/log. VERBOSE=1 shows that, too.
 # All that it makes lies in .cache: virtual environments, a copy of the collection at the path that Ansible wants.
@@ -123,6 +123,18 @@ build() {  # the archive builds, and installs from the archive and from a folder
   for installed in from-archive from-folder; do
     ANSIBLE_COLLECTIONS_PATH=$out/$installed "$cache/venv/core-$core/bin/ansible-doc" kvmfleet.qcow2.qcow2_overlay > /dev/null
   done
+}
+
+galaxy() {  # what Galaxy checks when an archive is uploaded; ansible-lint is left to step lint, which is stricter
+  local core=${usable[-1]%% *} out=$cache/galaxy
+  make_venv galaxy "$(readlink -f "$cache/venv/core-$core/bin/python")" "ansible-core==$core.*" -r tests/requirements-galaxy.txt
+  rm -rf "$out"
+  mkdir -p "$out"
+  export HOME=$cache/home PATH=$cache/venv/galaxy/bin:$PATH GALAXY_IMPORTER_RUN_ANSIBLE_LINT=false GALAXY_IMPORTER_RUN_ANSIBLE_TEST=false
+  (cd "$copy" && ansible-galaxy collection build --output-path "$out")
+  (cd "$out" && python -m galaxy_importer.main kvmfleet-qcow2-*.tar.gz) | tee "$out/told"
+  # What it only warns of is a fault of the collection, too.
+  if grep -E '^(WARNING|ERROR)' "$out/told"; then return 1; fi
 }
 
 lint() {  # ruff, mypy, shellcheck, ansible-lint
@@ -346,7 +358,7 @@ prepared=''
 [ "$1" != --prepared ] || { prepared=yes; shift; }  # by as_root alone
 for step; do
   case $step in
-    build | lint | sanity | units | integration | fleet | prove | bench | bench-fleet | bench-side) ;;
+    build | galaxy | lint | sanity | units | integration | fleet | prove | bench | bench-fleet | bench-side) ;;
     *) echo "unknown step: $step" >&2; exit 2 ;;
   esac
 done
