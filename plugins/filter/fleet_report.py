@@ -11,6 +11,7 @@ short_description: Make the report of the fleet from the reports of its hosts
 version_added: 0.1.0
 description:
   - The playbook C(kvmfleet.qcow2.overlay) uses it. Hosts without a report count as V(not run).
+positional: hostvars, check_mode
 options:
   _input:
     description: Names of the hosts.
@@ -26,6 +27,10 @@ options:
     description: Whether the run was made in check mode.
     type: bool
     required: true
+  allows_nothing:
+    description: Whether it is no problem if nothing of what was asked for is on any host.
+    type: bool
+    default: false
 author:
   - kvmfleet contributors (@kvmfleet)
 """
@@ -40,10 +45,54 @@ EXAMPLES = r"""
 RETURN = r"""
 _value:
   description:
-    - The report, which has C(states) (the number of hosts by state), the counts of all hosts together, and C(hosts),
-      the report of each host.
-    - C(summary) is all that as a list of lines, for a person to read.
+    - The report. Besides what is told here it has the counts C(created) to C(bitmaps_unverified) of all hosts together,
+      which P(kvmfleet.qcow2.host_report#filter) has of one.
+    - The playbook writes it to a file, with more about the run. C(docs/report.schema.json) of the collection is the
+      JSON schema of that.
   type: dict
+  contains:
+    summary:
+      description: All of it as lines for a person to read. A line for each host, its problems below, and the sum.
+      type: list
+      elements: str
+    schema_version:
+      description: It grows when something in the report changes its meaning, or goes. What is added does not count.
+      type: int
+      sample: 1
+    collection_version:
+      description: Version of this collection.
+      type: str
+      sample: 0.1.0
+    check_mode:
+      description: Whether the run was made in check mode.
+      type: bool
+      sample: false
+    states:
+      description: Number of hosts by state.
+      type: dict
+      sample: {"ok": 3, "failed": 0, "unreachable": 1, "not run": 0}
+    problems:
+      description:
+        - What is wrong with the fleet although it is with no host. Nothing of what was asked for is anywhere
+          (C(nothing_done)), or a pattern matches no domain anywhere (C(no_match)).
+      type: list
+      elements: dict
+      contains:
+        code:
+          description: The kind of problem, one word.
+          type: str
+          sample: no_match
+        msg:
+          description: What is wrong, and what to do.
+          type: str
+    repeat:
+      description: Names of the hosts that are not V(ok), for which to run the same again.
+      type: list
+      elements: str
+      sample: [hv13]
+    hosts:
+      description: The report of each host by its name, as P(kvmfleet.qcow2.host_report#filter) makes it.
+      type: dict
 """
 
 import typing as t
@@ -53,10 +102,14 @@ from ..plugin_utils._report.text import summary_of_fleet
 
 
 def make_fleet_report(
-    hosts: t.Sequence[str], hostvars: t.Mapping[str, t.Mapping[str, t.Any]], check_mode: bool
+    hosts: t.Sequence[str],
+    hostvars: t.Mapping[str, t.Mapping[str, t.Any]],
+    check_mode: bool,
+    allows_nothing: bool = False,
 ) -> dict[str, t.Any]:
     """Return the report of the fleet."""
-    report = fleet_report({host: hostvars[host].get("overlay_result") for host in hosts}, check_mode)
+    reports = {host: hostvars[host].get("overlay_result") for host in hosts}
+    report = fleet_report(reports, check_mode, allows_nothing=allows_nothing)
     return {**report, "summary": summary_of_fleet(report)}
 
 

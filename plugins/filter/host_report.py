@@ -12,6 +12,7 @@ version_added: 0.1.0
 description:
   - The role P(kvmfleet.qcow2.overlay#role) uses it. It says what became of each overlay, whether the idempotence check
     and the examination of the chains found anything, and counts.
+positional: check_mode
 options:
   _input:
     description:
@@ -43,6 +44,10 @@ options:
       problem:
         description: What ended the steps before their end.
         type: str
+      names:
+        description: Names and patterns of the domains that were asked for.
+        type: list
+        elements: str
   check_mode:
     description: Whether the run was made in check mode.
     type: bool
@@ -60,12 +65,170 @@ EXAMPLES = r"""
 
 RETURN = r"""
 _value:
-  description:
-    - The report. It has C(state) (V(ok), V(failed) or V(unreachable)); C(problems), each with C(code) and C(msg); the
-      counts C(created), C(present), C(skipped), C(failed), C(bitmaps_carried) and C(bitmaps_left_behind) by reason; and
-      in detail C(overlays), with C(code) and C(msg) if V(failed), and C(skipped_disks).
-    - C(summary) is all that in one line.
+  description: The report.
   type: dict
+  contains:
+    summary:
+      description: The counts in one line, for a person to read.
+      type: str
+      sample: "1 created, 0 present, 0 skipped, 0 failed; bitmaps: 2 carried, 0 left behind"
+    state:
+      description:
+        - V(ok), V(failed) or V(unreachable).
+        - In the report of the fleet also V(not run), of a host whose turn never came.
+      type: str
+      sample: ok
+    check_mode:
+      description: Whether the run was made in check mode.
+      type: bool
+      sample: false
+    created:
+      description: Number of overlays that were made.
+      type: int
+      sample: 1
+    present:
+      description: Number of overlays that were there already.
+      type: int
+      sample: 0
+    failed:
+      description: Number of overlays that should be there and are not.
+      type: int
+      sample: 0
+    skipped:
+      description: Number of disks that take no part.
+      type: int
+      sample: 1
+    skipped_because:
+      description: The number of these by reason.
+      type: dict
+      sample: {"cdrom": 1}
+    bitmaps_carried:
+      description: Number of bitmaps that go on recording.
+      type: int
+      sample: 2
+    bitmaps_left_behind:
+      description: Number of bitmaps that do not, by reason.
+      type: dict
+      sample: {"disabled": 1}
+    bitmaps_unverified:
+      description: Number of checkpoints of which it cannot be told whether a backup can use them, as a VM runs.
+      type: int
+      sample: 0
+    overlays:
+      description: Each overlay. A domain that failed before it had overlays has one without a path.
+      type: list
+      elements: dict
+      contains:
+        domain:
+          description: Name of the domain; null for a disk that was asked for by its path.
+          type: str
+          sample: web
+        path:
+          description: The overlay; null if the domain failed before that was known.
+          type: str
+          sample: /srv/web.before-upgrade.qcow2
+        backing_file:
+          description: The image below it; null likewise.
+          type: str
+          sample: /srv/web.qcow2
+        examine:
+          description:
+            - The image of which the chain is examined. In check mode the one below, if the overlay is not there yet.
+          type: str
+          sample: /srv/web.before-upgrade.qcow2
+        state:
+          description: V(created), V(present) or V(failed).
+          type: str
+          sample: created
+        bitmaps:
+          description: Names of the bitmaps that go on recording in it.
+          type: list
+          elements: str
+          sample: [monday, tuesday]
+        skipped_bitmaps:
+          description: The bitmaps that do not.
+          type: list
+          elements: dict
+          contains:
+            name:
+              description: Name of the bitmap.
+              type: str
+              sample: sunday
+            reason:
+              description: V(disabled) if it is not recording, V(inconsistent) if it was not saved properly.
+              type: str
+              sample: disabled
+        msg:
+          description: Why it failed.
+          returned: if V(failed)
+          type: str
+        code:
+          description: The kind of failure, one word.
+          returned: if V(failed)
+          type: str
+          sample: in_use
+    skipped_disks:
+      description: The disks of domains that take no part.
+      type: list
+      elements: dict
+      contains:
+        domain:
+          description: Name of the domain.
+          type: str
+          sample: web
+        target:
+          description: The disk.
+          type: str
+          sample: sda
+        reason:
+          description: Why it takes no part.
+          type: str
+          sample: cdrom
+    examined:
+      description: Topmost images of the chains that are to be examined, or were.
+      type: list
+      elements: str
+      sample: [/srv/web.before-upgrade.qcow2]
+    unverified:
+      description: Checkpoints that could not be examined, as a VM runs.
+      type: list
+      elements: dict
+      contains:
+        path:
+          description: The topmost image.
+          type: str
+          sample: /srv/db.qcow2
+        checkpoint:
+          description: Name of the checkpoint.
+          type: str
+          sample: monday
+    waiting_for:
+      description: Packages that check mode did not install, without which it can predict nothing.
+      type: list
+      elements: str
+      sample: []
+    patterns:
+      description: Of each pattern of names of domains the number of domains that it matches.
+      type: dict
+      sample: {"web*": 2}
+    warnings:
+      description: The warnings of the modules.
+      type: list
+      elements: str
+      sample: []
+    problems:
+      description: What is wrong with the host. Each is told once.
+      type: list
+      elements: dict
+      contains:
+        code:
+          description: The kind of problem, one word. The collection's documentation lists all of them, with what to do.
+          type: str
+          sample: running
+        msg:
+          description: What is wrong, and what to do.
+          type: str
+          sample: web is running. Shut it down and run this again.
 """
 
 import typing as t
@@ -79,6 +242,11 @@ def _taken(result: t.Mapping[str, t.Any] | None) -> t.Mapping[str, t.Any] | None
     return None if not result or result.get("skipped") else result
 
 
+def _texts(names: str | t.Sequence[str]) -> list[str]:
+    """Return the names, which may be a text, as the modules take it."""
+    return [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
+
+
 def make_host_report(results: t.Mapping[str, t.Any], check_mode: bool) -> dict[str, t.Any]:
     """Return the report of a host."""
     steps = Steps(
@@ -88,6 +256,7 @@ def make_host_report(results: t.Mapping[str, t.Any], check_mode: bool) -> dict[s
         results.get("waiting_for", ()),
         results.get("all_or_none", False),
         results.get("problem", ""),
+        [name for name in _texts(results.get("names", ())) if any(character in name for character in "*?[")],
     )
     report = host_report(steps, check_mode)
     return {**report, "summary": summary_of_host(report)}

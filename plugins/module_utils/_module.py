@@ -21,6 +21,26 @@ class Report(t.NamedTuple):
     warnings: t.Sequence[str] = ()
 
 
+class Module(AnsibleModule):  # type: ignore[misc]  # Ansible has no types
+    """Says of a list of dicts what it must be, where Ansible only says of what it could not make one."""
+
+    def fail_json(self, msg: str, **more: t.Any) -> None:
+        """End the module; Ansible calls it, too, for parameters that cannot be."""
+        checked = getattr(self, "validation_result", None)  # none yet if there are no parameters at all
+        for name in [name for name, option in self.argument_spec.items() if option.get("elements") == "dict"]:
+            if checked and any(one.startswith(f"Elements value for option '{name}'") for one in checked.error_messages):
+                refusal = _no_dicts(name)
+                super().fail_json(msg=str(refusal), code=refusal.code)
+        super().fail_json(msg=msg, **more)
+
+
+def _no_dicts(name: str) -> Refusal:
+    """Return the refusal of a list of dicts that has something else in it."""
+    why = "must be a list, with the options of each item by name. A text is not split at commas"
+    remedy = f"For a single command give all as JSON, as in -a '{{\"{name}\": [{{...}}, {{...}}]}}'."
+    return Refusal("bad_option", name, why, remedy)
+
+
 def run(module: AnsibleModule, work: t.Callable[[AnsibleModule], Report]) -> None:
     """Do the work of a module, and end it. Nothing outside this file calls fail_json or exit_json.
 

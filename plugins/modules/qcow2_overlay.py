@@ -237,7 +237,7 @@ from ..module_utils._base.signals import ending_cleanly
 from ..module_utils._disk.build import MakeOverlays
 from ..module_utils._disk.overlay import OverlayRequest
 from ..module_utils._disk.run import run
-from ..module_utils._module import Report
+from ..module_utils._module import Module, Report
 from ..module_utils._module import run as run_module
 from ..module_utils._options import (
     BACKING_FORMATS,
@@ -300,7 +300,7 @@ def work(module: AnsibleModule) -> Report:
 
 def main() -> None:
     """Run the module."""
-    module = AnsibleModule(
+    module = Module(
         argument_spec=argument_spec(),
         mutually_exclusive=[("path", "overlays"), ("backing_file", "overlays")],
         required_one_of=[("path", "overlays")],

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import collections
+import fnmatch
 import typing as t
 
 from ...module_utils._disk.verdict import CREATED, FAILED, PRESENT, SKIPPED
@@ -38,6 +39,7 @@ class Steps(t.NamedTuple):
     waiting_for: t.Sequence[str] = ()  # packages that check mode did not install; without them it can predict nothing
     all_or_none: bool = False  # whether the host was left as it is if anything of it was refused
     problem: str = ""  # what ended the steps before their end, if anything did
+    patterns: t.Sequence[str] = ()  # of names of domains, among those that were asked for
 
 
 class _Excuse(t.NamedTuple):
@@ -83,6 +85,7 @@ def host_report(steps: Steps, check_mode: bool) -> dict[str, t.Any]:
         "examined": list(dict.fromkeys(overlay["examine"] for overlay in overlays if overlay["bitmaps"])),
         "unverified": chains.unverified,
         "waiting_for": list(steps.waiting_for),
+        "patterns": _matches(steps),
         "warnings": list(dict.fromkeys(_warnings([*steps.disks, *steps.domains]))),
         "problems": [one._asdict() for one in dict.fromkeys([*lost, *problems])],
     }
@@ -110,6 +113,15 @@ def _not_made(overlay: Result, why: _Excuse) -> Result:
     if overlay["state"] != CREATED:
         return overlay
     return {**overlay, "state": FAILED, "bitmaps": [], "msg": f"{overlay['path']}: {why.words}", "code": why.code}
+
+
+def _matches(steps: Steps) -> dict[str, int]:
+    """Return how many domains each pattern matches; nothing if the domains were never told."""
+    told = next((one["domains"] for one in steps.domains if one and "domains" in one), None)
+    if told is None:
+        return {}
+    names = [domain["name"] for domain in told]
+    return {one: sum(one == name or fnmatch.fnmatchcase(name, one) for name in names) for one in steps.patterns}
 
 
 def _warnings(results: t.Sequence[Result | None]) -> t.Iterator[str]:

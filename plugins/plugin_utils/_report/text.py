@@ -48,6 +48,7 @@ def summary_of_fleet(report: t.Mapping[str, t.Any]) -> list[str]:
         lines.append(f"{host:{width}}  {state:11}  {told[0]}")
         lines.extend(f"{'':{width}}  {text}" for text in told[1:])
     states = ", ".join(f"{count} {state}" for state, count in report["states"].items())
+    lines.extend(problem["msg"] for problem in report["problems"])
     planned = "Check mode, nothing was changed. " if report["check_mode"] else ""
     return [*lines, f"{planned}{len(report['hosts'])} hosts: {states}. {summary_of_counts(report)}"]
 

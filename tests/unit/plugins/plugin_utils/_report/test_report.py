@@ -49,6 +49,19 @@ def of_domains(*domains):
     }
 
 
+def asked(names, *domains):
+    """Return the report of a host that was asked for domains of these patterns, and has these, all done."""
+    made = of_domains(*((name, "present", overlay(f"/{name}.snap.qcow2", "present")) for name in domains))
+    for domain in made["domains"]:
+        domain["skipped_disks"] = []
+    return report((), [made], patterns=names)
+
+
+def codes(fleet):
+    """Return the codes of what is wrong with the fleet."""
+    return [problem["code"] for problem in fleet["problems"]]
+
+
 def chains(*disks):
     """Return what qcow2_info returns, from path and verdict by checkpoint of each."""
     return {
@@ -85,7 +98,9 @@ def test_every_problem_has_a_code():
         "task_failed": report(problem="A task: timed out"),
         "unstable": report([of_disks(overlay(A)), of_disks(overlay(A)), of_disks()]),
         "no_backup": report([of_disks(overlay(A, "present"))], chains=chains((A, {"monday": BROKEN}, {}))),
-        "not_run": fleet_report({"hv1": None}, False)["hosts"]["hv1"],
+        "not_run": fleet_report({"hv1": None}, check_mode=False)["hosts"]["hv1"],
+        "no_match": fleet_report({"hv1": asked(["x*"])}, check_mode=False),
+        "nothing_done": fleet_report({"hv1": report()}, check_mode=False),
         "no_library": report([{"failed": True, "msg": "Failed to import", "code": "no_library"}]),
     }
     assert {expected: [problem["code"] for problem in one["problems"]] for expected, one in codes.items()} == {
@@ -320,3 +335,48 @@ def test_the_fleet_has_a_line_for_each_host_and_a_sum():
 
 def test_a_fleet_in_check_mode_says_so():
     assert summary_of_fleet(fleet_report({}, check_mode=True))[-1].startswith("Check mode, nothing was changed.")
+
+
+def test_a_pattern_tells_how_many_domains_it_matches():
+    assert asked(["web*", "d?", "x*"], "web1", "web2", "db")["patterns"] == {"web*": 2, "d?": 1, "x*": 0}
+    assert asked(["[ab]"], "[ab]", "a")["patterns"] == {"[ab]": 2}
+    assert report((), [CRASHED], patterns=["web*"])["patterns"] == {}
+
+
+def test_a_pattern_that_matches_nowhere_is_a_problem_of_the_fleet():
+    hosts = {"hv1": asked(["web*", "bd*"], "web"), "hv2": asked(["web*", "bd*"])}
+    fleet = fleet_report(hosts, check_mode=False)
+    assert fleet["problems"] == [
+        {"code": "no_match", "msg": "bd*: no domain of any host matches it. Correct it, or set overlay_allow_nothing."}
+    ]
+    assert summary_of_fleet(fleet)[-2] == fleet["problems"][0]["msg"]
+    assert (fleet["states"]["ok"], fleet["repeat"]) == (2, [])
+    assert codes(fleet_report(hosts, check_mode=False, allows_nothing=True)) == []
+
+
+def test_one_host_of_many_may_lack_what_it_is_asked_for():
+    assert codes(fleet_report({"hv1": asked(["web*"], "web"), "hv2": asked(["web*"])}, check_mode=False)) == []
+    # Also by a pattern of its own, but not as the only host.
+    assert codes(fleet_report({"hv1": asked(["web*"], "web"), "hv2": asked(["x*"])}, check_mode=False)) == []
+    assert codes(fleet_report({"hv2": asked(["x*"])}, check_mode=False)) == ["no_match"]
+
+
+def test_a_fleet_in_which_there_was_nothing_to_do_is_a_problem():
+    assert codes(fleet_report({"hv1": asked(["*"]), "hv2": report([of_disks()])}, check_mode=True)) == ["nothing_done"]
+    assert codes(fleet_report({"hv1": asked(["*"])}, check_mode=False, allows_nothing=True)) == []
+    disks = report(
+        [of_disks(overlay(A, "present"))], [of_domains()], chains((A, {"monday": VALID}, {})), patterns=["*"]
+    )
+    assert codes(fleet_report({"hv1": disks, "hv2": disks}, check_mode=False)) == []
+    left_out = report((), [of_domains(("web", "skipped"))])
+    assert codes(fleet_report({"hv1": left_out}, check_mode=False)) == []
+
+
+@pytest.mark.parametrize("unknown", [report([GONE]), None, report(waiting_for=["qemu-utils"], check_mode=True)])
+def test_where_nobody_could_look_it_may_be(unknown):
+    assert codes(fleet_report({"hv1": asked(["x*"]), "hv2": asked(["x*"]), "hv3": unknown}, check_mode=False)) == []
+
+
+def test_the_hosts_to_repeat_are_those_that_are_not_ok():
+    hosts = {"hv1": asked(["*"], "web"), "hv2": report([GONE]), "hv3": report(problem="x"), "hv4": None}
+    assert fleet_report(hosts, check_mode=False)["repeat"] == ["hv2", "hv3", "hv4"]

@@ -1,0 +1,73 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Tell which variables are most likely misspelt ones of the role overlay."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+name: unknown_variables
+short_description: Tell which variables are most likely misspelt ones of the role overlay
+version_added: 0.1.0
+description:
+  - The role P(kvmfleet.qcow2.overlay#role) and the playbook C(kvmfleet.qcow2.overlay) use it. What is misspelt has no
+    effect, and the run would be wider than meant.
+  - A name is told if it begins with C(overlay_), in whatever case and also with C(-) for C(_), and neither role nor
+    playbook knows it. Also if it is one of theirs but for a letter, such as C(ovelay_domains).
+positional: others
+options:
+  _input:
+    description: Names of variables.
+    type: list
+    elements: str
+    required: true
+  others:
+    description: Names that belong to something else.
+    type: list
+    elements: str
+    default: []
+author:
+  - kvmfleet contributors (@kvmfleet)
+"""
+
+EXAMPLES = r"""
+- name: Refuse what nobody will read
+  ansible.builtin.assert:
+    that: __unknown | length == 0
+    fail_msg: "{{ __unknown | join(' ') }}"
+  vars:
+    __unknown: "{{ query('ansible.builtin.varnames', '.') | kvmfleet.qcow2.unknown_variables }}"
+"""
+
+RETURN = r"""
+_value:
+  description: A sentence for each such name, with the nearest one that is known. None is an empty list.
+  type: list
+  elements: str
+  sample: ["overlay_domain: no variable of this name is known. Is it overlay_domains?"]
+"""
+
+import typing as t
+
+from ..plugin_utils._variables import misspelt
+
+
+def unknown_variables(names: t.Iterable[str], others: str | t.Sequence[str] = ()) -> list[str]:
+    """Return a sentence for each name."""
+    # A text is what a survey gives.
+    known = [name.strip() for name in others.split(",")] if isinstance(others, str) else others
+    return [_sentence(name, near) for name, near in misspelt(names, known)]
+
+
+def _sentence(name: str, near: str | None) -> str:
+    """Return what is wrong with a name, and what to do."""
+    remedy = f"Is it {near}?" if near else "If it belongs to something else, name it in overlay_other_variables."
+    return f"{name}: no variable of this name is known. {remedy}"
+
+
+class FilterModule:
+    """The filter, for Ansible."""
+
+    def filters(self) -> dict[str, t.Callable[..., t.Any]]:
+        """Return the filter by its name."""
+        return {"unknown_variables": unknown_variables}

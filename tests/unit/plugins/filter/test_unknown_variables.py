@@ -1,0 +1,60 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Which names are taken for misspelt ones, and which for somebody else's."""
+
+from __future__ import annotations
+
+import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.filter.unknown_variables import unknown_variables
+from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils._variables import known_variables
+
+
+@pytest.mark.parametrize(
+    "name, near",
+    [
+        ("overlay_domain", "overlay_domains"),
+        ("overlay_runing", "overlay_running"),
+        ("overlay_seriel", "overlay_serial"),
+        ("overlay_host", "overlay_hosts"),
+        ("overlay_libvirt_snapshot", "overlay_libvirt_snapshots"),
+        ("Overlay_Domains", "overlay_domains"),
+        ("overlay-domains", "overlay_domains"),
+        ("overlays_domains", "overlay_domains"),
+        ("ovelay_domains", "overlay_domains"),
+        ("overlya_snapshot", "overlay_snapshot"),
+    ],
+)
+def test_a_misspelt_name_is_told_with_the_nearest(name, near):
+    assert unknown_variables([name]) == [f"{name}: no variable of this name is known. Is it {near}?"]
+
+
+def test_a_name_to_which_none_is_near_is_told_with_the_way_out():
+    assert unknown_variables(["overlay_xyzxyzxyz"]) == [
+        "overlay_xyzxyzxyz: no variable of this name is known. "
+        "If it belongs to something else, name it in overlay_other_variables."
+    ]
+
+
+def test_what_is_known_and_what_is_somebody_elses_is_no_mistake():
+    others = [
+        "overlap_hosts",
+        "relay_hosts",
+        "overlays",
+        "overlay",
+        "__overlay_disks_run",
+        "my_overlay_domain",
+        "slaves_uri",
+    ]
+    assert unknown_variables([*known_variables(), *others, "ansible_host"]) == []
+
+
+@pytest.mark.parametrize("others", [["overlay_network", "overlay_nets"], "overlay_network, overlay_nets"])
+def test_names_can_be_let_pass(others):
+    assert unknown_variables(["overlay_network", "overlay_nets"], others) == []
+    assert len(unknown_variables(["overlay_network", "overlay_net"], others)) == 1
+
+
+def test_each_name_is_told_once_and_in_order():
+    told = unknown_variables(["overlay_z", "overlay_hots", "overlay_z"])
+    assert [text.split(":")[0] for text in told] == ["overlay_hots", "overlay_z"]
