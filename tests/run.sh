@@ -17,6 +17,8 @@ failed=0
 
 # The matrix: ansible-core, the controller's Python, the managed host's Python. Oldest and newest that are supported.
 legs=("2.18 3.11 3.9" "2.21 3.13 3.13")
+# Those in between, for what depends on the controller: role and playbook. The hosts' Pythons are those of the legs.
+between=("2.19 3.11 3.9" "2.20 3.12 3.13")
 system_core=2.19  # for a machine with one Python only, such as a fresh Debian
 
 # Put before a command: processes, mounts and loopback of its own. Two libvirt daemons would now and then choose the same
@@ -54,16 +56,18 @@ make_venv() {  # make_venv NAME PYTHON REQUIREMENT...: a virtual environment in 
   echo "$mark" > "$cache/venv/$name/.mark"
 }
 
-find_legs() {  # set usable: the legs of the matrix whose Pythons are here
+find_legs() {  # set usable and usable_between: the legs of the matrix whose Pythons are here
   local leg core controller host
-  usable=()
-  for leg in "${legs[@]}"; do
+  usable=() usable_between=()
+  for leg in "${legs[@]}" "${between[@]}"; do
     read -r core controller host <<< "$leg"
-    if find_python "$controller" > /dev/null && find_python "$host" > /dev/null; then
-      usable+=("$leg")
-    else
+    if ! find_python "$controller" > /dev/null || ! find_python "$host" > /dev/null; then
       echo "MISSING: Python $controller or $host, so ansible-core $core is not tested here." >&2
       [ -z "${CI:-}" ] || exit 1
+    elif [[ " ${between[*]} " = *" $leg "* ]]; then
+      usable_between+=("$leg")
+    else
+      usable+=("$leg")
     fi
   done
   [ "${#usable[@]}" -gt 0 ] || fall_back_on_system_python
@@ -90,6 +94,10 @@ prepare() {
     [ "$core" != "$system_core" ] || install "/usr/include/python$host/Python.h=python3-dev"
     # Only to run module code and its unit tests in: the Python of a managed host needs no Ansible.
     make_venv "host-$host" "$(find_python "$host")" -r tests/unit/requirements.txt libvirt-python
+  done
+  for leg in "${usable_between[@]}"; do
+    read -r core controller host <<< "$leg"
+    make_venv "core-$core" "$(find_python "$controller")" "ansible-core==$core.*" -r tests/unit/requirements.txt
   done
 }
 
@@ -147,7 +155,7 @@ lint() {  # ruff, mypy, shellcheck, ansible-lint
   (cd "$copy" && HOME=$cache/home PATH=$bin:$PATH ANSIBLE_COLLECTIONS_PATH=$cache/collections "$bin/ansible-lint" --offline --profile production)
 }
 
-# sanity, units, integration CORE CONTROLLER-PYTHON HOST-PYTHON
+# sanity, units, integration CORE CONTROLLER-PYTHON HOST-PYTHON [TARGET...]
 
 sanity() { ansible_test "$1" sanity --local --python "$2"; }
 
@@ -158,7 +166,7 @@ integration() {  # with a copy of the collection and a home of its own, since th
   local alone=("${own_world[@]}")
   copy_collection "$copy"
   echo "ansible_python_interpreter: $cache/venv/host-$3/bin/python" > "$copy/tests/integration/integration_config.yml"
-  ansible_test "$1" integration --local --python "$2" --allow-root --allow-destructive
+  ansible_test "$1" integration --local --python "$2" --allow-root --allow-destructive "${@:4}"
 }
 
 fleet() {  # Molecule on four hosts
@@ -328,12 +336,18 @@ as_root() (  # as_root STEP: by sudo, if we are not root
   exit "$status"
 )
 
-each_leg() {  # each_leg STEP: all of the matrix, one after the other, but integration side by side
+each_leg() {  # each_leg STEP: all of the matrix, one after the other, but integration side by side, in two rounds
   local leg core controller host
   for leg in "${usable[@]}"; do
     read -r core controller host <<< "$leg"
     begin "$1-$core" "$1, ansible-core $core" "$1" "$core" "$controller" "$host"
     [ "$1" = integration ] || await
+  done
+  await
+  [ "$1" = integration ] || return 0
+  for leg in "${usable_between[@]}"; do
+    read -r core controller host <<< "$leg"
+    begin "$1-$core" "$1, ansible-core $core" "$1" "$core" "$controller" "$host" overlay_role
   done
   await
 }
