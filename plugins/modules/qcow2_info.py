@@ -310,7 +310,7 @@ import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ..module_utils._base.errors import Refusal
+from ..module_utils._base.errors import Refusal, printable
 from ..module_utils._disk.examine import ExaminedChain, examine_chain
 from ..module_utils._module import Report, run
 
@@ -352,7 +352,7 @@ def work(module: AnsibleModule) -> Report:
     return Report(
         result={"changed": False, "disks": [disk.as_result() for disk in disks]},
         failures=failures(disks, params["fail_on"], params["checkpoint"]),
-        warnings=[disk.warning for disk in disks if disk.warning],
+        warnings=[printable(warning) for disk in disks for warning in disk.warnings],
     )
 
 

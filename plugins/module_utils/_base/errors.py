@@ -76,6 +76,7 @@ Code = t.Literal[
     "qemu_lost",
     "qemu_option",
     "read_only",
+    "relative_data_file",
     "relative_device",
     "repeated",
     "running",

@@ -13,16 +13,15 @@ import typing as t
 from .._base.errors import Refusal, printable, system_refusal
 from .._base.files import OpenImage, open_image, owning
 from .._qcow2.bitmaps import Bitmap
-from .._qcow2.chain import Layer, walk_chain, why_unusable
+from .._qcow2.chain import Layer, relative_data_file, walk_chain, why_unusable
 from .._qcow2.dirty import DirtyMap, counting_cost, dirty_bytes
+from .._qcow2.formats import PLAIN
 from .._qcow2.header import SECTOR
 from .._qcow2.image import Image
 from .._qemu.settled import is_open_for_writing, read_settled
 from .bitmap_rules import Checkpoint, LayerBitmaps, judge_all
+from .chain_size import ChainSize
 
-MAX_BITMAPS_OF_CHAIN = 16384
-MAX_BITMAP_BYTES = 64 << 30  # of the bits of all bitmaps of one chain; each look at them takes seconds
-MAX_TABLE_ENTRIES = 1 << 22  # of all bitmap tables of one chain, which are held in memory
 MAX_COUNTED_BITS = 1 << 33  # of one chain; looking at more takes minutes
 _ATTEMPTS = 3  # at a chain that changes while its dirty bytes are counted
 _SHOWN_FAULTS = 10  # of one chain
@@ -53,8 +52,8 @@ class ExaminedLayer(t.NamedTuple):
         layer, image = self.layer, self.image
         result: dict[str, t.Any] = {
             "path": layer.path,
-            "format": "qcow2" if image else layer.format or "raw",
-            "virtual_size": layer.virtual_size if image or layer.format in (None, "raw") else None,
+            "format": layer.format_found,
+            "virtual_size": layer.virtual_size if image or layer.format_found in PLAIN else None,
             "actual_size": self.actual_size,
             "in_use": self.is_open_for_writing,
             "cluster_size": image.cluster_size if image else None,
@@ -94,7 +93,7 @@ class ExaminedChain(t.NamedTuple):
     dirty: t.Mapping[str, int]  # bytes by the name of the checkpoint, as far as they were counted
     dirty_top: t.Mapping[str, int]  # of these what the topmost image's bitmap alone says
     problem: Refusal | None  # why not everything could be read
-    warning: str | None
+    warnings: tuple[str, ...]
 
     def bitmaps(self) -> list[LayerBitmaps]:
         """Return what the rules about checkpoints need, top to base."""
@@ -187,12 +186,6 @@ class _OpenLayer:
         """Whether the image still is as it was read."""
         return self.image is None or self._look() == (self.image, self.is_open_for_writing)
 
-    def is_bottom(self) -> bool:
-        """Whether nothing is below it, as far as that can be known: what other formats say is not read."""
-        if self.image is not None:
-            return self.image.backing_file is None
-        return self.layer.format in (None, "raw")
-
     def map_bitmaps(self) -> None:
         """Map all bitmaps that hold what is stored, which checks their tables; Refusal if one is damaged."""
         if self.image is not None and not self.is_open_for_writing:
@@ -218,12 +211,12 @@ class _Examination:
         self._path = path
         self._held = contextlib.ExitStack()
         self._layers: list[_OpenLayer] = []  # top to base
-        self._size = _Size()
+        self._size = ChainSize()
         self._is_complete = False
         self._checkpoints: list[Checkpoint] = []
         self._dirty: dict[str, int] = {}  # bytes by the name of the checkpoint
         self._problem: Refusal | None = None
-        self._warning: str | None = None
+        self._warnings: list[str] = []
 
     def __enter__(self) -> _Examination:
         return self
@@ -245,18 +238,23 @@ class _Examination:
                 self._add(layer, file)
                 if not follow:
                     break
-            self._is_complete = self._layers[-1].is_bottom()
+            bottom = self._layers[-1].layer
+            self._is_complete = bottom.is_bottom()
+            self._problem = bottom.why_not_read()
         layers = [one.examined().bitmaps() for one in self._layers]
         self._checkpoints = judge_all(layers, complete=self._is_complete)
 
     def _add(self, layer: Layer, file: OpenImage) -> None:
         """Add an image, with a descriptor of its own, since the walk closes the one that it has."""
         new = _OpenLayer(layer, self._held.enter_context(owning(layer.path, os.dup(file.fd))))
-        self._size.add(new)
+        if new.image is not None:
+            self._size.add(layer.path, new.image)
         self._layers.append(new)
         new.map_bitmaps()
-        if new.image is not None and len(self._layers) == 1:
-            problems = why_unusable(layer.path, new.image)
+        if new.image is not None:
+            relative = relative_data_file(layer.path, new.image)
+            self._warnings += [str(relative)] if relative else []
+            problems = why_unusable(layer.path, new.image, for_writing=len(self._layers) == 1)
             if problems:
                 raise problems[0].with_note(" ".join(map(str, problems[1:])))
 
@@ -274,7 +272,9 @@ class _Examination:
         """Count the dirty bytes of each bitmap, and of each valid checkpoint, unless that would take too long."""
         together = [self._maps_of(checkpoint.name) for checkpoint in self._checkpoints]
         if 2 * sum(counting_cost(maps) for maps in together if maps) > MAX_COUNTED_BITS:
-            self._warning = f"{self._path}: has so many bits set in its bitmaps that dirty bytes are not counted."
+            self._warnings.append(
+                f"{self._path}: has so many bits set in its bitmaps that dirty bytes are not counted."
+            )
             return
         with self._problem_told():
             for one in self._layers:
@@ -312,32 +312,5 @@ class _Examination:
             dirty=self._dirty if with_figures else {},
             dirty_top=self._layers[0].dirty if self._dirty and with_figures else {},
             problem=self._problem,
-            warning=self._warning if with_figures else changing,
+            warnings=(*self._warnings, *([] if with_figures else [changing])),
         )
-
-
-class _Size:
-    """How many bitmaps the images of a chain have together, and how large they are."""
-
-    def __init__(self) -> None:
-        self._bitmaps = 0
-        self._bytes = 0
-        self._entries = 0
-
-    def add(self, layer: _OpenLayer) -> None:
-        """Add an image; Refusal if the chain has more bitmaps now, or larger ones, than can be handled."""
-        image = layer.image
-        if image is None:
-            return
-        self._bitmaps += len(image.bitmaps)
-        self._bytes += sum(bitmap.data_bytes(image.virtual_size) for bitmap in image.bitmaps)
-        self._entries += sum(table.entries for table in image.bitmap_tables)
-        if self._bitmaps > MAX_BITMAPS_OF_CHAIN:
-            problem = f"has more than {MAX_BITMAPS_OF_CHAIN}, too many to report"
-        elif self._bytes > MAX_BITMAP_BYTES or self._entries > MAX_TABLE_ENTRIES:
-            problem = f"has {self._bytes >> 20} MiB of them in {self._entries} clusters, too much to be looked at"
-        else:
-            return
-        why = f"with its bitmaps the chain {problem}"
-        remedy = "Remove those that no backup needs with 'qemu-img bitmap --remove'."
-        raise Refusal("too_many_bitmaps", layer.layer.path, why, remedy)

@@ -14,12 +14,14 @@ import typing as t
 
 from .._base.errors import Refusal, system_refusal
 from .._base.files import Identity, OpenImage, identity_of, open_folder, open_image
-from .._qcow2.chain import Layer, has_protocol, read_chain, resolve_name
+from .._qcow2.chain import Layer, is_local, resolve_name, walk_chain
+from .._qcow2.dirty import DirtyMap
 from .._qcow2.extents import has_allocated_extents
 from .._qcow2.header import is_qcow2
 from .._qcow2.image import Image
 from .._qemu import locks
 from .._qemu.settled import is_open_for_writing, read_settled
+from .chain_size import ChainSize
 
 # What can stand at the place of an overlay.
 NOTHING = "nothing"
@@ -78,11 +80,27 @@ def observe_chain(file: OpenImage, backing_format: str, *, relative: bool) -> Ob
     path = os.path.realpath(file.path) if relative else file.path
     return ObservedChain(
         path=file.path,
-        layers=read_chain(file, backing_format, path=path),
+        layers=tuple(_read_layers(file, backing_format, path)),
         is_open_for_writing=open_before or is_open_for_writing(file),
         below_running_vm=locks.is_locked_by_qemu(file, locks.WRITE_UNSHARED),
         disguised=backing_format == "raw" and is_qcow2(file),
     )
+
+
+def _read_layers(top: OpenImage, backing_format: str, path: str) -> t.Iterator[Layer]:
+    """Yield the layers with their bitmaps; Refusal if those of one are damaged: QEMU opens no image above it either."""
+    is_top, size = True, ChainSize()
+    for layer, file in walk_chain(top, backing_format, path=path, with_bitmaps=True):
+        if layer.image is not None:
+            image = layer.image if is_top else read_settled(file)[0]
+            size.add(layer.path, image)
+            for bitmap, table in zip(image.bitmaps, image.bitmap_tables):
+                if not bitmap.inconsistent:
+                    DirtyMap(file, image, bitmap, table)  # reads the table and checks it
+            yield layer._replace(image=image)
+        else:
+            yield layer
+        is_top = False
 
 
 def observe_target(path: str) -> Target:
@@ -176,7 +194,7 @@ def _observe_image(file: OpenImage, target: Target, path: str) -> Target:
         is_open_for_writing=is_open,
         has_data=has_allocated_extents(file),
     )
-    if image.backing_file is None or has_protocol(image.backing_file):
+    if image.backing_file is None or not is_local(image.backing_file):
         return target._replace(backing_path=image.backing_file)
     backing = resolve_name(path, image.backing_file)
     target = target._replace(backing_path=os.path.realpath(backing))

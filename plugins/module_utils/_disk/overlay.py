@@ -17,7 +17,7 @@ import typing as t
 from .._base.attributes import Attributes
 from .._base.errors import Refusal, printable
 from .._qcow2.bitmaps import Bitmap
-from .._qcow2.chain import MAX_LAYERS, has_protocol, why_unusable
+from .._qcow2.chain import MAX_LAYERS, has_protocol, relative_data_file, why_unusable
 from .._qcow2.header import MAX_BACKING_FILE_NAME, MAX_L1_TABLE, l1_bytes
 from .._qcow2.image import Image
 from .._qemu.locks import below_running_vm, in_use
@@ -255,6 +255,12 @@ def _active_warnings(active: ObservedChain) -> list[str]:
             f"{active.path}: is used as raw, as asked, but begins like a qcow2 image. If it is one, the VM would "
             "read garbage: then remove the overlay and use backing_format=qcow2."
         )
+    warnings += [
+        f"{layer.path}: is below {active.path} and marked corrupt. QEMU reads it nevertheless; repair it with "
+        "'qemu-img check -r all', or restore it."
+        for layer in active.layers[1:]
+        if layer.image and layer.image.corrupt
+    ]
     return warnings
 
 
@@ -267,7 +273,12 @@ def _active_problems(active: ObservedChain) -> list[Refusal]:
     if image.encrypted:
         why = "is encrypted. An overlay would hold the guest's new data in plain text; not supported"
         problems.append(Refusal("encrypted", active.path, why))
-    return [*problems, *why_unusable(active.path, image), *bitmap_problems(active.path, image)]
+    for layer in active.layers:
+        if layer.image is not None:
+            problems += why_unusable(layer.path, layer.image, for_writing=layer is active.layers[0])
+            relative = relative_data_file(layer.path, layer.image)
+            problems += [relative] if relative else []
+    return [*problems, *bitmap_problems(active.path, image)]
 
 
 def _place_problems(request: OverlayRequest, active: ObservedChain, target: Target) -> list[Refusal]:

@@ -10,7 +10,7 @@ import struct
 import typing as t
 
 from .._base.files import OpenImage
-from .header import AUTOCLEAR_BITMAPS, SECTOR, Header, damaged
+from .header import AUTOCLEAR_BITMAPS, SECTOR, Header, damaged, text_of
 
 MAX_BITMAPS = 65535  # QEMU's QCOW2_MAX_BITMAPS
 MAX_BITMAP_NAME = 1023  # bytes; QEMU's BME_MAX_NAME_SIZE
@@ -52,21 +52,42 @@ class StoredBitmaps(t.NamedTuple):
     lost: int = 0  # bitmaps that a program which does not know them has made worthless (autoclear bit 0)
 
 
-def read_bitmaps(file: OpenImage, extension: bytes | None, header: Header) -> StoredBitmaps:
-    """Return the bitmaps that the header extension announces (qcow2 spec, Bitmaps extension)."""
+class BitmapsExtension(t.NamedTuple):
+    """The header extension that tells where the bitmap directory is (qcow2 spec, Bitmaps extension)."""
+
+    is_trusted: bool  # or else a program that does not know bitmaps has written to the image (autoclear bit 0)
+    bitmaps: int
+    size: int  # bytes of the directory
+    offset: int  # bytes
+
+
+def parse_bitmaps_extension(data: bytes, header: Header, path: str) -> BitmapsExtension:
+    """Return the header extension; Refusal where QEMU too refuses it."""
+    if len(data) != _BITMAPS_EXTENSION.size:
+        raise damaged(path, f"its bitmaps extension is {len(data)} bytes long instead of 24")
+    count, reserved, size, offset = _BITMAPS_EXTENSION.unpack(data)
+    if not header.autoclear & AUTOCLEAR_BITMAPS:
+        return BitmapsExtension(False, count, size, offset)
+    if reserved or not 1 <= count <= MAX_BITMAPS:
+        raise damaged(path, f"its bitmaps extension announces {count} bitmaps; allowed is 1 to {MAX_BITMAPS}")
+    if size > MAX_BITMAP_DIRECTORY:
+        raise damaged(path, f"its bitmap directory of {count} entries has an impossible length of {size} bytes")
+    if offset % header.cluster_size:
+        raise damaged(path, f"its bitmap directory lies at offset {offset}, which is not the beginning of a cluster")
+    return BitmapsExtension(True, count, size, offset)
+
+
+def read_bitmaps(file: OpenImage, extension: BitmapsExtension | None, header: Header) -> StoredBitmaps:
+    """Return the bitmaps that the header extension announces."""
     if extension is None or header.version == 2:
         return StoredBitmaps()
     path = file.path
-    if len(extension) != _BITMAPS_EXTENSION.size:
-        raise damaged(path, f"its bitmaps extension is {len(extension)} bytes long instead of 24")
-    count, reserved, size, offset = _BITMAPS_EXTENSION.unpack(extension)
-    if not header.autoclear & AUTOCLEAR_BITMAPS:
+    _is_trusted, count, size, offset = extension
+    if not extension.is_trusted:
         return StoredBitmaps(lost=count)
-    if reserved or not 1 <= count <= MAX_BITMAPS:
-        raise damaged(path, f"its bitmaps extension announces {count} bitmaps; allowed is 1 to {MAX_BITMAPS}")
-    if not count * _BITMAP_ENTRY.size < size <= MAX_BITMAP_DIRECTORY:
+    if not count * _BITMAP_ENTRY.size < size:
         raise damaged(path, f"its bitmap directory of {count} entries has an impossible length of {size} bytes")
-    if offset % header.cluster_size or offset < header.cluster_size or offset + size > file.length():
+    if offset < header.cluster_size or offset + size > file.length():
         raise damaged(path, f"its bitmap directory lies at offset {offset}, outside the image")
     directory = file.read(size, offset)
     if len(directory) != size:
@@ -90,13 +111,15 @@ def _parse_directory(directory: bytes, count: int, header: Header, path: str) ->
         table_offset, table_size, flags, _kind, granularity_bits, name_size, _extra = fields
         _check_entry(fields, header, path)
         start = position + _BITMAP_ENTRY.size
-        name = directory[start : start + name_size].decode("utf-8", "surrogateescape")
-        if start + name_size > len(directory) or "\0" in name or name in names:
-            raise damaged(path, f"entry {len(bitmaps)} of its bitmap directory has an impossible name")
+        name = text_of(directory[start : start + name_size])
+        position = (start + name_size + 7) // 8 * 8
+        if position > len(directory):
+            raise damaged(path, "its bitmap directory ends within an entry")
+        if name is None or name in names:
+            raise damaged(path, f"entry {len(bitmaps)} of its bitmap directory has no name, or that of another one")
         names.add(name)
         bitmaps.append(Bitmap(name, 1 << granularity_bits, bool(flags & _FLAG_AUTO), bool(flags & _FLAG_IN_USE)))
         tables.append(BitmapTable(table_offset, table_size))
-        position = (start + name_size + 7) // 8 * 8
     if len(bitmaps) != count:
         raise damaged(path, f"its bitmap directory has {len(bitmaps)} entries, its header says {count}")
     return bitmaps, tables

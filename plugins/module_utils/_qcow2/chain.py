@@ -23,10 +23,12 @@ import typing as t
 
 from .._base.errors import Refusal
 from .._base.files import Identity, OpenImage, open_image
-from .header import SECTOR, is_qcow2
+from .formats import HEAD, PLAIN, QCOW2, RAW, WITHOUT_BACKING, format_by_magic, why_not
+from .header import SECTOR, damaged, read_as_qemu
 from .image import Image, read_image
 
 MAX_LAYERS = 200  # libvirt follows no chain further either
+_FILE = "file:"  # QEMU's protocol for what is a file
 
 
 class Layer(t.NamedTuple):
@@ -36,9 +38,27 @@ class Layer(t.NamedTuple):
     real_path: str  # no symlinks
     identity: Identity  # two names of one file are one layer
     format: str | None  # as the layer above records it; None if it does not
+    format_found: str  # the recorded one, or else that for which QEMU would take it
     virtual_size: int  # bytes
     is_device: bool
     image: Image | None  # None if the layer is not qcow2; below the top without its bitmaps
+
+    def is_bottom(self) -> bool:
+        """Whether nothing is below it, as far as that can be known: what other formats say is not read."""
+        if self.image is not None:
+            return self.image.backing_file is None
+        return self.format_found in (WITHOUT_BACKING if self.format else PLAIN)
+
+    def why_not_read(self) -> Refusal | None:
+        """Return why nobody can tell what is below it; None if the format of such an image is recorded, or plain."""
+        if self.image is not None or self.format is not None or self.format_found in PLAIN:
+            return None
+        why = f"is an image of the format {self.format_found}, which holds no bitmaps and is not looked into"
+        remedy = (
+            "If it is the topmost image, copy it into a qcow2 image ('qemu-img convert -O qcow2'); of a backing file, "
+            f"have the image above record its format by 'qemu-img rebase -u -F {self.format_found}'."
+        )
+        return Refusal("format_not_recorded", self.path, why, remedy)
 
 
 def has_protocol(name: str) -> bool:
@@ -46,10 +66,20 @@ def has_protocol(name: str) -> bool:
     return ":" in name.split("/", 1)[0]
 
 
-def why_unusable(path: str, image: Image) -> list[Refusal]:
-    """Return why QEMU cannot, or must not, open the image for writing although it can be read here."""
+def is_local(name: str) -> bool:
+    """Whether QEMU takes this file name, as an image records it, for a file that does not depend on anything else."""
+    return not has_protocol(name) or name.startswith(_FILE + "/")
+
+
+def resolve_name(image_path: str, name: str) -> str:
+    """Return the path of a file that an image records; a relative one lies beside the name the image was opened by."""
+    return os.path.join(os.path.dirname(image_path), name[len(_FILE) :] if name.startswith(_FILE + "/") else name)
+
+
+def why_unusable(path: str, image: Image, *, for_writing: bool) -> list[Refusal]:
+    """Return why QEMU cannot, or must not, open the image although it can be read here."""
     problems = []
-    if image.corrupt:
+    if image.corrupt and for_writing:
         problems.append(
             Refusal(
                 "corrupt",
@@ -58,10 +88,13 @@ def why_unusable(path: str, image: Image) -> list[Refusal]:
                 "Repair it with 'qemu-img check -r all', or restore it, first.",
             )
         )
+    if image.encrypted_with_aes:
+        why = "is encrypted in the old way (AES, not LUKS), on which QEMU does not run VMs any more"
+        problems.append(Refusal("encrypted", path, why, "Copy it into an image without it ('qemu-img convert')."))
     if image.has_data_file and image.data_file is None:
         why = "keeps its data in an external data file but does not name it; not supported"
         problems.append(Refusal("no_data_file", path, why))
-    elif image.data_file is not None and has_protocol(image.data_file):
+    elif image.data_file is not None and has_protocol(image.data_file) and not image.data_file.startswith(_FILE):
         problems.append(
             Refusal(
                 "protocol_name",
@@ -74,9 +107,19 @@ def why_unusable(path: str, image: Image) -> list[Refusal]:
     return problems
 
 
-def resolve_name(image_path: str, name: str) -> str:
-    """Return the path of a file that an image records; a relative one lies beside the name the image was opened by."""
-    return os.path.join(os.path.dirname(image_path), name)
+def relative_data_file(path: str, image: Image) -> Refusal | None:
+    """Return what is wrong with an external data file that is recorded without its folder; None if none is."""
+    name = image.data_file
+    if name is None or os.path.isabs(resolve_name("", name)) or (has_protocol(name) and not name.startswith(_FILE)):
+        return None
+    return Refusal(
+        "relative_data_file",
+        path,
+        f"its external data file {name!r} is recorded without its folder. QEMU looks for it in the folder that QEMU "
+        "itself was started in, which for a VM is another one than the image's",
+        "Record its full name: in the folder where it is, run 'qemu-img amend -f qcow2 -o data_file=/full/name' on the "
+        "image, while no VM uses it.",
+    )
 
 
 def read_chain(top: OpenImage, image_format: str | None, *, path: str | None = None) -> tuple[Layer, ...]:
@@ -127,24 +170,46 @@ def _check_depth(layer: Layer, above: Layer, seen: set[Identity], top_path: str)
 
 def _read_layer(file: OpenImage, path: str, image_format: str | None, *, with_bitmaps: bool = False) -> Layer:
     """Return the open image as a layer; a format that is not recorded is looked up, for reading only."""
-    as_qcow2 = image_format == "qcow2" or (image_format is None and is_qcow2(file))
-    image = read_image(file, with_bitmaps=with_bitmaps) if as_qcow2 else None
+    found = image_format or _format_of(file)
+    image = read_image(file, with_bitmaps=with_bitmaps) if found == QCOW2 else None
     virtual_size = image.virtual_size if image else (file.length() + SECTOR - 1) // SECTOR * SECTOR
-    if image is not None and image.data_file is not None and not has_protocol(image.data_file):
-        _check_data_file(path, resolve_name(path, image.data_file))
+    if image is None and image_format not in (None, RAW):
+        _check_format(file, image_format)
+    if image is not None and image.data_file is not None and relative_data_file(path, image) is None:
+        _check_data_file(path, image.data_file)
     return Layer(
         path=path,
         real_path=os.path.realpath(path),
         identity=file.identity,
         format=image_format,
+        format_found=found,
         virtual_size=virtual_size,
         is_device=file.is_device,
         image=image,
     )
 
 
-def _check_data_file(path: str, data_file: str) -> None:
+def _format_of(file: OpenImage) -> str:
+    """Return the format for which QEMU takes the open image, if nobody tells it."""
+    return format_by_magic(read_as_qemu(file, HEAD, 0), file.path)
+
+
+def _check_format(file: OpenImage, image_format: str | None) -> None:
+    """Refuse an image that QEMU cannot open in the format, other than qcow2, that is recorded for it."""
+    why = why_not(image_format or RAW, read_as_qemu(file, HEAD, 0), file.is_device)
+    if why is not None:
+        raise damaged(
+            file.path,
+            f"it is recorded as {image_format}, but {why}",
+            "Restore it from a backup, or record its format with 'qemu-img rebase -u -b … -F …' in the image above.",
+        )
+
+
+def _check_data_file(path: str, name: str) -> None:
     """Refuse an external data file in which no VM could have its data; it is not opened."""
+    if not is_local(name):
+        return
+    data_file = resolve_name(path, name)
     try:
         mode = os.stat(data_file).st_mode
     except (OSError, ValueError) as exc:
@@ -163,12 +228,17 @@ def _check_data_file(path: str, data_file: str) -> None:
 def open_below(above: Layer) -> OpenImage:
     """Open the backing file that the image of the layer records; Refusal if there is none that could be."""
     backing_file = above.image.backing_file if above.image else None
-    if backing_file is None or has_protocol(backing_file):
+    if backing_file is None or not is_local(backing_file):
+        is_file = backing_file is not None and backing_file.startswith(_FILE)
         raise Refusal(
             "protocol_name",
             above.path,
-            f"its backing file {backing_file!r} is a protocol for QEMU, not a file. This collection works with local "
-            "files and block devices only",
+            f"its backing file {backing_file!r} "
+            + (
+                "is looked for in the folder that QEMU was started in, so nobody can tell which file it is"
+                if is_file
+                else "is a protocol for QEMU, not a file. This collection works with local files and block devices only"
+            ),
             "If it is meant as a file, record its absolute path with 'qemu-img rebase -u -b'.",
         )
     try:

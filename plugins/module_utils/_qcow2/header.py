@@ -21,18 +21,16 @@ from .._base.files import OpenImage
 MAGIC = b"QFI\xfb"
 SECTOR = 512  # bytes; QEMU rounds the virtual size down to it
 MAX_BACKING_FILE_NAME = 1023  # bytes; qcow2 spec, Header
-MAX_BACKING_FORMAT_NAME = 15  # bytes; QEMU's BlockDriverState.backing_format
 MAX_L1_TABLE = 32 * 1024 * 1024  # bytes; QEMU's QCOW_MAX_L1_SIZE
 L1_ENTRY_SIZE = 8  # bytes
+MAX_OFFSET = (1 << 63) - (1 << 30)  # bytes; QEMU's BDRV_MAX_LENGTH, beyond which it reads nothing
+REPAIR = "Repair it with 'qemu-img check -r all', or restore it from a backup."
 
 _V2_HEADER = struct.Struct(">4sIQIIQIIQQIIQ")
-_V3_HEADER = struct.Struct(">QQQII")
-_EXTENSION = struct.Struct(">II")
-
-_EXT_END = 0
-EXT_BACKING_FORMAT = 0xE2792ACA
-EXT_BITMAPS = 0x23852875
-EXT_DATA_FILE = 0x44415441
+_V3_HEADER = struct.Struct(">QQQIIB")  # with the compression type
+_MAX_REFCOUNT_TABLE = 8 * 1024 * 1024  # bytes; QEMU's QCOW_MAX_REFTABLE_SIZE
+_MAX_SNAPSHOTS = 65536  # QEMU's QCOW_MAX_SNAPSHOTS
+SNAPSHOT_ENTRY_SIZE = 40  # bytes; qcow2 spec, Snapshots, without what has no fixed length
 
 INCOMPATIBLE_DIRTY = 1 << 0
 INCOMPATIBLE_CORRUPT = 1 << 1
@@ -45,6 +43,8 @@ AUTOCLEAR_BITMAPS = 1 << 0
 AUTOCLEAR_DATA_FILE_RAW = 1 << 1
 
 COMPRESSION_TYPES = ("zlib", "zstd")
+CRYPT_AES = 1
+CRYPT_LUKS = 2
 
 
 class Header(t.NamedTuple):
@@ -58,12 +58,21 @@ class Header(t.NamedTuple):
     crypt_method: int
     l1_entries: int
     l1_offset: int  # bytes
-    incompatible: int
-    compatible: int
-    autoclear: int
-    refcount_order: int
-    length: int  # bytes; the extensions begin here
-    compression_type: int
+    refcount_offset: int  # bytes; of the refcount table
+    refcount_clusters: int
+    snapshots: int
+    snapshots_offset: int  # bytes
+    incompatible: int = 0
+    compatible: int = 0
+    autoclear: int = 0
+    refcount_order: int = 4
+    length: int = _V2_HEADER.size  # bytes; the extensions begin here
+    compression_type: int = 0
+
+    @property
+    def extensions_end(self) -> int:
+        """Return where the room for header extensions ends, in bytes."""
+        return self.backing_offset or self.cluster_size
 
 
 def is_qcow2(file: OpenImage) -> bool:
@@ -77,10 +86,16 @@ def l1_bytes(virtual_size: int, cluster_size: int, extended_l2: bool) -> int:
     return -(-virtual_size // (l2_entries * cluster_size)) * L1_ENTRY_SIZE
 
 
-def damaged(path: str, what: str) -> Refusal:
+def damaged(
+    path: str, what: str, remedy: str = "Inspect it with 'qemu-img check', or restore it from a backup."
+) -> Refusal:
     """Return the refusal of an image that breaks the format."""
-    remedy = "Inspect it with 'qemu-img check', or restore it from a backup."
     return Refusal("damaged", path, f"is damaged: {what}", remedy)
+
+
+def read_as_qemu(file: OpenImage, length: int, offset: int) -> bytes:
+    """Return `length` bytes from `offset`; what lies beyond the end of the file is zero, as it is for QEMU."""
+    return file.read(length, offset).ljust(length, b"\0")
 
 
 def text_of(data: bytes | None) -> str | None:
@@ -93,8 +108,9 @@ def text_of(data: bytes | None) -> str | None:
 
 def read_header(file: OpenImage) -> Header:
     """Return the fixed part of the header (qcow2 spec, Header); Refusal if the file is no qcow2 image, or damaged."""
-    path, data = file.path, file.read(112, 0)
-    if not data.startswith(MAGIC):
+    path, data = file.path, read_as_qemu(file, _V2_HEADER.size + _V3_HEADER.size, 0)
+    magic, version, backing_offset, backing_length, cluster_bits, *rest = _V2_HEADER.unpack_from(data)
+    if magic != MAGIC:
         raise Refusal(
             "not_qcow2",
             path,
@@ -102,55 +118,57 @@ def read_header(file: OpenImage) -> Header:
             "If it is raw, say so with backing_format=raw; of a backing file, have the image above record it by "
             "'qemu-img rebase -u -F raw'.",
         )
-    if len(data) < _V2_HEADER.size:
-        raise damaged(path, f"the file ends within the header, after {len(data)} bytes")
-    fields = _V2_HEADER.unpack_from(data)
-    (_magic, version, backing_offset, backing_length, cluster_bits, size, crypt, l1_entries, l1_offset, *_rest) = fields
-    if version not in (2, 3):
-        why = f"has qcow2 version {version}; only 2 and 3 are known"
-        raise Refusal("unsupported", path, why, "See that it is really a qcow2 image.")
+    _check_version(version, path)
     if not 9 <= cluster_bits <= 21:
         raise damaged(path, f"cluster_bits is {cluster_bits}, allowed is 9 to 21")
-    header = Header(
-        version=version,
-        backing_offset=backing_offset,
-        backing_length=backing_length,
-        cluster_size=1 << cluster_bits,
-        virtual_size=size,
-        crypt_method=crypt,
-        l1_entries=l1_entries,
-        l1_offset=l1_offset,
-        incompatible=0,
-        compatible=0,
-        autoclear=0,
-        refcount_order=4,
-        length=_V2_HEADER.size,
-        compression_type=0,
-    )
+    header = Header(version, backing_offset, backing_length, 1 << cluster_bits, *rest)
     if version == 3:
-        header = _read_v3_fields(data, header, path)
-    _check_header(header, path)
+        header = _with_v3_fields(header, *_V3_HEADER.unpack_from(data, _V2_HEADER.size))
+    _check_features(header, path)
+    _check_encoding(header, path)
+    _check_tables(header, path)
+    if header.l1_offset + header.l1_entries * L1_ENTRY_SIZE > file.length():  # QEMU would read zeroes, not the data
+        raise damaged(path, "the file ends within the L1 table, so data is lost", "Restore it from a backup.")
     return header
 
 
-def _read_v3_fields(data: bytes, header: Header, path: str) -> Header:
+def _check_version(version: int, path: str) -> None:
+    """Refuse versions that are not known."""
+    if version == 1:
+        raise Refusal(
+            "unsupported",
+            path,
+            "is an image of the old format qcow, version 1, but is used as qcow2; it can hold no bitmaps",
+            "Copy it into a qcow2 image ('qemu-img convert -f qcow -O qcow2'); of a backing file, you can also have "
+            "the image above record it by 'qemu-img rebase -u -F qcow'.",
+        )
+    if version not in (2, 3):
+        why = f"has qcow2 version {version}; only 2 and 3 are known"
+        raise Refusal("unsupported", path, why, "See that it is really a qcow2 image.")
+
+
+def _with_v3_fields(
+    header: Header,
+    incompatible: int,
+    compatible: int,
+    autoclear: int,
+    refcount_order: int,
+    length: int,
+    compression_type: int,
+) -> Header:
     """Return `header` with the fields that only version 3 has."""
-    if len(data) < _V2_HEADER.size + _V3_HEADER.size:
-        raise damaged(path, f"the file ends within the header, after {len(data)} bytes")
-    incompatible, compatible, autoclear, refcount_order, length = _V3_HEADER.unpack_from(data, _V2_HEADER.size)
-    compression_type = data[104] if length > 104 and len(data) > 104 else 0
     return header._replace(
         incompatible=incompatible,
         compatible=compatible,
         autoclear=autoclear,
         refcount_order=refcount_order,
         length=length,
-        compression_type=compression_type,
+        compression_type=compression_type if length > _V2_HEADER.size + _V3_HEADER.size - 1 else 0,
     )
 
 
-def _check_header(header: Header, path: str) -> None:
-    """Refuse what QEMU too refuses about the fixed fields."""
+def _check_features(header: Header, path: str) -> None:
+    """Refuse features that are not known here, or cannot be, as QEMU does."""
     unknown = header.incompatible & ~_INCOMPATIBLE_KNOWN
     if unknown:
         raise Refusal(
@@ -160,26 +178,44 @@ def _check_header(header: Header, path: str) -> None:
             "newer program, so nothing can be said safely about its bitmaps",
             "Copy it with that program into an image without these features ('qemu-img convert').",
         )
+    if header.incompatible & INCOMPATIBLE_EXTENDED_L2 and header.cluster_size < 16384:
+        raise damaged(path, f"it has extended L2 entries with clusters of only {header.cluster_size} bytes")
+    if header.autoclear & AUTOCLEAR_DATA_FILE_RAW and not header.incompatible & INCOMPATIBLE_DATA_FILE:
+        raise damaged(
+            path, "it says that its external data file is raw (autoclear feature bit 1), but has no such file"
+        )
+
+
+def _check_encoding(header: Header, path: str) -> None:
+    """Refuse what QEMU too refuses about the fields that say how the image is written."""
     if header.version == 3 and not 104 <= header.length <= header.cluster_size:
         raise damaged(path, f"header_length is {header.length}, allowed is 104 to {header.cluster_size}")
     if header.refcount_order > 6:
         raise damaged(path, f"refcount_order is {header.refcount_order}, allowed is 0 to 6")
-    if header.crypt_method > 2:
+    if header.crypt_method > CRYPT_LUKS:
         raise damaged(path, f"crypt_method is {header.crypt_method}, allowed is 0 to 2")
     if header.compression_type >= len(COMPRESSION_TYPES):
         raise damaged(path, f"compression_type is {header.compression_type}, allowed is 0 to 1")
     if bool(header.incompatible & _INCOMPATIBLE_COMPRESSION) != (header.compression_type != 0):
         raise damaged(path, "its compression type and its compression feature bit contradict each other")
-    if header.incompatible & INCOMPATIBLE_EXTENDED_L2 and header.cluster_size < 16384:
-        raise damaged(path, f"it has extended L2 entries with clusters of only {header.cluster_size} bytes")
-    extended = bool(header.incompatible & INCOMPATIBLE_EXTENDED_L2)
-    size = header.l1_entries * L1_ENTRY_SIZE
-    if (
-        size < l1_bytes(header.virtual_size, header.cluster_size, extended)
-        or size > MAX_L1_TABLE
-        or header.l1_offset % header.cluster_size
-        or header.l1_offset >> 62  # more than any file can have, and than pread takes
-    ):
+    if header.backing_offset > header.cluster_size:
+        raise damaged(path, f"its backing file name lies at offset {header.backing_offset}, outside the header cluster")
+
+
+def _check_tables(header: Header, path: str) -> None:
+    """Refuse what QEMU too refuses about where the tables are and how large they are."""
+    refcounts, l1_size = header.refcount_clusters * header.cluster_size, header.l1_entries * L1_ENTRY_SIZE
+    if not refcounts:
+        raise damaged(path, "it has no refcount table", REPAIR)
+    if refcounts > _MAX_REFCOUNT_TABLE or _is_misplaced(header.refcount_offset, refcounts, header):
+        where = f"{header.refcount_clusters} clusters at offset {header.refcount_offset}"
+        raise damaged(path, f"its refcount table of {where} is none that can be")
+    snapshots = header.snapshots * SNAPSHOT_ENTRY_SIZE
+    if header.snapshots > _MAX_SNAPSHOTS or _is_misplaced(header.snapshots_offset, snapshots, header):
+        where = f"{header.snapshots} entries at offset {header.snapshots_offset}"
+        raise damaged(path, f"its snapshot table of {where} is none that can be")
+    needed = l1_bytes(header.virtual_size, header.cluster_size, bool(header.incompatible & INCOMPATIBLE_EXTENDED_L2))
+    if not needed <= l1_size <= MAX_L1_TABLE or _is_misplaced(header.l1_offset, l1_size, header):
         raise damaged(
             path,
             f"its L1 table of {header.l1_entries} entries at offset {header.l1_offset} does not fit its virtual size, "
@@ -187,38 +223,16 @@ def _check_header(header: Header, path: str) -> None:
         )
 
 
+def _is_misplaced(offset: int, size: int, header: Header) -> bool:
+    """Whether no table of `size` bytes can lie at this offset."""
+    return bool(offset % header.cluster_size) or offset + size > (MAX_OFFSET if size else (1 << 63) - 1)
+
+
 def backing_file_of(area: bytes, header: Header, path: str) -> str | None:
     """Return the name of the backing file as it is recorded (qcow2 spec, Header, offsets 8 and 16)."""
     start, length = header.backing_offset, header.backing_length
     if not start:
         return None
-    if start < header.length or start > header.cluster_size:
-        raise damaged(path, f"its backing file name lies at offset {start}, outside the header cluster")
     if length > min(MAX_BACKING_FILE_NAME, header.cluster_size - start):
         raise damaged(path, f"its backing file name is {length} bytes long")
-    if start + length > len(area):
-        raise damaged(path, "the file ends within the name of its backing file")
-    name = area[start : start + length]
-    if b"\0" in name:
-        raise damaged(path, "its backing file name has a NUL byte in it")
-    return text_of(name)
-
-
-def read_extensions(area: bytes, header: Header, path: str) -> dict[int, bytes]:
-    """Return the data of the header extensions by type (qcow2 spec, Header extensions)."""
-    extensions: dict[int, bytes] = {}
-    offset = header.length
-    while offset + _EXTENSION.size <= len(area):
-        kind, length = _EXTENSION.unpack_from(area, offset)
-        if kind == _EXT_END:
-            return extensions
-        offset += _EXTENSION.size
-        if length > len(area) - offset:
-            raise damaged(path, f"header extension {kind:#010x} of {length} bytes reaches out of the header cluster")
-        if kind in extensions and kind in (EXT_BACKING_FORMAT, EXT_BITMAPS, EXT_DATA_FILE):
-            raise damaged(path, f"header extension {kind:#010x} occurs twice")
-        if kind == EXT_BACKING_FORMAT and length > MAX_BACKING_FORMAT_NAME:
-            raise damaged(path, f"the name of its backing format is {length} bytes long")
-        extensions[kind] = area[offset : offset + length]
-        offset += (length + 7) // 8 * 8
-    return extensions
+    return text_of(area[start : start + length])

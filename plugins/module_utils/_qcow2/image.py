@@ -10,23 +10,22 @@ import typing as t
 
 from .._base.files import OpenImage
 from .bitmaps import Bitmap, BitmapTable, read_bitmaps
+from .extensions import check_backing_format, read_extensions
 from .header import (
     AUTOCLEAR_DATA_FILE_RAW,
     COMPATIBLE_LAZY_REFCOUNTS,
     COMPRESSION_TYPES,
-    EXT_BACKING_FORMAT,
-    EXT_BITMAPS,
-    EXT_DATA_FILE,
+    CRYPT_AES,
     INCOMPATIBLE_CORRUPT,
     INCOMPATIBLE_DATA_FILE,
     INCOMPATIBLE_DIRTY,
     INCOMPATIBLE_EXTENDED_L2,
     SECTOR,
     backing_file_of,
-    read_extensions,
+    read_as_qemu,
     read_header,
-    text_of,
 )
+from .snapshots import check_snapshots
 
 
 class Image(t.NamedTuple):
@@ -39,6 +38,7 @@ class Image(t.NamedTuple):
     backing_file: str | None  # as recorded, not resolved
     backing_format: str | None
     encrypted: bool
+    encrypted_with_aes: bool  # in the old way, which QEMU still reads but no VM can run on
     dirty: bool
     corrupt: bool
     lazy_refcounts: bool
@@ -53,28 +53,31 @@ class Image(t.NamedTuple):
 
 
 def read_image(file: OpenImage, *, with_bitmaps: bool = True) -> Image:
-    """Return what the open image says of itself; Refusal if it is no qcow2 image, or damaged."""
+    """Return what the open image says of itself; Refusal if it is no qcow2 image, or one that QEMU does not open."""
     header = read_header(file)
-    end = header.backing_offset or header.cluster_size
-    area = file.read(header.cluster_size, 0)
-    extensions = read_extensions(area[: min(end, len(area))], header, file.path)
+    area = read_as_qemu(file, header.cluster_size, 0)
+    extensions = read_extensions(area, header, file.path)
     backing_file = backing_file_of(area, header, file.path)
-    stored = read_bitmaps(file, extensions.get(EXT_BITMAPS) if with_bitmaps else None, header)
+    if backing_file is not None:
+        check_backing_format(extensions.backing_format, file.path)
+    check_snapshots(file, header)
+    stored = read_bitmaps(file, extensions.bitmaps if with_bitmaps else None, header)
     return Image(
         version=header.version,
         virtual_size=header.virtual_size // SECTOR * SECTOR,
         cluster_size=header.cluster_size,
         refcount_bits=1 << header.refcount_order,
         backing_file=backing_file,
-        backing_format=text_of(extensions.get(EXT_BACKING_FORMAT)) if backing_file is not None else None,
+        backing_format=extensions.backing_format if backing_file is not None else None,
         encrypted=header.crypt_method != 0,
+        encrypted_with_aes=header.crypt_method == CRYPT_AES,
         dirty=bool(header.incompatible & INCOMPATIBLE_DIRTY),
         corrupt=bool(header.incompatible & INCOMPATIBLE_CORRUPT),
         lazy_refcounts=bool(header.compatible & COMPATIBLE_LAZY_REFCOUNTS),
         extended_l2=bool(header.incompatible & INCOMPATIBLE_EXTENDED_L2),
         compression_type=COMPRESSION_TYPES[header.compression_type],
         has_data_file=bool(header.incompatible & INCOMPATIBLE_DATA_FILE),
-        data_file=text_of(extensions.get(EXT_DATA_FILE)) if header.incompatible & INCOMPATIBLE_DATA_FILE else None,
+        data_file=extensions.data_file if header.incompatible & INCOMPATIBLE_DATA_FILE else None,
         data_file_raw=bool(header.autoclear & AUTOCLEAR_DATA_FILE_RAW),
         bitmaps=stored.bitmaps,
         bitmap_tables=stored.tables,

@@ -43,6 +43,7 @@ HEADER = Image(
     backing_file=None,
     backing_format=None,
     encrypted=False,
+    encrypted_with_aes=False,
     dirty=False,
     corrupt=False,
     lazy_refcounts=False,
@@ -62,7 +63,9 @@ ABSENT = Target("/srv/over.qcow2", "/srv", device=1, free_bytes=GIB)
 def active(**changes):
     """Return an ACTIVE whose header has these fields."""
     image = HEADER._replace(**changes)
-    layer = Layer("/srv/active.qcow2", "/srv/active.qcow2", ACTIVE_ID, "qcow2", image.virtual_size, False, image)
+    layer = Layer(
+        "/srv/active.qcow2", "/srv/active.qcow2", ACTIVE_ID, "qcow2", "qcow2", image.virtual_size, False, image
+    )
     return ObservedChain(
         path="/srv/active.qcow2",
         layers=(layer,),
@@ -187,7 +190,7 @@ def test_only_a_template_may_back_running_vms(recording, refused):
 
 
 def test_active_itself_and_its_chain_are_no_places_for_the_overlay():
-    base = Layer("/srv/base.qcow2", "/srv/base.qcow2", OTHER_ID, "raw", GIB, False, None)
+    base = Layer("/srv/base.qcow2", "/srv/base.qcow2", OTHER_ID, "raw", "raw", GIB, False, None)
     chained = active()
     chained = chained._replace(layers=(*chained.layers, base))
     for identity, path, expected in (

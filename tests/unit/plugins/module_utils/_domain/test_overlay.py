@@ -31,7 +31,7 @@ def domain(*disks, state=None):
 
 
 def layer(path, image_format="qcow2"):
-    return Layer(path, path, (1, hash(path)), image_format, 1 << 20, False, None)
+    return Layer(path, path, (1, hash(path)), image_format, image_format or "qcow2", 1 << 20, False, None)
 
 
 def facts(one, *layers, **more):

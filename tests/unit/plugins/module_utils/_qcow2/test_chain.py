@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 
 import pytest
@@ -155,6 +156,48 @@ def test_padding_of_the_backing_format_does_not_end_the_chain(tmp_path):
         place = file.read(4096).index(bytes.fromhex("e2792aca"))
     qemu.patch(top, place + 7, b"\6")
     assert chain_of(top) == [("top", "qcow2"), ("base", "qcow2")]
+
+
+def with_backing_name(path, name):
+    """Record a name of a backing file as it is, byte by byte."""
+    with open(path, "rb") as file:
+        offset, length = struct.unpack_from(">QI", file.read(20), 8)
+    qemu.patch(path, offset, name.ljust(length, b"\0"))
+    qemu.patch(path, 16, struct.pack(">I", len(name)))
+
+
+@pytest.mark.parametrize("prefix, suffix", [("", "\0"), ("", "\0more"), ("file:", ""), ("file://", "\0")])
+def test_a_name_that_qemu_takes_for_the_same_file_is_followed(tmp_path, prefix, suffix):
+    base = qemu.create(tmp_path / "base", "1M")
+    top = qemu.create(tmp_path / "top", "1M", "-u", "-b", base + "x" * 20, "-F", "qcow2")
+    with_backing_name(top, f"{prefix}{base}{suffix}".encode())
+    assert chain_of(top) == [("top", "qcow2"), ("base", "qcow2")]
+    qemu.qemu_img("info", "--backing-chain", top)
+
+
+def test_a_file_that_qemu_looks_for_where_it_was_started_is_refused_with_the_reason(tmp_path, monkeypatch):
+    qemu.create(tmp_path / "base", "1M")
+    top = qemu.create(tmp_path / "top", "1M", "-u", "-b", "file:base", "-F", "qcow2")
+    with pytest.raises(Refusal, match="looked for in the folder that QEMU was started in"):
+        chain_of(top)
+    for folder, status in ((tmp_path, 0), ("/", 1)):
+        monkeypatch.chdir(folder)
+        assert (
+            subprocess.run(["qemu-io", "-r", "-c", "quit", top], check=False, capture_output=True).returncode == status
+        )
+
+
+@pytest.mark.parametrize("recorded", ["qcow2", "qed", "vdi", "host_device"])
+def test_another_format_than_the_recorded_one_is_refused_as_qemu_refuses_it(tmp_path, recorded):
+    base = tmp_path / "base"
+    qemu.qemu_img("create", "-q", "-f", "qcow", str(base), "1M")
+    top = qemu.create(tmp_path / "top", "1M", "-u", "-b", str(base), "-F", recorded)
+    with pytest.raises(Refusal, match="old format qcow" if recorded == "qcow2" else f"recorded as {recorded}, but it"):
+        chain_of(top)
+    assert subprocess.run(["qemu-io", "-r", "-c", "quit", top], check=False, capture_output=True).returncode == 1
+    rebase(top, base, "qcow")  # the way out that is told
+    assert chain_of(top) == [("top", "qcow2"), ("base", "qcow")]
+    assert subprocess.run(["qemu-io", "-r", "-c", "quit", top], check=False, capture_output=True).returncode == 0
 
 
 def test_bitmap_directories_further_down_are_not_read(tmp_path):
