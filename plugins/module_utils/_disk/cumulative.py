@@ -25,7 +25,7 @@ from .._base.errors import Refusal
 from .._base.files import OpenImage, owning
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.dirty import DirtyMap, first_difference, united
-from .._qcow2.image import Image, read_image
+from .._qcow2.image import Image
 from .._qcow2.scratch import write_scratch
 from .bitmap_rules import carries_over
 from .observe import ObservedChain
@@ -49,7 +49,7 @@ def map_chain(active: ObservedChain, open_layer: t.Callable[[str], OpenImage]) -
         file = open_layer(layer.path)
         if file.identity != layer.identity:
             raise Refusal("changed_meanwhile", layer.path, "was moved or replaced meanwhile", "Run this again.")
-        image = read_image(file)
+        image = layer.image
         stored = {b.name: (b, table) for b, table in zip(image.bitmaps, image.bitmap_tables) if not b.inconsistent}
         missing = [name for name in missing if name in stored]
         taken += sum(stored[name][0].data_bytes(image.virtual_size) for name in missing)

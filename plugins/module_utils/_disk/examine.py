@@ -232,7 +232,7 @@ class _Examination:
                 raise Refusal("bad_name", repr(self._path), why, "Give the full path of the topmost image.")
             top = self._held.enter_context(open_image(self._path))
             # The format of the topmost image is recorded nowhere; it decides only what is read and shown.
-            chain = walk_chain(top, image_format, with_bitmaps=False)
+            chain = walk_chain(top, image_format)
             self._held.callback(chain.close)
             for layer, file in chain:
                 self._add(layer, file)

@@ -18,7 +18,7 @@ from .._qcow2.chain import Layer, is_local, resolve_name, walk_chain
 from .._qcow2.dirty import DirtyMap
 from .._qcow2.extents import has_allocated_extents
 from .._qcow2.header import is_qcow2
-from .._qcow2.image import Image
+from .._qcow2.image import Image, read_image
 from .._qemu import locks
 from .._qemu.settled import is_open_for_writing, read_settled
 from .chain_size import ChainSize
@@ -88,19 +88,20 @@ def observe_chain(file: OpenImage, backing_format: str, *, relative: bool) -> Ob
 
 
 def _read_layers(top: OpenImage, backing_format: str, path: str) -> t.Iterator[Layer]:
-    """Yield the layers with their bitmaps; Refusal if those of one are damaged: QEMU opens no image above it either."""
-    is_top, size = True, ChainSize()
-    for layer, file in walk_chain(top, backing_format, path=path, with_bitmaps=True):
+    """Yield the layers, with bitmaps; Refusal if those of one are damaged: QEMU then opens no image above it either."""
+    walk = walk_chain(top, backing_format, read_top=read_image, read_below=_read_settled, path=path)
+    size = ChainSize()
+    for layer, file in walk:
         if layer.image is not None:
-            image = layer.image if is_top else read_settled(file)[0]
-            size.add(layer.path, image)
-            for bitmap, table in zip(image.bitmaps, image.bitmap_tables):
+            size.add(layer.path, layer.image)
+            for bitmap, table in zip(layer.image.bitmaps, layer.image.bitmap_tables):
                 if not bitmap.inconsistent:
-                    DirtyMap(file, image, bitmap, table)  # reads the table and checks it
-            yield layer._replace(image=image)
-        else:
-            yield layer
-        is_top = False
+                    DirtyMap(file, layer.image, bitmap, table)  # reads the table and checks it
+        yield layer
+
+
+def _read_settled(file: OpenImage) -> Image:
+    return read_settled(file)[0]
 
 
 def observe_target(path: str) -> Target:

@@ -12,6 +12,7 @@ import typing as t
 from .._base.files import OpenImage
 from .header import AUTOCLEAR_BITMAPS, SECTOR, Header, damaged, text_of
 
+EXT_BITMAPS = 0x23852875  # type of the header extension
 MAX_BITMAPS = 65535  # QEMU's QCOW2_MAX_BITMAPS
 MAX_BITMAP_NAME = 1023  # bytes; QEMU's BME_MAX_NAME_SIZE
 MAX_BITMAP_DIRECTORY = 1024 * MAX_BITMAPS  # bytes; QEMU's QCOW2_MAX_BITMAP_DIRECTORY_SIZE

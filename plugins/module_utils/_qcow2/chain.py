@@ -28,6 +28,7 @@ from .header import SECTOR, damaged, read_as_qemu
 from .image import Image, read_image
 
 MAX_LAYERS = 200  # libvirt follows no chain further either
+Reader = t.Callable[[OpenImage], Image]
 _FILE = "file:"  # QEMU's protocol for what is a file
 
 
@@ -41,7 +42,7 @@ class Layer(t.NamedTuple):
     format_found: str  # the recorded one, or else that for which QEMU would take it
     virtual_size: int  # bytes
     is_device: bool
-    image: Image | None  # None if the layer is not qcow2; below the top without its bitmaps
+    image: Image | None  # None if the layer is not qcow2
 
     def is_bottom(self) -> bool:
         """Whether nothing is below it, as far as that can be known: what other formats say is not read."""
@@ -122,31 +123,40 @@ def relative_data_file(path: str, image: Image) -> Refusal | None:
     )
 
 
-def read_chain(top: OpenImage, image_format: str | None, *, path: str | None = None) -> tuple[Layer, ...]:
+def read_head(file: OpenImage) -> Image:
+    """Return what the open image says of itself, without its bitmaps."""
+    return read_image(file, with_bitmaps=False)
+
+
+def read_chain(top: OpenImage, image_format: str | None) -> tuple[Layer, ...]:
     """Return the layers from the open image down to its base; Refusal if one is missing, odd or in a loop.
 
-    Only the topmost image comes with its bitmaps. Give `path` if relative names count from another name than
-    `top.path`.
+    Only the topmost image comes with its bitmaps.
     """
-    return tuple(layer for layer, _file in walk_chain(top, image_format, path=path, with_bitmaps=True))
+    return tuple(layer for layer, _file in walk_chain(top, image_format, read_top=read_image))
 
 
 def walk_chain(
-    top: OpenImage, image_format: str | None, *, with_bitmaps: bool, path: str | None = None
+    top: OpenImage,
+    image_format: str | None,
+    *,
+    read_top: Reader = read_head,
+    read_below: Reader = read_head,
+    path: str | None = None,
 ) -> t.Generator[tuple[Layer, OpenImage], None, None]:
     """Yield the layers from the open image down to its base, each with its file, which is open until the next step.
 
-    Raise as read_chain() does, once the layers above the fault were yielded. Only the topmost image can come with its
-    bitmaps.
+    Raise as read_chain() does, once the layers above the fault were yielded. `read_top` reads the topmost image,
+    `read_below` the others. Give `path` if relative names count from another name than `top.path`.
     """
-    layer = _read_layer(top, path or top.path, image_format, with_bitmaps=with_bitmaps)
+    layer = _read_layer(top, path or top.path, image_format, read_top)
     yield layer, top
     seen = {layer.identity}
     while layer.image is not None and layer.image.backing_file is not None:
         above, image_format = layer, layer.image.backing_format
         with open_below(above) as file:
             try:
-                layer = _read_layer(file, file.path, image_format)
+                layer = _read_layer(file, file.path, image_format, read_below)
             except Refusal as exc:
                 raise _below(exc, above) from exc
             _check_depth(layer, above, seen, top.path)
@@ -168,10 +178,10 @@ def _check_depth(layer: Layer, above: Layer, seen: set[Identity], top_path: str)
         raise Refusal("chain_too_long", top_path, why, "Merge some with 'qemu-img commit'.")
 
 
-def _read_layer(file: OpenImage, path: str, image_format: str | None, *, with_bitmaps: bool = False) -> Layer:
+def _read_layer(file: OpenImage, path: str, image_format: str | None, read: Reader) -> Layer:
     """Return the open image as a layer; a format that is not recorded is looked up, for reading only."""
     found = image_format or _format_of(file)
-    image = read_image(file, with_bitmaps=with_bitmaps) if found == QCOW2 else None
+    image = read(file) if found == QCOW2 else None
     virtual_size = image.virtual_size if image else (file.length() + SECTOR - 1) // SECTOR * SECTOR
     if image is None and image_format not in (None, RAW):
         _check_format(file, image_format)

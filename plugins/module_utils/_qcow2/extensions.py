@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 import typing as t
 
-from .bitmaps import BitmapsExtension, parse_bitmaps_extension
+from .bitmaps import EXT_BITMAPS, BitmapsExtension, parse_bitmaps_extension
 from .formats import BACKING_FORMATS
 from .header import CRYPT_LUKS, Header, damaged, text_of
 
@@ -17,7 +17,6 @@ _EXTENSION = struct.Struct(">II")
 _CRYPTO = struct.Struct(">QQ")
 _END = 0
 _BACKING_FORMAT = 0xE2792ACA
-_BITMAPS = 0x23852875
 _DATA_FILE = 0x44415441
 _CRYPTO_HEADER = 0x0537BE77
 _MAX_FORMAT_NAME = 15  # bytes; QEMU's BlockDriverState.backing_format
@@ -58,7 +57,7 @@ def _with_extension(found: Extensions, kind: int, data: bytes, header: Header, p
         return found._replace(backing_format=text_of(data))
     if kind == _DATA_FILE:
         return found._replace(data_file=text_of(data))
-    if kind == _BITMAPS:
+    if kind == EXT_BITMAPS:
         return found._replace(bitmaps=parse_bitmaps_extension(data, header, path))
     if kind == _CRYPTO_HEADER:
         _check_crypto_header(data, header, path)

@@ -17,8 +17,8 @@ import os
 import struct
 import typing as t
 
-from .bitmaps import TABLE_ENTRY_SIZE, Bitmap
-from .header import AUTOCLEAR_BITMAPS, EXT_BITMAPS, L1_ENTRY_SIZE, MAGIC, l1_bytes
+from .bitmaps import EXT_BITMAPS, TABLE_ENTRY_SIZE, Bitmap
+from .header import AUTOCLEAR_BITMAPS, L1_ENTRY_SIZE, MAGIC, l1_bytes
 
 CLUSTER = 65536  # bytes
 _FULL = b"\xff" * CLUSTER
