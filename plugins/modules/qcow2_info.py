@@ -58,7 +58,14 @@ options:
 notes:
   - Needs nothing on the managed host but Python 3.9 or newer with its standard library.
   - The format of an image is the one that the image above it records. Of the topmost image, and where none is
-    recorded, the first bytes tell, which here decides only what is read and shown.
+    recorded, the first bytes tell, as they do for QEMU, which here decides only what is read and shown.
+  - What is below a qcow, qed, vmdk or parallels image is not read. A checkpoint above it is V(incomplete), and so is
+    one above any image that is neither qcow2 nor raw if its format is not recorded, which is a failure too. All other
+    formats have no backing file.
+  - An image that QEMU does not open is a failure, wherever it is in the chain.
+  - An external data file that is recorded without its folder is warned of. QEMU looks for it in the folder that QEMU
+    itself was started in. C(qemu-img amend -f qcow2 -o data_file=/full/name), run in the folder where it is, records
+    its full name.
   - Chains of up to 200 images with up to 16384 bitmaps are followed. Dirty bytes are counted where up to 2**33 bits of
     one disk have to be looked at; beyond that they are null, with a warning.
 seealso:
@@ -148,12 +155,12 @@ disks:
           sample: /srv/web.snap.qcow2
         format:
           description:
-            - Its format, as the image above it records. Of the topmost image, and where none is recorded, V(qcow2) or
-              V(raw). Only qcow2 is looked into.
+            - Its format, as the image above it records. Of the topmost image, and where none is recorded, the format
+              for which QEMU would take it. Only qcow2 is looked into.
           type: str
           sample: qcow2
         virtual_size:
-          description: Virtual size in bytes; null if the format is neither qcow2 nor raw.
+          description: Virtual size in bytes; null if the format is neither qcow2 nor raw, nor V(file) or the like.
           type: int
           sample: 10737418240
         actual_size:

@@ -102,6 +102,10 @@ notes:
   - Refused is an ACTIVE that a running VM has open, or, if it has recording bitmaps, that a running VM has as a backing
     file. QEMU's own locks tell, on local file systems and on network file systems with locks. While overlays are made,
     no VM can start on their ACTIVE.
+  - Refused is a chain of which QEMU does not open an image, wherever it is, since no VM could start on the overlay; so
+    too an external data file that is recorded without its folder, which QEMU looks for in the folder that QEMU itself
+    was started in. C(qemu-img amend -f qcow2 -o data_file=/full/name), run in the folder where it is, records its full
+    name.
   - If ACTIVE is on a block device, the processes of the host are looked through as well, since libvirt gives each VM
     device nodes, and so locks, of its own. A VM that starts in the very moment of the run is not kept from the device.
   - A symlink on the way to the overlay's folder is followed if it belongs to root, to the owner of the folder that it

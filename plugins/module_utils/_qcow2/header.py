@@ -24,6 +24,7 @@ MAX_BACKING_FILE_NAME = 1023  # bytes; qcow2 spec, Header
 MAX_L1_TABLE = 32 * 1024 * 1024  # bytes; QEMU's QCOW_MAX_L1_SIZE
 L1_ENTRY_SIZE = 8  # bytes
 MAX_OFFSET = (1 << 63) - (1 << 30)  # bytes; QEMU's BDRV_MAX_LENGTH, beyond which it reads nothing
+INSPECT = "Inspect it with 'qemu-img check', or restore it from a backup."
 REPAIR = "Repair it with 'qemu-img check -r all', or restore it from a backup."
 
 _V2_HEADER = struct.Struct(">4sIQIIQIIQQIIQ")
@@ -86,9 +87,7 @@ def l1_bytes(virtual_size: int, cluster_size: int, extended_l2: bool) -> int:
     return -(-virtual_size // (l2_entries * cluster_size)) * L1_ENTRY_SIZE
 
 
-def damaged(
-    path: str, what: str, remedy: str = "Inspect it with 'qemu-img check', or restore it from a backup."
-) -> Refusal:
+def damaged(path: str, what: str, remedy: str = INSPECT) -> Refusal:
     """Return the refusal of an image that breaks the format."""
     return Refusal("damaged", path, f"is damaged: {what}", remedy)
 

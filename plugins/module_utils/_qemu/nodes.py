@@ -16,6 +16,7 @@ import typing as t
 from .._base.errors import QemuError, Refusal
 from .._base.files import OpenImage
 from .._qcow2.bitmaps import Bitmap
+from .._qcow2.header import INSPECT
 from .._qcow2.image import Image
 from .monitor import Message, Monitor
 
@@ -64,7 +65,8 @@ class Witness:
         try:
             self._monitor.receive(extra_seconds(len(bitmaps)))
         except QemuError as exc:
-            raise Refusal(exc.code, path, f"QEMU cannot open it. {exc.why}", exc.remedy) from exc
+            remedy = INSPECT if exc.code == "qemu_failed" else exc.remedy  # it only reads, so space is not the matter
+            raise Refusal(exc.code, path, f"QEMU cannot open it. {exc.why}", remedy) from exc
         node = next(node for node in self._monitor.receive() if node["node-name"] == ACTIVE)
         seen = {
             _Seen(entry["name"], entry["granularity"], entry["recording"], entry.get("inconsistent", False))

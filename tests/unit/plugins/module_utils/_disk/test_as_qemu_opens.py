@@ -281,6 +281,13 @@ def differences(place: Place, opener: Opener) -> list[str]:
     return found
 
 
+@pytest.mark.parametrize("known, heading", [(STRICTER, "stricter"), (LOOSER, "looser")])
+def test_each_known_difference_is_documented(known, heading):
+    text = (pathlib.Path(__file__).parents[5] / "docs/design.md").read_text(encoding="utf-8")
+    table = text.split(f"| {heading} | because |\n|---|---|\n")[1].split("\n\n")[0]
+    assert [row.split(" | ")[0].removeprefix("| ") for row in table.splitlines()] == list(known)
+
+
 @pytest.fixture(name="places", scope="module")
 def fixture_places(tmp_path_factory: pytest.TempPathFactory) -> list[Place]:
     return build(tmp_path_factory.mktemp("chains"))
