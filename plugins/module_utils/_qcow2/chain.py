@@ -68,12 +68,12 @@ def has_protocol(name: str) -> bool:
 
 
 def is_local(name: str) -> bool:
-    """Whether QEMU takes this file name, as an image records it, for a file that does not depend on anything else."""
+    """Whether QEMU takes this name of a backing file for a file, wherever QEMU was started."""
     return not has_protocol(name) or name.startswith(_FILE + "/")
 
 
 def resolve_name(image_path: str, name: str) -> str:
-    """Return the path of a file that an image records; a relative one lies beside the name the image was opened by."""
+    """Return the path of the backing file of this name; a relative one lies beside the name the image was opened by."""
     return os.path.join(os.path.dirname(image_path), name[len(_FILE) :] if name.startswith(_FILE + "/") else name)
 
 
@@ -92,11 +92,16 @@ def why_unusable(path: str, image: Image, *, for_writing: bool) -> list[Refusal]
     if image.encrypted_with_aes:
         why = "is encrypted in the old way (AES, not LUKS), on which QEMU does not run VMs any more"
         problems.append(Refusal("encrypted", path, why, "Copy it into an image without it ('qemu-img convert')."))
+    return [*problems, *_data_file_problems(path, image)]
+
+
+def _data_file_problems(path: str, image: Image) -> list[Refusal]:
+    """Return why the external data file cannot, or must not, be opened."""
     if image.has_data_file and image.data_file is None:
         why = "keeps its data in an external data file but does not name it; not supported"
-        problems.append(Refusal("no_data_file", path, why))
-    elif image.data_file is not None and has_protocol(image.data_file) and not image.data_file.startswith(_FILE):
-        problems.append(
+        return [Refusal("no_data_file", path, why)]
+    if image.data_file is not None and has_protocol(image.data_file):  # also file:, which newer QEMUs take as it is
+        return [
             Refusal(
                 "protocol_name",
                 path,
@@ -104,14 +109,14 @@ def why_unusable(path: str, image: Image, *, for_writing: bool) -> list[Refusal]
                 "make QEMU open whatever its author wants",
                 "Restore it from a backup.",
             )
-        )
-    return problems
+        ]
+    return []
 
 
 def relative_data_file(path: str, image: Image) -> Refusal | None:
     """Return what is wrong with an external data file that is recorded without its folder; None if none is."""
     name = image.data_file
-    if name is None or os.path.isabs(resolve_name("", name)) or (has_protocol(name) and not name.startswith(_FILE)):
+    if name is None or os.path.isabs(name) or has_protocol(name):
         return None
     return Refusal(
         "relative_data_file",
@@ -185,7 +190,7 @@ def _read_layer(file: OpenImage, path: str, image_format: str | None, read: Read
     virtual_size = image.virtual_size if image else (file.length() + SECTOR - 1) // SECTOR * SECTOR
     if image is None and image_format not in (None, RAW):
         _check_format(file, image_format)
-    if image is not None and image.data_file is not None and relative_data_file(path, image) is None:
+    if image is not None and image.data_file is not None and os.path.isabs(image.data_file):
         _check_data_file(path, image.data_file)
     return Layer(
         path=path,
@@ -215,11 +220,8 @@ def _check_format(file: OpenImage, image_format: str | None) -> None:
         )
 
 
-def _check_data_file(path: str, name: str) -> None:
+def _check_data_file(path: str, data_file: str) -> None:
     """Refuse an external data file in which no VM could have its data; it is not opened."""
-    if not is_local(name):
-        return
-    data_file = resolve_name(path, name)
     try:
         mode = os.stat(data_file).st_mode
     except (OSError, ValueError) as exc:
@@ -239,22 +241,21 @@ def open_below(above: Layer) -> OpenImage:
     """Open the backing file that the image of the layer records; Refusal if there is none that could be."""
     backing_file = above.image.backing_file if above.image else None
     if backing_file is None or not is_local(backing_file):
-        is_file = backing_file is not None and backing_file.startswith(_FILE)
-        raise Refusal(
-            "protocol_name",
-            above.path,
-            f"its backing file {backing_file!r} "
-            + (
-                "is looked for in the folder that QEMU was started in, so nobody can tell which file it is"
-                if is_file
-                else "is a protocol for QEMU, not a file. This collection works with local files and block devices only"
-            ),
-            "If it is meant as a file, record its absolute path with 'qemu-img rebase -u -b'.",
-        )
+        raise _not_local(above.path, backing_file)
     try:
         return open_image(resolve_name(above.path, backing_file))
     except Refusal as exc:
         raise _below(exc, above) from exc
+
+
+def _not_local(path: str, backing_file: str | None) -> Refusal:
+    """Return the refusal of an image whose backing file is none that can be opened here."""
+    if backing_file is not None and backing_file.startswith(_FILE):
+        what = "is looked for in the folder that QEMU was started in, so nobody can tell which file it is"
+    else:
+        what = "is a protocol for QEMU, not a file. This collection works with local files and block devices only"
+    remedy = "If it is meant as a file, record its absolute path with 'qemu-img rebase -u -b'."
+    return Refusal("protocol_name", path, f"its backing file {backing_file!r} {what}", remedy)
 
 
 def _below(exc: Refusal, above: Layer) -> Refusal:

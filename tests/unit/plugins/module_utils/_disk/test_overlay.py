@@ -202,6 +202,39 @@ def test_active_itself_and_its_chain_are_no_places_for_the_overlay():
         assert expected in message(decide(WANTED, chained, target))
 
 
+def with_base(**changes):
+    """Return an ACTIVE above a qcow2 image whose header has these fields."""
+    chained = active()
+    base = chained.layers[0]._replace(path="/srv/base", real_path="/srv/base", image=HEADER._replace(**changes))
+    return chained._replace(layers=(*chained.layers, base))
+
+
+UNFIT_BASES = {
+    "a data file without a name": ({"has_data_file": True}, "no_data_file"),
+    "a data file that is a protocol": ({"has_data_file": True, "data_file": "nbd://h/x"}, "protocol_name"),
+    "a data file without its folder": ({"has_data_file": True, "data_file": "data"}, "relative_data_file"),
+    "a data file of which versions of QEMU differ": ({"has_data_file": True, "data_file": "file:/x"}, "protocol_name"),
+    "AES": ({"encrypted": True, "encrypted_with_aes": True}, "encrypted"),
+}
+
+
+@pytest.mark.parametrize("what", UNFIT_BASES)
+def test_every_layer_is_judged(what):
+    changes, code = UNFIT_BASES[what]
+    for chain in (with_base(**changes), active(**changes)):
+        problems = decide(WANTED, chain, ABSENT).problems
+        assert code in [problem.code for problem in problems]
+        assert chain.layers[-1].path in [problem.subject for problem in problems if problem.code == code]
+
+
+def test_what_qemu_opens_further_down_is_no_reason_to_refuse():
+    assert decide(WANTED, with_base(has_data_file=True, data_file="/srv/data"), ABSENT).state == CREATED
+    assert decide(WANTED, with_base(encrypted=True), ABSENT).state == CREATED
+    corrupt = decide(WANTED, with_base(corrupt=True), ABSENT)
+    assert (corrupt.state, len(corrupt.warnings)) == (CREATED, 1)
+    assert "/srv/base: is below /srv/active.qcow2 and marked corrupt" in corrupt.warnings[0]
+
+
 def test_a_device_is_not_recorded_by_a_relative_name():
     device = active()
     device = device._replace(layers=(device.layers[0]._replace(identity=DEVICE_ID, is_device=True),))

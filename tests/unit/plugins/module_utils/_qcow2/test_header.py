@@ -274,6 +274,24 @@ def test_a_name_that_occurs_twice_is_refused(image_with_bitmaps):
         qemu.read(image_with_bitmaps)
 
 
+def test_a_name_with_a_nul_byte_ends_there_as_it_does_for_qemu(image_with_bitmaps):
+    directory, _length = qemu.directory_of(image_with_bitmaps)
+    qemu.patch(image_with_bitmaps, directory + 27, b"\0")
+    names = {bitmap.name for bitmap in qemu.read(image_with_bitmaps).bitmaps}
+    assert "chk" in names
+    assert names == {name for name, *_rest in qemu.bitmaps_of(image_with_bitmaps)}
+
+
+def test_a_directory_that_ends_before_the_padding_of_its_last_entry_is_refused_as_qemu_refuses_it(image_with_bitmaps):
+    with open(image_with_bitmaps, "rb") as file:
+        place = file.read(4096).index(struct.pack(">II", 0x23852875, 24)) + 8
+    qemu.patch(image_with_bitmaps, place + 8, struct.pack(">Q", qemu.directory_of(image_with_bitmaps)[1] - 1))
+    with pytest.raises(Refusal, match="ends within an entry"):
+        qemu.read(image_with_bitmaps)
+    with pytest.raises(subprocess.CalledProcessError):
+        qemu.info(image_with_bitmaps)
+
+
 def test_overlapping_bitmap_tables_are_refused(image_with_bitmaps):
     directory, _length = qemu.directory_of(image_with_bitmaps)
     with open(image_with_bitmaps, "rb") as file:
