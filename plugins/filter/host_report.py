@@ -102,6 +102,10 @@ _value:
       description: The number of these by reason.
       type: dict
       sample: {"cdrom": 1}
+    unfit:
+      description: Number of these that their domain writes to and that nobody has excluded.
+      type: int
+      sample: 0
     bitmaps_carried:
       description: Number of bitmaps that go on recording.
       type: int
@@ -184,6 +188,10 @@ _value:
           description: Why it takes no part.
           type: str
           sample: cdrom
+        unfit:
+          description: Whether its domain writes to it and nobody has excluded it.
+          type: bool
+          sample: false
     examined:
       description: Topmost images of the chains that are to be examined, or were.
       type: list

@@ -17,8 +17,10 @@ description:
     checkpoints stay usable and incremental backups go on. libvirt itself refuses an offline snapshot as soon as a
     domain has a checkpoint.
   - In the definition only the path of each disk changes, and its type and format if these were others. A
-    C(<backingStore>) is dropped, since it would end at the wrong image. The definition is read back. If it cannot be
-    changed, the overlays are removed again and the old definition stands.
+    C(<backingStore>) is dropped, since it would end at the wrong image, and so is a C(<dataStore>). The definition is
+    read back. If it cannot be changed, the overlays are removed again and the old definition stands.
+  - A disk that is a volume of a storage pool becomes a file. The pools in whose folders overlays were made are
+    refreshed, so that C(virsh vol-list) has them.
 options:
   name:
     description:
@@ -61,6 +63,17 @@ options:
     type: str
     choices: [fail, ignore]
     default: fail
+  unfit_disks:
+    description:
+      - What becomes of a domain with a disk that it writes to, that cannot take part, and that nobody has excluded, by
+        O(disks) or with C(snapshot='no') in the definition.
+      - V(fail) refuses it before anything is made, since it would get half a snapshot. V(skip) leaves the disk out,
+        with a warning.
+      - CD-ROM and floppy drives never count; nor do disks that are read-only, or transient (what is written to them is
+        thrown away), or whose file is absent while C(startupPolicy='optional') lets the domain start without it.
+    type: str
+    choices: [fail, skip]
+    default: fail
   uri:
     description: The libvirt daemon to talk to, on the managed host.
     type: str
@@ -72,9 +85,15 @@ notes:
   - A domain is refused if it is running, paused or suspended (see O(running)), if it is transient, if it has a managed
     save (whose restore would write below the overlays), or if its definition states another backing chain than the
     images record. A domain that fails does not stop the others; the task fails at the end, with every result.
-  - These are left out, and returned with the reason. CD-ROM and floppy drives; disks that are read-only, shareable,
-    transient, encrypted, on the network or in a storage volume; block devices, unless O(directory) is given; disks with
-    C(snapshot='no') in the definition, unless O(disks) names them.
+  - These can take no part, and are returned with the reason. CD-ROM and floppy drives; disks that are read-only,
+    shareable, transient, encrypted or on the network; volumes of a pool that is not active, or that is neither of files
+    nor of block devices; block devices, unless O(directory) is given; disks whose C(<source>) has what an overlay cannot
+    have (such as C(<slices>), C(<reservations>) or C(fdgroup)). O(unfit_disks) says what becomes of the domain then.
+    Disks with C(snapshot='no') in the definition are left out, unless O(disks) names them.
+  - Not in the snapshot, and not returned to what it was by going back. The variables of the firmware (see
+    RV(domains[].nvram)); the state of a TPM in software (see RV(domains[].tpm)); the memory of the domain; files that
+    C(virsh save) has written. Never restore such a file once the domain is on overlays, since that writes to the images
+    below them. A domain with a managed save is refused; other files of C(virsh save) cannot be known.
   - For a B(running) domain libvirt itself is the better way. C(virsh snapshot-create-as --disk-only --no-metadata)
     makes the overlays, and lets the bitmaps go on, without any help.
   - Of a domain that is shut off libvirt alone can do it too, by starting it paused, taking a live snapshot, and
@@ -265,6 +284,25 @@ domains:
           description: What it means and what to do; null if it is valid.
           type: str
           sample: null
+    unfit_disks:
+      description:
+        - Targets of the disks that the domain writes to, that cannot take part, and that nobody has excluded. The
+          reasons are in RV(domains[].skipped_disks). With O(unfit_disks=skip) they are not in the snapshot.
+      type: list
+      elements: str
+      sample: []
+    nvram:
+      description:
+        - The file or block device in which the firmware (UEFI) keeps its variables, which is B(not) in the snapshot;
+          null if there is none.
+      type: str
+      sample: /var/lib/libvirt/qemu/nvram/web_VARS.fd
+    tpm:
+      description:
+        - Whether the domain has a TPM in software, whose state is B(not) in the snapshot. Null if there is no such
+          domain.
+      type: bool
+      sample: false
     libvirt_snapshots:
       description: Names of the snapshots that libvirt itself has of the domain.
       type: list
@@ -297,7 +335,8 @@ from ..module_utils._disk.build import MakeOverlays
 from ..module_utils._disk.verdict import root_causes
 from ..module_utils._domain.plan import SnapshotRequest
 from ..module_utils._domain.run import Call
-from ..module_utils._libvirt.connection import LIBVIRT_IMPORT_ERROR, Libvirt
+from ..module_utils._libvirt.bindings import LIBVIRT_IMPORT_ERROR
+from ..module_utils._libvirt.connection import Libvirt
 from ..module_utils._module import Report, require, run
 from ..module_utils._options import attributes_from, creation_from, creation_spec, ownership_spec, settings_from
 
@@ -311,6 +350,7 @@ def argument_spec() -> dict[str, t.Any]:
         "directory": {"type": "str"},
         "running": {"type": "str", "choices": ["fail", "skip"], "default": "fail"},
         "libvirt_snapshots": {"type": "str", "choices": ["fail", "ignore"], "default": "fail"},
+        "unfit_disks": {"type": "str", "choices": ["fail", "skip"], "default": "fail"},
         "uri": {"type": "str", "default": "qemu:///system"},
         "timeout": {"type": "int", "default": 60},
         **creation_spec(defaults=True),
@@ -336,6 +376,7 @@ def request_from(params: dict[str, t.Any]) -> SnapshotRequest:
         creation=creation_from(params),
         skips_running=params["running"] == "skip",
         allows_snapshots=params["libvirt_snapshots"] == "ignore",
+        skips_unfit=params["unfit_disks"] == "skip",
     )
 
 

@@ -30,9 +30,11 @@ class DiskFacts(t.NamedTuple):
 
     disk: DomainDisk
     is_device: bool  # whatever the definition calls it
+    is_absent: bool = False  # there is nothing at its path
     layers: tuple[Layer, ...] = ()  # top to base; none if one of them cannot be read
     own: tuple[Layer, ...] = ()  # of these from the top those that no other domain uses
     writers: tuple[str, ...] = ()  # names of other domains that write to its topmost image
+    suspects: tuple[str, ...] = ()  # names of other domains that may, by a volume that libvirt cannot look up
     problem: Refusal | None = None  # why the chain cannot be read
 
 
@@ -51,6 +53,7 @@ class Inventory:
         self._chains: dict[tuple[str, str], _Chain] = {}  # by path and format of the topmost image
         self._users: dict[str, set[str]] | None = None  # names of domains by real path
         self._writers: dict[str, set[str]] | None = None
+        self._suspects: dict[str, set[str]] | None = None  # by real path, or by the mere name of the file
 
     def select(self, names: t.Sequence[str]) -> tuple[list[Domain | Unreadable], list[str]]:
         """Return the domains of these names and patterns, each once; and the patterns that match none."""
@@ -76,19 +79,23 @@ class Inventory:
         return DiskFacts(
             disk=disk,
             is_device=_is_device(disk.source),
+            is_absent=_is_absent(disk.source),
             layers=chain.layers,
             own=(*chain.layers[:1], *below),
             writers=tuple(sorted(self._writers_of(disk.source) - {domain.name})),
+            suspects=tuple(sorted(self._suspects_of(disk.source) - {domain.name})),
             problem=chain.problem,
         )
 
-    def _readable(self) -> t.Iterator[tuple[Domain, DomainDisk, str]]:
-        """Yield every disk that has an image, with its domain and its path."""
+    def _disks(self) -> t.Iterator[tuple[Domain, DomainDisk]]:
+        """Yield every disk, with its domain."""
         for domain in self._domains.values():
             if isinstance(domain, Domain):
-                for disk in domain.definition.disks:
-                    if disk.source is not None:
-                        yield domain, disk, disk.source
+                yield from ((domain, disk) for disk in domain.definition.disks)
+
+    def _readable(self) -> t.Iterator[tuple[Domain, DomainDisk, str]]:
+        """Yield every disk that has an image, with its domain and its path."""
+        return ((domain, disk, disk.source) for domain, disk in self._disks() if disk.source is not None)
 
     def _users_of(self, layer: Layer) -> set[str]:
         """Return the names of the domains that use the image anywhere in the chain of a disk."""
@@ -98,7 +105,7 @@ class Inventory:
                 paths = [layer.real_path for layer in self._chain(source, disk.format).layers]
                 for path in [os.path.realpath(source), *paths]:
                     self._users.setdefault(path, set()).add(domain.name)
-        return self._users.get(layer.real_path, set())
+        return self._users.get(layer.real_path, set()) | self._suspects_of(layer.real_path)
 
     def _writers_of(self, source: str) -> set[str]:
         """Return the names of the domains that have the image as topmost one of a disk that they write to."""
@@ -108,6 +115,18 @@ class Inventory:
                 if disk.why_unfit not in READ_ONLY:
                     self._writers.setdefault(os.path.realpath(path), set()).add(domain.name)
         return self._writers.get(os.path.realpath(source), set())
+
+    def _suspects_of(self, source: str) -> set[str]:
+        """Return the names of the domains that may have the image as topmost one of a disk that they write to."""
+        if self._suspects is None:
+            self._suspects = {}
+            for domain, disk in self._disks():
+                if disk.suspect is not None and disk.why_unfit not in READ_ONLY:
+                    path = os.path.realpath(disk.suspect) if os.path.isabs(disk.suspect) else disk.suspect
+                    self._suspects.setdefault(path, set()).add(domain.name)
+        real_path = os.path.realpath(source)
+        names = {real_path, os.path.basename(source), os.path.basename(real_path)}
+        return {domain for name in names for domain in self._suspects.get(name, ())}
 
     def _chain(self, source: str, image_format: str) -> _Chain:
         """Return the chain of an image."""
@@ -129,8 +148,21 @@ def _read(source: str, image_format: str) -> _Chain:
 
 def first_image(domain: Domain) -> str | None:
     """Return the image that a domain, when it starts, opens first for writing, for itself alone."""
-    own = [disk.source for disk in domain.definition.disks if disk.why_unfit not in (*READ_ONLY, "shareable")]
-    return next(filter(None, own), None)
+    own = [disk for disk in domain.definition.disks if disk.why_unfit not in (*READ_ONLY, "shareable")]
+    # libvirt starts the domain without an optional disk that is not there.
+    there = (disk.source for disk in own if disk.source and not (disk.is_optional and _is_absent(disk.source)))
+    return next(there, None)
+
+
+def _is_absent(source: str) -> bool:
+    """Whether there is nothing at the path; not if that cannot be told."""
+    try:
+        os.stat(source)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _is_device(source: str) -> bool:

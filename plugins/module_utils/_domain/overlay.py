@@ -16,7 +16,8 @@ from .._base.errors import Refusal
 from .._disk.overlay import OverlayRequest
 from .._libvirt.connection import Domain
 from .._libvirt.definition import DomainDisk, StatedChain, StatedImage
-from .._qcow2.chain import Layer
+from .._qcow2.chain import Layer, resolve_name
+from .fitness import Fitness, fitness_of, missed_refusal
 from .inventory import DiskFacts
 from .plan import DiskPlan, DomainPlan, SkippedDisk, SnapshotRequest, state_problems
 
@@ -32,19 +33,32 @@ def plan_domain(
 
     `snapshots` has the names of libvirt's own snapshots of the domain.
     """
-    reasons = {one.disk.target: _reason_to_skip(one, request) for one in facts}
+    fitness = {one.disk.target: fitness_of(one, request.directory) for one in facts}
+    reasons = {one.disk.target: _reason_to_skip(one, fitness[one.disk.target], request) for one in facts}
+    # Those that are named and cannot take part are told by name below.
+    missed = [one for one in facts if fitness[one.disk.target].is_missed and not _is_excluded(one.disk, request)]
     skipped = tuple(SkippedDisk(target, reason) for target, reason in reasons.items() if reason is not None)
     taking_part = [one for one in facts if reasons[one.disk.target] is None]
     disks = _without_same_names(domain, [_plan_disk(domain, one, request) for one in taking_part])
     problems = [problem for disk in disks for problem in disk.problems]
     problems += _target_problems(domain, reasons, request)
+    if not request.skips_unfit and request.targets is None:
+        problems += [missed_refusal(domain.name, one.disk, reasons[one.disk.target] or "") for one in missed]
     if not disks and not problems:
         listed = ", ".join(f"{disk.target}: {disk.reason}" for disk in skipped) or "it has no disks"
         problems.append(Refusal("no_disk", domain.name, f"none of its disks can take part ({listed})"))
     problems += state_problems(domain, disks)
     if snapshots and not request.allows_snapshots and any(disk.is_new for disk in disks):
         problems.append(_snapshots_problem(domain, snapshots))
-    plan = DomainPlan(domain, tuple(disks), skipped, tuple(problems), domain.definition)
+    plan = DomainPlan(
+        domain=domain,
+        disks=tuple(disks),
+        skipped=skipped,
+        problems=tuple(problems),
+        definition=domain.definition,
+        missed=tuple(one.disk.target for one in missed),
+        absent=tuple(target for target, one in fitness.items() if one.is_absent and reasons[target] == one.why_unfit),
+    )
     if problems or not plan.sources:  # there is nothing to switch
         return plan
     return plan._replace(definition=domain.definition.with_sources(plan.sources))
@@ -63,18 +77,16 @@ def _snapshots_problem(domain: Domain, snapshots: t.Sequence[str]) -> Refusal:
     )
 
 
-def _reason_to_skip(facts: DiskFacts, request: SnapshotRequest) -> str | None:
+def _is_excluded(disk: DomainDisk, request: SnapshotRequest) -> bool:
+    """Whether somebody wants a snapshot without this disk."""
+    return disk.opted_out if request.targets is None else disk.target not in request.targets
+
+
+def _reason_to_skip(facts: DiskFacts, fitness: Fitness, request: SnapshotRequest) -> str | None:
     """Return why a disk is left out, or None."""
-    disk = facts.disk
-    if disk.why_unfit is not None:
-        return disk.why_unfit
-    if request.targets is not None and disk.target not in request.targets:
-        return _NOT_ASKED_FOR
-    if disk.opted_out and request.targets is None:
-        return "excluded by snapshot='no' in the definition"
-    if request.directory is None and (disk.kind == "block" or facts.is_device):
-        return "block device, beside which no overlay can be made; give a directory"
-    return None
+    if facts.disk.why_unfit is None and _is_excluded(facts.disk, request):
+        return _NOT_ASKED_FOR if request.targets is not None else "excluded by snapshot='no' in the definition"
+    return fitness.why_unfit
 
 
 def _target_problems(
@@ -103,6 +115,11 @@ def _plan_disk(domain: Domain, facts: DiskFacts, request: SnapshotRequest) -> Di
             "overlay"
         )
         problems.append(Refusal("shared_disk", domain.name, why, "Give each a disk of its own."))
+    if facts.suspects:
+        names = ", ".join(facts.suspects)
+        why = f"its disk {disk.target} may be a disk of {names} too, by a volume that libvirt cannot look up just now"
+        remedy = "Start the storage pool of that volume ('virsh pool-start'), refresh it, or correct that domain."
+        problems.append(Refusal("shared_disk", domain.name, why, remedy))
     stem = stem_of([layer.path for layer in facts.own] or [source])
     new = OverlayRequest(
         path=os.path.join(request.directory or os.path.dirname(source), f"{stem}.{request.snapshot}.qcow2"),
@@ -149,12 +166,47 @@ def stem_of(paths: t.Sequence[str]) -> str:
 
 
 def _stated_problems(name: str, disk: DomainDisk, layers: t.Sequence[Layer]) -> list[Refusal]:
-    """Return how the chain that the definition states, if it does, differs from the one that the images record."""
+    """Return how what the definition states, if it does, differs from what the images record."""
     stated = disk.stated_chain
-    if stated is None:
-        return []
+    images = stated.images if stated is not None else ()
+    data_files = [(disk.data_file, layers[0]), *((image.data_file, layer) for image, layer in zip(images, layers[1:]))]
+    problems = [_data_file_problem(name, disk, *one) for one in data_files]
+    problems += [_parts_problem(name, disk, image) for image in images]
+    return [*([] if stated is None else _chain_problems(name, disk, stated, layers)), *filter(None, problems)]
+
+
+def _data_file_problem(name: str, disk: DomainDisk, stated: str | None, layer: Layer) -> Refusal | None:
+    """Return how the external data file that the definition states differs from the one that the image records."""
+    recorded = layer.image.data_file if layer.image is not None else None
+    path = resolve_name(layer.path, recorded) if recorded is not None else None
+    if stated is None or (path is not None and os.path.realpath(path) == _real(stated)):
+        return None
+    why = (
+        f"{disk.target}: <dataStore> says {stated}, {layer.path} says {recorded or 'none'}, so the guest may have been "
+        "seeing other data than an overlay would show"
+    )
+    remedy = "Find out which the guest saw; correct the other one, the image with 'qemu-img amend -o data_file=…'."
+    return Refusal("other_chain", name, why, remedy)
+
+
+def _parts_problem(name: str, disk: DomainDisk, image: StatedImage) -> Refusal | None:
+    """Return what the definition states of an image below, and no image can record."""
+    if not image.parts:
+        return None
+    why = f"{disk.target}: <backingStore> has {', '.join(image.parts)} for {image.path}, which no image records"
+    remedy = "Convert that image into one that needs no such thing ('qemu-img convert')."
+    return Refusal("other_chain", name, why, remedy)
+
+
+def _real(path: str) -> str:
+    """Return the path without symlinks; of what is no path, the same."""
+    return os.path.realpath(path) if os.path.isabs(path) else path
+
+
+def _chain_problems(name: str, disk: DomainDisk, stated: StatedChain, layers: t.Sequence[Layer]) -> list[Refusal]:
+    """Return how the chain that the definition states differs from the one that the images record."""
     recorded = [StatedImage(layer.real_path, layer.format or "") for layer in layers[1:]]
-    images = [StatedImage(os.path.realpath(image.path), image.format) for image in stated.images]
+    images = [StatedImage(_real(image.path), image.format) for image in stated.images]
     unnamed = [layer.path for layer in layers[1:] if layer.format is None]
     if _differs(stated, images, recorded):
         why = (

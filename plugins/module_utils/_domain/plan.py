@@ -27,6 +27,7 @@ class SnapshotRequest(t.NamedTuple):
     bitmap_content: str = CUMULATIVE
     skips_running: bool = False  # domains that are not shut off are left out, instead of a failure
     allows_snapshots: bool = False  # libvirt's own snapshots of a domain are no failure
+    skips_unfit: bool = False  # disks that are written to and cannot take part are left out, instead of a failure
 
 
 class SkippedDisk(t.NamedTuple):
@@ -53,6 +54,18 @@ class DomainPlan(t.NamedTuple):
     skipped: tuple[SkippedDisk, ...]
     problems: tuple[Refusal, ...]
     definition: Definition  # that the domain is to get
+    missed: tuple[str, ...] = ()  # targets of the disks that are skipped although the domain writes to them
+    absent: tuple[str, ...] = ()  # targets of the disks that are skipped since their file is not there
+
+    @property
+    def warnings(self) -> list[str]:
+        """What somebody should know of the disks that are skipped."""
+        reasons = {disk.target: disk.reason for disk in self.skipped}
+        left_out = [
+            *((target, "its disk {} is not in the snapshot: {}.") for target in self.missed),
+            *((target, "its disk {} was left out: {}.") for target in self.absent),
+        ]
+        return [f"{self.domain.name}: {words.format(target, reasons[target])}" for target, words in left_out]
 
     @property
     def sources(self) -> dict[str, Source]:
@@ -70,6 +83,9 @@ class DomainOutcome(t.NamedTuple):
     skipped: tuple[SkippedDisk, ...] = ()
     checkpoints: tuple[Checkpoint, ...] = ()
     snapshots: tuple[str, ...] = ()  # names of libvirt's own
+    missed: tuple[str, ...] = ()  # as DomainPlan has it
+    warnings: t.Sequence[str] = ()
+    definition: Definition | None = None  # None of a domain of which nothing is known
     problems: tuple[Refusal, ...] = ()
     diff: tuple[str, str] = ("", "")  # the disks' elements before and after
     tops: t.Mapping[str, str] = {}  # the topmost image of each disk, by target, as the definition has it after the task
@@ -94,6 +110,10 @@ class DomainOutcome(t.NamedTuple):
                 for target, verdict in self.overlays
             ],
             "skipped_disks": [disk._asdict() for disk in self.skipped],
+            "unfit_disks": list(self.missed),
+            # What no snapshot of disks has.
+            "nvram": self.definition.nvram if self.definition else None,
+            "tpm": self.definition.has_tpm_state if self.definition else None,
             "checkpoints": [checkpoint.as_result() for checkpoint in self.checkpoints],
             "libvirt_snapshots": [printable(name) for name in self.snapshots],
             **problem_fields(self.problems),

@@ -61,13 +61,21 @@ class Call:
         outcome = run(operation, requests, self._settings, vms)
         verdicts = {(verdict.request.vm, verdict.request.path): verdict for verdict in outcome.verdicts}
         results = [self._outcome(one, kept, verdicts, switches) for one, kept in self._found]
-        return results, [*(f"{one}: no domain of this host matches it." for one in self._unmatched), *outcome.warnings]
+        unmatched = (f"{one}: no domain of this host matches it." for one in self._unmatched)
+        of_domains = (warning for result in results for warning in result.warnings)
+        return results, [*unmatched, *of_domains, *outcome.warnings, *self._refresh_pools(outcome.verdicts)]
+
+    def _refresh_pools(self, verdicts: t.Sequence[OverlayVerdict]) -> list[str]:
+        """Have libvirt see the new files; return as warnings where it cannot."""
+        new = () if self._settings.check_mode else [one.request.path for one in verdicts if one.changed]
+        return self._daemon.pools.refresh({os.path.dirname(path) for path in new})
 
     def _is_left_out(self, plan: DomainPlan) -> bool:
         """Whether it is skipped: by request since it runs, or since only a pattern names it and no disk fits."""
         if plan.sources:
             return self._request.skips_running and plan.domain.state is not None
-        return not plan.disks and self._request.targets is None and plan.domain.name not in self._names
+        is_named = self._request.targets is not None or plan.domain.name in self._names
+        return not plan.disks and not is_named and all(problem.code == "no_disk" for problem in plan.problems)
 
     def _outcome(
         self,
@@ -108,6 +116,9 @@ class Call:
             skipped=plan.skipped,
             checkpoints=judge_checkpoints(kept.checkpoints, plan, made),
             snapshots=kept.snapshots,
+            missed=plan.missed,
+            warnings=[] if problems else plan.warnings,
+            definition=definition,
             problems=tuple(root_causes(problems)),
             diff=("", "") if problems else (_parts(plan, before=True), _parts(plan, before=False)),
             tops=definition.tops,
@@ -163,6 +174,10 @@ def _left_out(plan: DomainPlan, kept: Kept) -> DomainOutcome:
         skipped=(*plan.skipped, *(SkippedDisk(disk.target, reason) for disk in plan.disks)),
         checkpoints=judge_checkpoints(kept.checkpoints, plan, {}),
         snapshots=kept.snapshots,
+        # Of one that runs nothing was made, so nothing is missed.
+        missed=() if plan.sources else plan.missed,
+        warnings=[] if plan.sources else plan.warnings,
+        definition=plan.domain.definition,
     )
 
 

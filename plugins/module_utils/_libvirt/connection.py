@@ -4,28 +4,20 @@
 # PRIVATE to this collection: may change at any time.
 """Read: the libvirt daemon of this host, by its Python bindings.
 
-The calls that are made, here and in switch.py: open; listAllDomains, lookupByUUIDString, defineXML of the connection;
-name, UUIDString, isActive, state, isPersistent, hasManagedSaveImage, XMLDesc, listAllCheckpoints, listAllSnapshots of a
-domain; getName, getXMLDesc of a checkpoint; getName of a snapshot.
+The calls that are made, here, in switch.py and in pools.py: open; listAllDomains, lookupByUUIDString, defineXML,
+listAllStoragePools of the connection; name, UUIDString, isActive, state, isPersistent, hasManagedSaveImage, XMLDesc,
+listAllCheckpoints, listAllSnapshots of a domain; getName, getXMLDesc of a checkpoint; getName of a snapshot; name,
+XMLDesc, isActive, storageVolLookupByName, refresh of a storage pool; path, info of a volume.
 """
 
 from __future__ import annotations
 
-import traceback
 import typing as t
 
 from .._base.errors import Refusal
+from .bindings import LibvirtError, known, libvirt, words_of
 from .definition import Definition, bitmaps_of
-
-try:
-    import libvirt
-except ImportError:
-    libvirt = None
-    LibvirtError: t.Any = Exception
-    LIBVIRT_IMPORT_ERROR: str | None = traceback.format_exc()
-else:
-    LibvirtError = libvirt.libvirtError
-    LIBVIRT_IMPORT_ERROR = None
+from .pools import Pools
 
 _STATES = {1: "running", 2: "blocked", 3: "paused", 4: "shutting down", 7: "suspended"}  # virDomainState
 
@@ -75,6 +67,7 @@ class Libvirt:
             why = f"libvirt cannot be reached: {words_of(exc)}"
             remedy = "See that its daemon runs and that this user may use it: run with become, or give another uri."
             raise Refusal("libvirt_unreachable", uri, why, remedy) from exc
+        self.pools = Pools(self.connection)
 
     def domains(self) -> dict[str, Domain | Unreadable]:
         """Return all domains of the host by name."""
@@ -83,29 +76,31 @@ class Libvirt:
         except LibvirtError as exc:
             why = f"libvirt cannot list its domains: {words_of(exc)}"
             raise Refusal("libvirt_failed", "", why, "See that its daemon runs, then run this again.") from exc
-        return {name: _read(handle, name) for name, handle in handles.items()}
+        return {name: self._with_places(_read(handle, name)) for name, handle in handles.items()}
+
+    def _with_places(self, one: Domain | Unreadable) -> Domain | Unreadable:
+        """Return a domain with what libvirt knows of the volumes that its definitions name."""
+        if isinstance(one, Unreadable):
+            return one
+        running = one.running_definition
+        volumes = {*one.definition.volumes, *(running.volumes if running else ())}
+        places = {volume: self.pools.place_of(volume) for volume in volumes}
+        return one._replace(
+            definition=one.definition.with_places(places),
+            running_definition=running.with_places(places) if running else None,
+        )
 
     def kept(self, domain: Domain) -> Kept:
         """Return the checkpoints and snapshots of a domain; Refusal if libvirt cannot tell."""
         try:
             handle = self.connection.lookupByUUIDString(domain.uuid)
-            checkpoints = sorted(_known(handle.listAllCheckpoints), key=lambda one: t.cast("str", one.getName()))
+            checkpoints = sorted(known(handle.listAllCheckpoints), key=lambda one: t.cast("str", one.getName()))
             return Kept(
                 tuple(KnownCheckpoint(one.getName(), bitmaps_of(one.getXMLDesc(0))) for one in checkpoints),
-                tuple(sorted(one.getName() for one in _known(handle.listAllSnapshots))),
+                tuple(sorted(one.getName() for one in known(handle.listAllSnapshots))),
             )
         except LibvirtError as exc:
             raise unreadable(domain.name, exc) from exc
-
-
-def _known(list_all: t.Callable[[int], list[t.Any]]) -> list[t.Any]:
-    """Return what libvirt lists; nothing where the hypervisor driver knows no such thing."""
-    try:
-        return list_all(0)
-    except LibvirtError as exc:
-        if exc.get_error_code() == libvirt.VIR_ERR_NO_SUPPORT:
-            return []
-        raise
 
 
 def _read(handle: t.Any, name: str) -> Domain | Unreadable:
@@ -133,8 +128,3 @@ def definition_of(handle: t.Any) -> Definition:
 def unreadable(name: str, exc: t.Any) -> Refusal:
     """Return the refusal of a domain of which libvirt cannot tell."""
     return Refusal("libvirt_failed", name, f"libvirt cannot tell about it: {words_of(exc)}", "Run this again.")
-
-
-def words_of(exc: t.Any) -> str:
-    """Return libvirt's own words."""
-    return t.cast("str", exc.get_error_message() or str(exc)).rstrip(".")

@@ -18,6 +18,21 @@ import xml.parsers.expat
 FORMATS = ("qcow2", "raw")  # that an image with an overlay on top can have here
 _DISK = ["domain", "devices", "disk"]
 _SOURCE_ATTRIBUTES = {"file": "file", "block": "dev"}  # which attribute of <source> has the path, by type of the disk
+# What <source> can have (libvirt 12.8: diskSourceFile, diskSourceBlock and diskSourceVolume of domaincommon.rng, and
+# storagecommon.rng), and what becomes of it when the disk gets an overlay. What is in no row is refused, too.
+#   file, dev, pool, volume, mode   replaced: they are the image
+#   startupPolicy, index, seclabel  stay: they are about the disk, whatever image it has
+#   dataStore                       goes: the image below records its data file itself, which is compared
+#   slices                          refused: they are a part of the old file
+#   encryption                      refused: it has the key of the old image
+#   fdgroup                         refused: it is the old image, opened by whoever started the domain
+#   reservations                    refused: they belong to a SCSI device; libvirt takes them for no file
+#   privateData                     refused: it is libvirt's own, of a running domain
+# The types nvme, network, dir, vhostuser, vhostvdpa and ctl cannot take part at all. Only they have protocol, name,
+# tls, tlsHostname, query, transport, namespace, managed, dir; host, snapshot, config, auth, reconnect, initiator,
+# address, cookies, ssl, readahead, timeout, knownHosts, identity.
+_REPLACED = ("file", "dev", "pool", "volume", "mode")
+_ALLOWED = frozenset((*_REPLACED, "startupPolicy", "index", "seclabel", "dataStore"))
 
 
 class Source(t.NamedTuple):
@@ -28,11 +43,35 @@ class Source(t.NamedTuple):
     type: str = "file"  # or block
 
 
+class Volume(t.NamedTuple):
+    """A volume of a storage pool, as a definition names it."""
+
+    pool: str
+    name: str
+    is_direct: bool  # mode='direct': QEMU talks to the iSCSI server itself, in place of using the host's device
+
+
+class Place(t.NamedTuple):
+    """Where the image of a volume is."""
+
+    path: str | None  # None if it cannot be told, or if QEMU does not open it by its path
+    kind: str = "file"  # or block, or else what it is that has no path
+    why_unfit: str | None = None
+    suspect: str | None = None  # a path that it may have all the same, or only the name of the file
+
+    @property
+    def shown(self) -> str:
+        """The path, if there is any, for a comparison with what images record."""
+        return self.path or self.suspect or self.kind
+
+
 class StatedImage(t.NamedTuple):
     """An image that a definition states to be below another."""
 
     path: str  # of an image that is no local file, its type
     format: str
+    data_file: str | None = None  # None: whatever the image records
+    parts: tuple[str, ...] = ()  # what <source> has beside that, and no image could record
 
 
 class StatedChain(t.NamedTuple):
@@ -52,18 +91,57 @@ class DomainDisk(t.NamedTuple):
     why_unfit: str | None  # why it can take no part in snapshots
     opted_out: bool  # by snapshot='no', which is a default only
     stated_chain: StatedChain | None
+    data_file: str | None = None  # that <dataStore> states; None if it does not
+    is_optional: bool = False  # by startupPolicy='optional': without its file the domain starts without the disk
+    volume: Volume | None = None
+    suspect: str | None = None  # as Place has it
 
 
 class Definition:
-    """The XML of a domain. Its disks are parsed once."""
+    """The XML of a domain. Its disks are parsed once.
 
-    def __init__(self, text: str) -> None:
+    `places` has the images of the volumes that it names. They are known to libvirt, not to the XML.
+    """
+
+    def __init__(self, text: str, places: t.Mapping[Volume, Place] | None = None) -> None:
         self.text = text
+        self.places = places or {}
+
+    @functools.cached_property
+    def volumes(self) -> tuple[Volume, ...]:
+        """The volumes that the disks, and what is stated to be below them, are."""
+        if "volume=" not in self.text:  # as in nearly all definitions
+            return ()
+        elements = _parse(self.text).getElementsByTagName("source")
+        return tuple(_volume_from(source) for source in elements if source.hasAttribute("volume"))
+
+    def with_places(self, places: t.Mapping[Volume, Place]) -> Definition:
+        """Return the definition with what libvirt knows of its volumes."""
+        return Definition(self.text, {volume: places[volume] for volume in self.volumes if volume in places})
 
     @functools.cached_property
     def disks(self) -> tuple[DomainDisk, ...]:
         """The disks, in the order of the definition."""
-        return tuple(_disk_from(element) for element in _disk_elements(_parse(self.text)))
+        return tuple(_disk_from(element, self.places) for element in _disk_elements(_parse(self.text)))
+
+    @property
+    def nvram(self) -> str | None:
+        """The path of the file or device in which the firmware keeps its variables, if it is a local one."""
+        systems = _children(_parse(self.text).documentElement, "os")
+        for nvram in (nvram for system in systems for nvram in _children(system, "nvram")):
+            return _text_of(nvram) or _source_of(nvram, nvram.getAttribute("type") or "file")
+        return None
+
+    @property
+    def has_tpm_state(self) -> bool:
+        """Whether it has a TPM in software, which keeps its state in files of its own."""
+        backends = [
+            backend
+            for devices in _children(_parse(self.text).documentElement, "devices")
+            for tpm in _children(devices, "tpm")
+            for backend in _children(tpm, "backend")
+        ]
+        return any(backend.getAttribute("type") in ("emulator", "external") for backend in backends)
 
     @property
     def tops(self) -> dict[str, str]:
@@ -73,8 +151,8 @@ class Definition:
     def with_sources(self, sources: t.Mapping[str, Source]) -> Definition:
         """Return the definition with these targets switched to these images.
 
-        Change the path, the type and the format only. Drop the stated backing chain: it would end at the wrong image,
-        and the image itself records what is below it.
+        Change the path, the type and the format only. Drop the stated backing chain and the stated data file: they
+        are those of another image, and each image records its own.
         """
         data = self.text.encode("utf-8")
         for start, end in reversed(_places_of_disks(data)):
@@ -84,7 +162,7 @@ class Definition:
             if target in sources:
                 _switch(document, element, sources[target])
                 data = data[:start] + element.toxml().encode("utf-8") + data[end:]
-        return Definition(data.decode("utf-8"))
+        return Definition(data.decode("utf-8"), self.places)
 
     def has_only_switched(self, old: Definition, sources: t.Mapping[str, Source]) -> bool:
         """Whether these targets are these images, and nothing else about the disks differs from `old`."""
@@ -93,7 +171,7 @@ class Definition:
         return others == [disk for disk in old.disks if disk.target not in sources] and all(
             target in own
             and (own[target].source, own[target].format, own[target].kind) == source
-            and own[target].stated_chain is None
+            and (own[target].stated_chain, own[target].data_file, own[target].volume) == (None, None, None)
             for target, source in sources.items()
         )
 
@@ -111,6 +189,18 @@ def bitmaps_of(checkpoint: str) -> dict[str, str]:
         for disk in disks
         if disk.getAttribute("checkpoint") == "bitmap"
     }
+
+
+def pool_from(text: str) -> tuple[str, str | None]:
+    """Return the type of a storage pool and the folder of its volumes (libvirt, "Storage pool XML format")."""
+    root = _parse(text).documentElement
+    paths = [path for target in _children(root, "target") for path in _children(target, "path")]
+    return root.getAttribute("type"), _text_of(paths[0]) or None if paths else None
+
+
+def _text_of(element: t.Any) -> str:
+    """Return the text in an element, without that of its children."""
+    return "".join(part.data for part in element.childNodes if part.nodeType == part.TEXT_NODE).strip()
 
 
 def _places_of_disks(data: bytes) -> list[tuple[int, int]]:
@@ -155,56 +245,100 @@ def _target_of(disk: t.Any) -> str:
 
 
 def _source_of(element: t.Any, kind: str) -> str | None:
-    """Return the path of a local image, of a disk or of a <backingStore>."""
+    """Return the path of a local image, of a disk, of a <backingStore> or of a <dataStore>."""
     attribute = _SOURCE_ATTRIBUTES.get(kind)
     paths = [source.getAttribute(attribute) for source in _children(element, "source")] if attribute else []
     return paths[0] or None if paths else None
 
 
-def _disk_from(element: t.Any) -> DomainDisk:
-    """Return what one element says."""
+def _volume_from(source: t.Any) -> Volume:
+    """Return the volume that a <source> names."""
+    mode = source.getAttribute("mode")
+    return Volume(source.getAttribute("pool"), source.getAttribute("volume"), mode == "direct")
+
+
+def _place_of(element: t.Any, places: t.Mapping[Volume, Place]) -> tuple[Volume | None, Place]:
+    """Return where the image of an element is, with the volume that it is, if it is one."""
     kind = element.getAttribute("type") or "file"
+    if kind in _SOURCE_ATTRIBUTES:
+        path = _source_of(element, kind)
+        return None, Place(path, kind, "no source" if path is None else None)
+    volumes = [_volume_from(source) for source in _children(element, "source") if source.hasAttribute("volume")]
+    if kind != "volume" or not volumes:
+        return None, Place(None, kind, kind)
+    return volumes[0], places.get(volumes[0], Place(None, kind, kind))
+
+
+def _disk_from(element: t.Any, places: t.Mapping[Volume, Place]) -> DomainDisk:
+    """Return what one element says."""
+    volume, place = _place_of(element, places)
     drivers = [driver.getAttribute("type") for driver in _children(element, "driver")]
     image_format = (drivers[0] if drivers else "") or "raw"
-    source = _source_of(element, kind)
-    stated = _children(element, "backingStore")
+    sources, stated = _children(element, "source"), _children(element, "backingStore")
     return DomainDisk(
         target=_target_of(element),
-        kind=kind,
-        source=source,
+        kind=place.kind,
+        source=place.path,
         format=image_format,
-        why_unfit=_why_unfit(element, kind, image_format, source),
+        why_unfit=_why_unfit(element, image_format, place),
         opted_out=element.getAttribute("snapshot") == "no",
-        stated_chain=_stated_chain(stated[0]) if stated else None,
+        stated_chain=_stated_chain(stated[0], places) if stated else None,
+        data_file=_data_file(sources, places),
+        is_optional=any(source.getAttribute("startupPolicy") == "optional" for source in sources),
+        volume=volume,
+        suspect=place.suspect,
     )
 
 
-def _why_unfit(element: t.Any, kind: str, image_format: str, source: str | None) -> str | None:
+def _why_unfit(element: t.Any, image_format: str, place: Place) -> str | None:
     """Return why a disk can take no part, or None."""
     device = element.getAttribute("device") or "disk"
-    places = [element, *_children(element, "source")]
-    inner = [part for part in ("encryption", "slices") if any(_children(place, part) for place in places)]
+    parts = [*(part for part in ("encryption", "auth") if _children(element, part)), *_other_parts(element)]
     rules = [
         (device != "disk", device),
         (bool(_children(element, "readonly")), "read-only"),
         (bool(_children(element, "shareable")), "shareable"),
         (bool(_children(element, "transient")), "transient"),
-        (kind not in _SOURCE_ATTRIBUTES, kind),
-        (source is None, "no source"),
-        ("encryption" in inner, "encrypted"),
-        ("slices" in inner, "slice of a file"),
+        (place.why_unfit is not None, place.why_unfit),
+        ("encryption" in parts, "encrypted"),
+        ("slices" in parts, "slice of a file"),
+        (bool(parts), f"its definition has {', '.join(parts)}, which an overlay cannot have"),
         (image_format not in FORMATS, f"format {image_format}"),
     ]
     return next((reason for applies, reason in rules if applies), None)
 
 
-def _stated_chain(element: t.Any) -> StatedChain:
+def _other_parts(element: t.Any) -> list[str]:
+    """Return the names of what the <source> of an element has that is not on the list of what may be there."""
+    names = set()
+    for source in _children(element, "source"):
+        names |= set(source.attributes.keys())
+        names |= {child.nodeName for child in source.childNodes if child.nodeType == child.ELEMENT_NODE}
+    return sorted(names - _ALLOWED)
+
+
+def _data_file(sources: t.Sequence[t.Any], places: t.Mapping[Volume, Place]) -> str | None:
+    """Return the external data file that <dataStore> states; of one that is no local file, its type."""
+    for store in (store for source in sources for store in _children(source, "dataStore")):
+        _volume, place = _place_of(store, places)
+        return place.shown
+    return None
+
+
+def _stated_chain(element: t.Any, places: t.Mapping[Volume, Place]) -> StatedChain:
     """Return the chain that a <backingStore> states, which are nested; an empty one says that there is no more."""
     images: list[StatedImage] = []
     while element.getAttribute("type") or _children(element, "source"):
-        kind = element.getAttribute("type") or "file"
         formats = [stated.getAttribute("type") for stated in _children(element, "format")]
-        images.append(StatedImage(_source_of(element, kind) or kind, formats[0] if formats else "raw"))
+        _volume, place = _place_of(element, places)
+        images.append(
+            StatedImage(
+                place.shown,
+                formats[0] if formats else "raw",
+                _data_file(_children(element, "source"), places),
+                tuple(_other_parts(element)) if place.path else (),  # else it has no image that could record it
+            )
+        )
         inner = _children(element, "backingStore")
         if not inner:
             return StatedChain(tuple(images), is_complete=False)
@@ -217,18 +351,24 @@ def _switch(document: t.Any, disk: t.Any, image: Source) -> None:
     disk.setAttribute("type", image.type)
     source = _children(disk, "source")[0]
     wanted = _SOURCE_ATTRIBUTES[image.type]
-    for attribute in _SOURCE_ATTRIBUTES.values():
+    for attribute in _REPLACED:
         if attribute != wanted and source.hasAttribute(attribute):
             source.removeAttribute(attribute)
     source.setAttribute(wanted, image.path)
+    _remove(source, "dataStore")
     drivers = _children(disk, "driver")
     if not drivers:
         drivers = [document.createElement("driver")]
         drivers[0].setAttribute("name", "qemu")
         disk.insertBefore(drivers[0], source)
     drivers[0].setAttribute("type", image.format)
-    for stated in _children(disk, "backingStore"):
-        blank = stated.previousSibling
+    _remove(disk, "backingStore")
+
+
+def _remove(element: t.Any, name: str) -> None:
+    """Remove the children of this name, each with the blank before it."""
+    for child in _children(element, name):
+        blank = child.previousSibling
         if blank is not None and blank.nodeType == blank.TEXT_NODE and not blank.data.strip():
-            disk.removeChild(blank)
-        disk.removeChild(stated)
+            element.removeChild(blank)
+        element.removeChild(child)

@@ -10,7 +10,8 @@ import time
 import typing as t
 
 from .._base.errors import Refusal, UnknownOutcomeError
-from .connection import Domain, Libvirt, LibvirtError, definition_of, words_of
+from .bindings import LibvirtError, words_of
+from .connection import Domain, Libvirt, definition_of
 from .definition import Definition, Source
 
 _PAUSE = 0.02  # seconds between two looks at a start that must fail
@@ -37,7 +38,7 @@ def switch(daemon: Libvirt, domain: Domain, sources: t.Mapping[str, Source], new
         now = definition_of(handle)
     except LibvirtError as exc:
         raise _unknown(domain, f"libvirt says: {words_of(exc)}") from exc
-    if now.has_only_switched(domain.definition, sources):
+    if now.with_places(domain.definition.places).has_only_switched(domain.definition, sources):
         wait_for_start(handle, domain, seconds)
         return
     if (

@@ -205,6 +205,7 @@ def counts(reports: t.Sequence[t.Mapping[str, t.Any]]) -> dict[str, t.Any]:
         PRESENT: states[PRESENT],
         SKIPPED: sum(skipped.values()),
         "skipped_because": dict(sorted(skipped.items())),
+        "unfit": sum(disk["unfit"] for report in reports for disk in report["skipped_disks"]),
         FAILED: states[FAILED],
         "bitmaps_carried": sum(len(overlay["bitmaps"]) for overlay in overlays),
         "bitmaps_left_behind": dict(sorted(reasons.items())),

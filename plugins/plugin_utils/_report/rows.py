@@ -68,7 +68,13 @@ def from_domains(result: Result | None, check_mode: bool) -> Found:
     overlays = [_row(overlay, domain, check_mode) for domain in domains for overlay in domain["overlays"]]
     failed = [domain for domain in domains if domain["state"] == FAILED and not domain["overlays"]]
     overlays += [_row(None, domain, check_mode) for domain in failed]
-    skipped = [{"domain": domain["name"], **disk} for domain in domains for disk in domain["skipped_disks"]]
+    # Of a domain that failed nothing was made, so nothing is missed.
+    missed = {domain["name"]: domain["unfit_disks"] for domain in domains if domain["state"] != FAILED}
+    skipped = [
+        {"domain": domain["name"], **disk, "unfit": disk["target"] in missed.get(domain["name"], ())}
+        for domain in domains
+        for disk in domain["skipped_disks"]
+    ]
     checkpoints = [(domain["name"], checkpoint) for domain in domains for checkpoint in domain["checkpoints"]]
     return Found(overlays, skipped, [Problem(one["code"], one["msg"]) for one in domains if "msg" in one], checkpoints)
 

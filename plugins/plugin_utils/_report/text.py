@@ -22,9 +22,10 @@ def summary_of_host(report: t.Mapping[str, t.Any]) -> str:
 
 def summary_of_counts(report: t.Mapping[str, t.Any]) -> str:
     """Return the counts of a host, or of the fleet, in words."""
+    unfit = f", {report['unfit']} of them written to and in no snapshot" if report["unfit"] else ""
     counts = (
         f"{report[CREATED]} created, {report[PRESENT]} present, {report[SKIPPED]} skipped"
-        f"{reasons(report['skipped_because'])}, {report[FAILED]} failed"
+        f"{reasons(report['skipped_because'])}{unfit}, {report[FAILED]} failed"
     )
     left_behind = sum(report["bitmaps_left_behind"].values())
     bitmaps = f"bitmaps: {report['bitmaps_carried']} carried, {left_behind} left behind"

@@ -10,9 +10,9 @@ import collections
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain import inventory
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.inventory import Inventory
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.inventory import Inventory, first_image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection import Domain, Unreadable
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import Definition
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import Definition, Place
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
 
 from .. import qemu
@@ -104,3 +104,67 @@ def test_a_topmost_image_whose_bitmaps_are_damaged_is_told_whatever_is_asked_for
     qemu.patch(tmp_path / "one", qemu.directory_of(tmp_path / "one")[0], b"\xff" * 8)
     (one,) = facts(host, "one")
     assert (one.layers, one.problem.code) == ((), "damaged")
+
+
+def by_volume(name, place, device="disk"):
+    """Return a domain with one disk that is a volume, which has this place."""
+    text = (
+        f"<domain><devices><disk type='volume' device='{device}'><driver type='qcow2'/><source pool='p' volume='v'/>"
+        "<target dev='vda'/></disk></devices></domain>"
+    )
+    (volume,) = Definition(text).volumes
+    return Domain(name, name, None, True, False, Definition(text, {volume: place}), None)
+
+
+def test_a_volume_is_used_like_a_file(host, tmp_path):
+    host["twin"] = by_volume("twin", Place(str(tmp_path / "alone")))
+    (alone,) = facts(host, "alone")
+    assert (alone.writers, alone.suspects) == (("twin",), ())
+    host["twin"] = by_volume("twin", Place(str(tmp_path / "template")))
+    del host["two"]
+    assert len(facts(host, "one")[0].own) == 1
+
+
+@pytest.mark.parametrize(
+    "suspect, device, names",
+    [
+        ("{}/alone", "disk", ("twin",)),
+        ("{}/link/alone", "disk", ("twin",)),
+        ("alone", "disk", ("twin",)),
+        ("elsewhere", "disk", ()),
+        ("/elsewhere/alone", "disk", ()),
+        ("alone", "cdrom", ()),
+    ],
+)
+def test_a_volume_that_cannot_be_looked_up_may_be_an_image(host, tmp_path, suspect, device, names):
+    (tmp_path / "link").symlink_to(tmp_path)
+    place = Place(None, "volume", "no pool", suspect.format(tmp_path))
+    host["twin"] = by_volume("twin", place, device)
+    (alone,) = facts(host, "alone")
+    assert (alone.writers, alone.suspects) == ((), names)
+    assert facts(host, "twin")[0].suspects == ()
+
+
+def test_the_template_that_a_volume_may_be_is_not_the_own_image_of_a_clone(host):
+    del host["two"]
+    host["twin"] = by_volume("twin", Place(None, "volume", "no pool", "template"))
+    assert len(facts(host, "one")[0].own) == 1
+
+
+def test_a_file_that_is_absent(host, tmp_path):
+    assert not facts(host, "alone")[0].is_absent
+    (tmp_path / "alone").unlink()
+    assert facts(host, "alone")[0].is_absent
+    (tmp_path / "alone").symlink_to("nowhere")
+    assert facts(host, "alone")[0].is_absent
+
+
+def test_the_first_image_is_one_that_is_there(tmp_path):
+    text = (
+        "<domain><devices><disk type='file'><source file='{}' startupPolicy='{}'/><target dev='vda'/></disk>"
+        "<disk type='file'><source file='/x'/><target dev='vdb'/></disk></devices></domain>"
+    )
+    gone = str(tmp_path / "gone")
+    for policy, first in (("optional", "/x"), ("requisite", gone)):
+        one = Domain("web", "web", None, True, False, Definition(text.format(gone, policy)), None)
+        assert first_image(one) == first

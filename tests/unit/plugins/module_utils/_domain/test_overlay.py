@@ -8,12 +8,14 @@ from __future__ import annotations
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay import Creation
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.fitness import Fitness, fitness_of
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.inventory import DiskFacts
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.overlay import plan_domain
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.plan import SnapshotRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection import Domain
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import Definition
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.chain import Layer
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.image import Image
 
 REQUEST = SnapshotRequest(snapshot="s", targets=None, directory=None, relative=False, creation=Creation())
 
@@ -30,8 +32,9 @@ def domain(*disks, state=None):
     return Domain("web", "uuid", state, True, False, definition, definition if state else None)
 
 
-def layer(path, image_format="qcow2"):
-    return Layer(path, path, (1, hash(path)), image_format, image_format or "qcow2", 1 << 20, False, None)
+def layer(path, image_format="qcow2", data_file=None):
+    image = Image(*[None] * len(Image._fields))._replace(data_file=data_file)
+    return Layer(path, path, (1, hash(path)), image_format, image_format or "qcow2", 1 << 20, False, image)
 
 
 def facts(one, *layers, **more):
@@ -91,3 +94,123 @@ def test_snapshots_of_libvirts_own_are_refused_only_where_something_is_to_be_don
     on_it = domain(disk("vda", "/srv/web.s.qcow2"))
     there = facts(on_it, layer("/srv/web.s.qcow2"), layer("/srv/web.qcow2"))
     assert plan_domain(on_it, there, REQUEST, ["s"]).problems == ()
+
+
+def plan_of(*disks, layers=(), **wanted):
+    """Return the plan of a domain with these disks, each with these layers."""
+    web = domain(*disks)
+    return plan_domain(web, facts(web, *(layers or [layer("/srv/web.qcow2")])), REQUEST._replace(**wanted))
+
+
+NETWORK = "<disk type='network'><source protocol='rbd' name='x'/><target dev='vdb'/></disk>"
+LOGICAL = "<disk type='block'><source dev='/dev/vg/lv'/><target dev='vdb'/></disk>"
+FITS = disk("vda", "/srv/web.qcow2")
+
+
+def codes(plan):
+    return [problem.code for problem in plan.problems]
+
+
+@pytest.mark.parametrize("unfit", [NETWORK, LOGICAL])
+def test_half_a_snapshot_is_a_failure(unfit):
+    plan = plan_of(FITS, unfit)
+    assert codes(plan) == ["disk_unfit"]
+    assert "web: its disk vdb cannot take part" in str(plan.problems[0])
+    assert plan.skipped[0].reason in str(plan.problems[0])
+    assert "unfit_disks=skip" in str(plan.problems[0])
+    assert plan.missed == ("vdb",)
+
+
+def test_half_a_snapshot_is_a_warning_if_it_is_wanted():
+    plan = plan_of(FITS, NETWORK, skips_unfit=True)
+    assert (codes(plan), plan.missed, len(plan.disks)) == ([], ("vdb",), 1)
+    assert plan.warnings == ["web: its disk vdb is not in the snapshot: network."]
+
+
+@pytest.mark.parametrize(
+    "more, wanted",
+    [
+        ([NETWORK.replace("<disk", "<disk snapshot='no'")], {}),
+        ([LOGICAL.replace("<disk", "<disk snapshot='no'")], {}),
+        ([NETWORK], {"targets": ("vda",)}),
+        (["<disk type='network' device='cdrom'><source protocol='http'/><target dev='sda'/></disk>"], {}),
+        (["<disk type='file' device='floppy'><target dev='fda'/></disk>"], {}),
+        ([NETWORK.replace("<target", "<readonly/><target")], {}),
+        ([disk("vdb", "/srv/t.qcow2", "<transient/>")], {}),
+        (["<disk type='file'><target dev='vdb'/></disk>"], {}),
+    ],
+)
+def test_what_is_excluded_or_not_written_to_is_not_missed(more, wanted):
+    plan = plan_of(FITS, *more, **wanted)
+    assert (codes(plan), plan.missed, plan.warnings) == ([], (), [])
+
+
+def test_a_disk_that_is_named_and_unfit_is_told_once_whatever_is_said_of_unfit_disks():
+    for skips_unfit in (False, True):
+        plan = plan_of(FITS, NETWORK, targets=("vda", "vdb"), skips_unfit=skips_unfit)
+        assert [str(problem) for problem in plan.problems] == [
+            "web: its disk vdb cannot take part: network. Correct disks."
+        ]
+
+
+def test_the_rule_of_fitness_needs_no_call():
+    (lv,) = facts(domain(LOGICAL))
+    assert fitness_of(lv, None).why_unfit.startswith("block device")
+    assert fitness_of(lv, "/srv") == Fitness(None, is_missed=False)
+    (file,) = facts(domain(FITS))
+    assert fitness_of(file._replace(is_device=True), None).is_missed
+
+
+def test_an_optional_disk_whose_file_is_absent_is_left_out_with_a_warning():
+    web = domain(FITS, disk("vdb", "/srv/usb.qcow2"), disk("vdc", "/srv/x.qcow2"))
+    gone = Refusal("no_such_file", "/srv/usb.qcow2", "does not exist")
+    first, second, third = facts(web, layer("/srv/web.qcow2"))
+    absent = second._replace(is_absent=True, problem=gone, layers=(), own=())
+    optional = absent._replace(disk=absent.disk._replace(is_optional=True))
+    assert codes(plan_domain(web, [first, absent], REQUEST)) == ["no_such_file"]
+    plan = plan_domain(web, [first, optional], REQUEST)
+    assert (codes(plan), plan.missed, plan.absent) == ([], (), ("vdb",))
+    assert "web: its disk vdb was left out: its file does not exist" in plan.warnings[0]
+    there = third._replace(disk=third.disk._replace(is_optional=True))
+    assert len(plan_domain(web, [first, there], REQUEST).disks) == 2
+    assert plan_domain(web, [first, optional], REQUEST._replace(targets=("vda",))).warnings == []
+    assert codes(plan_domain(web, [first, optional], REQUEST._replace(targets=("vdb",)))) == ["disk_unfit"]
+
+
+STATED = "<source file='/srv/web.qcow2'><dataStore type='file'><source file='{}'/></dataStore></source>"
+
+
+@pytest.mark.parametrize(
+    "stated, recorded, problems",
+    [
+        ("/srv/web.data", "/srv/web.data", []),
+        ("/srv/web.data", "web.data", []),
+        ("/srv/web.data", None, ["other_chain"]),
+        ("/srv/web.data", "/srv/other.data", ["other_chain"]),
+    ],
+)
+def test_a_stated_data_file_is_the_recorded_one(stated, recorded, problems):
+    top = disk("vda", "/srv/web.qcow2").replace("<source file='/srv/web.qcow2'/>", STATED.format(stated))
+    plan = plan_of(top, layers=[layer("/srv/web.qcow2", data_file=recorded)])
+    assert codes(plan) == problems
+    assert ("dataStore" in plan.definition.text) == bool(problems)
+    below = "<backingStore type='file'><format type='qcow2'/>" + STATED.format(stated) + "</backingStore>"
+    layers = [layer("/srv/x.qcow2"), layer("/srv/web.qcow2", data_file=recorded)]
+    plan = plan_of(disk("vda", "/srv/x.qcow2", below), layers=layers)
+    assert codes(plan) == problems
+
+
+def test_a_stated_chain_has_nothing_that_no_image_records():
+    below = "<backingStore type='file'><format type='qcow2'/><source file='/srv/base.qcow2'>{}</source></backingStore>"
+    layers = [layer("/srv/web.qcow2"), layer("/srv/base.qcow2")]
+    assert codes(plan_of(disk("vda", "/srv/web.qcow2", below.format("<seclabel/>")), layers=layers)) == []
+    plan = plan_of(disk("vda", "/srv/web.qcow2", below.format("<slices/>")), layers=layers)
+    assert codes(plan) == ["other_chain"]
+    assert "vda: <backingStore> has slices for /srv/base.qcow2" in str(plan.problems[0])
+
+
+def test_a_disk_that_may_be_that_of_another_domain_is_refused():
+    web = domain(FITS)
+    plan = plan_domain(web, facts(web, layer("/srv/web.qcow2"), suspects=("db",)), REQUEST)
+    assert codes(plan) == ["shared_disk"]
+    assert "may be a disk of db too" in str(plan.problems[0])

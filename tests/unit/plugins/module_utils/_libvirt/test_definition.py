@@ -11,10 +11,13 @@ import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.overlay import stem_of
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import (
     Definition,
+    Place,
     Source,
     StatedChain,
     StatedImage,
+    Volume,
     bitmaps_of,
+    pool_from,
 )
 
 DEFINITION = """<domain xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0' type='kvm'>
@@ -75,8 +78,9 @@ def test_what_a_definition_says_of_its_disks():
     first, second, third = Definition(DEFINITION).disks
     assert first[:5] == ("vda", "file", "/srv/it's.qcow2", "qcow2", None)
     assert first.stated_chain == StatedChain((StatedImage("/srv/mid", "qcow2"), StatedImage("/srv/base", "raw")), True)
-    assert second == ("vdb", "block", "/dev/vg/lv", "raw", None, False, None)
-    assert third == ("vdc", "file", "/srv/c.img", "raw", None, True, StatedChain((), True))
+    assert second[:7] == ("vdb", "block", "/dev/vg/lv", "raw", None, False, None)
+    assert third[:7] == ("vdc", "file", "/srv/c.img", "raw", None, True, StatedChain((), True))
+    assert [disk.is_optional for disk in (first, second, third)] == [True, False, False]
 
 
 def test_a_switch_changes_the_path_and_drops_the_stated_chain():
@@ -95,7 +99,7 @@ def test_a_switch_changes_the_path_and_drops_the_stated_chain():
         "backingStore",
         "backingStore",
     ]
-    assert Definition(after).disks[0][2:] == ("/srv/it's.snap.qcow2", "qcow2", None, False, None)
+    assert Definition(after).disks[0][2:7] == ("/srv/it's.snap.qcow2", "qcow2", None, False, None)
     assert Definition(after).has_only_switched(Definition(DEFINITION), {"vda": Source("/srv/it's.snap.qcow2")})
 
 
@@ -112,8 +116,8 @@ def test_everything_outside_the_switched_disks_stays_byte_by_byte():
 
 def test_a_raw_disk_becomes_qcow2_and_a_device_a_file():
     after = switched(DEFINITION, {"vdb": "/srv/lv.x.qcow2", "vdc": "/srv/c.x.qcow2"})
-    assert Definition(after).disks[1] == ("vdb", "file", "/srv/lv.x.qcow2", "qcow2", None, False, None)
-    assert Definition(after).disks[2] == ("vdc", "file", "/srv/c.x.qcow2", "qcow2", None, True, None)
+    assert Definition(after).disks[1][:7] == ("vdb", "file", "/srv/lv.x.qcow2", "qcow2", None, False, None)
+    assert Definition(after).disks[2][:7] == ("vdc", "file", "/srv/c.x.qcow2", "qcow2", None, True, None)
     _gone, new = changes(DEFINITION, after)
     assert '<driver name="qemu" type="qcow2" io="native"/>' in new
     assert "/dev/vg/lv" not in after
@@ -141,6 +145,16 @@ UNFIT = {
     "encrypted": "<disk type='file'><source file='/x'><encryption format='luks'/></source><target dev='sda'/></disk>",
     "slice of a file": "<disk type='file'><source file='/x'><slices/></source><target dev='sda'/></disk>",
     "format vmdk": "<disk type='file'><driver type='vmdk'/><source file='/x'/><target dev='sda'/></disk>",
+    "nvme": "<disk type='nvme'><source type='pci' namespace='1'/><target dev='sda'/></disk>",
+    "its definition has reservations, which an overlay cannot have": (
+        "<disk type='block'><source dev='/x'><reservations managed='yes'/></source><target dev='sda'/></disk>"
+    ),
+    "its definition has fdgroup, which an overlay cannot have": (
+        "<disk type='file'><source file='/x' fdgroup='group'/><target dev='sda'/></disk>"
+    ),
+    "its definition has auth, cookies, new, which an overlay cannot have": (
+        "<disk type='file'><auth username='x'/><source file='/x' new='y'><cookies/></source><target dev='sda'/></disk>"
+    ),
 }
 
 
@@ -148,6 +162,94 @@ UNFIT = {
 def test_disks_that_can_take_no_part(reason):
     (disk,) = Definition(f"<domain><devices>{UNFIT[reason]}</devices></domain>").disks
     assert disk.why_unfit == reason
+
+
+HARMLESS = """<source file='/x' startupPolicy='requisite' index='1'>
+    <!-- text --> <seclabel model='dac' relabel='no'/><dataStore type='file'><format type='raw'/>
+    <source file='/x.data'/></dataStore></source>"""
+
+
+def test_what_a_source_may_have_stays_and_only_the_data_file_goes():
+    disk = f"<disk type='file'>{HARMLESS}<target dev='vda'/></disk>"
+    definition = Definition(f"<domain><devices>{disk}</devices></domain>")
+    assert (definition.disks[0].why_unfit, definition.disks[0].data_file) == (None, "/x.data")
+    after = definition.with_sources({"vda": Source("/y")})
+    assert after.disks[0].data_file is None
+    assert "dataStore" not in after.text
+    assert [part in after.text for part in ("requisite", "index=", "relabel=", "<!-- text -->")] == [True] * 4
+    assert after.has_only_switched(definition, {"vda": Source("/y")})
+    kept = Definition(definition.text.replace("file='/x'", "file='/y'"))
+    assert not kept.has_only_switched(definition, {"vda": Source("/y")})
+
+
+VOLUMES = """<domain><devices>
+  <disk type='volume'><driver type='qcow2'/><source pool='p' volume='v' mode='host' index='2'/>
+    <target dev='vda'/></disk>
+  <disk type='file'><source file='/x'/><backingStore type='volume'><source pool='p' volume='w'/></backingStore>
+    <target dev='vdb'/></disk></devices></domain>"""
+V, W = Volume("p", "v", False), Volume("p", "w", False)
+
+
+def test_a_volume_is_what_libvirt_says_it_is():
+    assert Definition(DEFINITION).volumes == ()
+    assert Definition(VOLUMES).volumes == (V, W)
+    assert Definition(VOLUMES).disks[0][:5] == ("vda", "volume", None, "qcow2", "volume")
+    places = {V: Place("/srv/v"), W: Place("/srv/w"), Volume("p", "z", True): Place("/srv/z")}
+    first, second = Definition(VOLUMES).with_places(places).disks
+    assert first[:5] == ("vda", "file", "/srv/v", "qcow2", None)
+    assert (first.volume, first.suspect) == (V, None)
+    assert second.stated_chain.images == (StatedImage("/srv/w", "raw"),)
+    device = Definition(VOLUMES, {V: Place("/dev/vg/v", "block"), W: Place(None, "volume", "no pool", "w")})
+    assert device.disks[0][:5] == ("vda", "block", "/dev/vg/v", "qcow2", None)
+    assert device.disks[1].stated_chain.images[0].path == "w"
+    lost = Definition(VOLUMES, {V: Place(None, "volume", "no pool", "/srv/v")})
+    assert (lost.disks[0].source, lost.disks[0].why_unfit, lost.disks[0].suspect) == (None, "no pool", "/srv/v")
+
+
+def test_a_volume_becomes_a_file():
+    before, sources = Definition(VOLUMES, {V: Place("/srv/v")}), {"vda": Source("/srv/v.x.qcow2")}
+    after = before.with_sources(sources)
+    assert after.volumes == (W,)
+    assert after.disks[0][:5] == ("vda", "file", "/srv/v.x.qcow2", "qcow2", None)
+    assert after.has_only_switched(before, sources)
+    same_place = Definition(VOLUMES, {V: Place("/srv/v.x.qcow2")})
+    assert not same_place.has_only_switched(before, sources)
+
+
+@pytest.mark.parametrize("mode, is_direct", [("", False), ("mode='host'", False), ("mode='direct'", True)])
+def test_the_mode_of_a_volume(mode, is_direct):
+    text = f"<domain><devices><disk type='volume'><source pool='p' volume='v' {mode}/></disk></devices></domain>"
+    assert Definition(text).volumes == (Volume("p", "v", is_direct),)
+
+
+@pytest.mark.parametrize(
+    "target, folder", [("<target><path>/srv/a b</path></target>", "/srv/a b"), ("<target/>", None), ("", None)]
+)
+def test_what_a_pool_says(target, folder):
+    assert pool_from(f"<pool type='dir'><name>p</name>{target}</pool>") == ("dir", folder)
+
+
+@pytest.mark.parametrize(
+    "nvram, path",
+    [
+        ("", None),
+        ("<nvram/>", None),
+        ("<nvram template='/t'>/var/web.fd</nvram>", "/var/web.fd"),
+        ("<nvram type='file'><source file='/var/web.fd'/></nvram>", "/var/web.fd"),
+        ("<nvram type='block'>\n<source dev='/dev/vg/web'/></nvram>", "/dev/vg/web"),
+        ("<nvram type='network'><source protocol='iscsi' name='x'/></nvram>", None),
+    ],
+)
+def test_where_the_firmware_keeps_its_variables(nvram, path):
+    assert Definition(f"<domain><os><type>hvm</type>{nvram}</os><devices/></domain>").nvram == path
+
+
+@pytest.mark.parametrize(
+    "backend, has_state", [("emulator", True), ("external", True), ("passthrough", False), (None, False)]
+)
+def test_whether_there_is_the_state_of_a_tpm(backend, has_state):
+    tpm = f"<tpm model='tpm-crb'><backend type='{backend}' version='2.0'/></tpm>" if backend else ""
+    assert Definition(f"<domain><devices>{tpm}</devices></domain>").has_tpm_state is has_state
 
 
 @pytest.mark.parametrize(
@@ -169,6 +271,11 @@ def test_disks_that_can_take_no_part(reason):
         (
             "<backingStore type='block'><format type='qcow2'/><source dev='/b'/></backingStore>",
             StatedChain((StatedImage("/b", "qcow2"),), False),
+        ),
+        (
+            "<backingStore type='file'><source file='/a' index='3'><slices/><dataStore><source file='/d'/></dataStore>"
+            "</source></backingStore>",
+            StatedChain((StatedImage("/a", "raw", "/d", ("slices",)),), False),
         ),
         ("", None),
     ],

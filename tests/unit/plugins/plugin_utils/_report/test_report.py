@@ -41,6 +41,7 @@ def of_domains(*domains):
                 "state": state,
                 "overlays": list(overlays),
                 "skipped_disks": [{"target": "sda", "reason": "cdrom"}],
+                "unfit_disks": [],
                 "checkpoints": [],
                 **({"msg": f"{name}: is wrong.", "code": "running"} if state == "failed" else {}),
             }
@@ -130,7 +131,20 @@ def test_disks_and_domains_are_counted_together():
     result = report([of_disks(overlay(A, "present"))], [made, made])
     assert (result["created"], result["present"], result["skipped"], result["bitmaps_carried"]) == (1, 1, 1, 2)
     assert [one["domain"] for one in result["overlays"]] == [None, "web"]
-    assert result["skipped_disks"] == [{"domain": "web", "target": "sda", "reason": "cdrom"}]
+    assert result["skipped_disks"] == [{"domain": "web", "target": "sda", "reason": "cdrom", "unfit": False}]
+
+
+def test_disks_that_are_in_no_snapshot_although_they_are_written_to_are_counted_by_themselves():
+    made = of_domains(("web", "created", overlay(A)), ("db", "failed"))
+    for domain in made["domains"]:
+        domain["skipped_disks"].append({"target": "vdb", "reason": "network"})
+        domain["unfit_disks"] = ["vdb"]
+    result = report((), [made, made])
+    assert (result["unfit"], result["skipped"]) == (1, 4)
+    assert [one["unfit"] for one in result["skipped_disks"]] == [False, True, False, False]
+    words = "4 skipped (2 cdrom, 2 network), 1 of them written to and in no snapshot, 1 failed"
+    assert words in summary_of_host(result)
+    assert fleet_report({"hv1": result, "hv2": result}, False)["unfit"] == 2
 
 
 def test_the_run_decides_and_not_what_was_seen_before():
