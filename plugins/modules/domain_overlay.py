@@ -87,9 +87,9 @@ notes:
     images record. A domain that fails does not stop the others; the task fails at the end, with every result.
   - These can take no part, and are returned with the reason. CD-ROM and floppy drives; disks that are read-only,
     shareable, transient, encrypted or on the network; volumes of a pool that is not active, or that is neither of files
-    nor of block devices; block devices, unless O(directory) is given; disks whose C(<source>) has what an overlay cannot
-    have (such as C(<slices>), C(<reservations>) or C(fdgroup)). O(unfit_disks) says what becomes of the domain then.
-    Disks with C(snapshot='no') in the definition are left out, unless O(disks) names them.
+    nor of block devices; block devices, unless O(directory) is given; disks whose C(<source>) has what an overlay
+    cannot have (such as C(<slices>), C(<reservations>) or C(fdgroup)). O(unfit_disks) says what becomes of the domain
+    then. Disks with C(snapshot='no') in the definition are left out, unless O(disks) names them.
   - Not in the snapshot, and not returned to what it was by going back. The variables of the firmware (see
     RV(domains[].nvram)); the state of a TPM in software (see RV(domains[].tpm)); the memory of the domain; files that
     C(virsh save) has written. Never restore such a file once the domain is on overlays, since that writes to the images

@@ -21,6 +21,8 @@ description:
   - After a run each overlay is complete, as verified by reading it back, or does not exist. Nothing that exists is ever
     replaced.
   - Point the VM at the overlay afterwards. M(kvmfleet.qcow2.domain_overlay) does that for libvirt domains.
+  - Of the VM only the disks that are given are in the snapshot, not its other disks, the variables of its firmware
+    (NVRAM), the state of a TPM, its memory, or files that C(virsh save) has written.
 options:
   path:
     description:

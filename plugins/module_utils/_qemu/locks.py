@@ -138,7 +138,7 @@ def below_running_vm(path: str) -> Refusal:
     return Refusal(
         "below_running_vm",
         path,
-        "is below a running VM (or read by a tool such as qemu-img convert) and has recording bitmaps, so it is most "
-        "likely not the VM's topmost image",
-        "Name that one (virsh domblklist), and shut the VM down.",
+        "is below a running VM and has recording bitmaps, so it is most likely not the VM's topmost image; or it is "
+        "read by a tool such as 'qemu-nbd -r' or 'qemu-img convert', as of a backup",
+        "Name the topmost one (virsh domblklist), and shut the VM down; or wait for the end of that tool, or end it.",
     )

@@ -70,6 +70,8 @@ world() {
   (cd "$lab/disks" && find . | sort && find . -type f -exec sha256sum {} + | sort -k 2)
   names=$(virsh list --all --name | sort)
   for name in $names; do virsh dumpxml --inactive "$name"; done
+  names=$(virsh pool-list --name | sort)
+  for name in $names; do virsh vol-list "$name"; done
 }
 
 # define NAME DISK-ELEMENT...: define a domain with these disks; it needs no operating system.
@@ -97,6 +99,12 @@ XML
 disk() {
   printf "<disk type='file' device='disk'><driver name='qemu' type='%s'/><source file='%s'/>%s<target dev='%s' bus='virtio'/></disk>" \
     "${3:-qcow2}" "$2" "${4:-}" "$1"
+}
+
+# volume TARGET POOL NAME [MORE-ATTRIBUTES]: the element of a disk that is a volume of a storage pool.
+volume() {
+  printf "<disk type='volume' device='disk'><driver name='qemu' type='qcow2'/><source pool='%s' volume='%s' %s/><target dev='%s' bus='virtio'/></disk>" \
+    "$2" "$3" "${4:-}" "$1"
 }
 
 # guest DOMAIN TARGET COMMAND...: have the guest write, by commands of qemu-io.
