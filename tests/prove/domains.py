@@ -34,7 +34,7 @@ Play = t.Callable[..., rounds.Finding]  # in an estate, with what is given by na
 FILLER = "filler"
 # Questions to libvirt, for each domain: lookup, active, managed save, definition, define, definition, active.
 TO_SWITCH = 7
-AFTER_DEFINING = 3  # the last two of them, and the end of the connection
+AFTER_DEFINING = 4  # the last two of them, the list of storage pools, and the end of the connection
 TITLE = "<title>changed by somebody else</title>"
 
 

@@ -117,7 +117,10 @@ def _without(name: str, problem: str, missing: LayerBitmaps, below: LayerBitmaps
     if missing.lost_bitmaps:
         cause = "A program that does not know bitmaps has written to this image and made its bitmaps worthless. "
     elif below is None:
-        cause = "No image of the chain has it: it was removed, or the VM died in the very run in which it was made. "
+        cause = (
+            "No image of the chain has it: it was removed, or the VM died in the very run in which it was made, or has "
+            "gone back to images that are older than it. "
+        )
     else:
         cause = "It was most likely made with qemu-img or by an offline snapshot, which drop the bitmaps"
         cause += _REMAKE if problem == NOT_IN_TOP else ". "

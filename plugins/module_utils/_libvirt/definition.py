@@ -26,7 +26,7 @@ _SOURCE_ATTRIBUTES = {"file": "file", "block": "dev"}  # which attribute of <sou
 #   slices                          refused: they are a part of the old file
 #   encryption                      refused: it has the key of the old image
 #   fdgroup                         refused: it is the old image, opened by whoever started the domain
-#   reservations                    refused: they belong to a SCSI device; libvirt takes them for no file
+#   reservations                    refused: they belong to a SCSI device (device='lun')
 #   privateData                     refused: it is libvirt's own, of a running domain
 # The types nvme, network, dir, vhostuser, vhostvdpa and ctl cannot take part at all. Only they have protocol, name,
 # tls, tlsHostname, query, transport, namespace, managed, dir; host, snapshot, config, auth, reconnect, initiator,

@@ -207,12 +207,14 @@ def test_a_volume_is_what_libvirt_says_it_is():
 
 
 def test_a_volume_becomes_a_file():
-    before, sources = Definition(VOLUMES, {V: Place("/srv/v")}), {"vda": Source("/srv/v.x.qcow2")}
+    before = Definition(VOLUMES, {V: Place("/srv/v"), W: Place("/srv/w")})
+    sources = {"vda": Source("/srv/v.x.qcow2")}
     after = before.with_sources(sources)
+    assert after.disks[1] == before.disks[1]
     assert after.volumes == (W,)
     assert after.disks[0][:5] == ("vda", "file", "/srv/v.x.qcow2", "qcow2", None)
     assert after.has_only_switched(before, sources)
-    same_place = Definition(VOLUMES, {V: Place("/srv/v.x.qcow2")})
+    same_place = Definition(VOLUMES, {**before.places, V: Place("/srv/v.x.qcow2")})
     assert not same_place.has_only_switched(before, sources)
 
 
