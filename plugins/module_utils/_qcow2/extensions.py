@@ -12,6 +12,7 @@ import typing as t
 from .bitmaps import EXT_BITMAPS, BitmapsExtension, parse_bitmaps_extension
 from .formats import BACKING_FORMATS
 from .header import CRYPT_LUKS, Header, damaged, text_of
+from .mark import EXT_MARK, Mark, mark_from
 
 _EXTENSION = struct.Struct(">II")
 _CRYPTO = struct.Struct(">QQ")
@@ -29,6 +30,7 @@ class Extensions(t.NamedTuple):
     data_file: str | None = None
     bitmaps: BitmapsExtension | None = None
     has_crypto_header: bool = False
+    mark: Mark | None = None
 
 
 def read_extensions(area: bytes, header: Header, path: str) -> Extensions:
@@ -62,6 +64,8 @@ def _with_extension(found: Extensions, kind: int, data: bytes, header: Header, p
     if kind == _CRYPTO_HEADER:
         _check_crypto_header(data, header, path)
         return found._replace(has_crypto_header=True)
+    if kind == EXT_MARK:
+        return found._replace(mark=mark_from(data))
     return found
 
 

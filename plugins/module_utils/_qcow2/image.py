@@ -25,6 +25,7 @@ from .header import (
     read_as_qemu,
     read_header,
 )
+from .mark import Mark
 from .snapshots import check_snapshots
 
 
@@ -50,6 +51,7 @@ class Image(t.NamedTuple):
     bitmaps: tuple[Bitmap, ...]  # in the order of the directory
     bitmap_tables: tuple[BitmapTable, ...]  # in the same order
     lost_bitmaps: int  # bitmaps that a program which does not know them has made worthless (autoclear bit 0)
+    mark: Mark | None = None  # of an overlay that this collection has made for a domain
 
 
 def read_image(file: OpenImage, *, with_bitmaps: bool = True) -> Image:
@@ -82,4 +84,5 @@ def read_image(file: OpenImage, *, with_bitmaps: bool = True) -> Image:
         bitmaps=stored.bitmaps,
         bitmap_tables=stored.tables,
         lost_bitmaps=stored.lost,
+        mark=extensions.mark,
     )
