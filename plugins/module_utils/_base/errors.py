@@ -19,6 +19,7 @@ import typing as t
 
 # One word for each kind of refusal. docs/refusals.md has the same words, with what to do.
 Code = t.Literal[
+    "ambiguous",
     "appeared",
     "backs_itself",
     "bad_name",
@@ -105,6 +106,7 @@ _BY_ERRNO: dict[int, tuple[Code, str]] = {
     errno.EPERM: ("no_permission", _CHECK_PERMISSIONS),
     errno.EMFILE: ("too_many_files", "Raise the limit of open files (ulimit -n), then run this again."),
     errno.ENFILE: ("too_many_files", "Raise the limit of open files (sysctl fs.file-max), then run this again."),
+    errno.ENAMETOOLONG: ("name_too_long", "Give it a shorter name."),
     errno.ENOENT: ("gone", _CHECK_FOLDER),
     errno.ESTALE: ("gone", _CHECK_FOLDER),
 }

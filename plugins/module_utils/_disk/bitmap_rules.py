@@ -38,8 +38,8 @@ _SHOWN = 5  # bitmaps that a message names
 
 _FULL = "Make a full backup with a new checkpoint, and delete this checkpoint."
 _REMAKE = (
-    "; if the VM has never run on it, remove it and make it again with kvmfleet.qcow2.qcow2_overlay or domain_overlay. "
-    "Else: "
+    "It holds no data yet. With the VM shut off, remove it and make it again at the same path with "
+    "kvmfleet.qcow2.qcow2_overlay. Else: "
 )
 _ASK_LIBVIRT = (
     "A process has the image open for writing, most likely the running VM, so what is stored tells nothing. libvirt "
@@ -56,6 +56,7 @@ class LayerBitmaps(t.NamedTuple):
     bitmaps: t.Mapping[str, Bitmap]  # by name
     is_open_for_writing: bool = False  # so what is stored tells nothing about its bitmaps
     lost_bitmaps: int = 0  # made worthless by a program that does not know them
+    is_empty: bool = False  # an overlay without bitmaps to which nobody has written yet
 
 
 class Checkpoint(t.NamedTuple):
@@ -118,12 +119,12 @@ def _without(name: str, problem: str, missing: LayerBitmaps, below: LayerBitmaps
         cause = "A program that does not know bitmaps has written to this image and made its bitmaps worthless. "
     elif below is None:
         cause = (
-            "No image of the chain has it: it was removed, or the VM died in the very run in which it was made, or has "
-            "gone back to images that are older than it. "
+            "No image of the chain has it: it was removed, the VM died in the very run in which it was made, or the "
+            "disk was put back to an image below the one that has it (going back). "
         )
     else:
-        cause = "It was most likely made with qemu-img or by an offline snapshot, which drop the bitmaps"
-        cause += _REMAKE if problem == NOT_IN_TOP else ". "
+        cause = "It was most likely made with qemu-img or by an offline snapshot, which drop the bitmaps. "
+        cause += _REMAKE if problem == NOT_IN_TOP and missing.is_empty else ""
     advice = f"This image lacks the bitmap{has}, so changes were not recorded. {cause}{_FULL}"
     return Checkpoint(name, False, problem, missing.path, advice)
 

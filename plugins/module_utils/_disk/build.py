@@ -22,6 +22,7 @@ from .._base.errors import CHECK_STORAGE, Refusal
 from .._base.files import open_image
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.image import read_image
+from .._qcow2.mark import write_mark
 from .._qemu.nodes import (
     ACTIVE,
     SCRATCH,
@@ -174,6 +175,8 @@ def _fill(
             "compression-type": creation.compression_type,
         },
     )
+    if verdict.request.mark is not None:
+        write_mark(staged.file, verdict.request.mark)
     # QEMU opens ACTIVE while its monitor is still reading the bitmaps, so send all before the answers are awaited.
     if witness is None or spec.active is None:  # ACTIVE is raw, so there are no bitmaps
         close_file(monitor)

@@ -173,7 +173,8 @@ def _observe_occupied(target: Target, status: os.stat_result, path: str) -> Targ
             status = os.stat(real)
         except OSError as exc:
             why = "is a loop of symlinks" if exc.errno == errno.ELOOP else f"is a dangling symlink to {real}"
-            raise Refusal("occupied", target.path, why, "Remove it, or choose another path.") from exc
+            remedy = "If the storage that it leads to is not mounted, mount it; else remove the symlink."
+            raise Refusal("occupied", target.path, why, remedy) from exc
         target = target._replace(path=real)
     if stat.S_ISDIR(status.st_mode):
         return target._replace(stands=FOLDER)

@@ -20,8 +20,10 @@ from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import MAX_LAYERS, has_protocol, relative_data_file, why_unusable
 from .._qcow2.header import MAX_BACKING_FILE_NAME, MAX_L1_TABLE, l1_bytes
 from .._qcow2.image import Image
+from .._qcow2.mark import Mark, mark_bytes
 from .._qemu.locks import below_running_vm, in_use
-from .bitmap_rules import bitmap_drift, bitmap_problems, carries_over, is_expressible, names_of
+from .bitmap_rules import bitmap_problems, carries_over, is_expressible, names_of
+from .drift import drift_problems
 from .observe import DEVICE, FOLDER, OTHER_FILE, ObservedChain, Target
 from .verdict import CREATED, FAILED, PRESENT, Need, problem_fields
 
@@ -42,8 +44,8 @@ _OCCUPIED = {
         "Give the name of a file.",
     ),
     OTHER_FILE: (
-        "exists already and is not a qcow2 image. Nothing is ever replaced",
-        "Remove it, or choose another path.",
+        "exists already and is not a qcow2 image. Nothing is ever replaced, and it may be the raw disk of a VM",
+        "Give the overlay another name or folder, or move it away if nobody needs it.",
     ),
 }
 
@@ -68,7 +70,8 @@ class OverlayRequest(t.NamedTuple):
     relative: bool = False
     creation: Creation = Creation()
     bitmap_content: str = CUMULATIVE
-    must_be_fresh: bool = False  # the VM is not on it yet, so one that exists already must hold no data
+    must_be_fresh: bool = False  # the VM is not on it yet, so one that exists already must be ours and hold no data
+    mark: Mark | None = None  # that a new one is to bear
 
 
 class SkippedBitmap(t.NamedTuple):
@@ -177,7 +180,8 @@ def conflicts(targets: t.Sequence[str], actives: t.Sequence[str]) -> list[Refusa
     times, lower = collections.Counter(targets), collections.Counter(actives)
     for path, active in zip(targets, actives):
         if times[path] > 1:
-            why = "is asked for more than once in this call, perhaps through a symlink"
+            below = " and of ".join(dict.fromkeys(other for place, other in zip(targets, actives) if place == path))
+            why = f"is asked for more than once in this call, perhaps through a symlink, on top of {below}"
             problems.append(Refusal("repeated", path, why, "Name it once."))
         elif lower[path] > (path == active):  # an overlay that is its own ACTIVE is another matter
             why = "is the overlay of one item of this call and the backing file of another"
@@ -201,7 +205,7 @@ def decide(request: OverlayRequest, active: ObservedChain, target: Target) -> Ov
     if not problems and target.image is None:
         problems = _new_problems(request, active, target)
     elif not problems and target.image is not None:
-        problems = _drift_problems(request, active, target, target.image)
+        problems = drift_problems(request, active, target, target.image)
     promise = _promise(request, active, target)
     return promise.failed(*problems) if problems else promise
 
@@ -324,57 +328,13 @@ def _layout_problems(request: OverlayRequest, active: ObservedChain, backing_fil
     if name_bytes > MAX_BACKING_FILE_NAME:
         why = f"is longer than the {MAX_BACKING_FILE_NAME} bytes that qcow2 records"
         problems.append(Refusal("name_too_long", backing_file, why, "Shorten it."))
-    elif name_bytes + _HEADER_ROOM > cluster_size:
+    elif name_bytes + _HEADER_ROOM + mark_bytes(request.mark) > cluster_size:
         why = f"does not fit into a header of {cluster_size} bytes"
         problems.append(Refusal("cluster_too_small", backing_file, why, "Use a larger cluster_size."))
     if l1_bytes(active.virtual_size, cluster_size, request.creation.extended_l2) > MAX_L1_TABLE:
         why = f"ACTIVE's {active.virtual_size} bytes are too many for a cluster_size of {cluster_size}"
         problems.append(Refusal("cluster_too_small", request.path, why, "Use a larger cluster_size."))
     return problems
-
-
-def _drift_problems(request: OverlayRequest, active: ObservedChain, target: Target, image: Image) -> list[Refusal]:
-    """Return how the image that stands there differs from the overlay that was asked for."""
-    drift = []
-    if target.backing_path != active.layers[0].real_path and target.backing_identity != active.layers[0].identity:
-        drift.append(f"its backing file is {target.backing_path or 'none'}, not {active.layers[0].real_path}")
-    elif image.backing_format != request.backing_format:
-        drift.append(f"it records the backing format {image.backing_format or 'none'}, not {request.backing_format}")
-    if image.virtual_size < active.virtual_size:
-        drift.append(f"its virtual size is {image.virtual_size}, smaller than ACTIVE's {active.virtual_size}")
-    if image.corrupt:
-        drift.append("it is marked corrupt")
-    if request.must_be_fresh:
-        drift += _signs_of_use(active, target, image)
-    drift += bitmap_drift(active.image, image, is_open=target.is_open_for_writing)
-    if not drift:
-        return []
-    # A bitmap cannot be added later: what was written before would be missing in it.
-    remedy = "If no VM has run on it, remove it and run again; otherwise make a full backup."
-    return [Refusal("differs", request.path, f"exists and differs: {'; '.join(drift)}", remedy)]
-
-
-def _signs_of_use(active: ObservedChain, target: Target, image: Image) -> list[str]:
-    """Return the signs that a VM has run on this existing overlay.
-
-    Then it must not be taken for one that an interrupted run left fresh.
-    """
-    own = {bitmap.name for bitmap in active.image.bitmaps} if active.image else set()
-    foreign = [bitmap for bitmap in image.bitmaps if bitmap.name not in own]
-    signs = []
-    if target.has_data:
-        signs.append("it holds data, so a VM has run on it and was later put back to the image below")
-    if foreign:
-        signs.append(
-            f"it has the bitmap {names_of(foreign)}, made while a VM ran on it, and would lack what came after"
-        )
-    if target.is_open_for_writing:
-        signs.append("a process has it open for writing, most likely another VM")
-    if image.virtual_size != active.virtual_size:
-        signs.append(f"its virtual size is {image.virtual_size}, not ACTIVE's {active.virtual_size}")
-    if image.encrypted or image.has_data_file or image.dirty:
-        signs.append("it is encrypted, has a data file, or was not closed properly, so this collection has not made it")
-    return signs
 
 
 def with_stale(verdict: OverlayVerdict, stale: t.Sequence[Bitmap]) -> OverlayVerdict:
@@ -409,6 +369,7 @@ def verify(verdict: OverlayVerdict, backing_file: str, image: Image) -> list[str
         "corrupt": False,
         "has_data_file": False,
         "lost_bitmaps": 0,
+        "mark": verdict.request.mark,
         **verdict.request.creation._asdict(),
     }
     found = {name: getattr(image, name) for name in expected}

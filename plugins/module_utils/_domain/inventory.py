@@ -32,7 +32,7 @@ class DiskFacts(t.NamedTuple):
     is_device: bool  # whatever the definition calls it
     is_absent: bool = False  # there is nothing at its path
     layers: tuple[Layer, ...] = ()  # top to base; none if one of them cannot be read
-    own: tuple[Layer, ...] = ()  # of these from the top those that no other domain uses
+    own: tuple[Layer, ...] = ()  # of these from the top those that no disk has which has not the topmost one
     writers: tuple[str, ...] = ()  # names of other domains that write to its topmost image
     suspects: tuple[str, ...] = ()  # names of other domains that may, by a volume that libvirt cannot look up
     problem: Refusal | None = None  # why the chain cannot be read
@@ -51,7 +51,7 @@ class Inventory:
     def __init__(self, domains: t.Mapping[str, Domain | Unreadable]) -> None:
         self._domains = domains
         self._chains: dict[tuple[str, str], _Chain] = {}  # by path and format of the topmost image
-        self._users: dict[str, set[str]] | None = None  # names of domains by real path
+        self._users: dict[str, set[tuple[str, str]]] | None = None  # name and target of disks by real path
         self._writers: dict[str, set[str]] | None = None
         self._suspects: dict[str, set[str]] | None = None  # by real path, or by the mere name of the file
 
@@ -74,8 +74,10 @@ class Inventory:
         if disk.source is None or disk.why_unfit is not None:
             return DiskFacts(disk, is_device=False)
         chain = self._chain(disk.source, disk.format)
-        # A template belongs to all its clones; neither its name nor its snapshots are those of this domain.
-        below = itertools.takewhile(lambda layer: self._users_of(layer) == {domain.name}, chain.layers[1:])
+        # A template belongs to all its clones; its snapshots are not those of this disk.
+        below = itertools.takewhile(
+            lambda layer: self._users_of(layer) <= self._users_of(chain.layers[0]), chain.layers[1:]
+        )
         return DiskFacts(
             disk=disk,
             is_device=_is_device(disk.source),
@@ -97,15 +99,16 @@ class Inventory:
         """Yield every disk that has an image, with its domain and its path."""
         return ((domain, disk, disk.source) for domain, disk in self._disks() if disk.source is not None)
 
-    def _users_of(self, layer: Layer) -> set[str]:
-        """Return the names of the domains that use the image anywhere in the chain of a disk."""
+    def _users_of(self, layer: Layer) -> set[tuple[str, str]]:
+        """Return the disks, of all domains, that have the image anywhere in their chain."""
         if self._users is None:
             self._users = {}
             for domain, disk, source in self._readable():
                 paths = [layer.real_path for layer in self._chain(source, disk.format).layers]
                 for path in [os.path.realpath(source), *paths]:
-                    self._users.setdefault(path, set()).add(domain.name)
-        return self._users.get(layer.real_path, set()) | self._suspects_of(layer.real_path)
+                    self._users.setdefault(path, set()).add((domain.name, disk.target))
+        suspects = {(name, "") for name in self._suspects_of(layer.real_path)}
+        return self._users.get(layer.real_path, set()) | suspects
 
     def _writers_of(self, source: str) -> set[str]:
         """Return the names of the domains that have the image as topmost one of a disk that they write to."""

@@ -4,7 +4,8 @@
 # PRIVATE to this collection: may change at any time.
 """Decide: what becomes of each disk of a domain that is to be on a snapshot.
 
-Facts in, a plan out. Only symlinks in the paths that a definition states are looked up here.
+Facts in, a plan out; names.py tells which image is which snapshot. Only symlinks in the paths that a definition states
+are looked up here.
 """
 
 from __future__ import annotations
@@ -14,32 +15,28 @@ import typing as t
 
 from .._base.errors import Refusal
 from .._disk.overlay import OverlayRequest
-from .._libvirt.connection import Domain
-from .._libvirt.definition import DomainDisk, StatedChain, StatedImage
+from .._libvirt.connection import Domain, Kept
+from .._libvirt.definition import DomainDisk, StatedChain, StatedImage, images_of
 from .._qcow2.chain import Layer, resolve_name
+from .._qcow2.mark import Mark
 from .fitness import Fitness, fitness_of, missed_refusal
 from .inventory import DiskFacts
+from .names import ambiguous, find_snapshot, new_path
 from .plan import DiskPlan, DomainPlan, SkippedDisk, SnapshotRequest, state_problems
 
-_EXTENSIONS = (".qcow2", ".qcow", ".img", ".raw")  # that are no part of an image's stem
 _NOT_ASKED_FOR = "not asked for"
 _SHOWN = 5  # snapshots that a message names
 
 
-def plan_domain(
-    domain: Domain, facts: t.Sequence[DiskFacts], request: SnapshotRequest, snapshots: t.Sequence[str] = ()
-) -> DomainPlan:
-    """Return what is to become of a domain, as far as that can be said without its images' bitmaps.
-
-    `snapshots` has the names of libvirt's own snapshots of the domain.
-    """
+def plan_domain(domain: Domain, facts: t.Sequence[DiskFacts], request: SnapshotRequest, kept: Kept) -> DomainPlan:
+    """Return what is to become of a domain, as far as that can be said without its images' bitmaps."""
     fitness = {one.disk.target: fitness_of(one, request.directory) for one in facts}
     reasons = {one.disk.target: _reason_to_skip(one, fitness[one.disk.target], request) for one in facts}
     # Those that are named and cannot take part are told by name below.
     missed = [one for one in facts if fitness[one.disk.target].is_missed and not _is_excluded(one.disk, request)]
     skipped = tuple(SkippedDisk(target, reason) for target, reason in reasons.items() if reason is not None)
     taking_part = [one for one in facts if reasons[one.disk.target] is None]
-    disks = _without_same_names(domain, [_plan_disk(domain, one, request) for one in taking_part])
+    disks = [_plan_disk(domain, one, request, kept) for one in taking_part]
     problems = [problem for disk in disks for problem in disk.problems]
     problems += _target_problems(domain, reasons, request)
     if not request.skips_unfit and request.targets is None:
@@ -48,8 +45,8 @@ def plan_domain(
         listed = ", ".join(f"{disk.target}: {disk.reason}" for disk in skipped) or "it has no disks"
         problems.append(Refusal("no_disk", domain.name, f"none of its disks can take part ({listed})"))
     problems += state_problems(domain, disks)
-    if snapshots and not request.allows_snapshots and any(disk.is_new for disk in disks):
-        problems.append(_snapshots_problem(domain, snapshots))
+    if kept.snapshots and not request.allows_snapshots and any(disk.is_new for disk in disks):
+        problems.append(_snapshots_problem(domain, kept.snapshots))
     plan = DomainPlan(
         domain=domain,
         disks=tuple(disks),
@@ -100,29 +97,30 @@ def _target_problems(
             yield Refusal("disk_unfit", domain.name, why, "Correct disks.")
 
 
-def _plan_disk(domain: Domain, facts: DiskFacts, request: SnapshotRequest) -> DiskPlan:
+def _plan_disk(domain: Domain, facts: DiskFacts, request: SnapshotRequest, kept: Kept) -> DiskPlan:
     """Return what is to become of a disk that takes part."""
     disk, source = facts.disk, t.cast("str", facts.disk.source)
+    mark = Mark(domain.uuid, disk.target, request.snapshot)
     problems = [facts.problem] if facts.problem else _stated_problems(domain.name, disk, facts.layers)
-    # A domain that is on the snapshot already, or above it, may have been given another directory then.
-    for above, below in zip(facts.own, facts.layers[1:]):
-        if os.path.basename(above.path).endswith(f".{request.snapshot}.qcow2"):
-            there = OverlayRequest(above.path, below.path, below.format or "qcow2", vm=domain.uuid)
-            return DiskPlan(disk.target, there, is_new=False, problems=tuple(problems))
+    found = find_snapshot(facts, domain.name, mark, lambda: _remembered(kept))
+    if found is not None:
+        there = OverlayRequest(found.overlay.path, found.below.path, found.below.format or "qcow2", vm=domain.uuid)
+        problems += [] if found.is_certain else [ambiguous(domain.name, found, mark)]
+        return DiskPlan(disk.target, there, is_new=False, problems=tuple(problems))
     if facts.writers:
         why = (
             f"its disk {disk.target} is a disk of {', '.join(facts.writers)} too, which would go on writing below the "
             "overlay"
         )
-        problems.append(Refusal("shared_disk", domain.name, why, "Give each a disk of its own."))
+        remedy = "Give each a disk of its own, or undefine the domain that is not needed any more."
+        problems.append(Refusal("shared_disk", domain.name, why, remedy))
     if facts.suspects:
         names = ", ".join(facts.suspects)
         why = f"its disk {disk.target} may be a disk of {names} too, by a volume that libvirt cannot look up just now"
         remedy = "Start the storage pool of that volume ('virsh pool-start'), refresh it, or correct that domain."
         problems.append(Refusal("shared_disk", domain.name, why, remedy))
-    stem = stem_of([layer.path for layer in facts.own] or [source])
     new = OverlayRequest(
-        path=os.path.join(request.directory or os.path.dirname(source), f"{stem}.{request.snapshot}.qcow2"),
+        path=new_path(facts, domain.name, mark, request.directory),
         backing_file=source,
         backing_format=disk.format,
         vm=domain.uuid,
@@ -130,39 +128,14 @@ def _plan_disk(domain: Domain, facts: DiskFacts, request: SnapshotRequest) -> Di
         creation=request.creation,
         bitmap_content=request.bitmap_content,
         must_be_fresh=True,
+        mark=mark,
     )
     return DiskPlan(disk.target, new, is_new=True, problems=tuple(problems))
 
 
-def _without_same_names(domain: Domain, disks: t.Sequence[DiskPlan]) -> list[DiskPlan]:
-    """Return the plans, with a problem for each that would get the same new overlay as one before it."""
-    taken = set()
-    checked = []
-    for disk in disks:
-        path, problems = disk.request.path, disk.problems
-        if disk.is_new and path in taken:
-            why = f"several of its disks would get the overlay {path}"
-            remedy = "Take them one by one, by disks, into directories of their own."
-            problems = (*problems, Refusal("same_name", domain.name, why, remedy))
-        if disk.is_new:
-            taken.add(path)
-        checked.append(disk._replace(problems=problems))
-    return checked
-
-
-def stem_of(paths: t.Sequence[str]) -> str:
-    """Return what an overlay's name begins with, from the chain's paths, top to base.
-
-    It is the name of the topmost image without its extension, and without what snapshots have added to the name of
-    the image below: on top of web.qcow2 and web.monday.qcow2 it is still web.
-    """
-    stem = ""
-    for path in reversed(paths):
-        name = os.path.basename(path)
-        own = next((name[: -len(end)] for end in _EXTENSIONS if name.endswith(end) and name != end), name)
-        if not stem or not own.startswith(f"{stem}."):
-            stem = own
-    return stem
+def _remembered(kept: Kept) -> set[str]:
+    """Return the real paths of the disks that the domain had when its checkpoints were made."""
+    return {os.path.realpath(path) for one in kept.checkpoints for path in images_of(one.text)}
 
 
 def _stated_problems(name: str, disk: DomainDisk, layers: t.Sequence[Layer]) -> list[Refusal]:

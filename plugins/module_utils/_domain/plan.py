@@ -72,6 +72,10 @@ class DomainPlan(t.NamedTuple):
         """The images that the definition is to be switched to, by target."""
         return {disk.target: Source(disk.request.path) for disk in self.disks if disk.is_new}
 
+    def failed(self, problems: t.Sequence[Refusal]) -> DomainPlan:
+        """Return this plan with these problems beside those that it has."""
+        return self._replace(problems=(*self.problems, *problems), definition=self.domain.definition)
+
 
 class DomainOutcome(t.NamedTuple):
     """What became of one domain."""

@@ -19,6 +19,7 @@ from .._libvirt.connection import Domain, Kept, Libvirt, Unreadable
 from .._libvirt.switch import switch
 from .checkpoints import judge_checkpoints
 from .inventory import Inventory, first_image
+from .names import same_names
 from .overlay import plan_domain
 from .plan import DomainOutcome, DomainPlan, SkippedDisk, SnapshotRequest, failed_outcome
 
@@ -36,12 +37,12 @@ class Call:
         found, self._unmatched = inventory.select(names)
         self._found = [self._with_kept(one) for one in found]
         self._plans = {
-            one.name: plan_domain(
-                one, [inventory.facts(one, disk) for disk in one.definition.disks], request, kept.snapshots
-            )
+            one.name: plan_domain(one, [inventory.facts(one, disk) for disk in one.definition.disks], request, kept)
             for one, kept in self._found
             if isinstance(one, Domain)
         }
+        for name, problems in same_names([one for one in self._plans.values() if not self._is_left_out(one)]).items():
+            self._plans[name] = self._plans[name].failed(problems)
 
     def _with_kept(self, one: Domain | Unreadable) -> tuple[Domain | Unreadable, Kept]:
         """Return a domain with what libvirt keeps of it; unreadable if libvirt cannot tell that."""

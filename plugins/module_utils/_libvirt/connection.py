@@ -27,6 +27,7 @@ class KnownCheckpoint(t.NamedTuple):
 
     name: str
     bitmaps: t.Mapping[str, str]  # by target
+    text: str = ""  # its XML, with the definition of the domain at that time
 
 
 class Domain(t.NamedTuple):
@@ -95,8 +96,9 @@ class Libvirt:
         try:
             handle = self.connection.lookupByUUIDString(domain.uuid)
             checkpoints = sorted(known(handle.listAllCheckpoints), key=lambda one: t.cast("str", one.getName()))
+            texts = [(one.getName(), one.getXMLDesc(0)) for one in checkpoints]
             return Kept(
-                tuple(KnownCheckpoint(one.getName(), bitmaps_of(one.getXMLDesc(0))) for one in checkpoints),
+                tuple(KnownCheckpoint(name, bitmaps_of(text), text) for name, text in texts),
                 tuple(sorted(one.getName() for one in known(handle.listAllSnapshots))),
             )
         except LibvirtError as exc:

@@ -203,6 +203,13 @@ def _text_of(element: t.Any) -> str:
     return "".join(part.data for part in element.childNodes if part.nodeType == part.TEXT_NODE).strip()
 
 
+def images_of(checkpoint: str) -> list[str]:
+    """Return the paths of the disks that the domain had when a checkpoint was made."""
+    disks = [disk for domain in _children(_parse(checkpoint).documentElement, "domain") for disk in _disks_of(domain)]
+    sources = [_source_of(disk, disk.getAttribute("type") or "file") for disk in disks]
+    return [source for source in sources if source is not None]
+
+
 def _places_of_disks(data: bytes) -> list[tuple[int, int]]:
     """Return where the elements of the disks begin and end, in bytes."""
     parser = xml.parsers.expat.ParserCreate("utf-8")
@@ -236,7 +243,11 @@ def _children(element: t.Any, name: str) -> list[t.Any]:
 
 def _disk_elements(document: t.Any) -> list[t.Any]:
     """Return the elements of all disks."""
-    return [disk for devices in _children(document.documentElement, "devices") for disk in _children(devices, "disk")]
+    return _disks_of(document.documentElement)
+
+
+def _disks_of(domain: t.Any) -> list[t.Any]:
+    return [disk for devices in _children(domain, "devices") for disk in _children(devices, "disk")]
 
 
 def _target_of(disk: t.Any) -> str:

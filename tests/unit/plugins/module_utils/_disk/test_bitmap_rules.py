@@ -124,6 +124,12 @@ def test_advice_names_the_images_and_the_cause():
     assert "/base below has it" in advice
     assert "qemu-img" in advice
     assert "full backup" in advice
+    assert "remove" not in advice
+    empty = LayerBitmaps("/top", 1, {}, is_empty=True)
+    assert "remove it and make it again" in judge("x", [empty, LayerBitmaps("/base", 1, good)]).advice
+    advice = judge("x", [empty, LayerBitmaps("/base", 1, {})]).advice
+    assert "put back to an image below the one that has it" in advice
+    assert "remove it" not in advice
     advice = judge("x", [LayerBitmaps("/top", 1, {}, lost_bitmaps=2), LayerBitmaps("/base", 1, good)]).advice
     assert "does not know bitmaps" in advice
     assert "qemu-img" not in advice

@@ -287,6 +287,8 @@ def test_one_place_is_asked_for_once():
         None,
         None,
     ]
+    assert "/a: is asked for more than once" in str(problems[0])
+    assert conflicts(["/a", "/a"], ["/x", "/y"])[1].why.endswith("on top of /x and of /y")
 
 
 @pytest.mark.parametrize(

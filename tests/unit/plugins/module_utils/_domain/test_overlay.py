@@ -12,10 +12,13 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.fitness imp
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.inventory import DiskFacts
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.overlay import plan_domain
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.plan import SnapshotRequest
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection import Domain
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection import Domain, Kept
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import Definition
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.chain import Layer
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.image import Image
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import Mark
+
+from .. import qemu
 
 REQUEST = SnapshotRequest(snapshot="s", targets=None, directory=None, relative=False, creation=Creation())
 
@@ -32,8 +35,15 @@ def domain(*disks, state=None):
     return Domain("web", "uuid", state, True, False, definition, definition if state else None)
 
 
-def layer(path, image_format="qcow2", data_file=None):
-    image = Image(*[None] * len(Image._fields))._replace(data_file=data_file)
+@pytest.fixture(name="image", scope="module")
+def fixture_image(tmp_path_factory):
+    """Have what is read of an overlay that is the snapshot s."""
+    path = qemu.create(tmp_path_factory.mktemp("images") / "marked.qcow2")
+    return qemu.read(path)._replace(mark=Mark("uuid", "vda", "s"))
+
+
+def layer(path, image_format="qcow2", image=None, data_file=None):
+    image = image or Image(*[None] * len(Image._fields))._replace(data_file=data_file)
     return Layer(path, path, (1, hash(path)), image_format, image_format or "qcow2", 1 << 20, False, image)
 
 
@@ -50,18 +60,17 @@ def test_every_problem_of_a_disk_is_told():
             "<backingStore type='file'><format type='qcow2'/><source file='/x'/></backingStore>",
         )
     )
-    plan = plan_domain(web, facts(web, layer("/srv/web.qcow2"), writers=("db",)), REQUEST)
+    plan = plan_domain(web, facts(web, layer("/srv/web.qcow2"), writers=("db",)), REQUEST, Kept())
     assert sorted(problem.code for problem in plan.problems) == ["other_chain", "shared_disk"]
     running = domain(disk("vda", "/srv/web.qcow2"), disk("vdb", "/srv/web.qcow2"), state="running")
-    plan = plan_domain(running, facts(running, layer("/srv/web.qcow2"), writers=("db",)), REQUEST)
-    codes = sorted(problem.code for problem in plan.problems)
-    assert codes == ["running", "same_name", "shared_disk", "shared_disk"]
+    plan = plan_domain(running, facts(running, layer("/srv/web.qcow2"), writers=("db",)), REQUEST, Kept())
+    assert sorted(problem.code for problem in plan.problems) == ["running", "shared_disk", "shared_disk"]
 
 
 def test_a_chain_that_cannot_be_read_is_told_beside_the_rest():
     gone = Refusal("no_such_file", "/srv/web.qcow2", "does not exist")
     web = domain(disk("vda", "/srv/web.qcow2"))
-    plan = plan_domain(web, facts(web, problem=gone, writers=("db",)), REQUEST)
+    plan = plan_domain(web, facts(web, problem=gone, writers=("db",)), REQUEST, Kept())
     assert [problem.code for problem in plan.problems] == ["no_such_file", "shared_disk"]
 
 
@@ -70,36 +79,38 @@ def test_a_chain_that_cannot_be_read_is_told_beside_the_rest():
 )
 def test_disks_that_are_asked_for(targets, codes):
     web = domain(disk("vda", "/srv/web.qcow2"))
-    plan = plan_domain(web, facts(web, layer("/srv/web.qcow2")), REQUEST._replace(targets=targets))
+    plan = plan_domain(web, facts(web, layer("/srv/web.qcow2")), REQUEST._replace(targets=targets), Kept())
     assert [problem.code for problem in plan.problems] == codes
 
 
-def test_a_plan_holds_the_definition_that_the_domain_is_to_get():
+def test_a_plan_holds_the_definition_that_the_domain_is_to_get(image):
     web = domain(disk("vda", "/srv/web.qcow2"))
-    plan = plan_domain(web, facts(web, layer("/srv/web.qcow2")), REQUEST)
+    plan = plan_domain(web, facts(web, layer("/srv/web.qcow2")), REQUEST, Kept())
     assert plan.definition.tops == {"vda": "/srv/web.s.qcow2"}
     assert plan.domain.definition.tops == {"vda": "/srv/web.qcow2"}
     on_it = domain(disk("vda", "/srv/web.s.qcow2"))
-    plan = plan_domain(on_it, facts(on_it, layer("/srv/web.s.qcow2"), layer("/srv/web.qcow2")), REQUEST)
+    plan = plan_domain(
+        on_it, facts(on_it, layer("/srv/web.s.qcow2", image=image), layer("/srv/web.qcow2")), REQUEST, Kept()
+    )
     assert (plan.sources, plan.definition.text) == ({}, on_it.definition.text)
 
 
-def test_snapshots_of_libvirts_own_are_refused_only_where_something_is_to_be_done():
+def test_snapshots_of_libvirts_own_are_refused_only_where_something_is_to_be_done(image):
     web = domain(disk("vda", "/srv/web.qcow2"))
     own = facts(web, layer("/srv/web.qcow2"))
-    plan = plan_domain(web, own, REQUEST, [f"s{number}" for number in range(7)])
+    plan = plan_domain(web, own, REQUEST, Kept(snapshots=tuple(f"s{number}" for number in range(7))))
     assert [problem.code for problem in plan.problems] == ["libvirt_snapshots"]
     assert "(s0, s1, s2, s3, s4 and 2 more)" in str(plan.problems[0])
-    assert plan_domain(web, own, REQUEST._replace(allows_snapshots=True), ["s"]).problems == ()
+    assert plan_domain(web, own, REQUEST._replace(allows_snapshots=True), Kept(snapshots=("s",))).problems == ()
     on_it = domain(disk("vda", "/srv/web.s.qcow2"))
-    there = facts(on_it, layer("/srv/web.s.qcow2"), layer("/srv/web.qcow2"))
-    assert plan_domain(on_it, there, REQUEST, ["s"]).problems == ()
+    there = facts(on_it, layer("/srv/web.s.qcow2", image=image), layer("/srv/web.qcow2"))
+    assert plan_domain(on_it, there, REQUEST, Kept(snapshots=("s",))).problems == ()
 
 
 def plan_of(*disks, layers=(), **wanted):
     """Return the plan of a domain with these disks, each with these layers."""
     web = domain(*disks)
-    return plan_domain(web, facts(web, *(layers or [layer("/srv/web.qcow2")])), REQUEST._replace(**wanted))
+    return plan_domain(web, facts(web, *(layers or [layer("/srv/web.qcow2")])), REQUEST._replace(**wanted), Kept())
 
 
 NETWORK = "<disk type='network'><source protocol='rbd' name='x'/><target dev='vdb'/></disk>"
@@ -167,14 +178,14 @@ def test_an_optional_disk_whose_file_is_absent_is_left_out_with_a_warning():
     first, second, third = facts(web, layer("/srv/web.qcow2"))
     absent = second._replace(is_absent=True, problem=gone, layers=(), own=())
     optional = absent._replace(disk=absent.disk._replace(is_optional=True))
-    assert codes(plan_domain(web, [first, absent], REQUEST)) == ["no_such_file"]
-    plan = plan_domain(web, [first, optional], REQUEST)
+    assert codes(plan_domain(web, [first, absent], REQUEST, Kept())) == ["no_such_file"]
+    plan = plan_domain(web, [first, optional], REQUEST, Kept())
     assert (codes(plan), plan.missed, plan.absent) == ([], (), ("vdb",))
     assert "web: its disk vdb was left out: its file does not exist" in plan.warnings[0]
     there = third._replace(disk=third.disk._replace(is_optional=True))
-    assert len(plan_domain(web, [first, there], REQUEST).disks) == 2
-    assert plan_domain(web, [first, optional], REQUEST._replace(targets=("vda",))).warnings == []
-    assert codes(plan_domain(web, [first, optional], REQUEST._replace(targets=("vdb",)))) == ["disk_unfit"]
+    assert len(plan_domain(web, [first, there], REQUEST, Kept()).disks) == 2
+    assert plan_domain(web, [first, optional], REQUEST._replace(targets=("vda",)), Kept()).warnings == []
+    assert codes(plan_domain(web, [first, optional], REQUEST._replace(targets=("vdb",)), Kept())) == ["disk_unfit"]
 
 
 STATED = "<source file='/srv/web.qcow2'><dataStore type='file'><source file='{}'/></dataStore></source>"
@@ -211,6 +222,6 @@ def test_a_stated_chain_has_nothing_that_no_image_records():
 
 def test_a_disk_that_may_be_that_of_another_domain_is_refused():
     web = domain(FITS)
-    plan = plan_domain(web, facts(web, layer("/srv/web.qcow2"), suspects=("db",)), REQUEST)
+    plan = plan_domain(web, facts(web, layer("/srv/web.qcow2"), suspects=("db",)), REQUEST, Kept())
     assert codes(plan) == ["shared_disk"]
     assert "may be a disk of db too" in str(plan.problems[0])

@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 
 import pytest
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.overlay import stem_of
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import (
     Definition,
     Place,
@@ -17,6 +16,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition
     StatedImage,
     Volume,
     bitmaps_of,
+    images_of,
     pool_from,
 )
 
@@ -297,24 +297,15 @@ def test_the_bitmaps_of_a_checkpoint():
     assert bitmaps_of(text) == {"vda": "one", "vdc": "other"}
 
 
-@pytest.mark.parametrize(
-    "paths, stem",
-    [
-        (["/srv/web.qcow2"], "web"),
-        (["/srv/web.img"], "web"),
-        (["/srv/web"], "web"),
-        (["/srv/web-1.5"], "web-1.5"),
-        (["/srv/web.monday.qcow2", "/srv/web.qcow2"], "web"),
-        (["/srv/web.tuesday.qcow2", "/srv/web.monday.qcow2", "/srv/web.qcow2"], "web"),
-        (["/fast/web.live", "/srv/web.monday.qcow2", "/srv/web.qcow2"], "web"),
-        (["/srv/web.qcow2", "/srv/debian.qcow2"], "web"),
-        (["/srv/web.monday.qcow2", "/srv/web.qcow2", "/srv/debian.qcow2"], "web"),
-        (["/srv/website.qcow2", "/srv/web.qcow2"], "website"),
-        (["/srv/.qcow2"], ".qcow2"),
-    ],
-)
-def test_names_do_not_grow(paths, stem):
-    assert stem_of(paths) == stem
+def test_the_images_that_a_domain_had_when_a_checkpoint_was_made():
+    text = (
+        "<domaincheckpoint><name>c</name><disks><disk name='vda' checkpoint='bitmap' bitmap='c'/></disks>"
+        "<domain><devices><disk type='file'><source file='/srv/web.qcow2'/></disk><disk><source file='/srv/b'/></disk>"
+        "<disk type='block'><source dev='/dev/vg/web'/></disk><disk type='network'><source name='x'/></disk>"
+        "<disk type='file' device='cdrom'/></devices></domain></domaincheckpoint>"
+    )
+    assert images_of(text) == ["/srv/web.qcow2", "/srv/b", "/dev/vg/web"]
+    assert images_of("<domaincheckpoint><name>c</name><disks/></domaincheckpoint>") == []
 
 
 def test_a_disk_can_be_switched_to_any_type_and_format():
