@@ -32,8 +32,12 @@ options:
   snapshot:
     description:
       - Name of the snapshot. The overlay of C(web.qcow2) is called C(web.SNAPSHOT.qcow2). The name of an earlier
-        snapshot is replaced, so names do not grow.
-      - A domain that is on the snapshot of this name already, or on one above it, is left as it is.
+        snapshot that this module has made is replaced, so names do not grow. See O(directory) for the names there.
+      - A domain that is on the snapshot of this name already, or on one above it, is left as it is. The overlay bears a
+        mark that tells so (the UUID of the domain, the disk and the snapshot), whatever the file is called by now.
+      - An image without the mark that is called as the snapshot would be may be the snapshot, or a clone of a template.
+        It counts as the snapshot if an image below it is known to have been the domain's disk, by its mark or by a
+        checkpoint. Else the domain is refused as ambiguous.
     type: str
     required: true
   disks:
@@ -45,6 +49,8 @@ options:
   directory:
     description:
       - Where to make the overlays, as an absolute path of a folder. By default beside the image of each disk.
+      - An overlay there is called C(DOMAIN.TARGET.SNAPSHOT.qcow2), such as C(web.vda.monday.qcow2), so that a folder
+        can be that of many domains.
       - Needed for disks on block devices.
     type: str
   running:
@@ -99,13 +105,14 @@ notes:
   - Of a domain that is shut off libvirt alone can do it too, by starting it paused, taking a live snapshot, and
     destroying it. That needs the memory, the network and all devices of the domain, takes seconds for each domain, and
     skips bitmaps that are not valid without a word. It is the better way if this collection cannot be used on the host.
-  - No snapshot is added to C(virsh snapshot-list). To go back, switch the definition to the images below and remove the
-    overlays. Never use C(virsh snapshot-revert) on a domain that is on overlays, see O(libvirt_snapshots).
+  - No snapshot is added to C(virsh snapshot-list). To go back, switch the definition to the images below and move the
+    overlays away. Never use C(virsh snapshot-revert) on a domain that is on overlays, see O(libvirt_snapshots).
   - While overlays are made, the domain cannot be started. Its first disk is locked too, even if it takes no part. It
     must not be in use. A QEMU that gets its first disk but not its second exits and leaves the first disk's bitmaps
     inconsistent.
   - If the host dies between making the overlays and switching the definition, the next run finds the overlays and
-    completes the switch. An overlay of the same name on which a VM has run is never taken for a new one.
+    completes the switch. An image of the same name that does not bear the mark, or on which a VM has run, is never
+    taken for one of them.
   - The O(timeout) does not cover the libvirt daemon. If somebody else changes the definition in the very moment of the
     switch, that change may be lost. libvirt has no way to prevent that.
 seealso:
@@ -180,7 +187,7 @@ domains:
           type: str
           sample: vda
         path:
-          description: The overlay.
+          description: The overlay. If it is V(present), the image that was taken for the snapshot.
           type: str
           sample: /srv/web.before-upgrade.qcow2
         backing_file:

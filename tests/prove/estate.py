@@ -21,6 +21,7 @@ import promise
 import runs
 
 LAB_SH = kinds.COLLECTION / "tests/integration/targets/domain_overlay/files/lab.sh"
+SNAPSHOT = "snap"  # that is asked for, in a directory
 CHECKPOINT = "monday"  # its bitmap is in all qcow2 images of the kinds below
 _SECONDS_TO_SETTLE = 0.1  # in which the daemon does what a run has asked for that was killed then
 
@@ -114,6 +115,12 @@ class Estate(lab.Lab):
         if self.numbers != DOMAINS[kind]:
             self._definitions.clear()
         self.numbers = DOMAINS[kind]
+        names = {
+            number: f"{name}.vd{'abc'[place]}.{SNAPSHOT}.qcow2"
+            for name, numbers in self.numbers.items()
+            for place, number in enumerate(numbers)
+        }
+        self.disks = [disk._replace(target=self.folder / names[disk.number]) for disk in self.disks]
 
     def lay_out(self) -> None:
         """Have fresh images, no overlays, and the domains with their first definitions and a checkpoint each."""

@@ -14,8 +14,6 @@ import kinds
 import overlays
 import runs
 
-SNAPSHOT = "snap"
-
 
 class Switched(overlays.Made):
     """Each domain is on all of its overlays, or has its old definition and, if the run ended, no overlay."""
@@ -40,7 +38,7 @@ class Switched(overlays.Made):
         """Return the options of the module, which takes domains as a whole."""
         assert disks is None
         place = {"directory": str(self._estate.folder), "uri": self._estate.daemon.uri}
-        return {"name": list(self._estate.numbers), "snapshot": SNAPSHOT, "timeout": 20, **place, **options}
+        return {"name": list(self._estate.numbers), "snapshot": estate.SNAPSHOT, "timeout": 20, **place, **options}
 
     def outcome(self) -> str:
         """Return in a few words what a run has left."""
