@@ -17,6 +17,7 @@ import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import build
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay import Creation, OverlayRequest, needed_bytes
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import Mark
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu import nodes
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu.monitor import Monitor
 
@@ -160,3 +161,22 @@ def test_a_proc_of_another_namespace_is_not_trusted(tmp_path, disk, monkeypatch)
     monkeypatch.setattr(nodes, "os", types.SimpleNamespace(**{**vars(os), "getpid": lambda: 1}))
     outcome = make_overlays([OverlayRequest(str(tmp_path / "over"), disk)], SETTINGS)
     assert "/proc: is missing, or not that of" in str(outcome.failures[0])
+
+
+@pytest.mark.parametrize("cluster_size", [512, 4096, 65536])
+def test_an_overlay_bears_its_mark_whatever_room_there_is_in_its_header(tmp_path, disk, cluster_size):
+    mark = Mark("4dea22b3-1d52-d8f3-2516-782e98ab3fa0", "vda", "s" * 100)
+    creation = Creation(cluster_size=cluster_size)
+    wanted = OverlayRequest(str(tmp_path / "over"), disk, vm="a", mark=mark, creation=creation)
+    assert states(make_overlays([wanted], SETTINGS)) == ["created"]
+    assert qemu.read(wanted.path).mark == mark
+    assert qemu.bitmaps_of(wanted.path) == CARRIED
+    qemu.qemu_img("check", "-q", wanted.path)
+
+
+def test_an_overlay_without_its_mark_is_not_published(tmp_path, disk, monkeypatch):
+    monkeypatch.setattr(build, "write_mark", lambda _file, _mark: None)
+    wanted = OverlayRequest(str(tmp_path / "over"), disk, vm="a", mark=Mark("uuid", "vda", "s"))
+    (problem,) = make_overlays([wanted], SETTINGS).failures
+    assert problem.code == "not_verified"
+    assert not os.path.exists(wanted.path)

@@ -31,6 +31,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.verdict impor
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.chain import Layer
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.image import Image
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import Mark
 
 GIB = 1 << 30
 ACTIVE_ID, OTHER_ID, OVERLAY_ID = (1, 10), (1, 11), (1, 12)
@@ -328,6 +329,7 @@ RIGHT = HEADER._replace(backing_file="/srv/active.qcow2", backing_format="qcow2"
         ({"cluster_size": 4096}, "cluster_size"),
         ({"version": 2}, "version"),
         ({"corrupt": True}, "corrupt"),
+        ({"mark": Mark("uuid", "vda", "s")}, "mark is Mark(vm='uuid'"),
     ],
 )
 def test_a_finished_overlay_is_verified(changes, expected):
@@ -360,6 +362,11 @@ def test_a_small_header_holds_a_short_name_only():
     assert decide(small, active(), ABSENT).state == CREATED
     long = small._replace(backing_file="/" + "x" * 344)
     assert "does not fit into a header of 512 bytes" in message(decide(long, active(), ABSENT))
+    marked = small._replace(mark=Mark("u" * 36, "vda", "s" * 14))  # 8 and 56 bytes
+    assert "does not fit into a header of 512 bytes" in message(decide(marked, active(), ABSENT))
+    shorter = marked._replace(backing_file="/" + "x" * 279)
+    assert decide(shorter, active(), ABSENT).state == CREATED
+    assert decide(shorter._replace(backing_file="/" + "x" * 280), active(), ABSENT).state == FAILED
 
 
 def test_the_chain_has_room_for_one_more():

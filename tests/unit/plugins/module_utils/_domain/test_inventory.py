@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import collections
+import os
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
@@ -66,6 +67,19 @@ def test_a_template_is_not_the_own_image_of_a_clone(host, opened, tmp_path):
     del host["two"]
     (one,) = facts(host, "one")
     assert len(one.own) == 2
+
+
+def test_the_images_of_a_template_are_its_own_though_clones_stand_on_them(host, tmp_path):
+    top = qemu.create(tmp_path / "upgraded", "1M", "-b", str(tmp_path / "template"), "-F", "qcow2")
+    clone = qemu.create(tmp_path / "three", "1M", "-b", top, "-F", "qcow2")
+    host = {"template": domain("template", top), "three": domain("three", clone)}
+    assert [os.path.basename(layer.path) for layer in facts(host, "template")[0].own] == ["upgraded", "template"]
+    assert [os.path.basename(layer.path) for layer in facts(host, "three")[0].own] == ["three"]
+
+
+def test_a_template_of_two_disks_of_a_domain_is_the_own_image_of_neither(host, tmp_path):
+    host = {"both": domain("both", str(tmp_path / "one"), str(tmp_path / "two"))}
+    assert [[os.path.basename(layer.path) for layer in one.own] for one in facts(host, "both")] == [["one"], ["two"]]
 
 
 def test_a_chain_is_read_once_for_all_domains(host, opened):
