@@ -119,16 +119,16 @@ def _signs_of_use(request: Wanted, active: ObservedChain, target: Target, image:
 
     It must not be taken for one: it is another VM's disk, or a VM has run on it.
     """
+    own = {bitmap.name for bitmap in active.image.bitmaps} if active.image else set()
+    foreign = [bitmap for bitmap in image.bitmaps if bitmap.name not in own]
     is_ours = image.mark == request.mark
     if not is_ours:
         marked = f"is marked as that of {' '.join(image.mark)}" if image.mark else "has no mark of this collection"
         what = f"it was not made as this snapshot of this disk (it {marked})"
-        yield _Difference(what, _ANOTHERS if image.mark else _UNKNOWN if target.has_data else _EMPTY)
+        yield _Difference(what, _ANOTHERS if image.mark else _UNKNOWN if target.has_data or foreign else _EMPTY)
     if target.has_data:
         what = "it holds data, so a VM has run on it and was later put back to the image below"
         yield _Difference(what, _LEFT_OVER if is_ours else _UNKNOWN)
-    own = {bitmap.name for bitmap in active.image.bitmaps} if active.image else set()
-    foreign = [bitmap for bitmap in image.bitmaps if bitmap.name not in own]
     if foreign:
         what = f"it has the bitmap {names_of(foreign)}, made while a VM ran on it, and would lack what came after"
         yield _Difference(what, _LEFT_OVER if is_ours else _UNKNOWN)

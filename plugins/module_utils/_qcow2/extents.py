@@ -11,6 +11,9 @@ from .header import L1_ENTRY_SIZE, read_header
 
 
 def has_allocated_extents(file: OpenImage) -> bool:
-    """Whether the image has clusters of its own, not only those of the images below (qcow2 spec, L1 table)."""
+    """Whether the image has clusters of its own, not only those of the images below (qcow2 spec, L1 table).
+
+    Internal snapshots count: the disk may have been put back to an empty one, while the data is in another.
+    """
     header = read_header(file)
-    return any(file.read(header.l1_entries * L1_ENTRY_SIZE, header.l1_offset))
+    return header.snapshots > 0 or any(file.read(header.l1_entries * L1_ENTRY_SIZE, header.l1_offset))

@@ -81,6 +81,21 @@ def test_a_checkpoint_that_was_made_on_what_is_left_over(wanted):
     assert "are lost with it" in advice(wanted)
 
 
+def test_nothing_that_would_be_lost_is_to_be_removed(wanted, disk):
+    qemu.create(wanted.path, "1G", "-b", disk, "-F", "qcow2")
+    qemu.add_bitmaps(wanted.path, [Bitmap("a clone's", 65536, True, False)])
+    assert "leave it alone until you know" in advice(wanted)
+    assert "full backup" in advice(wanted._replace(must_be_fresh=False))
+    os.unlink(wanted.path)
+    qemu.create(wanted.path, "1G", "-b", disk, "-F", "qcow2")
+    qemu.qemu_img("snapshot", "-c", "empty", wanted.path)
+    write(wanted.path)
+    qemu.qemu_img("snapshot", "-c", "full", wanted.path)
+    qemu.qemu_img("snapshot", "-a", "empty", wanted.path)  # so the data is in an internal snapshot alone
+    assert "remove" not in advice(wanted)
+    assert "remove" not in advice(wanted._replace(must_be_fresh=False))
+
+
 def test_a_backing_file_that_is_gone_is_to_be_put_back(wanted, tmp_path):
     by_qemu_img(wanted, tmp_path / "gone.qcow2")
     (problem,) = make_overlays([wanted], SETTINGS).failures
