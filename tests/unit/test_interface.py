@@ -101,14 +101,16 @@ def of_all_kinds():
     overlay = {"path": "/a.snap", "backing_file": "/a", "state": "created", "bitmaps": [{"name": "monday"}]}
     done = {**overlay, "skipped_bitmaps": [{"name": "sunday", "granularity": 65536, "reason": "disabled"}]}
     failed = {**done, "path": "/b.snap", "state": "failed", "msg": "is in use.", "code": "in_use"}
+    nothing: dict[str, list[str]] = {"overlays": [], "skipped_disks": [], "unfit_disks": []}
     domains = [
         {
             "name": "web",
             "state": "created",
             "overlays": [done],
-            "skipped_disks": [{"target": "sda", "reason": "cdrom"}],
+            "skipped_disks": [{"target": "sda", "reason": "cdrom"}, {"target": "vdb", "reason": "network"}],
+            "unfit_disks": ["vdb"],
         },
-        {"name": "db", "state": "failed", "overlays": [], "skipped_disks": [], "msg": "is running.", "code": "running"},
+        {"name": "db", "state": "failed", **nothing, "msg": "is running.", "code": "running"},
     ]
     made = {"domains": [{**domain, "checkpoints": []} for domain in domains], "warnings": ["x*: nothing."]}
     in_use = {"disks": [{"path": "/a.snap", "checkpoints": [{"name": "monday", "valid": None, "problem": "in_use"}]}]}
