@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Backup tools that read the topmost image's bitmap alone. To be read in after lab.sh.
+# Backup tools that read the topmost image's bitmap alone. To be read in after lab.sh, which says where the lab is.
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
+
+lab=${lab:?}
 
 # by_nbd IMAGE CHECKPOINT FULL: bring the raw file FULL up to date with what qemu-nbd says is dirty since a checkpoint.
 by_nbd() {
@@ -32,21 +34,25 @@ import json, subprocess, sys
 image, bitmap, full = sys.argv[1:]
 daemon = ["qemu-storage-daemon", "--chardev", "stdio,id=m", "--monitor", "m"]
 process = subprocess.Popen(daemon, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+events = []
 def wait(wanted):
     for line in process.stdout:
         message = json.loads(line)
         assert "error" not in message, message
         if wanted(message):
             return message
+        events.append(message)  # which can come before the answer to the command
 def command(name, **arguments):
     process.stdin.write(json.dumps({"execute": name, "arguments": arguments}) + "\n")
     process.stdin.flush()
     return wait(lambda message: "return" in message)
+def is_done(message):
+    return message.get("event") == "BLOCK_JOB_COMPLETED"
 command("qmp_capabilities")
 command("blockdev-add", driver="qcow2", **{"node-name": "d", "file": {"driver": "file", "filename": image}})
 command("blockdev-add", driver="raw", **{"node-name": "t", "file": {"driver": "file", "filename": full}})
 command("blockdev-backup", device="d", target="t", sync="incremental", bitmap=bitmap, **{"job-id": "j"})
-done = wait(lambda message: message.get("event") == "BLOCK_JOB_COMPLETED")
+done = next(filter(is_done, events), None) or wait(is_done)
 assert "error" not in done["data"], done
 for node in ("d", "t"):
     command("blockdev-del", **{"node-name": node})
