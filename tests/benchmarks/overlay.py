@@ -24,7 +24,6 @@ import typing as t
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu.monitor import Monitor, find_qemu
 
 ROUNDS = 9
-WRITES = 50  # of a guest, at random places of a disk
 
 # For each pair of ACTIVE and OVERLAY. A bitmap may have any name: names end with NUL, and none is taken for an option.
 SHELL_LOOP = r"""
@@ -142,11 +141,11 @@ def many_disks(folder: pathlib.Path, disks: int, bitmaps: int) -> None:
     )
 
 
-def bitmap_content(folder: pathlib.Path, disks: int, bitmaps: int) -> None:
-    """Compare cumulative bitmaps with empty ones, on images in which a guest has written here and there."""
+def bitmap_content(folder: pathlib.Path, disks: int, bitmaps: int, writes: int) -> None:
+    """Compare cumulative bitmaps with empty ones, on images in which a guest has written at so many random places."""
     template, dice = make_disk(folder / "template", bitmaps), random.Random(1)
-    writes = [f"write {dice.randrange(100 << 14) << 16} 64k" for _write in range(WRITES)]
-    command = ["qemu-io", *(word for write in writes for word in ("-c", write)), str(template)]
+    commands = [f"write {dice.randrange(100 << 14) << 16} 64k" for _write in range(writes)]
+    command = ["qemu-io", *(word for one in commands for word in ("-c", one)), str(template)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     pairs = [(folder / f"disk{number}", folder / f"disk{number}.snap") for number in range(disks)]
     for active, _path in pairs:
@@ -159,8 +158,8 @@ def bitmap_content(folder: pathlib.Path, disks: int, bitmaps: int) -> None:
                 path.unlink()
     empty, cumulative = (statistics.median(own) for own in seconds.values())
     print(
-        f"{disks} disks of {bitmaps} bitmaps with {WRITES} writes: empty {empty:.3f} s, cumulative {cumulative:.3f} s, "
-        f"{cumulative / empty:.2f} times"
+        f"{disks} disks of {bitmaps} bitmaps with {writes:>2} writes: empty {empty:.3f} s, "
+        f"cumulative {cumulative:.3f} s, {cumulative / empty:.2f} times"
     )
 
 
@@ -189,7 +188,8 @@ def main() -> None:
         lambda folder: one_overlay(folder, 8),
         lambda folder: one_overlay(folder, 64),
         lambda folder: many_disks(folder, 100, 8),
-        lambda folder: bitmap_content(folder, 100, 8),
+        lambda folder: bitmap_content(folder, 100, 8, 2),
+        lambda folder: bitmap_content(folder, 100, 8, 50),
         growth,
     ):
         with tempfile.TemporaryDirectory() as folder:
