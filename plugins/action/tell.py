@@ -19,7 +19,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # Ansible has no types
 
     def run(self, tmp: None = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
         """Show the lines."""
-        _, arguments = self.validate_argument_spec({"lines": {"type": "list", "elements": "str", "required": True}})
+        _result, arguments = self.validate_argument_spec(
+            {"lines": {"type": "list", "elements": "str", "required": True}}
+        )
         lines = arguments["lines"]
         if _callback_hides_ok():
             for line in lines:
@@ -31,7 +33,7 @@ def _callback_hides_ok() -> bool:
     """Whether what has not changed is left out on the screen; false for a callback that has no such option."""
     config, callback = constants.config, constants.DEFAULT_STDOUT_CALLBACK
     if "." in callback:  # Ansible knows the options of a callback of a collection by where it lies
-        collection, _, name = callback.rpartition(".")
+        collection, _dot, name = callback.rpartition(".")
         callback = f"ansible_collections.{collection}.plugins.callback.{name}"
     if "display_ok_hosts" not in config.get_configuration_definitions("callback", callback):
         return False

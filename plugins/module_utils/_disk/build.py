@@ -35,7 +35,7 @@ from .._qemu.nodes import (
     open_scratch,
 )
 from . import overlay
-from .cumulative import Maps, has_bits, lower_bits, map_chain, most_bytes, wrong_bits
+from .cumulative import Maps, has_bits, lower_bits, map_chain, most_bytes, read_all, wrong_bits
 from .observe import observe_chain, observe_target
 from .overlay import BuildSpec, OverlayRequest, OverlayVerdict
 from .publish import StagedFile, publish_together
@@ -79,7 +79,7 @@ class MakeOverlays:
             return verdict
         maps: Maps = {}
         if request.bitmap_content == overlay.CUMULATIVE and (verdict.changed or request.must_be_fresh):
-            maps = map_chain(active, lambda path: file if path == active.layers[0].path else held.image(path))
+            maps = map_chain(active, file, held.unwritten)
         if verdict.state == PRESENT:
             return overlay.with_stale(verdict, _stale_bitmaps(verdict, maps))
         if active.is_recording:
@@ -105,8 +105,9 @@ class MakeOverlays:
         return Images((*above, request.backing_file), frozenset([request.backing_file]))
 
     def rehearse(self, verdict: OverlayVerdict, held: Held) -> OverlayVerdict:
-        """Have QEMU as second witness of ACTIVE."""
+        """Have QEMU as second witness of ACTIVE, and read all bits."""
         if verdict.spec is not None:
+            read_all(verdict.spec.maps, verdict.bitmaps, verdict.virtual_size or 0)
             witness = _witness(verdict, verdict.spec, held)
             if witness is not None:
                 witness.ask()

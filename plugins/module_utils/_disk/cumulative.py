@@ -18,6 +18,7 @@ With them OVERLAY's bitmap alone tells all changes since the checkpoint, as tool
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import typing as t
 
@@ -25,47 +26,52 @@ from .._base.errors import Refusal
 from .._base.files import OpenImage, owning
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.dirty import DirtyMap, first_difference, united
-from .._qcow2.image import Image
+from .._qcow2.image import Image, read_image
 from .._qcow2.scratch import write_scratch
 from .bitmap_rules import carries_over
 from .observe import ObservedChain
 
-MAX_CHAIN_BITMAP_DATA = 16 * 1024 * 1024 * 1024  # bytes of the bits of all images; reading them takes that many seconds
+MAX_UNITED = 8 << 30  # bytes of bits of all images; uniting them takes about that many seconds
+_RESCALING = 32  # times as long as it takes to unite bits of another granularity
+_MFD_NOEXEC_SEAL = 0x8  # memfd_create(2); since Linux 6.3, where it can be an obligation
 
 Maps = t.Mapping[str, t.Sequence[DirtyMap]]  # by the name of the bitmap, ACTIVE's map first
 
 
-def map_chain(active: ObservedChain, open_layer: t.Callable[[str], OpenImage]) -> Maps:
+def map_chain(active: ObservedChain, file: OpenImage, open_below: t.Callable[[str], OpenImage]) -> Maps:
     """Return the maps of each bitmap that an overlay of ACTIVE carries on; Refusal if one is damaged, or too large.
 
-    `open_layer` returns the open image of a path; it must stay open as long as the maps are read.
+    `file` is ACTIVE. `open_below` returns the open image of a path, to which nobody writes. What it returns must stay
+    open, and be kept from writers, as long as the maps are read.
     """
     maps: dict[str, list[DirtyMap]] = {}
-    missing = [bitmap.name for bitmap in active.image.bitmaps if carries_over(bitmap)] if active.image else []
-    taken = 0
+    wanted = {bitmap.name: bitmap for bitmap in active.image.bitmaps if carries_over(bitmap)} if active.image else {}
+    cost = 0
     for layer in active.layers:
-        if layer.image is None or not missing:
+        if layer.image is None or not wanted:
             break
-        file = open_layer(layer.path)
-        if file.identity != layer.identity:
-            raise Refusal("changed_meanwhile", layer.path, "was moved or replaced meanwhile", "Run this again.")
-        image = layer.image
+        if layer is not active.layers[0]:
+            file = open_below(layer.path)
+            if file.identity != layer.identity:
+                raise Refusal("changed_meanwhile", layer.path, "was moved or replaced meanwhile", "Run this again.")
+        # Of an image below, what was read before it was kept from writers may be of yesterday.
+        image = layer.image if layer is active.layers[0] else read_image(file)
         stored = {b.name: (b, table) for b, table in zip(image.bitmaps, image.bitmap_tables) if not b.inconsistent}
-        missing = [name for name in missing if name in stored]
-        taken += sum(stored[name][0].data_bytes(image.virtual_size) for name in missing)
-        if taken > MAX_CHAIN_BITMAP_DATA:
-            raise _too_large(layer.path, taken)
-        for name in missing:
-            maps.setdefault(name, []).append(DirtyMap(file, image, *stored[name]))
+        wanted = {name: bitmap for name, bitmap in wanted.items() if name in stored}
+        for name, bitmap in wanted.items():
+            own = DirtyMap(file, image, *stored[name])
+            maps.setdefault(name, []).append(own)
+            cost += own.most_dirty_bits // 8 * (1 if own.granularity == bitmap.granularity else _RESCALING)
+        if cost > MAX_UNITED:
+            raise _too_large(layer.path)
     return maps
 
 
-def _too_large(path: str, taken: int) -> Refusal:
+def _too_large(path: str) -> Refusal:
     return Refusal(
         "bitmaps_too_large",
         path,
-        f"with the images above it has {taken >> 20} MiB of bits to be united; at most "
-        f"{MAX_CHAIN_BITMAP_DATA >> 20} MiB are",
+        "with the images above it has so many bits set in its bitmaps that uniting them would take too long",
         "Remove those bitmaps that no backup needs, or use bitmap_content=empty.",
     )
 
@@ -94,11 +100,28 @@ def lower_bits(maps: Maps, bitmaps: t.Sequence[Bitmap], virtual_size: int) -> t.
     if not lower:
         yield None
         return
-    with owning("the bitmaps below ACTIVE", os.memfd_create("kvmfleet-bitmaps")) as file:
+    with owning("the bitmaps below ACTIVE", _memory_file()) as file:
         wanted = [bitmap for bitmap in bitmaps if bitmap.name in lower]
         pieces = ((b, united(lower[b.name], b.granularity, virtual_size)) for b in wanted)
         write_scratch(file.fd, virtual_size, pieces)
         yield file
+
+
+def _memory_file() -> int:
+    """Return a descriptor of a new file in memory."""
+    try:
+        return os.memfd_create("kvmfleet-bitmaps", os.MFD_CLOEXEC | _MFD_NOEXEC_SEAL)
+    except OSError as exc:
+        if exc.errno != errno.EINVAL:  # as an older kernel says of a flag that it does not know
+            raise
+        return os.memfd_create("kvmfleet-bitmaps", os.MFD_CLOEXEC)
+
+
+def read_all(maps: Maps, bitmaps: t.Sequence[Bitmap], virtual_size: int) -> None:
+    """Read all bits, only to see whether that can be done; Refusal if they are damaged."""
+    for bitmap in bitmaps:
+        for _piece in united(maps.get(bitmap.name, ()), bitmap.granularity, virtual_size):
+            pass
 
 
 def wrong_bits(maps: Maps, bitmaps: t.Sequence[Bitmap], file: OpenImage, image: Image) -> list[Bitmap]:

@@ -95,6 +95,18 @@ class Held:
             self._images[path] = self._stack.enter_context(open_image(path))
         return self._images[path]
 
+    def unwritten(self, path: str) -> OpenImage:
+        """Return an open image below others, to which nobody writes; with `locking` nobody can begin to.
+
+        VMs may have it as a backing file. Refusal if a process has it open for writing.
+        """
+        file = self.image(path)
+        if self._locking:
+            locks.hold_off_writers(file)
+        if is_open_for_writing(file):
+            raise locks.in_use(path)
+        return file
+
     def monitor(self) -> Monitor:
         """Return the QEMU process."""
         return self._engine.monitor()

@@ -73,8 +73,9 @@ class Call:
 
     def _is_left_out(self, plan: DomainPlan) -> bool:
         """Whether it is skipped: by request since it runs, or since only a pattern names it and no disk fits."""
-        if plan.sources:
-            return self._request.skips_running and plan.domain.state is not None
+        skips_it = self._request.skips_running and plan.domain.state is not None
+        if plan.sources or (skips_it and plan.missed and not plan.disks):
+            return skips_it
         is_named = self._request.targets is not None or plan.domain.name in self._names
         return not plan.disks and not is_named and all(problem.code == "no_disk" for problem in plan.problems)
 
@@ -176,8 +177,8 @@ def _left_out(plan: DomainPlan, kept: Kept) -> DomainOutcome:
         checkpoints=judge_checkpoints(kept.checkpoints, plan, {}),
         snapshots=kept.snapshots,
         # Of one that runs nothing was made, so nothing is missed.
-        missed=() if plan.sources else plan.missed,
-        warnings=[] if plan.sources else plan.warnings,
+        missed=() if plan.domain.state is not None else plan.missed,
+        warnings=[] if plan.domain.state is not None else plan.warnings,
         definition=plan.domain.definition,
     )
 

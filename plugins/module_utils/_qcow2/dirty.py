@@ -139,24 +139,34 @@ def united(
     Yield pairs of the offset in the bitmap's data in bytes, a multiple of 64 KiB, and the data, to the end of the disk
     at most. Leave out pieces that are clean. A piece covers `span` bytes of the disk or more.
     """
-    coarsest = max((one.granularity for one in maps), default=granularity)
+    if not maps:
+        return
+    coarsest = max(one.granularity for one in maps)
     span = max(span, granularity * _PIECE, coarsest * 8)
     for start in range(0, virtual_size, span):
         here = min(span, virtual_size - start)  # bytes of the disk
-        length = -(-here // (granularity * 8))  # bytes of data
-        stored = [one.stored(start, here) for one in maps]
-        if not any(stored):
-            continue
         if len(maps) == 1 and coarsest == granularity:  # the usual case, and some ten times as fast
-            data = stored[0].ljust(length, b"\0")
+            data = maps[0].stored(start, here)
+            data = data and data.ljust(-(-here // (granularity * 8)), b"\0")
         else:
-            bits = 0
-            for one, own in zip(maps, stored):
-                bits |= _rescaled(int.from_bytes(own, "little"), one.granularity, granularity)
-            bits &= (1 << -(-here // granularity)) - 1  # a coarser map marks some beyond the end of the disk
-            data = bits.to_bytes(length, "little")
-        if data != bytes(length):
+            data = _rescaled_data(maps, granularity, start, here)
+        if data != bytes(len(data)):
             yield start // (granularity * 8), data
+
+
+def _rescaled_data(maps: t.Sequence[DirtyMap], granularity: int, start: int, length: int) -> bytes:
+    """Return the union of `maps` for `length` bytes of the disk from `start`, as data of a bitmap of `granularity`."""
+    finest, coarsest = min(one.granularity for one in maps), max(one.granularity for one in maps)
+    step = max(min(finest, granularity) * _PIECE, coarsest * 8, granularity * 8)  # bounds the memory
+    pieces = []
+    for begin in range(start, start + length, step):
+        here = min(step, start + length - begin)  # bytes of the disk
+        bits = 0
+        for one in maps:
+            bits |= _rescaled(one.bits(begin, here), one.granularity, granularity)
+        bits &= (1 << -(-here // granularity)) - 1  # a coarser map marks some beyond the end of the disk
+        pieces.append(bits.to_bytes(-(-here // (granularity * 8)), "little"))
+    return b"".join(pieces)
 
 
 def first_difference(maps: t.Sequence[DirtyMap], found: DirtyMap, virtual_size: int) -> int | None:

@@ -5,15 +5,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import struct
 import subprocess
+import tracemalloc
 
 import pytest
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import cumulative
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import build, cumulative
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay import Creation, OverlayRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.dirty import DirtyMap, united
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu.monitor import Monitor
 
 from .. import qemu
@@ -206,3 +210,84 @@ def test_an_overlay_of_an_interrupted_run_is_not_taken_if_the_vm_ran_on_below_it
     assert "its bitmap 'x' has not the bits of the images below" in str(outcome.failures[0])
     assert states(make_overlays([wanted._replace(bitmap_content="empty")], SETTINGS)) == ["present"]
     assert states(make_overlays([wanted._replace(must_be_fresh=False)], SETTINGS)) == ["present"]
+
+
+def test_an_image_below_that_somebody_writes_to_is_refused(tmp_path):
+    base, _middle, top = chain_of_three(tmp_path)
+    wanted = OverlayRequest(str(tmp_path / "over"), top)
+    with qemu.opened_for_writing(base):
+        for settings in (SETTINGS, SETTINGS._replace(check_mode=True)):
+            outcome = make_overlays([wanted], settings)
+            assert [(one.code, one.subject) for one in outcome.failures] == [("in_use", base)]
+        # With bitmaps that begin empty, nothing of that image matters.
+        assert states(make_overlays([wanted._replace(bitmap_content="empty")], SETTINGS)) == ["created"]
+
+
+@pytest.mark.parametrize("step", ["observe", "build"])
+def test_no_tool_can_change_an_image_below_between_the_look_and_the_end(tmp_path, monkeypatch, step):
+    base, middle, top = chain_of_three(tmp_path)
+    done = []
+
+    def merge_down():  # which is right, and changes nothing of what ACTIVE shows
+        command = ["qemu-img", "commit", "-q", "-f", "qcow2", "-d", middle]
+        done.append(subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True))
+
+    def after_the_look(*args, real=build.observe_chain, **more):
+        found = real(*args, **more)
+        merge_down()
+        return found
+
+    def before_the_work(*args, real=build._fill):
+        merge_down()
+        real(*args)
+
+    if step == "observe":
+        monkeypatch.setattr(build, "observe_chain", after_the_look)
+    else:
+        monkeypatch.setattr(build, "_fill", before_the_work)
+    wanted = OverlayRequest(str(tmp_path / "over"), top)
+    assert states(make_overlays([wanted], SETTINGS)) == ["created"]
+    # Before the images below are held, the merge goes well, and its outcome is what is read.
+    assert [one.returncode for one in done] == ([0, 0] if step == "observe" else [1])
+    assert all("lock" in one.stderr for one in done if one.returncode)
+    assert extents_in(tmp_path, wanted.path, "x") == merged_by_qemu(tmp_path, [top, middle, base], "x", 65536)
+    assert len(extents_in(tmp_path, wanted.path, "x")) == 3
+
+
+def test_a_fine_bitmap_below_a_coarse_one_takes_little_memory(tmp_path):
+    size = 256 << 30
+    base = qemu.create(tmp_path / "base", size)
+    qemu.add_bitmaps(base, [Bitmap("x", 512, True, False)])
+    table = qemu.read(base).bitmap_tables[0]
+    for index in range(0, table.entries, 2):
+        qemu.patch(base, table.offset + index * 8, struct.pack(">Q", 1))
+    top = qemu.create(tmp_path / "top", size, "-b", base, "-F", "qcow2")
+    qemu.add_bitmaps(top, [Bitmap("x", 1 << 31, True, False)])
+    with contextlib.ExitStack() as held:
+        maps = []
+        for path in (top, base):
+            file, image = held.enter_context(open_image(path)), qemu.read(path)
+            maps.append(DirtyMap(file, image, image.bitmaps[0], image.bitmap_tables[0]))
+        tracemalloc.start()
+        ((offset, data),) = united(maps, 1 << 31, size)
+        _now, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert (offset, data) == (0, bytes([255]) * 16)  # 256 MiB of every 512 MiB are dirty
+    assert peak < 100 << 20  # however large the disk is
+
+
+def test_bits_that_would_take_too_long_to_unite_are_refused(tmp_path, monkeypatch):
+    _base, _middle, top = chain_of_three(tmp_path)
+    monkeypatch.setattr(cumulative, "MAX_UNITED", 2)
+    outcome = make_overlays([OverlayRequest(str(tmp_path / "over"), top)], SETTINGS)
+    assert [one.code for one in outcome.failures] == ["bitmaps_too_large"]
+    assert "bitmap_content=empty" in str(outcome.failures[0])
+
+
+def test_check_mode_reads_the_bits(tmp_path):
+    base, _middle, top = chain_of_three(tmp_path)
+    table = qemu.read(base).bitmap_tables[0]
+    qemu.patch(base, table.offset, struct.pack(">Q", 1 << 40))  # data far beyond the end
+    for settings in (SETTINGS, SETTINGS._replace(check_mode=True)):
+        outcome = make_overlays([OverlayRequest(str(tmp_path / "over"), top)], settings)
+        assert [(one.code, one.subject) for one in outcome.failures] == [("damaged", base)]

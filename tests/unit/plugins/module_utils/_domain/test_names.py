@@ -293,7 +293,7 @@ def test_a_name_that_two_disks_would_get_is_told_with_both(host):
     host.define("db", "db.qcow2")
     host.define("other", "db.img")
     problems = same_names([host.plan("db", "s"), host.plan("other", "s")])
-    assert [str(problem).split(". ")[0] for name in ("db", "other") for problem in problems[name]] == [
+    assert [str(problem).split(". ", maxsplit=1)[0] for name in ("db", "other") for problem in problems[name]] == [
         f"{name}: {host.folder}/db.s.qcow2 would be the overlay of disk vda of db and of disk vda of other"
         for name in ("db", "other")
     ]
