@@ -37,7 +37,7 @@ options:
         mark that tells so (the UUID of the domain, the disk and the snapshot), whatever the file is called by now.
       - An image without the mark that is called as the snapshot would be may be the snapshot, or a clone of a template.
         It counts as the snapshot if an image below it is known to have been the domain's disk, by its mark or by a
-        checkpoint. Else the domain is refused as ambiguous.
+        checkpoint, and no other disk has it. Else the domain is refused as ambiguous.
     type: str
     required: true
   disks:

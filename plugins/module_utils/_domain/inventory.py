@@ -33,6 +33,7 @@ class DiskFacts(t.NamedTuple):
     is_absent: bool = False  # there is nothing at its path
     layers: tuple[Layer, ...] = ()  # top to base; none if one of them cannot be read
     own: tuple[Layer, ...] = ()  # of these from the top those that no disk has which has not the topmost one
+    lent: tuple[Layer, ...] = ()  # of these below the topmost one those that are another domain's disk
     writers: tuple[str, ...] = ()  # names of other domains that write to its topmost image
     suspects: tuple[str, ...] = ()  # names of other domains that may, by a volume that libvirt cannot look up
     problem: Refusal | None = None  # why the chain cannot be read
@@ -84,6 +85,7 @@ class Inventory:
             is_absent=_is_absent(disk.source),
             layers=chain.layers,
             own=(*chain.layers[:1], *below),
+            lent=tuple(one for one in chain.layers[1:] if self._writers_of(one.real_path) - {domain.name}),
             writers=tuple(sorted(self._writers_of(disk.source) - {domain.name})),
             suspects=tuple(sorted(self._suspects_of(disk.source) - {domain.name})),
             problem=chain.problem,

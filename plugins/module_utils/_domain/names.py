@@ -6,8 +6,9 @@
 
 The mark that an overlay bears tells whose snapshot it is. A name alone does not: debian.web1.qcow2 on debian.qcow2 is
 either a snapshot or a clone, and whoever takes the one for the other removes a disk. An image without the mark (made by
-version 0.1, or copied by libvirt to another storage) is the snapshot for certain if an image below it is known to have
-been the domain's disk: it bears the domain's mark, or libvirt remembers it with a checkpoint. Else it is ambiguous.
+version 0.1, or copied by libvirt to another storage) is the snapshot for certain if it is called as the snapshot would
+be, no other disk has it, and an image below it is known to have been the domain's disk: it bears the domain's mark, or
+libvirt remembers it with a checkpoint. If only one of these is known, it is ambiguous.
 
 No name depends on what other domains the host has: several hosts may share a storage.
 """
@@ -54,11 +55,28 @@ def find_snapshot(
     for overlay, below in pairs:
         if _is_marked(overlay, facts, mark):
             return Found(overlay, below, is_certain=True)
-    for overlay, below in pairs:
-        if overlay in facts.own and _looks_like(overlay, below, facts, domain, mark):
-            is_certain = _was_active(below, facts, mark.vm, remembered())
-            if is_certain or below in facts.own or _mark_of(overlay):
-                return Found(overlay, below, is_certain)
+    judged = [_judge_unmarked(overlay, below, facts, domain, mark, remembered) for overlay, below in pairs]
+    found = [one for one in judged if one is not None]
+    return next((one for one in found if one.is_certain), found[0] if found else None)
+
+
+def _judge_unmarked(
+    overlay: Layer,
+    below: Layer,
+    facts: DiskFacts,
+    domain: str,
+    mark: Mark,
+    remembered: t.Callable[[], t.Container[str]],
+) -> Found | None:
+    """Return an image that does not bear the mark if it is the snapshot all the same, or may be it."""
+    if not _may_be(overlay, facts, mark):
+        return None
+    is_own, was_active = overlay in facts.own, _was_active(below, facts, mark.vm, remembered())
+    fits = _mark_of(overlay) is not None or _is_called_so(overlay, below, facts, domain, mark)
+    # Below what another domain has as its disk, or on top of it, a name alone tells of a clone of a template.
+    is_lent = _mark_of(overlay) is None and (overlay in facts.lent or below in facts.lent)
+    if was_active or (fits and not is_lent):
+        return Found(overlay, below, is_certain=is_own and was_active and fits)
     return None
 
 
@@ -80,17 +98,21 @@ def _is_marked(overlay: Layer, facts: DiskFacts, mark: Mark) -> bool:
     return found is not None and found._replace(target=mark.target) == mark and (found == mark or overlay in facts.own)
 
 
-def _looks_like(overlay: Layer, below: Layer, facts: DiskFacts, domain: str, mark: Mark) -> bool:
-    """Whether an image that does not bear the mark could be the snapshot all the same."""
+def _may_be(overlay: Layer, facts: DiskFacts, mark: Mark) -> bool:
+    """Whether an image that does not bear the mark could be the snapshot, by its name or another mark alone."""
     found, top = _mark_of(overlay), _mark_of(facts.layers[0])
-    if found is not None:
-        # The domain was defined anew since, or has taken over the disk of another. Further down, below an image that is
-        # not of that other domain, it is a template.
-        return top is not None and top.vm == found.vm and found.snapshot == mark.snapshot
+    if found is None:
+        return os.path.basename(overlay.path).endswith(f".{mark.snapshot}.qcow2")
+    # The domain was defined anew since, or has taken over the disk of another. Further down, below an image that is not
+    # of that other domain, it is a template.
+    return overlay in facts.own and top is not None and top.vm == found.vm and found.snapshot == mark.snapshot
+
+
+def _is_called_so(overlay: Layer, below: Layer, facts: DiskFacts, domain: str, mark: Mark) -> bool:
+    """Whether the image is called as the snapshot of the image below is, or was by version 0.1."""
     chain = _chain_from(below, facts)
-    own = [layer.path for layer in chain if layer in facts.own]
-    stems = (_stem_of_paths(own), _without_extension(below.path), stem_of(chain, mark.vm), f"{domain}.{mark.target}")
-    return os.path.basename(overlay.path) in [f"{stem}.{mark.snapshot}.qcow2" for stem in stems]
+    stems = {*_old_stems([layer.path for layer in chain]), stem_of(chain, mark.vm), f"{domain}.{mark.target}"}
+    return os.path.basename(overlay.path) in {f"{stem}.{mark.snapshot}.qcow2" for stem in stems}
 
 
 def _mark_of(layer: Layer) -> Mark | None:
@@ -112,14 +134,20 @@ def stem_of(layers: t.Sequence[Layer], vm: str) -> str:
     return top
 
 
-def _stem_of_paths(paths: t.Sequence[str]) -> str:
-    """Return the stem as version 0.1 made it out, from the names of the disk's own images, top to base."""
-    stem = ""
-    for path in reversed(paths):
-        own = _without_extension(path)
-        if not stem or not own.startswith(f"{stem}."):
-            stem = own
-    return stem
+def _old_stems(paths: t.Sequence[str]) -> list[str]:
+    """Return the stems that version 0.1 may have made out, from the names of images, top to base.
+
+    It began with the lowest one that no other disk of the host had just then. That may have been any of them.
+    """
+    stems = []
+    for lowest in range(len(paths)):
+        stem = ""
+        for path in reversed(paths[: lowest + 1]):
+            own = _without_extension(path)
+            if not stem or not own.startswith(f"{stem}."):
+                stem = own
+        stems.append(stem)
+    return stems
 
 
 def _without_extension(path: str) -> str:
@@ -131,8 +159,8 @@ def ambiguous(domain: str, found: Found, mark: Mark) -> Refusal:
     """Return the refusal of a disk of which nobody can tell whether it is on the snapshot."""
     why = (
         f"whether its disk {mark.target} is on the snapshot {mark.snapshot} cannot be told: {found.overlay.path} is "
-        f"either that snapshot of {found.below.path}, or a disk made from {found.below.path} as a template, and bears "
-        "no mark of this domain"
+        f"either that snapshot of {found.below.path}, or a disk made from {found.below.path} as a template, or a "
+        "snapshot with another name, and bears no mark of this domain"
     )
     remedy = (
         "Choose another name for the snapshot. (If it is the snapshot, there is nothing to be done, and the domain can "

@@ -166,10 +166,14 @@ def test_a_clone_that_is_called_as_a_snapshot_would_be_is_ambiguous_and_only_if_
     host.domains["web1"] = running
     assert host.snapshot("web1", "up") == ["debian.web1.up.qcow2"]
     assert host.snapshot("web1", "up") == "present"
-    # A second user of the template settles it: now it is a template.
+    # A second disk on the image below settles nothing: it may have been made from below a snapshot.
     host.image("debian.web2.qcow2", "debian.qcow2")
     host.define("web2", "debian.web2.qcow2")
+    assert host.snapshot("web2", "web2") == ["ambiguous"]
+    # What another domain has as its disk is no image below a snapshot.
+    host.define("template", "debian.qcow2")
     assert host.snapshot("web2", "web2") == ["debian.web2.web2.qcow2"]
+    assert host.snapshot("web2", "web2") == "present"
 
 
 def test_no_name_depends_on_the_other_domains_of_a_host(tmp_path):
@@ -211,8 +215,9 @@ def test_two_disks_of_one_template(host):
     for disk in "ab":
         host.image(f"debian.{disk}.qcow2", "debian.qcow2")
     host.define("web", "debian.a.qcow2", "debian.b.qcow2")
-    assert host.snapshot("web", "a") == ["debian.a.a.qcow2", "debian.b.a.qcow2"]
-    assert host.snapshot("web", "a") == "present"
+    assert host.snapshot("web", "a") == ["ambiguous"]
+    assert host.snapshot("web", "c") == ["debian.a.c.qcow2", "debian.b.c.qcow2"]
+    assert host.snapshot("web", "c") == "present"
 
 
 def test_a_disk_made_from_the_snapshot_of_another_disk_of_the_domain_is_not_on_it(host):
@@ -332,6 +337,70 @@ def test_overlays_without_a_mark_are_snapshots_where_libvirt_remembers_the_image
     host.checkpoints.clear()
     host.define("web", "web.tuesday.qcow2")
     assert host.snapshot("web", "monday") == host.snapshot("web", "tuesday") == ["ambiguous"]
+
+
+def clones_and_an_old_overlay(host, *clones):
+    """Have web1 on an overlay of its clone that version 0.1 made when it was the only one, and define more clones."""
+    host.image("debian.qcow2")
+    host.image("debian.web1.qcow2", "debian.qcow2")
+    host.image("debian.S.qcow2", "debian.web1.qcow2")
+    host.define("web1", "debian.web1.qcow2")
+    host.remember("web1")
+    host.define("web1", "debian.S.qcow2")
+    for clone in clones:
+        host.image(f"debian.{clone}.qcow2", "debian.qcow2")
+        host.define(clone, f"debian.{clone}.qcow2")
+
+
+@pytest.mark.parametrize("clones", [(), ("web2",), ("web2", "web3")])
+def test_an_old_overlay_is_found_whatever_clones_were_defined_since(host, clones):
+    clones_and_an_old_overlay(host, *clones)
+    assert host.snapshot("web1", "S") == "present"
+    assert host.taken("web1", "S") == ["debian.S.qcow2"]
+    host.checkpoints.clear()
+    assert host.snapshot("web1", "S") == ["ambiguous"]
+
+
+def test_an_old_overlay_below_which_is_a_template_since_is_not_made_twice(host):
+    old_overlay(host, "deb", "deb.qcow2", "deb.monday.qcow2")
+    host.image("clone.qcow2", "deb.qcow2")
+    host.define("clone", "clone.qcow2")
+    assert host.snapshot("deb", "monday") == "present"
+    host.checkpoints.clear()
+    assert host.snapshot("deb", "monday") == ["ambiguous"]
+    assert host.snapshot("clone", "monday") == ["clone.monday.qcow2"]
+
+
+@pytest.mark.parametrize("remembers", [True, False])
+def test_an_old_overlay_that_is_a_template_since_is_not_made_twice(host, remembers):
+    old_overlay(host, "web", "web.qcow2", "web.s.qcow2", "web.t.qcow2")
+    if not remembers:
+        host.checkpoints.clear()
+    host.image("clone.qcow2", "web.s.qcow2")
+    host.define("clone", "clone.qcow2")
+    assert host.snapshot("web", "s") == host.snapshot("web", "t") == ["ambiguous"]
+
+
+def test_an_old_overlay_that_another_domain_has_as_its_disk_is_the_snapshot_of_that_one(host):
+    old_overlay(host, "template", "debian.qcow2", "debian.monday.qcow2")
+    host.image("debian.clone1.qcow2", "debian.monday.qcow2")
+    host.define("clone1", "debian.clone1.qcow2")
+    assert host.snapshot("template", "monday") == "present"
+    assert host.snapshot("clone1", "monday") == ["debian.clone1.monday.qcow2"]
+    del host.domains["template"]
+    host.define("clone1", "debian.clone1.qcow2")
+    assert host.snapshot("clone1", "monday") == ["ambiguous"]
+
+
+def test_an_old_overlay_whose_name_fits_nothing_below_is_not_made_twice_and_not_taken_for_the_snapshot(host):
+    old_overlay(host, "web", "web.qcow2", "web.2024.06.01.qcow2")
+    assert host.snapshot("web", "2024.06.01") == "present"
+    assert host.snapshot("web", "01") == ["ambiguous"]
+    old_overlay(host, "db", "db.qcow2", "db.01.qcow2", "db.2024.06.01.qcow2")
+    assert host.snapshot("db", "01") == "present"
+    assert host.taken("db", "01") == ["db.01.qcow2"]
+    host.checkpoints.clear()
+    assert host.snapshot("web", "01") == ["web.2024.06.01.01.qcow2"]
 
 
 def test_an_overlay_without_a_mark_is_a_snapshot_on_top_of_one_that_has_it(host):
