@@ -36,6 +36,7 @@ Code = t.Literal[
     "differs",
     "disk_unfit",
     "encrypted",
+    "flattened",
     "format_not_recorded",
     "gone",
     "group_failed",

@@ -60,6 +60,15 @@ def find_snapshot(
     return next((one for one in found if one.is_certain), found[0] if found else None)
 
 
+def flattened_one(facts: DiskFacts, mark: Mark) -> Layer | None:
+    """Return the image that bears the mark and has no image below any more; None if there is none.
+
+    'virsh blockpull', which copies everything into the overlay, leaves the mark.
+    """
+    base = facts.layers[-1] if facts.layers else None
+    return base if base is not None and _is_marked(base, facts, mark) else None
+
+
 def _judge_unmarked(
     overlay: Layer,
     below: Layer,
@@ -167,6 +176,15 @@ def ambiguous(domain: str, found: Found, mark: Mark) -> Refusal:
         "be left out.)"
     )
     return Refusal("ambiguous", domain, why, remedy)
+
+
+def flattened(domain: str, image: Layer, mark: Mark) -> Refusal:
+    """Return the refusal of a disk whose snapshot has no image below any more."""
+    why = (
+        f"{image.path} was the overlay of the snapshot {mark.snapshot} of its disk {mark.target}, and has no image "
+        "below any more, as 'virsh blockpull' leaves it. What the disk was like at that snapshot is not in its chain"
+    )
+    return Refusal("flattened", domain, why, "Choose another name for the snapshot.")
 
 
 def same_names(plans: t.Sequence[DomainPlan]) -> dict[str, list[Refusal]]:

@@ -21,7 +21,7 @@ from .._qcow2.chain import Layer, resolve_name
 from .._qcow2.mark import Mark
 from .fitness import Fitness, fitness_of, missed_refusal
 from .inventory import DiskFacts
-from .names import ambiguous, find_snapshot, new_path
+from .names import ambiguous, find_snapshot, flattened, flattened_one, new_path
 from .plan import DiskPlan, DomainPlan, SkippedDisk, SnapshotRequest, state_problems
 
 _NOT_ASKED_FOR = "not asked for"
@@ -107,6 +107,11 @@ def _plan_disk(domain: Domain, facts: DiskFacts, request: SnapshotRequest, kept:
         there = OverlayRequest(found.overlay.path, found.below.path, found.below.format or "qcow2", vm=domain.uuid)
         problems += [] if found.is_certain else [ambiguous(domain.name, found, mark)]
         return DiskPlan(disk.target, there, is_new=False, problems=tuple(problems))
+    base = flattened_one(facts, mark)
+    if base is not None:
+        # Whatever the name of a new overlay would be: two images would bear one mark.
+        there = OverlayRequest(base.path, source, disk.format, vm=domain.uuid)
+        return DiskPlan(disk.target, there, False, (*problems, flattened(domain.name, base, mark)))
     if facts.writers:
         why = (
             f"its disk {disk.target} is a disk of {', '.join(facts.writers)} too, which would go on writing below the "

@@ -256,13 +256,23 @@ def test_a_domain_that_was_defined_anew_is_not_taken_for_the_old_one(host):
     assert host.snapshot("web", "u") == ["web.t.u.qcow2"]
 
 
-def test_an_image_that_is_no_overlay_any_more_is_no_snapshot(host):
+def test_an_image_that_is_no_overlay_any_more_is_no_snapshot(host, tmp_path):
     host.image("web.qcow2")
     host.define("web", "web.qcow2")
     host.snapshot("web", "s")
-    qemu.qemu_img("rebase", "-b", "", str(host.folder / "web.s.qcow2"))
-    assert host.snapshot("web", "s") == ["backs_itself"]
+    qemu.qemu_img("rebase", "-b", "", str(host.folder / "web.s.qcow2"))  # as virsh blockpull leaves it
+    assert host.snapshot("web", "s") == host.snapshot("web", "s", tmp_path) == ["flattened"]
+    (problem,) = host.plan("web", "s").problems
+    assert "web.s.qcow2 was the overlay of the snapshot s of its disk vda, and has no image below any" in problem.why
+    running = host.domains["web"]
+    host.domains["web"] = running._replace(state="running", running_definition=running.definition)
+    assert host.snapshot("web", "s") == ["flattened"]
+    host.domains["web"] = running
     assert host.snapshot("web", "t") == ["web.t.qcow2"]
+    assert host.snapshot("web", "s") == ["flattened"]
+    host.image("copy.qcow2", "web.s.qcow2")
+    host.define("other", "copy.qcow2")
+    assert host.snapshot("other", "s") == ["copy.s.qcow2"]
 
 
 def test_names_do_not_grow_with_snapshots_or_with_those_that_libvirt_takes_of_a_running_domain(host):
