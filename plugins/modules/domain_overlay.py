@@ -19,8 +19,9 @@ description:
   - In the definition only the path of each disk changes, and its type and format if these were others. A
     C(<backingStore>) is dropped, since it would end at the wrong image, and so is a C(<dataStore>). The definition is
     read back. If it cannot be changed, the overlays are removed again and the old definition stands.
-  - A disk that is a volume of a storage pool becomes a file. The pools in whose folders overlays were made are
-    refreshed, so that C(virsh vol-list) has them.
+  - A disk that is a volume of a storage pool becomes a file. The pools of type V(dir) in whose folders overlays
+    were made are refreshed, so that C(virsh vol-list) has them. Refresh pools of other types with
+    C(virsh pool-refresh).
 options:
   name:
     description:

@@ -31,6 +31,7 @@ class _Pool(t.NamedTuple):
     type: str
     folder: str | None  # of its volumes
     is_active: bool
+    problem: str | None = None  # why libvirt cannot tell about it
 
 
 class Pools:
@@ -39,27 +40,34 @@ class Pools:
     def __init__(self, connection: t.Any) -> None:
         self._connection = connection
         self._read: dict[str, _Pool] | None = None
+        self._problem: str | None = None  # why libvirt cannot list them
+        self._places: dict[Volume, Place] = {}
 
     def place_of(self, volume: Volume) -> Place:
         """Return where the image of a volume is; why it can take no part if libvirt cannot tell."""
-        try:
-            pool = self._pools().get(volume.pool)
-            if pool is None:
-                return _unknown(f"libvirt knows no storage pool {volume.pool}", volume.name)
-            return _place_in(pool, volume)
-        except LibvirtError as exc:
-            return _unknown(f"libvirt cannot tell about the volume {volume.name}: {words_of(exc)}", volume.name)
+        if volume not in self._places:
+            self._places[volume] = self._look_up(volume)
+        return self._places[volume]
+
+    def _look_up(self, volume: Volume) -> Place:
+        pool = self._pools().get(volume.pool)
+        if self._problem is not None:
+            return _unknown(f"libvirt cannot tell about the volume {volume.name}: {self._problem}", volume.name)
+        if pool is None:
+            return _unknown(f"libvirt knows no storage pool {volume.pool}", volume.name)
+        if pool.problem is not None:
+            return _unknown(f"libvirt cannot tell about the storage pool {volume.pool}: {pool.problem}", volume.name)
+        return _place_in(pool, volume)
 
     def refresh(self, folders: t.Collection[str]) -> list[str]:
         """Have libvirt see the new files in these folders; return as warnings where it cannot."""
         wanted = {os.path.realpath(folder) for folder in folders}
         warnings = []
-        try:
-            pools = self._pools() if wanted else {}
-        except LibvirtError as exc:
-            return [f"libvirt cannot list its storage pools, so none was refreshed: {words_of(exc)}."]
+        pools = self._pools() if wanted else {}
+        if self._problem is not None and self._places:  # else nobody uses pools: there may be no storage driver at all
+            return [f"libvirt cannot list its storage pools, so none was refreshed: {self._problem}."]
         for name, pool in pools.items():
-            if pool.is_active and pool.folder is not None and os.path.realpath(pool.folder) in wanted:
+            if _is_refreshed(pool) and os.path.realpath(pool.folder or "") in wanted:
                 try:
                     pool.handle.refresh(0)
                 except LibvirtError as exc:  # libvirt has stopped the pool then, if it is not busy with a job
@@ -70,16 +78,29 @@ class Pools:
         return warnings
 
     def _pools(self) -> dict[str, _Pool]:
-        """Return all pools by name."""
+        """Return all pools by name; none if libvirt cannot list them."""
         if self._read is None:
-            self._read = {handle.name(): _pool_from(handle) for handle in known(self._connection.listAllStoragePools)}
+            try:
+                handles = known(self._connection.listAllStoragePools)
+            except LibvirtError as exc:
+                self._problem, handles = words_of(exc), []
+            self._read = {handle.name(): _pool_from(handle) for handle in handles}
         return self._read
 
 
 def _pool_from(handle: t.Any) -> _Pool:
-    """Return what libvirt says of a pool."""
-    kind, folder = pool_from(handle.XMLDesc(0))
-    return _Pool(handle, kind, folder, bool(handle.isActive()))
+    """Return what libvirt says of a pool, which may be gone since it was listed."""
+    try:
+        kind, folder = pool_from(handle.XMLDesc(0))
+        return _Pool(handle, kind, folder, bool(handle.isActive()))
+    except LibvirtError as exc:
+        return _Pool(handle, "", None, is_active=False, problem=words_of(exc))
+
+
+def _is_refreshed(pool: _Pool) -> bool:
+    # When a refresh fails, libvirt stops the pool (libvirt 12.8, storagePoolRefreshFailCleanup). That does nothing to a
+    # folder, but unmounts a file system (fs, netfs, vstorage) and deactivates a volume group (logical).
+    return pool.is_active and pool.type == "dir" and pool.folder is not None
 
 
 def _place_in(pool: _Pool, volume: Volume) -> Place:

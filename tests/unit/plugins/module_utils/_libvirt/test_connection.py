@@ -1,0 +1,114 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What libvirt is asked for of volumes, pools and checkpoints: by libvirt's own driver for tests, which runs no VM.
+
+What its driver for QEMU does is in the integration target domain_overlay.
+"""
+
+from __future__ import annotations
+
+import collections
+
+import libvirt
+import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import Place, Volume
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.pools import Pools
+
+WEB = Volume("images", "web.qcow2", is_direct=False)
+
+
+@pytest.fixture(name="host")
+def fixture_host():
+    """Have a host with the pools images and others, which have a volume each, and as often as wanted its daemon."""
+    host = libvirt.open("test:///default")
+    pools = [define_pool(host, name) for name in ("images", "others")]
+    yield host
+    for domain in [one for one in host.listAllDomains(0) if one.name() == "web"]:
+        for checkpoint in domain.listAllCheckpoints(0):
+            checkpoint.delete(0)
+        domain.destroy()
+    for pool in [one for one in pools if one.name() in host.listStoragePools()]:
+        pool.destroy()
+
+
+def define_pool(host, name, kind="dir"):
+    source = "<source><host name='h'/><dir path='/x'/></source>" if kind == "netfs" else ""
+    text = f"<pool type='{kind}'><name>{name}</name>{source}<target><path>/srv/{name}</path></target></pool>"
+    pool = host.storagePoolCreateXML(text, 0)
+    pool.createXML("<volume type='file'><name>web.qcow2</name><capacity>1048576</capacity></volume>", 0)
+    return pool
+
+
+class Daemon:
+    """A connection of which the list of pools is what is given, or an error."""
+
+    def __init__(self, answer):
+        self.answer = answer
+        self.times = 0
+
+    def listAllStoragePools(self, _flags):  # noqa: N802  libvirt's name
+        self.times += 1
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+@pytest.fixture(name="calls")
+def fixture_calls(monkeypatch):
+    """Count what pools are asked for."""
+    counts = collections.Counter()
+    for name in ("storageVolLookupByName", "refresh"):
+        real = getattr(libvirt.virStoragePool, name)
+
+        def counted(pool, *args, name=name, real=real):
+            counts[name, pool.name()] += 1
+            return real(pool, *args)
+
+        monkeypatch.setattr(libvirt.virStoragePool, name, counted)
+    return counts
+
+
+def test_a_volume_is_looked_up_once(host, calls):
+    pools = Pools(host)
+    assert [pools.place_of(WEB) for _ in range(3)] == [Place("/srv/images/web.qcow2", "file")] * 3
+    assert pools.place_of(WEB._replace(pool="others")).path == "/srv/others/web.qcow2"
+    gone = pools.place_of(WEB._replace(name="gone"))
+    assert (gone.path, gone.suspect) == (None, "/srv/images/gone")
+    assert pools.place_of(WEB._replace(name="gone")) == gone
+    assert calls == {("storageVolLookupByName", "images"): 2, ("storageVolLookupByName", "others"): 1}
+
+
+def test_a_pool_that_is_gone_since_it_was_listed_keeps_no_other_from_being_read(host):
+    daemon = Daemon(host.listAllStoragePools(0))
+    host.storagePoolLookupByName("others").destroy()  # a transient one is gone then
+    pools = Pools(daemon)
+    assert pools.place_of(WEB).path == "/srv/images/web.qcow2"
+    place = pools.place_of(WEB._replace(pool="others"))
+    assert (place.path, place.suspect) == (None, "web.qcow2")
+    assert "cannot tell about the storage pool others: " in place.why_unfit
+    assert pools.refresh(["/srv/images", "/srv/others"]) == []
+    assert daemon.times == 1
+
+
+def test_pools_that_cannot_be_listed_are_told_where_a_volume_is_used_only():
+    error = libvirt.libvirtError("no connection driver available")
+    pools = Pools(Daemon(error))
+    assert pools.refresh([]) == pools.refresh(["/srv/images"]) == []
+    daemon = Daemon(error)
+    pools = Pools(daemon)
+    assert [pools.place_of(WEB).suspect for _ in range(3)] == ["web.qcow2"] * 3
+    assert "libvirt cannot tell about the volume web.qcow2: no connection driver" in pools.place_of(WEB).why_unfit
+    (warning,) = pools.refresh(["/srv/images"])
+    assert "cannot list its storage pools, so none was refreshed: no connection driver available." in warning
+    assert daemon.times == 1
+
+
+def test_pools_are_refreshed_of_which_a_refresh_that_fails_unmounts_nothing(host, calls):
+    mounted = define_pool(host, "mounted", "netfs")
+    try:
+        assert Pools(host).refresh(["/srv/images", "/srv/mounted", "/srv"]) == []
+        assert Pools(host).place_of(WEB._replace(pool="mounted")).path == "/srv/mounted/web.qcow2"
+    finally:
+        mounted.destroy()
+    assert {call for call in calls if call[0] == "refresh"} == {("refresh", "images")}
