@@ -16,7 +16,7 @@ import typing as t
 from .._base.errors import Refusal
 from .._disk.overlay import OverlayRequest
 from .._libvirt.connection import Domain, Kept
-from .._libvirt.definition import DomainDisk, StatedChain, StatedImage, images_of
+from .._libvirt.definition import DomainDisk, StatedChain, StatedImage
 from .._qcow2.chain import Layer, resolve_name
 from .._qcow2.mark import Mark
 from .fitness import Fitness, fitness_of, missed_refusal
@@ -140,7 +140,7 @@ def _plan_disk(domain: Domain, facts: DiskFacts, request: SnapshotRequest, kept:
 
 def _remembered(kept: Kept) -> set[str]:
     """Return the real paths of the disks that the domain had when its checkpoints were made."""
-    return {os.path.realpath(path) for one in kept.checkpoints for path in images_of(one.text)}
+    return {os.path.realpath(path) for path in kept.images}
 
 
 def _stated_problems(name: str, disk: DomainDisk, layers: t.Sequence[Layer]) -> list[Refusal]:

@@ -16,7 +16,7 @@ import typing as t
 
 from .._base.errors import Refusal
 from .bindings import LibvirtError, known, libvirt, words_of
-from .definition import Definition, bitmaps_of
+from .definition import Definition, checkpoint_from
 from .pools import Pools
 
 _STATES = {1: "running", 2: "blocked", 3: "paused", 4: "shutting down", 7: "suspended"}  # virDomainState
@@ -27,7 +27,6 @@ class KnownCheckpoint(t.NamedTuple):
 
     name: str
     bitmaps: t.Mapping[str, str]  # by target
-    text: str = ""  # its XML, with the definition of the domain at that time
 
 
 class Domain(t.NamedTuple):
@@ -47,6 +46,7 @@ class Kept(t.NamedTuple):
 
     checkpoints: tuple[KnownCheckpoint, ...] = ()  # by name
     snapshots: tuple[str, ...] = ()  # names of libvirt's own, internal ones and external ones that have metadata
+    images: frozenset[str] = frozenset()  # paths of the disks that it had when its checkpoints were made
 
 
 class Unreadable(t.NamedTuple):
@@ -96,13 +96,17 @@ class Libvirt:
         try:
             handle = self.connection.lookupByUUIDString(domain.uuid)
             checkpoints = sorted(known(handle.listAllCheckpoints), key=lambda one: t.cast("str", one.getName()))
-            texts = [(one.getName(), one.getXMLDesc(0)) for one in checkpoints]
-            return Kept(
-                tuple(KnownCheckpoint(name, bitmaps_of(text), text) for name, text in texts),
-                tuple(sorted(one.getName() for one in known(handle.listAllSnapshots))),
-            )
+            parts = [(one.getName(), checkpoint_from(one.getXMLDesc(0))) for one in checkpoints]
+            snapshots = tuple(sorted(one.getName() for one in known(handle.listAllSnapshots)))
         except LibvirtError as exc:
             raise unreadable(domain.name, exc) from exc
+        places = [self.pools.place_of(volume) for _name, part in parts for volume in part.volumes]
+        return Kept(
+            tuple(KnownCheckpoint(name, part.bitmaps) for name, part in parts),
+            snapshots,
+            # Without a path of today nothing is known, and a disk is rather ambiguous.
+            frozenset(place.path for place in places if place.path).union(*(part.images for _name, part in parts)),
+        )
 
 
 def _read(handle: t.Any, name: str) -> Domain | Unreadable:

@@ -97,6 +97,14 @@ class DomainDisk(t.NamedTuple):
     suspect: str | None = None  # as Place has it
 
 
+class CheckpointParts(t.NamedTuple):
+    """What is kept of the XML of a checkpoint, which has the whole definition of the domain at that time."""
+
+    bitmaps: t.Mapping[str, str]  # by target
+    images: frozenset[str]  # paths of the disks that the domain had, and could write to
+    volumes: frozenset[Volume]  # those of them that were volumes
+
+
 class Definition:
     """The XML of a domain. Its disks are parsed once.
 
@@ -181,14 +189,19 @@ class Definition:
         return "".join(f"    {element.toxml()}\n" for element in elements)
 
 
-def bitmaps_of(checkpoint: str) -> dict[str, str]:
-    """Return the bitmaps of a checkpoint by target (libvirt, "Checkpoint XML format")."""
-    disks = _children(_children(_parse(checkpoint).documentElement, "disks")[0], "disk")
-    return {
-        disk.getAttribute("name"): disk.getAttribute("bitmap")
-        for disk in disks
-        if disk.getAttribute("checkpoint") == "bitmap"
-    }
+def checkpoint_from(text: str) -> CheckpointParts:
+    """Return what the XML of a checkpoint says (libvirt, "Checkpoint XML format")."""
+    root = _parse(text).documentElement
+    disks = [disk for part in _children(root, "disks") for disk in _children(part, "disk")]
+    with_bitmap = [disk for disk in disks if disk.getAttribute("checkpoint") == "bitmap"]
+    had = [disk for domain in _children(root, "domain") for disk in _disks_of(domain) if _is_written(disk)]
+    paths = [_source_of(disk, disk.getAttribute("type") or "file") for disk in had]
+    sources = [source for disk in had for source in _children(disk, "source") if source.hasAttribute("volume")]
+    return CheckpointParts(
+        {disk.getAttribute("name"): disk.getAttribute("bitmap") for disk in with_bitmap},
+        frozenset(path for path in paths if path is not None),
+        frozenset(_volume_from(source) for source in sources),
+    )
 
 
 def pool_from(text: str) -> tuple[str, str | None]:
@@ -201,13 +214,6 @@ def pool_from(text: str) -> tuple[str, str | None]:
 def _text_of(element: t.Any) -> str:
     """Return the text in an element, without that of its children."""
     return "".join(part.data for part in element.childNodes if part.nodeType == part.TEXT_NODE).strip()
-
-
-def images_of(checkpoint: str) -> list[str]:
-    """Return the paths of the disks that the domain had when a checkpoint was made."""
-    disks = [disk for domain in _children(_parse(checkpoint).documentElement, "domain") for disk in _disks_of(domain)]
-    sources = [_source_of(disk, disk.getAttribute("type") or "file") for disk in disks]
-    return [source for source in sources if source is not None]
 
 
 def _places_of_disks(data: bytes) -> list[tuple[int, int]]:
@@ -248,6 +254,11 @@ def _disk_elements(document: t.Any) -> list[t.Any]:
 
 def _disks_of(domain: t.Any) -> list[t.Any]:
     return [disk for devices in _children(domain, "devices") for disk in _children(devices, "disk")]
+
+
+def _is_written(disk: t.Any) -> bool:
+    """Whether the domain can write to a disk. One that it only reads may be a template."""
+    return (disk.getAttribute("device") or "disk") == "disk" and not _children(disk, "readonly")
 
 
 def _target_of(disk: t.Any) -> str:

@@ -18,8 +18,8 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.inventory i
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.names import same_names
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.overlay import plan_domain
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.plan import SnapshotRequest
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection import Domain, Kept, KnownCheckpoint
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import Definition
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection import Domain, Kept
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import Definition, checkpoint_from
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import Mark
 
 from .. import qemu
@@ -33,7 +33,7 @@ class Host:
     def __init__(self, folder):
         self.folder = folder
         self.domains = {}
-        self.checkpoints = {}  # of a domain by name, as XML
+        self.checkpoints = {}  # images that a checkpoint remembers, by name of the domain
 
     def image(self, name, below=None):
         """Make an image, on top of another if that is given."""
@@ -55,14 +55,13 @@ class Host:
     def remember(self, name):
         """Have libvirt remember what the domain is like now, by a checkpoint."""
         domain = self.domains[name].definition.text
-        self.checkpoints[name] = f"<domaincheckpoint><disks/>{domain}</domaincheckpoint>"
+        self.checkpoints[name] = checkpoint_from(f"<domaincheckpoint>{domain}</domaincheckpoint>").images
 
     def plan(self, name, snapshot, directory=None):
         """Return what would become of a domain."""
         request = SnapshotRequest(snapshot, None, directory and str(directory), False, Creation())
         stock, domain = Inventory(self.domains), self.domains[name]
-        texts = [self.checkpoints[name]] if name in self.checkpoints else []
-        kept = Kept(tuple(KnownCheckpoint("c", {}, text) for text in texts))
+        kept = Kept(images=self.checkpoints.get(name, frozenset()))
         return plan_domain(domain, [stock.facts(domain, disk) for disk in domain.definition.disks], request, kept)
 
     def snapshot(self, name, snapshot, directory=None):

@@ -12,6 +12,7 @@ import collections
 
 import libvirt
 import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection import Libvirt
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import Place, Volume
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.pools import Pools
 
@@ -112,3 +113,24 @@ def test_pools_are_refreshed_of_which_a_refresh_that_fails_unmounts_nothing(host
     finally:
         mounted.destroy()
     assert {call for call in calls if call[0] == "refresh"} == {("refresh", "images")}
+
+
+def test_a_checkpoint_remembers_disks_that_were_volumes_then(host):
+    volume = "<disk type='volume'><source pool='{}' volume='web.qcow2'/><target dev='vd{}' bus='virtio'/></disk>"
+    file = "<disk type='file'><source file='/srv/data.qcow2'/><target dev='vdc' bus='virtio'/></disk>"
+    disks = volume.format("images", "a") + volume.format("others", "b") + file
+    domain = host.createXML(
+        "<domain type='test'><name>web</name><memory>1024</memory><os><type>hvm</type></os>"
+        f"<devices>{disks}</devices></domain>",
+        0,
+    )
+    for name in ("one", "two"):
+        domain.checkpointCreateXML(
+            f"<domaincheckpoint><name>{name}</name><disks><disk name='vda' checkpoint='bitmap' bitmap='b{name}'/>"
+            "<disk name='vdb' checkpoint='no'/><disk name='vdc' checkpoint='no'/></disks></domaincheckpoint>"
+        )
+    host.storagePoolLookupByName("others").destroy()
+    daemon = Libvirt("test:///default")
+    kept = daemon.kept(daemon.domains()["web"])
+    assert [tuple(one) for one in kept.checkpoints] == [("one", {"vda": "bone"}), ("two", {"vda": "btwo"})]
+    assert kept.images == {"/srv/images/web.qcow2", "/srv/data.qcow2"}

@@ -15,8 +15,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition
     StatedChain,
     StatedImage,
     Volume,
-    bitmaps_of,
-    images_of,
+    checkpoint_from,
     pool_from,
 )
 
@@ -294,18 +293,23 @@ def test_the_bitmaps_of_a_checkpoint():
       <disk name='vda' checkpoint='bitmap' bitmap='one'/><disk name='vdb' checkpoint='no'/>
       <disk name='vdc' checkpoint='bitmap' bitmap='other'/></disks><domain><devices><disk/></devices></domain>
       </domaincheckpoint>"""
-    assert bitmaps_of(text) == {"vda": "one", "vdc": "other"}
+    assert checkpoint_from(text) == ({"vda": "one", "vdc": "other"}, frozenset(), frozenset())
 
 
-def test_the_images_that_a_domain_had_when_a_checkpoint_was_made():
+def test_the_images_that_a_domain_could_write_to_when_a_checkpoint_was_made():
     text = (
         "<domaincheckpoint><name>c</name><disks><disk name='vda' checkpoint='bitmap' bitmap='c'/></disks>"
         "<domain><devices><disk type='file'><source file='/srv/web.qcow2'/></disk><disk><source file='/srv/b'/></disk>"
         "<disk type='block'><source dev='/dev/vg/web'/></disk><disk type='network'><source name='x'/></disk>"
-        "<disk type='file' device='cdrom'/></devices></domain></domaincheckpoint>"
+        "<disk type='volume'><source pool='p' volume='v'/></disk>"
+        "<disk type='file' device='cdrom'><source file='/srv/debian.iso'/></disk>"
+        "<disk type='volume' device='cdrom'><source pool='p' volume='iso'/></disk>"
+        "<disk type='file'><source file='/srv/template.qcow2'/><readonly/></disk></devices></domain></domaincheckpoint>"
     )
-    assert images_of(text) == ["/srv/web.qcow2", "/srv/b", "/dev/vg/web"]
-    assert images_of("<domaincheckpoint><name>c</name><disks/></domaincheckpoint>") == []
+    parts = checkpoint_from(text)
+    assert parts.images == {"/srv/web.qcow2", "/srv/b", "/dev/vg/web"}
+    assert parts.volumes == {Volume("p", "v", is_direct=False)}
+    assert checkpoint_from("<domaincheckpoint><name>c</name><disks/></domaincheckpoint>").images == frozenset()
 
 
 def test_a_disk_can_be_switched_to_any_type_and_format():
