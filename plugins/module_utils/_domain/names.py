@@ -81,11 +81,15 @@ def _judge_unmarked(
     if not _may_be(overlay, facts, mark):
         return None
     is_own, was_active = overlay in facts.own, _was_active(below, facts, mark.vm, remembered())
-    fits = _mark_of(overlay) is not None or _is_called_so(overlay, below, facts, domain, mark)
-    # Below what another domain has as its disk, or on top of it, a name alone tells of a clone of a template.
-    is_lent = _mark_of(overlay) is None and (overlay in facts.lent or below in facts.lent)
-    if was_active or (fits and not is_lent):
-        return Found(overlay, below, is_certain=is_own and was_active and fits)
+    if _mark_of(overlay) is not None:
+        return Found(overlay, below, is_certain=was_active)
+    stem = os.path.basename(overlay.path)[: -len(f".{mark.snapshot}.qcow2")]
+    stems = _stems_on(below, facts, domain, mark)
+    # On debian.web1.qcow2, debian.web1.monday.qcow2 is the snapshot monday of it; web1.monday of debian, perhaps.
+    name = f"{stem}.{mark.snapshot}"
+    has_longer = any(name.startswith(f"{one}.") for one in stems if len(one) > len(stem))
+    if was_active or (stem in stems and overlay not in facts.lent and below not in facts.lent):
+        return Found(overlay, below, is_certain=is_own and was_active and stem in stems and not has_longer)
     return None
 
 
@@ -117,11 +121,10 @@ def _may_be(overlay: Layer, facts: DiskFacts, mark: Mark) -> bool:
     return overlay in facts.own and top is not None and top.vm == found.vm and found.snapshot == mark.snapshot
 
 
-def _is_called_so(overlay: Layer, below: Layer, facts: DiskFacts, domain: str, mark: Mark) -> bool:
-    """Whether the image is called as the snapshot of the image below is, or was by version 0.1."""
+def _stems_on(below: Layer, facts: DiskFacts, domain: str, mark: Mark) -> set[str]:
+    """Return what the names of overlays on top of an image can begin with, or could in version 0.1."""
     chain = _chain_from(below, facts)
-    stems = {*_old_stems([layer.path for layer in chain]), stem_of(chain, mark.vm), f"{domain}.{mark.target}"}
-    return os.path.basename(overlay.path) in {f"{stem}.{mark.snapshot}.qcow2" for stem in stems}
+    return {*_old_stems([layer.path for layer in chain]), stem_of(chain, mark.vm), f"{domain}.{mark.target}"}
 
 
 def _mark_of(layer: Layer) -> Mark | None:

@@ -323,9 +323,9 @@ def test_names_that_are_too_long_are_refused_with_the_reason(host):
     assert host.snapshot("w" * 250, "s", host.folder) == ["name_too_long"]
 
 
-def old_overlay(host, name, *chain):
+def old_overlay(host, name, *chain, template=None):
     """Have a domain on an overlay without a mark, as version 0.1 made it, or as libvirt copies it."""
-    host.image(chain[0])
+    host.image(chain[0], template)
     host.define(name, chain[0])
     host.remember(name)
     for below, image in zip(chain, chain[1:]):
@@ -378,6 +378,13 @@ def test_an_old_overlay_below_which_is_a_template_since_is_not_made_twice(host):
     host.checkpoints.clear()
     assert host.snapshot("deb", "monday") == ["ambiguous"]
     assert host.snapshot("clone", "monday") == ["clone.monday.qcow2"]
+
+
+def test_an_old_overlay_whose_name_can_be_read_as_two_snapshots_is_the_one_of_the_longer_stem_only(host):
+    host.image("debian.qcow2")
+    old_overlay(host, "clone", "debian.web1.qcow2", "debian.web1.monday.qcow2", template="debian.qcow2")
+    assert host.snapshot("clone", "monday") == "present"
+    assert host.snapshot("clone", "web1.monday") == ["ambiguous"]
 
 
 @pytest.mark.parametrize("remembers", [True, False])
