@@ -93,13 +93,14 @@ client() {
 
 # restored FOLDER IMAGE...: restore what is in the folder, and compare it with the images.
 restored() {
-  local folder=$1 image
+  local folder=$1 image name
   shift
   rm -rf "$lab/restored"
   mkdir "$lab/restored"
   client restore -i "$folder" -o "$lab/restored"
   for image; do
     name=$(basename "$image")
-    qemu-img compare -q "$lab/restored/${name%%.*}.qcow2" "$image"
+    # The client names a disk as the definition did when it was backed up last.
+    qemu-img compare -q "$lab/restored/${name%%.*}".*qcow2 "$image"
   done
 }
