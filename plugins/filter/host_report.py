@@ -243,16 +243,12 @@ import typing as t
 
 from ..plugin_utils._report.host import Pass, Steps, host_report
 from ..plugin_utils._report.text import summary_of_host
+from ..plugin_utils._variables import texts
 
 
 def _taken(result: t.Mapping[str, t.Any] | None) -> t.Mapping[str, t.Any] | None:
     """Return the result of a step, or None if it was not taken."""
     return None if not result or result.get("skipped") else result
-
-
-def _texts(names: str | t.Sequence[str]) -> list[str]:
-    """Return the names, which may be a text, as the modules take it."""
-    return [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
 
 
 def make_host_report(results: t.Mapping[str, t.Any], check_mode: bool) -> dict[str, t.Any]:
@@ -264,7 +260,7 @@ def make_host_report(results: t.Mapping[str, t.Any], check_mode: bool) -> dict[s
         results.get("waiting_for", ()),
         results.get("all_or_none", False),
         results.get("problem", ""),
-        [name for name in _texts(results.get("names", ())) if any(character in name for character in "*?[")],
+        [name for name in texts(results.get("names")) if any(character in name for character in "*?[")],
     )
     report = host_report(steps, check_mode)
     return {**report, "summary": summary_of_host(report)}

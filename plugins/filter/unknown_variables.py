@@ -14,7 +14,7 @@ description:
     effect, and the run would be wider than meant.
   - A name is told if it begins with C(overlay_), in whatever case and also with C(-) for C(_), and neither role nor
     playbook knows it. Also if it is one of theirs but for a letter, such as C(ovelay_domains).
-positional: others
+positional: others, hosts
 options:
   _input:
     description: Names of variables.
@@ -25,6 +25,13 @@ options:
     description: Names that belong to something else.
     type: list
     elements: str
+    default: []
+  hosts:
+    description:
+      - Variables of each host, whose names are looked at, too. For a host its own C(overlay_other_variables) counts
+        besides O(others).
+    type: list
+    elements: dict
     default: []
 author:
   - kvmfleet contributors (@kvmfleet)
@@ -41,28 +48,36 @@ EXAMPLES = r"""
 
 RETURN = r"""
 _value:
-  description: A sentence for each such name, with the nearest one that is known. None is an empty list.
+  description: A sentence for each such name, with the one that is known and near, if any is. None is an empty list.
   type: list
   elements: str
-  sample: ["overlay_domain: no variable of this name is known. Is it overlay_domains?"]
+  sample:
+    - >-
+      overlay_domain: no variable of this name is known. Is it overlay_domains?
+      If it belongs to something else, name it in overlay_other_variables.
 """
 
 import typing as t
 
-from ..plugin_utils._variables import misspelt
+from ..plugin_utils._variables import OTHERS, misspelt, texts
 
 
-def unknown_variables(names: t.Iterable[str], others: str | t.Sequence[str] = ()) -> list[str]:
+def unknown_variables(
+    names: t.Iterable[str], others: str | t.Sequence[str] = (), hosts: t.Iterable[t.Mapping[str, t.Any]] = ()
+) -> list[str]:
     """Return a sentence for each name."""
-    # A text is what a survey gives.
-    known = [name.strip() for name in others.split(",")] if isinstance(others, str) else others
-    return [_sentence(name, near) for name, near in misspelt(names, known)]
+    everywhere = texts(others)
+    unknown = dict(misspelt(names, everywhere))
+    for variables in hosts:
+        unknown.update(misspelt(variables, [*everywhere, *texts(variables.get(OTHERS))]))
+    return [_sentence(name, unknown[name]) for name in sorted(unknown)]
 
 
 def _sentence(name: str, near: str | None) -> str:
     """Return what is wrong with a name, and what to do."""
-    remedy = f"Is it {near}?" if near else "If it belongs to something else, name it in overlay_other_variables."
-    return f"{name}: no variable of this name is known. {remedy}"
+    question = f"Is it {near}? " if near else ""
+    way_out = f"If it belongs to something else, name it in {OTHERS}."
+    return f"{name}: no variable of this name is known. {question}{way_out}"
 
 
 class FilterModule:

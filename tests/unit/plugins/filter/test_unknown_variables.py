@@ -9,6 +9,8 @@ import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.filter.unknown_variables import unknown_variables
 from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils._variables import known_variables
 
+_WAY_OUT = "If it belongs to something else, name it in overlay_other_variables."
+
 
 @pytest.mark.parametrize(
     "name, near",
@@ -23,17 +25,29 @@ from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils._variables import k
         ("overlays_domains", "overlay_domains"),
         ("ovelay_domains", "overlay_domains"),
         ("overlya_snapshot", "overlay_snapshot"),
+        ("overlay_al_or_none", "overlay_all_or_none"),
+        ("overlay_snapshot_name", "overlay_snapshot"),
     ],
 )
-def test_a_misspelt_name_is_told_with_the_nearest(name, near):
-    assert unknown_variables([name]) == [f"{name}: no variable of this name is known. Is it {near}?"]
+def test_a_misspelt_name_is_told_with_the_nearest_and_the_other_way_out(name, near):
+    assert unknown_variables([name]) == [f"{name}: no variable of this name is known. Is it {near}? {_WAY_OUT}"]
 
 
-def test_a_name_to_which_none_is_near_is_told_with_the_way_out():
-    assert unknown_variables(["overlay_xyzxyzxyz"]) == [
-        "overlay_xyzxyzxyz: no variable of this name is known. "
-        "If it belongs to something else, name it in overlay_other_variables."
-    ]
+@pytest.mark.parametrize(
+    "name",
+    [
+        "overlay_xyzxyzxyz",
+        "overlay_network_cidr",
+        "overlay_network",
+        "overlay_net",
+        "overlay_mtu",
+        "overlay_path",
+        "overlay_lowerdir",
+        "overlay_",
+    ],
+)
+def test_a_name_to_which_none_is_near_is_told_with_the_way_out(name):
+    assert unknown_variables([name]) == [f"{name}: no variable of this name is known. {_WAY_OUT}"]
 
 
 def test_what_is_known_and_what_is_somebody_elses_is_no_mistake():
@@ -58,3 +72,29 @@ def test_names_can_be_let_pass(others):
 def test_each_name_is_told_once_and_in_order():
     told = unknown_variables(["overlay_z", "overlay_hots", "overlay_z"])
     assert [text.split(":")[0] for text in told] == ["overlay_hots", "overlay_z"]
+
+
+@pytest.mark.parametrize("own", [["overlay_network"], "overlay_network, overlay_nets", ("overlay_network",)])
+def test_a_host_lets_pass_what_it_names_itself(own):
+    listed = {"overlay_network": "10.0.0.0/8", "overlay_other_variables": own}
+    assert unknown_variables(["overlay_snapshot"], [], [{"overlay_disks": []}, listed, {"ansible_host": "x"}]) == []
+
+
+def test_what_one_host_lets_pass_is_unknown_on_another():
+    listed = {"overlay_network": "10.0.0.0/8", "overlay_other_variables": ["overlay_network"]}
+    told = unknown_variables(
+        [], [], [listed, {"overlay_network": "10.0.0.0/8"}, {"overlay_hots": 1}, {"overlay_hots": 2}]
+    )
+    assert [text.split(":")[0] for text in told] == ["overlay_hots", "overlay_network"]
+
+
+def test_what_the_play_lets_pass_is_known_on_every_host():
+    hosts = [
+        {"overlay_network": 1},
+        {"overlay_network": 2, "overlay_nets": 3, "overlay_other_variables": "overlay_nets"},
+    ]
+    assert unknown_variables(["overlay_network"], ["overlay_network"], hosts) == []
+
+
+def test_an_empty_key_lets_nothing_pass():
+    assert len(unknown_variables([], [], [{"overlay_network": 1, "overlay_other_variables": None}])) == 1
