@@ -72,7 +72,7 @@ def fixture_calls(monkeypatch):
 
 def test_a_volume_is_looked_up_once(host, calls):
     pools = Pools(host)
-    assert [pools.place_of(WEB) for _ in range(3)] == [Place("/srv/images/web.qcow2", "file")] * 3
+    assert [pools.place_of(WEB) for _time in range(3)] == [Place("/srv/images/web.qcow2", "file")] * 3
     assert pools.place_of(WEB._replace(pool="others")).path == "/srv/others/web.qcow2"
     gone = pools.place_of(WEB._replace(name="gone"))
     assert (gone.path, gone.suspect) == (None, "/srv/images/gone")
@@ -98,7 +98,7 @@ def test_pools_that_cannot_be_listed_are_told_where_a_volume_is_used_only():
     assert pools.refresh([]) == pools.refresh(["/srv/images"]) == []
     daemon = Daemon(error)
     pools = Pools(daemon)
-    assert [pools.place_of(WEB).suspect for _ in range(3)] == ["web.qcow2"] * 3
+    assert [pools.place_of(WEB).suspect for _time in range(3)] == ["web.qcow2"] * 3
     assert "libvirt cannot tell about the volume web.qcow2: no connection driver" in pools.place_of(WEB).why_unfit
     (warning,) = pools.refresh(["/srv/images"])
     assert "cannot list its storage pools, so none was refreshed: no connection driver available." in warning
