@@ -84,8 +84,9 @@ extents_in() {
 
 # client backup|restore OPTION...: Debian's virtnbdbackup or virtnbdrestore.
 client() {
-  # A user and a password must be given with a socket of one's own; nobody asks for them.
-  "virtnbd$1" -U "$LIBVIRT_DEFAULT_URI" --user none --password none "${@:2}" > "$lab/client.log" 2>&1 || {
+  # A user and a password must be given with a socket of one's own; nobody asks for them. Its own socket would have a name
+  # of its process number, which may be that of another one in another namespace.
+  "virtnbd$1" -U "$LIBVIRT_DEFAULT_URI" --user none --password none -f "$lab/client.sock" "${@:2}" > "$lab/client.log" 2>&1 || {
     cat "$lab/client.log" >&2
     return 1
   }
