@@ -73,6 +73,11 @@ offline() {
   done
 }
 
+fail() {
+  echo "$*" >&2
+  return 1
+}
+
 # extents_in LABEL: what a backup holds itself, for both disks.
 extents_in() {
   local target
@@ -92,16 +97,19 @@ client() {
   }
 }
 
-# restored FOLDER IMAGE...: restore what is in the folder, and compare it with the images.
+# restored FOLDER IMAGE-OF-VDA IMAGE-OF-VDB: restore what is in the folder, and compare it with the images.
 restored() {
-  local folder=$1 image name
-  shift
-  rm -rf "$lab/restored"
-  mkdir "$lab/restored"
-  client restore -i "$folder" -o "$lab/restored"
-  for image; do
-    name=$(basename "$image")
+  local folder=$1 images=("$2" "$3") number target name
+  for number in 0 1; do
+    target=vd$(printf %b "\\$((141 + number))")
+    rm -rf "$lab/restored"
+    mkdir "$lab/restored"
+    # One disk at a time: the client does not wait for the end of the server that it writes the one to, and writes the next
+    # one to whichever answers.
+    client restore -d "$target" -i "$folder" -o "$lab/restored"
+    while pgrep -f "qemu-nbd .*$lab/restored/" > /dev/null; do sleep 0.1; done
+    name=$(basename "${images[$number]}")
     # The client names a disk as the definition did when it was backed up last.
-    qemu-img compare -q "$lab/restored/${name%%.*}".*qcow2 "$image"
+    qemu-img compare "$lab/restored/${name%%.*}".*qcow2 "${images[$number]}"
   done
 }
