@@ -83,7 +83,17 @@ extents_in() {
   local target
   for target in vda vdb; do
     qemu-img map --output=json "$lab/backups/$1.$target" |
-      python3 -c 'import json, sys; print([(e["start"], e["length"]) for e in json.load(sys.stdin) if e["depth"] == 0])'
+      python3 -c 'if True:
+        import json, sys
+        found = []
+        for one in json.load(sys.stdin):
+            if one["depth"]:
+                continue
+            if found and found[-1][1] == one["start"]:  # how it is stored makes no difference
+                found[-1][1] += one["length"]
+            else:
+                found.append([one["start"], one["start"] + one["length"]])
+        print(found)'
   done
 }
 
