@@ -1,11 +1,14 @@
 # The commands of this collection's developers. Each says what it installs before it does; see docs/development.md.
-.PHONY: demo test test-fleet galaxy lint units integration prove bench bench-fleet bench-side clean
+.PHONY: demo test test-between test-fleet galaxy lint units integration prove bench bench-fleet bench-side clean
 
 demo:
 	tests/demo.sh
 
 test:
 	PROVE="$${PROVE:---rounds 4 --seed 1}" tests/run.sh build galaxy lint sanity units integration fleet prove
+
+test-between:
+	tests/run.sh between
 
 test-fleet:
 	tests/run.sh fleet

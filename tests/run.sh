@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# run.sh STEP...: build, galaxy, lint, sanity, units, integration, fleet, prove, bench, bench-fleet or bench-side, in the order
-# given; what is missing is installed. $PROVE has the options of the programs of step prove, which tell them with --help.
+# run.sh STEP...: build, galaxy, lint, sanity, units, integration, between, fleet, prove, bench, bench-fleet or bench-side, in
+# the order given; what is missing is installed. $PROVE has the options of the programs of step prove, which tell them with --help.
 # A line tells what came of each step, or of each leg of it; its output lies in .cache/log. VERBOSE=1 shows that, too.
 # All that it makes lies in .cache: virtual environments, a copy of the collection at the path that Ansible wants.
 # Integration tests mount small file systems, change owners and make hosts, so they run as root, by sudo if need be.
@@ -94,10 +94,6 @@ prepare() {
     [ "$core" != "$system_core" ] || install "/usr/include/python$host/Python.h=python3-dev"
     # Only to run module code and its unit tests in: the Python of a managed host needs no Ansible.
     make_venv "host-$host" "$(find_python "$host")" -r tests/unit/requirements.txt libvirt-python
-  done
-  for leg in "${usable_between[@]}"; do
-    read -r core controller host <<< "$leg"
-    make_venv "core-$core" "$(find_python "$controller")" "ansible-core==$core.*" -r tests/unit/requirements.txt
   done
 }
 
@@ -336,7 +332,7 @@ as_root() (  # as_root STEP: by sudo, if we are not root
   exit "$status"
 )
 
-each_leg() {  # each_leg STEP: all of the matrix, one after the other, but integration side by side, in two rounds
+each_leg() {  # each_leg STEP: all of the matrix, one after the other, but integration side by side
   local leg core controller host
   for leg in "${usable[@]}"; do
     read -r core controller host <<< "$leg"
@@ -344,18 +340,24 @@ each_leg() {  # each_leg STEP: all of the matrix, one after the other, but integ
     [ "$1" = integration ] || await
   done
   await
-  [ "$1" = integration ] || return 0
-  for leg in "${usable_between[@]}"; do
-    read -r core controller host <<< "$leg"
-    begin "$1-$core" "$1, ansible-core $core" "$1" "$core" "$controller" "$host" overlay_role
-  done
-  await
+}
+
+between() {  # between CORE CONTROLLER-PYTHON HOST-PYTHON: what depends on the controller, with a core between those of the legs
+  make_venv "core-$1" "$(find_python "$2")" "ansible-core==$1.*" -r tests/unit/requirements.txt
+  integration "$@" overlay_role
 }
 
 run() {  # run STEP
-  local program
+  local program leg core controller host
   case $1 in
     sanity | units | integration) each_leg "$1" ;;
+    between)
+      for leg in "${usable_between[@]}"; do
+        read -r core controller host <<< "$leg"
+        begin "between-$core" "role and playbook, ansible-core $core" between "$core" "$controller" "$host"
+        await
+      done
+      ;;
     prove)
       for program in kills faults domains hostile; do
         begin "prove-$program" "prove, $program" prove "$program"
@@ -372,7 +374,7 @@ prepared=''
 [ "$1" != --prepared ] || { prepared=yes; shift; }  # by as_root alone
 for step; do
   case $step in
-    build | galaxy | lint | sanity | units | integration | fleet | prove | bench | bench-fleet | bench-side) ;;
+    build | galaxy | lint | sanity | units | integration | between | fleet | prove | bench | bench-fleet | bench-side) ;;
     *) echo "unknown step: $step" >&2; exit 2 ;;
   esac
 done
@@ -389,7 +391,7 @@ find_legs
 copy_collection "$copy"
 for step; do
   case $step in
-    integration | fleet | prove | bench-fleet | bench-side) [ "$(id -u)" -eq 0 ] || { as_root "$step"; continue; } ;;
+    integration | between | fleet | prove | bench-fleet | bench-side) [ "$(id -u)" -eq 0 ] || { as_root "$step"; continue; } ;;
   esac
   run "$step"
 done
