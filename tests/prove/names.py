@@ -159,7 +159,8 @@ def chain_wrong(disk: kinds.Disk) -> list[str]:
     if said.returncode:
         return [f"QEMU cannot follow the chain: {said.stderr!r}"]
     below = json.loads(said.stdout)[1:]
-    if len(below) != 1 or not os.path.samefile(below[0]["filename"], disk.active):
+    depth = 2 if disk.number == 0 else 1  # the first disk has an image below
+    if len(below) != depth or not os.path.samefile(below[0]["filename"], disk.active):
         return [f"below the overlay QEMU finds {below}"]
     return []
 
