@@ -18,7 +18,7 @@ import promise
 import qemu
 import runs
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.dirty import DirtyMap
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.dirty import maps_of
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.image import read_image
 
 
@@ -203,14 +203,12 @@ def dirty_granules(path: str | pathlib.Path, granularities: t.Mapping[str, int])
     found = {}
     with open_image(str(path)) as file:
         image = read_image(file)
-        for bitmap, table in zip(image.bitmaps, image.bitmap_tables):
-            if bitmap.name in granularities and not bitmap.inconsistent:
-                bits = bin(DirtyMap(file, image, bitmap, table).bits(0, image.virtual_size))[:1:-1]
-                starts = (number * bitmap.granularity for number, bit in enumerate(bits) if bit == "1")
-                own = granularities[bitmap.name]
-                found[bitmap.name] = {
-                    granule
-                    for start in starts
-                    for granule in range(start // own, -(-(start + bitmap.granularity) // own))
+        for name, one in maps_of(file, image).items():
+            if name in granularities:
+                bits = bin(one.bits(0, image.virtual_size))[:1:-1]
+                starts = (number * one.granularity for number, bit in enumerate(bits) if bit == "1")
+                own = granularities[name]
+                found[name] = {
+                    granule for start in starts for granule in range(start // own, -(-(start + one.granularity) // own))
                 }
     return found

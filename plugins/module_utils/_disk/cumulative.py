@@ -25,7 +25,7 @@ import typing as t
 from .._base.errors import Refusal
 from .._base.files import OpenImage, owning
 from .._qcow2.bitmaps import Bitmap
-from .._qcow2.dirty import DirtyMap, first_difference, united
+from .._qcow2.dirty import DirtyMap, is_union, maps_of, united
 from .._qcow2.image import Image, read_image
 from .._qcow2.scratch import write_scratch
 from .bitmap_rules import carries_over
@@ -56,12 +56,12 @@ def map_chain(active: ObservedChain, file: OpenImage, open_below: t.Callable[[st
                 raise Refusal("changed_meanwhile", layer.path, "was moved or replaced meanwhile", "Run this again.")
         # Of an image below, what was read before it was kept from writers may be of yesterday.
         image = layer.image if layer is active.layers[0] else read_image(file)
-        stored = {b.name: (b, table) for b, table in zip(image.bitmaps, image.bitmap_tables) if not b.inconsistent}
-        wanted = {name: bitmap for name, bitmap in wanted.items() if name in stored}
+        own = maps_of(file, image)
+        wanted = {name: bitmap for name, bitmap in wanted.items() if name in own}
         for name, bitmap in wanted.items():
-            own = DirtyMap(file, image, *stored[name])
-            maps.setdefault(name, []).append(own)
-            cost += own.most_dirty_bits // 8 * (1 if own.granularity == bitmap.granularity else _RESCALING)
+            one = own[name]
+            maps.setdefault(name, []).append(one)
+            cost += one.most_dirty_bits // 8 * (1 if one.granularity == bitmap.granularity else _RESCALING)
         if cost > MAX_UNITED:
             raise _too_large(layer.path)
     return maps
@@ -126,6 +126,5 @@ def read_all(maps: Maps, bitmaps: t.Sequence[Bitmap], virtual_size: int) -> None
 
 def wrong_bits(maps: Maps, bitmaps: t.Sequence[Bitmap], file: OpenImage, image: Image) -> list[Bitmap]:
     """Return those of `bitmaps` that begin with other bits, in the open overlay, than the union of their maps."""
-    found = {b.name: DirtyMap(file, image, b, table) for b, table in zip(image.bitmaps, image.bitmap_tables)}
-    size = image.virtual_size
-    return [b for b in bitmaps if first_difference(maps.get(b.name, ()), found[b.name], size) is not None]
+    found, size = maps_of(file, image), image.virtual_size
+    return [b for b in bitmaps if not is_union(found[b.name], maps.get(b.name, ()), size)]

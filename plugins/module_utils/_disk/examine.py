@@ -14,7 +14,7 @@ from .._base.errors import Refusal, printable, system_refusal
 from .._base.files import OpenImage, open_image, owning
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer, relative_data_file, walk_chain, why_unusable
-from .._qcow2.dirty import DirtyMap, counting_cost, dirty_bytes
+from .._qcow2.dirty import DirtyMap, counting_cost, dirty_bytes, maps_of
 from .._qcow2.extents import has_allocated_extents
 from .._qcow2.formats import PLAIN
 from .._qcow2.header import SECTOR
@@ -201,9 +201,7 @@ class _OpenLayer:
     def map_bitmaps(self) -> None:
         """Map all bitmaps that hold what is stored, which checks their tables; Refusal if one is damaged."""
         if self.image is not None and not self.is_open_for_writing:
-            for bitmap, table in zip(self.image.bitmaps, self.image.bitmap_tables):
-                if not bitmap.inconsistent:
-                    self.maps[bitmap.name] = DirtyMap(self.file, self.image, bitmap, table)
+            self.maps = maps_of(self.file, self.image)
 
     def examined(self, *, with_figures: bool = True) -> ExaminedLayer:
         """Return the image as it was read, without anything that is open."""

@@ -15,7 +15,7 @@ import typing as t
 from .._base.errors import Refusal, system_refusal
 from .._base.files import Identity, OpenImage, identity_of, open_folder, open_image
 from .._qcow2.chain import Layer, is_local, resolve_name, walk_chain
-from .._qcow2.dirty import DirtyMap
+from .._qcow2.dirty import maps_of
 from .._qcow2.extents import has_allocated_extents
 from .._qcow2.header import is_qcow2
 from .._qcow2.image import Image, read_image
@@ -94,9 +94,7 @@ def _read_layers(top: OpenImage, backing_format: str, path: str) -> t.Iterator[L
     for layer, file in walk:
         if layer.image is not None:
             size.add(layer.path, layer.image)
-            for bitmap, table in zip(layer.image.bitmaps, layer.image.bitmap_tables):
-                if not bitmap.inconsistent:
-                    DirtyMap(file, layer.image, bitmap, table)  # reads the table and checks it
+            maps_of(file, layer.image)  # reads the tables and checks them
         yield layer
 
 

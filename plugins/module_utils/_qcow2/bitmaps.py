@@ -17,12 +17,13 @@ MAX_BITMAPS = 65535  # QEMU's QCOW2_MAX_BITMAPS
 MAX_BITMAP_NAME = 1023  # bytes; QEMU's BME_MAX_NAME_SIZE
 MAX_BITMAP_DIRECTORY = 1024 * MAX_BITMAPS  # bytes; QEMU's QCOW2_MAX_BITMAP_DIRECTORY_SIZE
 TABLE_ENTRY_SIZE = 8  # bytes of an entry of a bitmap table
+ENTRY_ALL_ONES = 1 << 0  # in an entry without data: all bits are set (qcow2 spec, Bitmap table)
 MAX_BITMAP_DATA = 512 * 1024 * 1024  # bytes that one bitmap may take; QEMU's BME_MAX_PHYS_SIZE
-_BITMAPS_EXTENSION = struct.Struct(">IIQQ")
-_BITMAP_ENTRY = struct.Struct(">QIIBBHI")
+BITMAPS_EXTENSION = struct.Struct(">IIQQ")
+BITMAP_ENTRY = struct.Struct(">QIIBBHI")
 _FLAG_IN_USE = 1 << 0
 _FLAG_AUTO = 1 << 1
-_TYPE_DIRTY_TRACKING = 1
+TYPE_DIRTY_TRACKING = 1
 
 
 class Bitmap(t.NamedTuple):
@@ -64,9 +65,9 @@ class BitmapsExtension(t.NamedTuple):
 
 def parse_bitmaps_extension(data: bytes, header: Header, path: str) -> BitmapsExtension:
     """Return the header extension; Refusal where QEMU too refuses it."""
-    if len(data) != _BITMAPS_EXTENSION.size:
+    if len(data) != BITMAPS_EXTENSION.size:
         raise damaged(path, f"its bitmaps extension is {len(data)} bytes long instead of 24")
-    count, reserved, size, offset = _BITMAPS_EXTENSION.unpack(data)
+    count, reserved, size, offset = BITMAPS_EXTENSION.unpack(data)
     if not header.autoclear & AUTOCLEAR_BITMAPS:
         return BitmapsExtension(False, count, size, offset)
     if reserved or not 1 <= count <= MAX_BITMAPS:
@@ -86,7 +87,7 @@ def read_bitmaps(file: OpenImage, extension: BitmapsExtension | None, header: He
     _is_trusted, count, size, offset = extension
     if not extension.is_trusted:
         return StoredBitmaps(lost=count)
-    if not count * _BITMAP_ENTRY.size < size:
+    if not count * BITMAP_ENTRY.size < size:
         raise damaged(path, f"its bitmap directory of {count} entries has an impossible length of {size} bytes")
     if offset < header.cluster_size or offset + size > file.length():
         raise damaged(path, f"its bitmap directory lies at offset {offset}, outside the image")
@@ -106,12 +107,12 @@ def _parse_directory(directory: bytes, count: int, header: Header, path: str) ->
     names: set[str] = set()
     position = 0
     while position < len(directory):
-        if position + _BITMAP_ENTRY.size > len(directory):
+        if position + BITMAP_ENTRY.size > len(directory):
             raise damaged(path, "its bitmap directory ends within an entry")
-        fields = _BITMAP_ENTRY.unpack_from(directory, position)
+        fields = BITMAP_ENTRY.unpack_from(directory, position)
         table_offset, table_size, flags, _kind, granularity_bits, name_size, _extra = fields
         _check_entry(fields, header, path)
-        start = position + _BITMAP_ENTRY.size
+        start = position + BITMAP_ENTRY.size
         name = text_of(directory[start : start + name_size])
         position = (start + name_size + 7) // 8 * 8
         if position > len(directory):
@@ -133,7 +134,7 @@ def _check_entry(fields: tuple[int, ...], header: Header, path: str) -> None:
     covered = (data * 8) << granularity_bits if granularity_bits < 64 else 0
     if (
         flags & ~(_FLAG_IN_USE | _FLAG_AUTO)
-        or kind != _TYPE_DIRTY_TRACKING
+        or kind != TYPE_DIRTY_TRACKING
         or extra_data_size
         or not 9 <= granularity_bits <= 31
         or not 1 <= name_size <= MAX_BITMAP_NAME

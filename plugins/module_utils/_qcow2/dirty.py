@@ -15,12 +15,11 @@ import sys
 import typing as t
 
 from .._base.files import OpenImage
-from .bitmaps import TABLE_ENTRY_SIZE, Bitmap, BitmapTable
+from .bitmaps import ENTRY_ALL_ONES, TABLE_ENTRY_SIZE, Bitmap, BitmapTable
 from .header import damaged
 from .image import Image
 
 _PIECE = 1 << 19  # bits of the finest bitmap that are looked at together; a cluster of 64 KiB holds so many
-_ENTRY_ALL_ONES = 1 << 0
 _ENTRY_OFFSET = 0x00FFFFFFFFFFFE00  # bits 9 to 55
 _DIGITS = "01"
 
@@ -45,17 +44,17 @@ class DirtyMap:
             self._entries.byteswap()
         for entry in self._entries:
             self._check(entry, bitmap)
+        self._dirty_clusters = len(self._entries) - self._entries.count(0)  # of the bitmap data, at most
 
     @property
     def most_dirty_bits(self) -> int:
         """An upper bound of the bits that are set, without a look at them."""
-        clusters = sum(1 for entry in self._entries if entry)
-        return min(clusters * self._cluster_size * 8, -(-self._virtual_size // self.granularity))
+        return min(self._dirty_clusters * self._cluster_size * 8, -(-self._virtual_size // self.granularity))
 
     def _check(self, entry: int, bitmap: Bitmap) -> None:
         """Refuse what QEMU too refuses about an entry of the table (qcow2 spec, Bitmap table)."""
         offset = entry & _ENTRY_OFFSET
-        if entry & ~_ENTRY_OFFSET & ~_ENTRY_ALL_ONES or (offset and (entry & 1 or offset % self._cluster_size)):
+        if entry & ~_ENTRY_OFFSET & ~ENTRY_ALL_ONES or (offset and (entry & 1 or offset % self._cluster_size)):
             raise damaged(self._file.path, f"an entry of the table of the bitmap {bitmap.name!r} is {entry:#x}")
 
     def bits(self, start: int, length: int) -> int:
@@ -84,8 +83,7 @@ class DirtyMap:
     def most_clusters(self, granularity: int, cluster_size: int) -> int:
         """Return an upper bound of the clusters that hold these bits in another image, in `granularity`."""
         here, there = self._cluster_size * 8 * self.granularity, cluster_size * 8 * granularity  # bytes of the disk
-        clusters = sum(1 for entry in self._entries if entry)
-        return min(clusters * (here // there if here > there else 1), -(-self._virtual_size // there))
+        return min(self._dirty_clusters * (here // there if here > there else 1), -(-self._virtual_size // there))
 
     def _data(self, first: int, end: int) -> bytes:
         """Return the bytes of the bitmap data from `first` up to, not including, `end`."""
@@ -101,10 +99,19 @@ class DirtyMap:
                         self._file.path, f"a bitmap has data at offset {entry & _ENTRY_OFFSET}, outside the file"
                     )
             else:
-                piece = (b"\xff" if entry & _ENTRY_ALL_ONES else b"\0") * length
+                piece = (b"\xff" if entry & ENTRY_ALL_ONES else b"\0") * length
             pieces.append(piece)
             first += length
         return b"".join(pieces)
+
+
+def maps_of(file: OpenImage, image: Image) -> dict[str, DirtyMap]:
+    """Return the map of each consistent bitmap of an open image, by name; Refusal if the table of one is damaged."""
+    return {
+        bitmap.name: DirtyMap(file, image, bitmap, table)
+        for bitmap, table in zip(image.bitmaps, image.bitmap_tables)
+        if not bitmap.inconsistent
+    }
 
 
 def dirty_bytes(maps: t.Sequence[DirtyMap], virtual_size: int) -> int:
@@ -117,18 +124,21 @@ def dirty_bytes(maps: t.Sequence[DirtyMap], virtual_size: int) -> int:
     length = max(finest * _PIECE, coarsest * 8)
     dirty = 0
     for start in range(0, virtual_size, length):
-        bits = 0
-        for one in maps:
-            bits |= _rescaled(one.bits(start, length), one.granularity, granularity)
-        if not bits:
-            continue
         here = min(length, virtual_size - start)  # bytes of the disk
-        granules = -(-here // granularity)
-        bits &= (1 << granules) - 1  # a coarser map marks some beyond the end of the disk
+        bits = _union(maps, granularity, start, here)
         dirty += bin(bits).count("1") * granularity
-        if bits >> (granules - 1):  # the last granule may reach beyond the end of the disk
+        if bits >> (-(-here // granularity) - 1):  # the last granule may reach beyond the end of the disk
             dirty -= -here % granularity
     return dirty
+
+
+def _union(maps: t.Sequence[DirtyMap], granularity: int, start: int, length: int) -> int:
+    """Return the bits of `granularity` that cover `length` bytes of the disk from `start`, dirty in any of `maps`."""
+    bits = 0
+    for one in maps:
+        bits |= _rescaled(one.bits(start, length), one.granularity, granularity)
+    # A coarser map marks some beyond the end of the disk. Most of a disk is clean, and needs no mask.
+    return bits and bits & ((1 << -(-length // granularity)) - 1)
 
 
 def united(
@@ -161,27 +171,17 @@ def _rescaled_data(maps: t.Sequence[DirtyMap], granularity: int, start: int, len
     pieces = []
     for begin in range(start, start + length, step):
         here = min(step, start + length - begin)  # bytes of the disk
-        bits = 0
-        for one in maps:
-            bits |= _rescaled(one.bits(begin, here), one.granularity, granularity)
-        bits &= (1 << -(-here // granularity)) - 1  # a coarser map marks some beyond the end of the disk
+        bits = _union(maps, granularity, begin, here)
         pieces.append(bits.to_bytes(-(-here // (granularity * 8)), "little"))
     return b"".join(pieces)
 
 
-def first_difference(maps: t.Sequence[DirtyMap], found: DirtyMap, virtual_size: int) -> int | None:
-    """Return where on the disk `found` is dirty and none of `maps`, or the other way round; None if nowhere.
-
-    The answer is in bytes, and may lie before the difference.
-    """
-    span = max((one.granularity * 8 for one in maps), default=0)
+def is_union(found: DirtyMap, maps: t.Sequence[DirtyMap], virtual_size: int) -> bool:
+    """Whether `found` marks just what is dirty in any of `maps`, in its granules."""
+    span = max((one.granularity * 8 for one in maps), default=0)  # both sides in the same pieces
     wanted = united(maps, found.granularity, virtual_size, span)
     there = united([found], found.granularity, virtual_size, span)
-    for one, other in itertools.zip_longest(wanted, there):
-        if one != other:
-            offset = min(piece[0] for piece in (one, other) if piece is not None)
-            return offset * 8 * found.granularity
-    return None
+    return all(one == other for one, other in itertools.zip_longest(wanted, there))
 
 
 def counting_cost(maps: t.Sequence[DirtyMap]) -> int:

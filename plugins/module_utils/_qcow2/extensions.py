@@ -11,10 +11,9 @@ import typing as t
 
 from .bitmaps import EXT_BITMAPS, BitmapsExtension, parse_bitmaps_extension
 from .formats import BACKING_FORMATS
-from .header import CRYPT_LUKS, Header, damaged, text_of
+from .header import CRYPT_LUKS, EXTENSION, Header, damaged, text_of
 from .mark import EXT_MARK, Mark, mark_from
 
-_EXTENSION = struct.Struct(">II")
 _CRYPTO = struct.Struct(">QQ")
 _END = 0
 _BACKING_FORMAT = 0xE2792ACA
@@ -38,8 +37,8 @@ def read_extensions(area: bytes, header: Header, path: str) -> Extensions:
     found = Extensions()
     offset, end = header.length, header.extensions_end
     while offset < end:
-        kind, length = _EXTENSION.unpack(area[offset : offset + _EXTENSION.size].ljust(_EXTENSION.size, b"\0"))
-        offset += _EXTENSION.size
+        kind, length = EXTENSION.unpack(area[offset : offset + EXTENSION.size].ljust(EXTENSION.size, b"\0"))
+        offset += EXTENSION.size
         if offset + length > end:
             raise damaged(path, f"header extension {kind:#010x} of {length} bytes reaches out of the header cluster")
         if kind == _END:

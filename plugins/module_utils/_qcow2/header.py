@@ -27,8 +27,9 @@ MAX_OFFSET = (1 << 63) - (1 << 30)  # bytes; QEMU's BDRV_MAX_LENGTH, beyond whic
 INSPECT = "Inspect it with 'qemu-img check', or restore it from a backup."
 REPAIR = "Repair it with 'qemu-img check -r all', or restore it from a backup."
 
-_V2_HEADER = struct.Struct(">4sIQIIQIIQQIIQ")
-_V3_HEADER = struct.Struct(">QQQIIB")  # with the compression type
+V2_HEADER = struct.Struct(">4sIQIIQIIQQIIQ")
+V3_HEADER = struct.Struct(">QQQIIB")  # what version 3 adds, with the compression type
+EXTENSION = struct.Struct(">II")  # type and length; qcow2 spec, Header extensions
 _MAX_REFCOUNT_TABLE = 8 * 1024 * 1024  # bytes; QEMU's QCOW_MAX_REFTABLE_SIZE
 _MAX_SNAPSHOTS = 65536  # QEMU's QCOW_MAX_SNAPSHOTS
 SNAPSHOT_ENTRY_SIZE = 40  # bytes; qcow2 spec, Snapshots, without what has no fixed length
@@ -67,7 +68,7 @@ class Header(t.NamedTuple):
     compatible: int = 0
     autoclear: int = 0
     refcount_order: int = 4
-    length: int = _V2_HEADER.size  # bytes; the extensions begin here
+    length: int = V2_HEADER.size  # bytes; the extensions begin here
     compression_type: int = 0
 
     @property
@@ -85,6 +86,11 @@ def l1_bytes(virtual_size: int, cluster_size: int, extended_l2: bool) -> int:
     """Return the size in bytes of the L1 table that an image of `virtual_size` bytes needs (qcow2 spec, L1 table)."""
     l2_entries = cluster_size // (16 if extended_l2 else 8)
     return -(-virtual_size // (l2_entries * cluster_size)) * L1_ENTRY_SIZE
+
+
+def extension_bytes(kind: int, data: bytes) -> bytes:
+    """Return a header extension, padded to 8 bytes (qcow2 spec, Header extensions)."""
+    return EXTENSION.pack(kind, len(data)) + data + bytes(-len(data) % 8)
 
 
 def damaged(path: str, what: str, remedy: str = INSPECT) -> Refusal:
@@ -107,8 +113,8 @@ def text_of(data: bytes | None) -> str | None:
 
 def read_header(file: OpenImage) -> Header:
     """Return the fixed part of the header (qcow2 spec, Header); Refusal if the file is no qcow2 image, or damaged."""
-    path, data = file.path, read_as_qemu(file, _V2_HEADER.size + _V3_HEADER.size, 0)
-    magic, version, backing_offset, backing_length, cluster_bits, *rest = _V2_HEADER.unpack_from(data)
+    path, data = file.path, read_as_qemu(file, V2_HEADER.size + V3_HEADER.size, 0)
+    magic, version, backing_offset, backing_length, cluster_bits, *rest = V2_HEADER.unpack_from(data)
     if magic != MAGIC:
         raise Refusal(
             "not_qcow2",
@@ -122,7 +128,7 @@ def read_header(file: OpenImage) -> Header:
         raise damaged(path, f"cluster_bits is {cluster_bits}, allowed is 9 to 21")
     header = Header(version, backing_offset, backing_length, 1 << cluster_bits, *rest)
     if version == 3:
-        header = _with_v3_fields(header, *_V3_HEADER.unpack_from(data, _V2_HEADER.size))
+        header = _with_v3_fields(header, *V3_HEADER.unpack_from(data, V2_HEADER.size))
     _check_features(header, path)
     _check_encoding(header, path)
     _check_tables(header, path)
@@ -162,7 +168,7 @@ def _with_v3_fields(
         autoclear=autoclear,
         refcount_order=refcount_order,
         length=length,
-        compression_type=compression_type if length > _V2_HEADER.size + _V3_HEADER.size - 1 else 0,
+        compression_type=compression_type if length > V2_HEADER.size + V3_HEADER.size - 1 else 0,
     )
 
 

@@ -16,10 +16,9 @@ import struct
 import typing as t
 
 from .._base.files import OpenImage
-from .header import read_header
+from .header import extension_bytes, read_header
 
 EXT_MARK = 0x6B766D66  # "kvmf"
-_EXTENSION = struct.Struct(">II")
 _BACKING_FILE = struct.Struct(">QI")  # qcow2 spec, Header, offset 8: offset and length of its name
 
 
@@ -59,6 +58,4 @@ def write_mark(file: OpenImage, mark: Mark) -> None:
 
 
 def _extension_of(mark: Mark) -> bytes:
-    """Return the extension, padded to 8 bytes."""
-    data = "\n".join(mark).encode("utf-8")
-    return _EXTENSION.pack(EXT_MARK, len(data)) + data.ljust(-(-len(data) // 8) * 8, b"\0")
+    return extension_bytes(EXT_MARK, "\n".join(mark).encode("utf-8"))

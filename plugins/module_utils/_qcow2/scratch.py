@@ -17,14 +17,21 @@ import os
 import struct
 import typing as t
 
-from .bitmaps import EXT_BITMAPS, TABLE_ENTRY_SIZE, Bitmap
-from .header import AUTOCLEAR_BITMAPS, L1_ENTRY_SIZE, MAGIC, l1_bytes
+from .bitmaps import (
+    BITMAP_ENTRY,
+    BITMAPS_EXTENSION,
+    ENTRY_ALL_ONES,
+    EXT_BITMAPS,
+    TABLE_ENTRY_SIZE,
+    TYPE_DIRTY_TRACKING,
+    Bitmap,
+)
+from .header import AUTOCLEAR_BITMAPS, L1_ENTRY_SIZE, MAGIC, V2_HEADER, V3_HEADER, extension_bytes, l1_bytes
 
 CLUSTER = 65536  # bytes
 _FULL = b"\xff" * CLUSTER
-_ALL_ONES = 1  # a table entry without data (qcow2 spec, Bitmap table)
 _REFCOUNT_ORDER = 4  # refcounts of 16 bits
-_HEADER_LENGTH = 104  # bytes
+_HEADER_LENGTH = 112  # bytes; a multiple of 8 that has all fields
 
 Pieces = t.Iterable[tuple[int, bytes]]  # of a bitmap's data: offset in bytes, a multiple of CLUSTER, and what is there
 
@@ -38,11 +45,12 @@ def write_scratch(fd: int, virtual_size: int, bitmaps: t.Iterable[tuple[Bitmap, 
     directory_at = writer.append(entries)
     l1_at = writer.append(b"", l1_size)
     refcounts_at, refcount_clusters = writer.append_refcounts()
-    extension = struct.pack(">IIIIQQ", EXT_BITMAPS, 24, len(directory), 0, len(entries), directory_at)
     fields = (0, 0, CLUSTER.bit_length() - 1, virtual_size, 0, l1_size // L1_ENTRY_SIZE, l1_at)
-    features = (0, 0, AUTOCLEAR_BITMAPS, _REFCOUNT_ORDER, _HEADER_LENGTH)
-    header = struct.pack(">4sIQIIQIIQQIIQ", MAGIC, 3, *fields, refcounts_at, refcount_clusters, 0, 0)
-    writer.write(0, header + struct.pack(">QQQII", *features) + extension + bytes(8))
+    header = V2_HEADER.pack(MAGIC, 3, *fields, refcounts_at, refcount_clusters, 0, 0)
+    header += V3_HEADER.pack(0, 0, AUTOCLEAR_BITMAPS, _REFCOUNT_ORDER, _HEADER_LENGTH, 0)
+    extension = BITMAPS_EXTENSION.pack(len(directory), 0, len(entries), directory_at)
+    # What follows is zero, which is the end of the extensions.
+    writer.write(0, header.ljust(_HEADER_LENGTH, b"\0") + extension_bytes(EXT_BITMAPS, extension))
 
 
 def _write_bitmap(writer: _Writer, virtual_size: int, bitmap: Bitmap, pieces: Pieces) -> bytes:
@@ -54,11 +62,12 @@ def _write_bitmap(writer: _Writer, virtual_size: int, bitmap: Bitmap, pieces: Pi
             cluster = data[within : within + CLUSTER]
             if cluster == bytes(len(cluster)):
                 continue
-            entry = _ALL_ONES if cluster == _FULL else writer.append(cluster)
+            entry = ENTRY_ALL_ONES if cluster == _FULL else writer.append(cluster)
             struct.pack_into(">Q", table, (offset + within) // CLUSTER * TABLE_ENTRY_SIZE, entry)
     name = bitmap.name.encode()
-    fields = (writer.append(bytes(table)), entries, 0, 1, bitmap.granularity.bit_length() - 1, len(name), 0)
-    entry_bytes = struct.pack(">QIIBBHI", *fields) + name
+    granularity_bits = bitmap.granularity.bit_length() - 1
+    fields = (writer.append(bytes(table)), entries, 0, TYPE_DIRTY_TRACKING, granularity_bits, len(name), 0)
+    entry_bytes = BITMAP_ENTRY.pack(*fields) + name
     return entry_bytes + bytes(-len(entry_bytes) % 8)
 
 

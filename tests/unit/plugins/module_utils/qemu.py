@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import shutil
 import struct
 import subprocess
@@ -127,6 +128,24 @@ def open_bitmaps(monitor: Monitor, node: str, path: t.Any) -> None:
     file = {"driver": "file", "filename": str(path)}
     options = {"driver": "qcow2", "node-name": node, "file": file, "backing": None, "read-only": True}
     monitor.command("blockdev-add", options)
+
+
+def guest_writes(path: t.Any, dice: random.Random, size: int, times: int) -> None:
+    """Have a guest write, zero and discard here and there, at the very end too."""
+    command = ["qemu-io", "-f", "qcow2", "-d", "unmap"]
+    for number in range(times):
+        length = min(dice.choice((512, 4096, 70000 // 512 * 512, 1 << 20)), size)
+        offset = size - length if number == 0 else dice.randrange(0, (size - length) // 512 + 1) * 512
+        command += ["-c", f"{dice.choice(('write -P 7', 'write -z', 'discard'))} {offset} {length}"]
+    subprocess.run([*command, str(path)], check=True, stdout=subprocess.DEVNULL)
+
+
+def merge_bitmaps(monitor: Monitor, nodes: t.Sequence[str], name: str, union: str, granularity: int) -> None:
+    """Have QEMU merge a bitmap of several open images into a new one, `union`, of the first of them."""
+    new = {"node": nodes[0], "name": union, "granularity": granularity, "disabled": True}
+    monitor.command("block-dirty-bitmap-add", new)
+    sources = [{"node": node, "name": name} for node in nodes]
+    monitor.command("block-dirty-bitmap-merge", {"node": nodes[0], "target": union, "bitmaps": sources})
 
 
 def dirty_extents(monitor: Monitor, folder: t.Any, node: str, bitmap: str) -> list[tuple[int, int]]:

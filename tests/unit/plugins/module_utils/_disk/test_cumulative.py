@@ -17,7 +17,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import 
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import build, cumulative
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay import Creation, OverlayRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.dirty import DirtyMap, united
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.dirty import maps_of, united
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu.monitor import Monitor
 
 from .. import qemu
@@ -26,25 +26,12 @@ from .overlays import SETTINGS, make_overlays, states
 NAMES = ("x", "y ü,\n")
 
 
-def guest_writes(path, dice, size, times):
-    """Have a guest write, zero and discard here and there, at the very end too."""
-    command = ["qemu-io", "-f", "qcow2", "-d", "unmap"]
-    for number in range(times):
-        length = min(dice.choice((512, 4096, 70000 // 512 * 512, 1 << 20)), size)
-        offset = size - length if number == 0 else dice.randrange(0, (size - length) // 512 + 1) * 512
-        command += ["-c", f"{dice.choice(('write -P 7', 'write -z', 'discard'))} {offset} {length}"]
-    subprocess.run([*command, str(path)], check=True, stdout=subprocess.DEVNULL)
-
-
 def merged_by_qemu(tmp_path, paths, name, granularity):
     """Return the dirty extents of the union of a bitmap of several images, as QEMU merges them."""
     with qemu.exporting(tmp_path) as monitor:
         for number, path in enumerate(paths):
             qemu.open_bitmaps(monitor, f"n{number}", path)
-        union = {"node": "n0", "name": "union", "granularity": granularity, "disabled": True}
-        monitor.command("block-dirty-bitmap-add", union)
-        sources = [{"node": f"n{number}", "name": name} for number in range(len(paths))]
-        monitor.command("block-dirty-bitmap-merge", {"node": "n0", "target": "union", "bitmaps": sources})
+        qemu.merge_bitmaps(monitor, [f"n{number}" for number in range(len(paths))], name, "union", granularity)
         return qemu.dirty_extents(monitor, tmp_path, "n0", "union")
 
 
@@ -66,7 +53,7 @@ def test_the_union_of_the_chain_bit_by_bit(tmp_path, seed):
         path = qemu.create(tmp_path / f"layer{layer}", size, "-o", f"cluster_size={cluster_size}", *backing)
         granularities = [same if seed % 2 else 1 << dice.randint(9, 20) for _name in NAMES]
         qemu.add_bitmaps(path, [Bitmap(name, g, True, False) for name, g in zip(NAMES, granularities)])
-        guest_writes(path, dice, size, dice.choice((0, 1, 5, 60)))
+        qemu.guest_writes(path, dice, size, dice.choice((0, 1, 5, 60)))
         paths.insert(0, path)
         backing = ["-b", path, "-F", "qcow2"]
     wanted = OverlayRequest(str(tmp_path / "over"), paths[0], creation=Creation(1 << dice.randint(12, 21)))
@@ -80,7 +67,7 @@ def test_the_union_of_the_chain_bit_by_bit(tmp_path, seed):
 def test_empty_means_no_bit(tmp_path):
     active = qemu.create(tmp_path / "active", "1G")
     qemu.add_bitmaps(active, [Bitmap("x", 65536, True, False)])
-    guest_writes(active, random.Random(1), 1 << 30, 5)
+    qemu.guest_writes(active, random.Random(1), 1 << 30, 5)
     wanted = OverlayRequest(str(tmp_path / "over"), active, bitmap_content="empty")
     assert states(make_overlays([wanted], SETTINGS)) == ["created"]
     assert extents_in(tmp_path, wanted.path, "x") == []
@@ -264,10 +251,7 @@ def test_a_fine_bitmap_below_a_coarse_one_takes_little_memory(tmp_path):
     top = qemu.create(tmp_path / "top", size, "-b", base, "-F", "qcow2")
     qemu.add_bitmaps(top, [Bitmap("x", 1 << 31, True, False)])
     with contextlib.ExitStack() as held:
-        maps = []
-        for path in (top, base):
-            file, image = held.enter_context(open_image(path)), qemu.read(path)
-            maps.append(DirtyMap(file, image, image.bitmaps[0], image.bitmap_tables[0]))
+        maps = [maps_of(held.enter_context(open_image(path)), qemu.read(path))["x"] for path in (top, base)]
         tracemalloc.start()
         ((offset, data),) = united(maps, 1 << 31, size)
         _now, peak = tracemalloc.get_traced_memory()

@@ -13,27 +13,15 @@ import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.dirty import DirtyMap, _rescaled, dirty_bytes
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.dirty import _rescaled, dirty_bytes, maps_of
 
 from .. import qemu
-
-
-def write(path, dice, size, times):
-    """Have a guest write, zero and discard here and there, at the very end too."""
-    command = ["qemu-io", "-f", "qcow2", "-d", "unmap"]
-    for number in range(times):
-        length = min(dice.choice((512, 4096, 70000 // 512 * 512, 1 << 20)), size)
-        offset = size - length if number == 0 else dice.randrange(0, (size - length) // 512 + 1) * 512
-        command += ["-c", f"{dice.choice(('write -P 7', 'write -z', 'discard'))} {offset} {length}"]
-    subprocess.run([*command, str(path)], check=True, stdout=subprocess.DEVNULL)
 
 
 def map_of(path, name="x"):
     """Return our reader's map of a bitmap; the descriptor stays open until the end of the tests."""
     file = open_image(str(path))
-    image = qemu.read(path)
-    index = [bitmap.name for bitmap in image.bitmaps].index(name)
-    return DirtyMap(file, image, image.bitmaps[index], image.bitmap_tables[index])
+    return maps_of(file, qemu.read(path))[name]
 
 
 def exported(monitor, folder, node, bitmap):
@@ -53,7 +41,7 @@ def test_equal_to_qemu_to_the_byte(tmp_path, seed):
         cluster_size = 1 << dice.randint(9, 21)
         path = qemu.create(tmp_path / f"layer{layer}", size, "-o", f"cluster_size={cluster_size}", *backing)
         qemu.add_bitmaps(path, [Bitmap("x", granularity, True, False), Bitmap("other", 65536, True, False)])
-        write(path, dice, size, dice.choice((1, 5, 60)))
+        qemu.guest_writes(path, dice, size, dice.choice((1, 5, 60)))
         paths.insert(0, path)
         backing = ["-b", path, "-F", "qcow2"]
     maps = [map_of(path) for path in paths]
@@ -61,10 +49,7 @@ def test_equal_to_qemu_to_the_byte(tmp_path, seed):
         for number, path in enumerate(paths):
             qemu.open_bitmaps(monitor, f"n{number}", path)
             assert dirty_bytes([maps[number]], size) == exported(monitor, tmp_path, f"n{number}", "x")
-        merged = {"node": "n0", "name": "all", "granularity": maps[0].granularity, "disabled": True}
-        monitor.command("block-dirty-bitmap-add", merged)
-        sources = [{"node": f"n{number}", "name": "x"} for number in range(3)]
-        monitor.command("block-dirty-bitmap-merge", {"node": "n0", "target": "all", "bitmaps": sources})
+        qemu.merge_bitmaps(monitor, ["n0", "n1", "n2"], "x", "all", maps[0].granularity)
         assert 0 < dirty_bytes(maps, size) == exported(monitor, tmp_path, "n0", "all")
 
 
