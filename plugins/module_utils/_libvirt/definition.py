@@ -135,6 +135,8 @@ class Definition:
     @property
     def nvram(self) -> str | None:
         """The path of the file or device in which the firmware keeps its variables, if it is a local one."""
+        if "<nvram" not in self.text:  # as in most definitions
+            return None
         systems = _children(_parse(self.text).documentElement, "os")
         for nvram in (nvram for system in systems for nvram in _children(system, "nvram")):
             return _text_of(nvram) or _source_of(nvram, nvram.getAttribute("type") or "file")
@@ -143,6 +145,8 @@ class Definition:
     @property
     def has_tpm_state(self) -> bool:
         """Whether it has a TPM in software, which keeps its state in files of its own."""
+        if "<tpm" not in self.text:
+            return False
         backends = [
             backend
             for devices in _children(_parse(self.text).documentElement, "devices")
