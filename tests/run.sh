@@ -56,19 +56,19 @@ make_venv() {  # make_venv NAME PYTHON REQUIREMENT...: a virtual environment in 
   echo "$mark" > "$cache/venv/$name/.mark"
 }
 
-find_legs() {  # set usable and usable_between: the legs of the matrix whose Pythons are here
+is_usable() {  # is_usable CORE CONTROLLER-PYTHON HOST-PYTHON: whether the Pythons of a leg are here
+  if find_python "$2" > /dev/null && find_python "$3" > /dev/null; then return; fi
+  echo "MISSING: Python $2 or $3, so ansible-core $1 is not tested here." >&2
+  [ -z "${CI:-}" ] || exit 1
+  return 1
+}
+
+find_legs() {  # set usable: the legs of the matrix whose Pythons are here
   local leg core controller host
-  usable=() usable_between=()
-  for leg in "${legs[@]}" "${between[@]}"; do
+  usable=()
+  for leg in "${legs[@]}"; do
     read -r core controller host <<< "$leg"
-    if ! find_python "$controller" > /dev/null || ! find_python "$host" > /dev/null; then
-      echo "MISSING: Python $controller or $host, so ansible-core $core is not tested here." >&2
-      [ -z "${CI:-}" ] || exit 1
-    elif [[ " ${between[*]} " = *" $leg "* ]]; then
-      usable_between+=("$leg")
-    else
-      usable+=("$leg")
-    fi
+    if is_usable "$core" "$controller" "$host"; then usable+=("$leg"); fi
   done
   [ "${#usable[@]}" -gt 0 ] || fall_back_on_system_python
 }
@@ -352,8 +352,9 @@ run() {  # run STEP
   case $1 in
     sanity | units | integration) each_leg "$1" ;;
     between)
-      for leg in "${usable_between[@]}"; do
+      for leg in "${between[@]}"; do
         read -r core controller host <<< "$leg"
+        is_usable "$core" "$controller" "$host" || continue
         begin "between-$core" "role and playbook, ansible-core $core" between "$core" "$controller" "$host"
         await
       done
