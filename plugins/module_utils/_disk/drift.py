@@ -147,5 +147,5 @@ def _differences_in_bitmaps(
     """Yield which bitmaps do not record. One cannot be added later: what was written before would be missing in it."""
     is_empty = not (target.has_data or image.bitmaps or image.lost_bitmaps)
     advice = (_EMPTY if request.must_be_fresh else _EMPTY_DISK) if is_empty else _FULL
-    for what in bitmap_drift(active.image, image, is_open=target.is_open_for_writing):
+    for what in bitmap_drift(active.image, image, is_open=target.is_open_for_writing or target.is_in_work):
         yield _Difference(what, advice)

@@ -183,8 +183,10 @@ class _OpenLayer:
         self.dirty: dict[str, int] = {}  # bytes by the name of the bitmap
 
     def _look(self) -> tuple[Image | None, bool]:
-        image, is_open = (None, False) if self.layer.image is None else read_settled(self.file)
-        return image, is_open or is_open_for_writing(self.file)
+        if self.layer.image is None:
+            return None, is_open_for_writing(self.file)
+        settled = read_settled(self.file)
+        return settled.image, settled.is_open_for_writing or is_open_for_writing(self.file)
 
     def _holds_nothing(self) -> bool:
         image = self.image

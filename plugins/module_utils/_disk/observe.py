@@ -67,7 +67,8 @@ class Target(t.NamedTuple):
     identity: Identity | None = None
     backing_path: str | None = None  # of that image, resolved
     backing_identity: Identity | None = None
-    is_open_for_writing: bool = False
+    is_open_for_writing: bool = False  # by a VM or a tool
+    is_in_work: bool = False  # by another run of this collection, which is waited for before anything is done
     has_data: bool = False  # of its own, not in the images below
     device: int = 0  # of the folder's file system
     free_bytes: int | None = None  # of the folder's file system; None if it does not say
@@ -99,7 +100,7 @@ def _read_layers(top: OpenImage, backing_format: str, path: str) -> t.Iterator[L
 
 
 def _read_settled(file: OpenImage) -> Image:
-    return read_settled(file)[0]
+    return read_settled(file).image
 
 
 def observe_target(path: str) -> Target:
@@ -186,12 +187,14 @@ def _observe_occupied(target: Target, status: os.stat_result, path: str) -> Targ
 
 def _observe_image(file: OpenImage, target: Target, path: str) -> Target:
     """Return a target at which the open qcow2 image stands; `path` is its name as asked for."""
-    image, is_open = read_settled(file)
+    settled = read_settled(file)
+    image = settled.image
     target = target._replace(
         stands=IMAGE,
         image=image,
         identity=file.identity,
-        is_open_for_writing=is_open,
+        is_open_for_writing=settled.is_open_for_writing and not settled.is_in_work,
+        is_in_work=settled.is_in_work,
         has_data=has_allocated_extents(file),
     )
     if image.backing_file is None or not is_local(image.backing_file):

@@ -71,8 +71,16 @@ def _look(file: OpenImage) -> _Look:
     return _Look(image, before, after, (before or after) and locks.is_locked(file, locks.OUR_TURN))
 
 
-def read_settled(file: OpenImage) -> tuple[Image, bool]:
-    """Return the image and whether a process has it open for writing, from a moment when nothing changes in it.
+class Settled(t.NamedTuple):
+    """An image, and who has it, in a moment in which nothing changes."""
+
+    image: Image
+    is_open_for_writing: bool  # by whomever
+    is_in_work: bool  # by a run of this collection, not by a VM
+
+
+def read_settled(file: OpenImage) -> Settled:
+    """Return the image and who has it open for writing, from a moment when nothing changes in it.
 
     While a QEMU opens or closes an image it declares the bitmaps worthless for a moment, and then writes them anew. So
     look up to _LOOKS times, with a pause between, until two looks agree or nothing hints at such a moment.
@@ -92,4 +100,4 @@ def read_settled(file: OpenImage) -> tuple[Image, bool]:
         time.sleep(_PAUSE)
     if seen is None:
         raise error or AssertionError("a look either shows the image or raises")
-    return seen.image, seen.open_before or seen.open_after
+    return Settled(seen.image, seen.open_before or seen.open_after, seen.is_ours)

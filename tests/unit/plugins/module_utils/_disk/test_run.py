@@ -200,6 +200,19 @@ def test_a_vm_is_finished_once_all_its_overlays_are_there_and_while_it_cannot_st
     assert (states(again), len(done)) == (["present"] * 3, 2)
 
 
+def test_an_overlay_that_another_run_publishes_just_now_is_waited_for(tmp_path, disk):
+    wanted = [OverlayRequest(str(tmp_path / "a"), disk, vm="a", must_be_fresh=True)]
+    meanwhile = []
+
+    def second_run():
+        vms = {"a": Vm(lambda: None)}
+        meanwhile.append(make_overlays(wanted, SETTINGS._replace(seconds=0.3), vms))
+
+    first = make_overlays(wanted, SETTINGS, {"a": Vm(second_run)})
+    assert (states(first), states(meanwhile[0])) == (["created"], ["failed"])
+    assert [failure.code for failure in meanwhile[0].failures] == ["other_run"]  # not that a VM has it open
+
+
 def test_overlays_of_a_vm_that_cannot_be_finished_are_removed_again(tmp_path, disk):
     wanted = [OverlayRequest(str(tmp_path / name), disk, vm=name) for name in ("a", "b")]
     outcome = make_overlays(wanted, SETTINGS, {"a": Vm(finishing(tmp_path, [], LIBVIRT_SAYS_NO))})
