@@ -100,15 +100,19 @@ def lower_bits(maps: Maps, bitmaps: t.Sequence[Bitmap], virtual_size: int) -> t.
     if not lower:
         yield None
         return
-    with owning("the bitmaps below ACTIVE", _memory_file()) as file:
+    with memory_image() as file:
         wanted = [bitmap for bitmap in bitmaps if bitmap.name in lower]
         pieces = ((b, united(lower[b.name], b.granularity, virtual_size)) for b in wanted)
         write_scratch(file.fd, virtual_size, pieces)
         yield file
 
 
+def memory_image() -> OpenImage:
+    """Return a new, empty file in memory, for an image that holds nothing but bitmaps."""
+    return owning("an image in memory", _memory_file())
+
+
 def _memory_file() -> int:
-    """Return a descriptor of a new file in memory."""
     try:
         return os.memfd_create("kvmfleet-bitmaps", os.MFD_CLOEXEC | _MFD_NOEXEC_SEAL)
     except OSError as exc:

@@ -35,7 +35,7 @@ class StagedFile:
     def __init__(self, path: str, folder: str) -> None:
         """Create the empty file, readable and writable for us alone. Both paths are resolved; `path` is its place."""
         self.folder = folder
-        self.folder_fd, real = _open_to_list(folder)
+        self.folder_fd, real = open_to_list(folder)
         try:
             if real != folder:
                 why = "its folder was replaced by a symlink meanwhile"
@@ -97,7 +97,7 @@ class StagedFile:
         return None
 
 
-def _open_to_list(folder: str) -> tuple[int, str]:
+def open_to_list(folder: str) -> tuple[int, str]:
     """Return the open folder, and its path without symlinks."""
     place, real = open_folder(folder)
     try:
@@ -184,7 +184,7 @@ def sweep(folder: str) -> list[str]:
 def _of_runs(folder: str, counts: t.Callable[[str, int], bool]) -> list[str]:
     """Return the paths of the temporary files of runs that count."""
     try:
-        folder_fd, folder = _open_to_list(folder)
+        folder_fd, folder = open_to_list(folder)
     except (OSError, Refusal):  # what is to be done in it will tell
         return []
     try:

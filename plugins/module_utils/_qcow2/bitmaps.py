@@ -22,7 +22,7 @@ MAX_BITMAP_DATA = 512 * 1024 * 1024  # bytes that one bitmap may take; QEMU's BM
 BITMAPS_EXTENSION = struct.Struct(">IIQQ")
 BITMAP_ENTRY = struct.Struct(">QIIBBHI")
 _FLAG_IN_USE = 1 << 0
-_FLAG_AUTO = 1 << 1
+FLAG_AUTO = 1 << 1
 TYPE_DIRTY_TRACKING = 1
 
 
@@ -120,7 +120,7 @@ def _parse_directory(directory: bytes, count: int, header: Header, path: str) ->
         if name is None or name in names:
             raise damaged(path, f"entry {len(bitmaps)} of its bitmap directory has no name, or that of another one")
         names.add(name)
-        bitmaps.append(Bitmap(name, 1 << granularity_bits, bool(flags & _FLAG_AUTO), bool(flags & _FLAG_IN_USE)))
+        bitmaps.append(Bitmap(name, 1 << granularity_bits, bool(flags & FLAG_AUTO), bool(flags & _FLAG_IN_USE)))
         tables.append(BitmapTable(table_offset, table_size))
     if len(bitmaps) != count:
         raise damaged(path, f"its bitmap directory has {len(bitmaps)} entries, its header says {count}")
@@ -133,7 +133,7 @@ def _check_entry(fields: tuple[int, ...], header: Header, path: str) -> None:
     data = table_size * header.cluster_size
     covered = (data * 8) << granularity_bits if granularity_bits < 64 else 0
     if (
-        flags & ~(_FLAG_IN_USE | _FLAG_AUTO)
+        flags & ~(_FLAG_IN_USE | FLAG_AUTO)
         or kind != TYPE_DIRTY_TRACKING
         or extra_data_size
         or not 9 <= granularity_bits <= 31

@@ -51,6 +51,7 @@ class Image(t.NamedTuple):
     bitmaps: tuple[Bitmap, ...]  # in the order of the directory
     bitmap_tables: tuple[BitmapTable, ...]  # in the same order
     lost_bitmaps: int  # bitmaps that a program which does not know them has made worthless (autoclear bit 0)
+    snapshots: int = 0  # internal ones
     mark: Mark | None = None  # of an overlay that this collection has made for a domain
 
 
@@ -84,5 +85,6 @@ def read_image(file: OpenImage, *, with_bitmaps: bool = True) -> Image:
         bitmaps=stored.bitmaps,
         bitmap_tables=stored.tables,
         lost_bitmaps=stored.lost,
+        snapshots=header.snapshots,
         mark=extensions.mark,
     )

@@ -22,6 +22,7 @@ from .bitmaps import (
     BITMAPS_EXTENSION,
     ENTRY_ALL_ONES,
     EXT_BITMAPS,
+    FLAG_AUTO,
     TABLE_ENTRY_SIZE,
     TYPE_DIRTY_TRACKING,
     Bitmap,
@@ -37,7 +38,7 @@ Pieces = t.Iterable[tuple[int, bytes]]  # of a bitmap's data: offset in bytes, a
 
 
 def write_scratch(fd: int, virtual_size: int, bitmaps: t.Iterable[tuple[Bitmap, Pieces]]) -> None:
-    """Make the open, empty file an image of `virtual_size` bytes that has these bitmaps, disabled, and no data."""
+    """Make the open, empty file an image of `virtual_size` bytes that has these bitmaps and no data."""
     writer = _Writer(fd)
     l1_size = l1_bytes(virtual_size, CLUSTER, extended_l2=False)
     directory = [_write_bitmap(writer, virtual_size, bitmap, pieces) for bitmap, pieces in bitmaps]
@@ -65,8 +66,8 @@ def _write_bitmap(writer: _Writer, virtual_size: int, bitmap: Bitmap, pieces: Pi
             entry = ENTRY_ALL_ONES if cluster == _FULL else writer.append(cluster)
             struct.pack_into(">Q", table, (offset + within) // CLUSTER * TABLE_ENTRY_SIZE, entry)
     name = bitmap.name.encode()
-    granularity_bits = bitmap.granularity.bit_length() - 1
-    fields = (writer.append(bytes(table)), entries, 0, TYPE_DIRTY_TRACKING, granularity_bits, len(name), 0)
+    flags, granularity_bits = FLAG_AUTO * bitmap.recording, bitmap.granularity.bit_length() - 1
+    fields = (writer.append(bytes(table)), entries, flags, TYPE_DIRTY_TRACKING, granularity_bits, len(name), 0)
     entry_bytes = BITMAP_ENTRY.pack(*fields) + name
     return entry_bytes + bytes(-len(entry_bytes) % 8)
 

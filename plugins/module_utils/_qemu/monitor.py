@@ -163,6 +163,25 @@ class Monitor:
         if "error" in status:
             raise qemu_refusal(status["error"])
 
+    def start_job(self, name: str, job: str, arguments: Message) -> None:
+        """Run a QMP command that begins a job which stays until it is dismissed, after those that were sent before."""
+        self._events.clear()
+        self.send(name, {"job-id": job, "auto-dismiss": False, **arguments})
+        self.receive_rest()
+
+    def next_status(self, job: str, seconds: float) -> str | None:
+        """Return the next status that a job has come to; None if it comes to none within `seconds`."""
+        end = time.monotonic() + seconds
+        while True:
+            while self._events:
+                data = self._events.pop(0)["data"]
+                if data["id"] == job:
+                    return str(data["status"])
+            left = end - time.monotonic()
+            if left <= 0:
+                return None
+            self._listen(left)
+
     def stderr(self) -> str:
         """Return the end of what QEMU wrote to its standard error; some failures show only there."""
         self._stderr.seek(0, os.SEEK_END)
@@ -204,15 +223,35 @@ class Monitor:
         """Return the next message that is wanted; keep the events of jobs that come before it."""
         while True:
             while self._lines:
-                try:
-                    message = json.loads(self._lines.popleft())
-                    if wanted(message):
-                        return t.cast("Message", message)
-                    if message.get("event") == "JOB_STATUS_CHANGE":
-                        self._events.append(message)
-                except (ValueError, TypeError, AttributeError) as exc:
-                    raise self._lost(f"could not be talked to ({exc})") from exc
+                message = self._take()
+                if wanted(message):
+                    return message
+                self._keep(message)
             self._wait(self._to_read, deadline)
+
+    def _listen(self, seconds: float) -> None:
+        """Wait up to `seconds` for QEMU to write something, and keep the events of jobs that come."""
+        with interruptible():
+            ready = self._to_read.select(seconds)
+        if ready:
+            self._read()
+        while self._lines:
+            self._keep(self._take())
+
+    def _take(self) -> Message:
+        """Return the next message that QEMU has written; QemuError if it is none."""
+        try:
+            message = json.loads(self._lines.popleft())
+        except ValueError as exc:
+            raise self._lost(f"could not be talked to ({exc})") from exc
+        if not isinstance(message, dict):
+            raise self._lost(f"could not be talked to (it writes {message!r})")
+        return message
+
+    def _keep(self, message: Message) -> None:
+        """Keep a message if it is the event of a job."""
+        if message.get("event") == "JOB_STATUS_CHANGE":
+            self._events.append(message)
 
     def _wait(self, selector: selectors.PollSelector, deadline: _Deadline) -> bool:
         """Wait until QEMU has written something, and read it, or until it takes input; True if it takes input."""

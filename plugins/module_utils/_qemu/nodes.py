@@ -49,10 +49,7 @@ class Witness:
 
     def ask(self) -> None:
         """Have QEMU open the image as the node ACTIVE, and say what it sees; do not wait for the answers."""
-        node = _bitmaps_only(ACTIVE, self._file)
-        if self._image.has_data_file:  # the data plays no part here, so it stays closed
-            node["data-file"] = {"driver": "null-co", "size": self._image.virtual_size}
-        self._monitor.send("blockdev-add", node)
+        self._monitor.send("blockdev-add", bitmaps_only(ACTIVE, self._file, self._image))
         self._monitor.send("query-named-block-nodes", {"flat": True})
 
     def close(self) -> None:
@@ -99,7 +96,7 @@ def create_image(monitor: Monitor, file: OpenImage, options: Message) -> None:
 
 def open_scratch(monitor: Monitor, file: OpenImage) -> None:
     """Have QEMU open an image that holds nothing but bitmaps as the node SCRATCH; do not wait for the answer."""
-    monitor.send("blockdev-add", _bitmaps_only(SCRATCH, file))
+    monitor.send("blockdev-add", bitmaps_only(SCRATCH, file, None))
 
 
 def add_bitmaps(
@@ -144,22 +141,26 @@ def extra_seconds(bitmaps: int, data_bytes: int = 0) -> float:
     return bitmaps * _SECONDS_PER_BITMAP + data_bytes * _SECONDS_PER_BYTE
 
 
-def _bitmaps_only(name: str, file: OpenImage) -> Message:
-    """Return the node of an open image of which only the bitmaps are read."""
-    return {
+def bitmaps_only(name: str, file: OpenImage, image: Image | None) -> Message:
+    """Return the node of an open image of which only the bitmaps are read; None if it is a scratch image of ours."""
+    node = {
         "driver": "qcow2",
         "node-name": name,
         "read-only": True,
         # The locks are held already, through the very same open file; see locks.py.
         "force-share": True,
         "backing": None,
-        "file": {"driver": _file_driver(file), "filename": name_for_qemu(file), "locking": "off"},
+        "file": file_node(file),
     }
+    if image is not None and image.has_data_file:  # the data plays no part here, so it stays closed
+        node["data-file"] = {"driver": "null-co", "size": image.virtual_size}
+    return node
 
 
-def _file_driver(file: OpenImage) -> str:
-    """Return the name of QEMU's driver for the open file or block device."""
-    return "host_device" if file.is_device else "file"
+def file_node(file: OpenImage) -> Message:
+    """Return the node of an open file or block device, below that of its format. The locks are held by us."""
+    driver = "host_device" if file.is_device else "file"
+    return {"driver": driver, "filename": name_for_qemu(file), "locking": "off"}
 
 
 def name_for_qemu(file: OpenImage) -> str:

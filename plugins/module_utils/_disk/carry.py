@@ -1,0 +1,146 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change at any time.
+"""Act: bring the bitmaps of an image that exists to what they are to be, and read them back, bit by bit.
+
+Idempotent: what is there already is left alone, and where all is there QEMU does not even open the image.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import typing as t
+
+from .._base.errors import CHECK_STORAGE, Refusal
+from .._base.files import OpenImage
+from .._qcow2.bitmaps import Bitmap
+from .._qcow2.dirty import DirtyBits, is_union, maps_of, united
+from .._qcow2.image import Image, read_image
+from .._qcow2.scratch import write_scratch
+from .._qemu.monitor import Monitor
+from .._qemu.nodes import SCRATCH
+from .._qemu.rewrite import Addition, Rewriting, rewrite_bitmaps
+from .cumulative import memory_image, most_bytes
+
+_SOURCE = "r{}"  # names of nodes
+_TRIES = 2  # QEMU drops bitmaps that are lost (autoclear bit 0) when it opens the image, and adds none in that session
+
+
+class Wanted(t.NamedTuple):
+    """A bitmap that an image is to have."""
+
+    bitmap: Bitmap
+    maps: t.Sequence[DirtyBits]  # whose union it is to be
+    sources: t.Sequence[OpenImage] = ()  # whose bitmaps of this name make that union, so that QEMU itself can merge them
+
+
+class Place(t.NamedTuple):
+    """The image that is to have the bitmaps."""
+
+    file: OpenImage
+    data_file: OpenImage | None
+    virtual_size: int  # bytes; of all images that take part
+
+
+def bring(
+    place: Place, wanted: t.Sequence[Wanted], monitor: t.Callable[[], Monitor], images: t.Mapping[OpenImage, Image]
+) -> bool:
+    """Give the open image just these bitmaps; return whether anything was changed. Refusal if it has others then.
+
+    `images` has what the sources are. A vault must have been kept.
+    """
+    if not wrong_bitmaps(place, wanted):
+        return False
+    # The bits that are wanted come from the image itself, too, which QEMU is about to write anew.
+    with _expected(wanted, place.virtual_size) as (scratch, expected):
+        for _number in range(_TRIES):
+            _rewrite(place, expected, scratch, monitor(), images)
+            os.fsync(place.file.fd)
+            wrong = wrong_bitmaps(place, expected)
+            if not wrong:
+                return True
+    words = monitor().stderr()
+    why = f"its bitmaps are not as they should be: {'; '.join(wrong)}" + (f". QEMU says: {words}" if words else "")
+    raise Refusal("not_verified", place.file.path, why, CHECK_STORAGE)
+
+
+def wrong_bitmaps(place: Place, wanted: t.Sequence[Wanted]) -> list[str]:
+    """Return how the bitmaps of the image, read anew, differ from those that are wanted."""
+    image = read_image(place.file)
+    there = {bitmap.name: bitmap for bitmap in image.bitmaps}
+    to_be = {one.bitmap.name: one.bitmap for one in wanted}
+    wrong = [f"{name!r} is missing" for name in to_be if name not in there]
+    wrong += [f"there is {name!r}" for name in there if name not in to_be]
+    wrong += [f"{name!r} is {there[name]}" for name in to_be if name in there and there[name] != to_be[name]]
+    if image.lost_bitmaps:
+        wrong.append(f"{image.lost_bitmaps} are lost")
+    if wrong:
+        return wrong
+    maps, size = maps_of(place.file, image), place.virtual_size
+    return [f"{name!r} has other bits" for name, _b, own in _parts(wanted) if not is_union(maps[name], own, size)]
+
+
+def _parts(wanted: t.Sequence[Wanted]) -> t.Iterator[tuple[str, Bitmap, t.Sequence[DirtyBits]]]:
+    for one in wanted:
+        yield one.bitmap.name, one.bitmap, one.maps
+
+
+@contextlib.contextmanager
+def _expected(wanted: t.Sequence[Wanted], size: int) -> t.Iterator[tuple[OpenImage, list[Wanted]]]:
+    """Hold for the block an image in memory that has the bitmaps which are wanted, and these with its bits."""
+    with memory_image() as file:
+        write_scratch(file.fd, size, ((b, united(own, b.granularity, size)) for _name, b, own in _parts(wanted)))
+        maps = maps_of(file, read_image(file))
+        yield file, [one._replace(maps=(maps[one.bitmap.name],)) for one in wanted]
+
+
+def _rewrite(
+    place: Place,
+    wanted: t.Sequence[Wanted],
+    scratch: OpenImage,
+    monitor: Monitor,
+    images: t.Mapping[OpenImage, Image],
+) -> None:
+    """Have QEMU remove what cannot stay, and add and fill up the rest."""
+    image = read_image(place.file)
+    own, maps = {bitmap.name: bitmap for bitmap in image.bitmaps}, maps_of(place.file, image)
+    size = place.virtual_size
+    staying = {
+        name
+        for name, bitmap, expected in _parts(wanted)
+        if own.get(name) == bitmap and is_union(expected[0], [*expected, maps[name]], size)  # merging only adds bits
+    }
+    short = [one for one in wanted if one.bitmap.name not in staying or not _has_all(one, maps, size)]
+    nodes = {file: _SOURCE.format(number) for number, file in enumerate(images)}
+    additions = []
+    for one in short:
+        stays = one.bitmap.name in staying
+        sources = [nodes[file] for file in one.sources if not (stays and file is place.file)]
+        is_own_source = not stays and place.file in one.sources
+        additions.append(
+            Addition(one.bitmap, [SCRATCH] if is_own_source or not one.sources else sources, is_there=stays)
+        )
+    used = {node for addition in additions for node in addition.sources}
+    sources_by_node = {nodes[file]: (file, read) for file, read in images.items() if nodes[file] in used}
+    if SCRATCH in used:
+        sources_by_node[SCRATCH] = (scratch, None)
+    rewriting = Rewriting(
+        file=place.file,
+        data_file=place.data_file,
+        remove=[name for name in own if name not in staying],
+        add=additions,
+        sources=sources_by_node,
+        bit_bytes=most_bytes(
+            {name: expected for name, _b, expected in _parts(wanted)},
+            [one.bitmap for one in wanted],
+            image.cluster_size,
+            size,
+        ),
+    )
+    rewrite_bitmaps(monitor, rewriting)
+
+
+def _has_all(one: Wanted, maps: t.Mapping[str, DirtyBits], size: int) -> bool:
+    return is_union(one.maps[0], [maps[one.bitmap.name]], size)

@@ -1,0 +1,433 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change at any time.
+"""Decide: how far a commit is, what comes next, and why it is refused. merge.py acts on the verdicts.
+
+::
+
+    TOP     topmost image that goes in      ┐ everything of these,
+    layer   …                               ┘ data and bitmaps, goes into …
+    BASE    … this one; it may have images below it
+
+Before BASE is touched, TOP gets all that BASE's bitmaps mark. From then on TOP alone is a right chain. Each state is
+told by a look, each step can be taken twice, and the same call goes on from any of them:
+
+1) WHOLE: no vault, no mark. Nothing was written. Next: keep BASE's bits and TOP's names in a vault.
+2) VAULTED: a vault, no mark. Next: carry BASE's bits into TOP's bitmaps, and give TOP a mark with the vault's token.
+   A kill leaves TOP's bitmaps inconsistent or gone, which the vault tells: then they are made again (REBUILT).
+3) CARRIED: the mark, TOP's bitmaps in order. Next: strip BASE of its bitmaps, commit the data, give BASE TOP's bitmaps.
+   Each of the three begins anew after a kill. Of BASE only data that TOP covers is written.
+   If TOP's bitmaps are not in order, a VM has died on it: they are made again from the vault and from what the images
+   hold (REBUILT).
+4) GIVEN: the vault says so by its name. BASE alone is right as well. Next: switch the VM to BASE, retire what went in,
+   remove the vault. Never commit again from here, or stale data would overwrite what a VM writes to BASE, unless TOP was
+   written to since: its mark is a recording bitmap, so it tells.
+
+The vault goes last: one that says GIVEN is in nobody's way.
+"""
+
+from __future__ import annotations
+
+import typing as t
+
+from .._base.errors import Refusal, printable
+from .._base.files import Identity
+from .._qcow2.bitmaps import Bitmap
+from .._qcow2.chain import Layer, why_unusable
+from .._qcow2.image import Image
+from .._qemu.locks import below_running_vm, in_use
+from .bitmap_rules import bitmap_problems, names_of
+from .fates import Fate, Named, fates, wrongly_mended
+from .vault import MARK, MAX_NAME, Vault
+from .verdict import FAILED, Need, problem_fields
+
+COMMITTED = "committed"
+ABSENT = "absent"
+
+# How the data gets into BASE.
+SHARED = "shared"  # by extents that both files share
+COPIED = "copied"
+
+WHOLE = "whole"
+VAULTED = "vaulted"
+CARRIED = "carried"
+REBUILT = "rebuilt"
+GIVEN = "given"
+
+_UNIT = 65536  # bytes that QEMU copies at once when it shares extents
+_AGAIN = "Run the same call again once that is mended; nothing is lost until then."
+
+
+class CommitRequest(t.NamedTuple):
+    """What is to be merged down, as it was asked for."""
+
+    path: str
+    backing_file: str
+    backing_format: str = "qcow2"
+    vm: str | None = None
+    above: str | None = None  # the image on top of `path`, which is then put onto `backing_file`
+    retire: str = "delete"
+    speed: int = 0  # bytes per second; 0 is no limit
+    accept_lost_bitmaps: bool = False
+
+
+class SkippedBitmap(t.NamedTuple):
+    """A bitmap that no backup can use afterwards."""
+
+    name: str
+    granularity: int  # bytes
+    reason: str  # disabled, inconsistent or gap
+
+
+class Seen(t.NamedTuple):
+    """What stands there, as it was read."""
+
+    chain: tuple[Layer, ...]  # from TOP down to the bottom
+    depth: int  # of BASE in it
+    top_identity: Identity
+    vault: Vault | None
+    mark_is_empty: bool | None  # None if TOP has no mark, or an inconsistent one
+    base_is_as_kept: bool  # just as the vault says
+    top_changed: int  # ns since 1970
+    base_changed: int | None  # None if that cannot be told, as of a block device
+    above: Layer | None
+    open_for_writing: tuple[str, ...]  # paths of images that a process has open for writing
+    below_running: tuple[str, ...]  # paths of images that a running VM has as a backing file
+    others: tuple[str, ...]  # images that stand on one that takes part, and do not take part
+
+    @property
+    def top(self) -> Image:
+        """TOP's header and bitmaps."""
+        assert self.chain[0].image is not None
+        return self.chain[0].image
+
+    @property
+    def base(self) -> Layer:
+        """The image that all goes into."""
+        return self.chain[self.depth]
+
+    @property
+    def mark(self) -> Bitmap | None:
+        """The bitmap by which TOP says that it carries BASE's bits."""
+        return next((bitmap for bitmap in self.top.bitmaps if bitmap.name.startswith(MARK)), None)
+
+    @property
+    def base_bitmaps(self) -> tuple[Bitmap, ...]:
+        """BASE's bitmaps; none if it is raw."""
+        return self.base.image.bitmaps if self.base.image else ()
+
+    @property
+    def holds_bitmaps(self) -> bool:
+        """Whether BASE can have bitmaps at all."""
+        return self.base.image is not None and self.base.image.version == 3
+
+
+class Stage(t.NamedTuple):
+    """How far a commit is."""
+
+    name: str
+    stale_vault: bool = False  # the vault there is of other work that is done, or was never begun
+    not_given: bool = False  # the vault says GIVEN, but TOP was written to since
+
+
+class Outcome(t.NamedTuple):
+    """What becomes of the bitmaps."""
+
+    fates: t.Mapping[str, Fate]  # of those that BASE has afterwards, and of those that go
+    is_exact: bool
+    skipped: tuple[SkippedBitmap, ...]
+
+    @property
+    def bitmaps(self) -> list[Bitmap]:
+        """The bitmaps that BASE has afterwards."""
+        return [fate.bitmap for fate in self.fates.values() if fate.bitmap is not None]
+
+    @property
+    def usable(self) -> tuple[Bitmap, ...]:
+        """Those of them that a backup can use."""
+        return tuple(fate.bitmap for fate in self.fates.values() if fate.bitmap is not None and not fate.skipped)
+
+
+class CommitVerdict(t.NamedTuple):
+    """What is to become, or became, of one request."""
+
+    request: CommitRequest
+    state: str  # committed, absent or failed
+    problems: tuple[Refusal, ...] = ()
+    warnings: tuple[str, ...] = ()
+    virtual_size: int | None = None  # bytes; of BASE afterwards
+    bitmaps: tuple[Bitmap, ...] = ()
+    skipped: tuple[SkippedBitmap, ...] = ()
+    is_exact: bool | None = None
+    method: str | None = None
+    committed_bytes: int | None = None
+    kept_as: str | None = None
+    need: Need | None = None
+    work: t.Any = None  # what merge.py needs to act
+
+    @property
+    def changed(self) -> bool:
+        """Whether something is to be done, or was done."""
+        return self.state == COMMITTED
+
+    def failed(self, *problems: Refusal) -> CommitVerdict:
+        """Return this verdict as a failure, with these problems beside those that it has."""
+        return CommitVerdict(self.request, FAILED, (*self.problems, *problems), self.warnings)
+
+    def as_result(self) -> dict[str, t.Any]:
+        """Return the verdict in the form in which the module returns it."""
+        return {
+            "path": printable(self.request.path),
+            "backing_file": printable(self.request.backing_file),
+            "backing_format": self.request.backing_format,
+            "virtual_size": self.virtual_size,
+            "state": self.state,
+            "bitmaps": [{"name": b.name, "granularity": b.granularity} for b in self.bitmaps],
+            "skipped_bitmaps": [b._asdict() for b in self.skipped],
+            "exact": self.is_exact,
+            "method": self.method,
+            "committed_bytes": self.committed_bytes,
+            "kept_as": printable(self.kept_as) if self.kept_as else None,
+            **problem_fields(self.problems),
+        }
+
+    def as_diff(self) -> tuple[t.Any, t.Any]:
+        """Return what a diff shows: the overlay before, BASE's bitmaps after."""
+        before = {"backing_file": printable(self.request.backing_file), "committed": False}
+        after = {"bitmaps": {bitmap.name: bitmap.granularity for bitmap in self.bitmaps}, "committed": True}
+        return before, after
+
+
+def stage_of(seen: Seen) -> Stage | Refusal:
+    """Return how far the commit is; a Refusal if that cannot be told, or if somebody has come between."""
+    if seen.vault is None:
+        return Stage(WHOLE) if seen.mark is None else _stage_without_vault(seen)
+    if seen.vault.is_given:
+        return _stage_when_given(seen, seen.vault)
+    if seen.mark is not None:
+        if seen.mark.name != MARK + seen.vault.token:
+            return _unfinished(seen, "the vault beside BASE is of another commit", "Finish that one first.")
+        return Stage(CARRIED if _is_sound(seen) else REBUILT)
+    is_same = seen.vault.top == seen.top_identity
+    if is_same and _has_lost_bitmaps(seen, seen.vault):
+        if seen.base_is_as_kept or not any(not bitmap.inconsistent for bitmap in seen.base_bitmaps):
+            return Stage(REBUILT)
+    elif seen.base_is_as_kept:
+        return Stage(VAULTED if is_same else WHOLE, stale_vault=not is_same)
+    return _unfinished(
+        seen,
+        "BASE is not as the vault beside it says: it was written to since, or its bitmaps are in another overlay",
+        "If a VM ran on BASE since, what it wrote and what the overlay holds exclude each other: keep one of the two, "
+        "remove the vault, and make a full backup. Else finish the commit of the other overlay first.",
+    )
+
+
+def _stage_without_vault(seen: Seen) -> Stage | Refusal:
+    """Return the stage of a commit whose vault is gone: TOP's bitmaps alone tell."""
+    if not _is_sound(seen):
+        return _unfinished(
+            seen,
+            "its bitmaps are broken, and the vault with what they carried is gone",
+            "Put the vault back. If that is lost: remove the bitmaps of the overlay, and make a full backup.",
+        )
+    has_own = any(not bitmap.inconsistent for bitmap in seen.base_bitmaps)
+    carries = any(not bitmap.name.startswith(MARK) for bitmap in seen.top.bitmaps)
+    is_base_newer = seen.base_changed is None or seen.base_changed > seen.top_changed
+    # BASE with bitmaps, and written to after the overlay: all may be done, and a VM may have run on it since.
+    if is_base_newer and (has_own or not carries):
+        return _unfinished(
+            seen,
+            "the vault is gone, and BASE was written to after the overlay, so the commit may be done already",
+            "If the VM ran on BASE since, remove the overlay. If it did not, remove the mark, the bitmap "
+            f"{seen.mark.name if seen.mark else ''!r}, with 'qemu-img bitmap --remove' and run this again.",
+        )
+    return Stage(CARRIED)
+
+
+def _stage_when_given(seen: Seen, vault: Vault) -> Stage | Refusal:
+    """Return the stage where a vault says that all work on the bitmaps is done."""
+    if vault.top != seen.top_identity and (seen.mark is None or seen.mark.name != MARK + vault.token):
+        return Stage(WHOLE, stale_vault=True)  # of an overlay that went in and is gone
+    if seen.top.version == 3:
+        has_run = not (seen.mark is not None and _is_sound(seen) and seen.mark_is_empty)
+    else:
+        has_run = seen.top_changed > vault.given_at
+    if not has_run:
+        return Stage(GIVEN)
+    if seen.base_changed is not None and seen.base_changed > vault.given_at:
+        return _unfinished(
+            seen,
+            "after it was committed a VM has written to the overlay, and another one to BASE",
+            "What they wrote excludes each other: keep one of the two images, and make a full backup.",
+        )
+    return Stage(CARRIED if seen.mark is not None and _is_sound(seen) else REBUILT, not_given=True)
+
+
+def _is_sound(seen: Seen) -> bool:
+    return not seen.top.lost_bitmaps and not any(bitmap.inconsistent for bitmap in seen.top.bitmaps)
+
+
+def _has_lost_bitmaps(seen: Seen, vault: Vault) -> bool:
+    """Whether TOP has lost bitmaps that it had when the vault was made, as by a kill while it was opened."""
+    there = {bitmap.name: bitmap for bitmap in seen.top.bitmaps}
+    broken = any(there[name].inconsistent for name in vault.above if name in there)
+    return bool(seen.top.lost_bitmaps or broken or (vault.above and not there))
+
+
+def _unfinished(seen: Seen, why: str, remedy: str) -> Refusal:
+    return Refusal("unfinished", seen.chain[0].path, f"its commit is unfinished, and {why}", remedy)
+
+
+def outcome_of(seen: Seen, stage: Stage) -> Outcome:
+    """Return what becomes of the bitmaps from this stage on."""
+    if stage.name in (CARRIED, GIVEN):
+        found = _carried(seen)
+    elif stage.name == REBUILT and seen.vault is not None:
+        found = _rebuilt(seen, seen.vault)
+    else:
+        found = fates([named(layer.image) for layer in seen.chain], seen.depth)
+    if not seen.holds_bitmaps:
+        found = {name: fate._replace(bitmap=None, skipped=fate.skipped or "raw") for name, fate in found.items()}
+    dead = seen.vault.dead if seen.vault and not stage.stale_vault else {}
+    granularity = {**{name: 65536 for name in dead}, **_granularities(seen)}
+    reasons = {**dead, **{name: fate.skipped for name, fate in found.items() if fate.skipped}}
+    return Outcome(
+        found,
+        all(fate.is_exact for fate in found.values()),
+        tuple(SkippedBitmap(name, granularity[name], reason) for name, reason in reasons.items() if reason),
+    )
+
+
+def named(image: Image | None) -> Named:
+    """Return the bitmaps of an image by name, without a mark."""
+    return {bitmap.name: bitmap for bitmap in image.bitmaps if not bitmap.name.startswith(MARK)} if image else {}
+
+
+def _granularities(seen: Seen) -> dict[str, int]:
+    return {name: b.granularity for layer in seen.chain[seen.depth :: -1] for name, b in named(layer.image).items()}
+
+
+def _carried(seen: Seen) -> dict[str, Fate]:
+    """Return the fates where TOP has all: what was made or removed there meanwhile counts."""
+    return {
+        name: Fate(bitmap, bits=(0,), skipped=None if bitmap.recording else "disabled")
+        for name, bitmap in named(seen.top).items()
+    }
+
+
+def _rebuilt(seen: Seen, vault: Vault) -> dict[str, Fate]:
+    """Return the fates where TOP has lost its bitmaps: those that the vault knows take in all that the images hold."""
+    layers = tuple(range(seen.depth))
+    there = named(seen.top)
+    found: dict[str, Fate] = {}
+    for name, kept in vault.below.items():
+        if name not in vault.dead or not kept.bitmap.recording:
+            held = layers if kept.bitmap.recording else ()
+            skipped = None if kept.bitmap.recording else "disabled"
+            found[name] = Fate(kept.bitmap, bits=(seen.depth,), held=held, skipped=skipped)
+    for name, bitmap in vault.above.items():
+        if name not in vault.dead:
+            known = found.get(name, Fate(bitmap, held=layers))
+            found[name] = known._replace(bitmap=bitmap) if bitmap.recording and not known.skipped else known
+    for name, bitmap in there.items():  # made since, and in order
+        if name not in found and name not in vault.dead:
+            fine = bitmap.recording and not bitmap.inconsistent
+            found[name] = Fate(bitmap, bits=(0,)) if fine else Fate(None, skipped="inconsistent")
+    return found
+
+
+def problems_of(seen: Seen, request: CommitRequest, outcome: Outcome) -> list[Refusal]:
+    """Return why nothing may be merged."""
+    problems = [in_use(path) for path in seen.open_for_writing]
+    problems += [below_running_vm(path) for path in seen.below_running]
+    problems += [_stood_on(seen, path) for path in seen.others]
+    problems += [one for layer in seen.chain[: seen.depth + 1] for one in _layer_problems(seen, layer)]
+    problems += _size_problems(seen)
+    lost = [bitmap for bitmap in seen.top.bitmaps if not bitmap.name.startswith(MARK) and not bitmap.inconsistent]
+    if not seen.holds_bitmaps and lost and not request.accept_lost_bitmaps:
+        kind = "raw" if seen.base.image is None else "an image of version 2 (compat 0.10)"
+        why = f"is {kind}, which holds no bitmaps, so {names_of(lost)} of {request.path} would be lost"
+        remedy = "If no backup needs them, use accept_lost_bitmaps=true; the next backup must be a full one."
+        problems.append(Refusal("lost_bitmaps", seen.base.path, why, remedy))
+    if seen.above is not None and seen.above.image is not None:
+        chain = [named(layer.image) for layer in seen.chain]
+        wrong = wrongly_mended(named(seen.above.image), chain, seen.depth)
+        if wrong:
+            shown = names_of([bitmap for bitmap in seen.above.image.bitmaps if bitmap.name in wrong])
+            why = f"its bitmap {shown} is of no use now and would look valid, because what it lacks is lost in the merge"
+            remedy = "Heal it first, or remove it, with kvmfleet.qcow2.qcow2_bitmap."
+            problems.append(Refusal("closes_gap", seen.above.path, why, remedy))
+    return problems + _name_problems(seen, outcome)
+
+
+def _stood_on(seen: Seen, path: str) -> Refusal:
+    why = f"stands on an image that takes part in the commit of {seen.chain[0].path}, so its data would change"
+    remedy = "Commit or remove that image first, or give it as above if it is on top of the one that is committed."
+    return Refusal("stood_on", path, why, remedy)
+
+
+def _layer_problems(seen: Seen, layer: Layer) -> list[Refusal]:
+    """Return why one image cannot take part."""
+    image, is_base, is_top = layer.image, layer is seen.base, layer is seen.chain[0]
+    if image is None:
+        return []
+    problems = why_unusable(layer.path, image, for_writing=is_base or is_top)
+    if image.encrypted:
+        problems.append(Refusal("encrypted", layer.path, "is encrypted; not supported"))
+    if not is_base and image.snapshots:
+        why = f"has {image.snapshots} internal snapshots, which would be lost"
+        problems.append(Refusal("unsupported", layer.path, why, "Remove them first ('qemu-img snapshot -d')."))
+    if not is_base and image.has_data_file:
+        why = "has an external data file, which is no part of the image; not supported in an image that goes in"
+        problems.append(Refusal("unsupported", layer.path, why, "Use 'virsh blockcommit' while the VM runs."))
+    if not is_base and layer.is_device:
+        why = "is a block device. Only files can be merged down (BASE may be a device)"
+        problems.append(Refusal("unsupported", layer.path, why, "Use 'virsh blockcommit' while the VM runs."))
+    if is_base or is_top:
+        problems += bitmap_problems(layer.path, image)
+    return problems
+
+
+def _size_problems(seen: Seen) -> list[Refusal]:
+    """Return where an image is smaller than the one below it, of which it hides the end."""
+    pairs = zip(seen.chain[: seen.depth], seen.chain[1 : seen.depth + 1])
+    return [
+        Refusal(
+            "unsupported",
+            upper.path,
+            f"is smaller ({upper.virtual_size} bytes) than the image below it ({lower.virtual_size} bytes), whose end "
+            "would become visible again",
+            "Enlarge it with 'qemu-img resize' if it has no bitmaps, or copy the disk ('qemu-img convert').",
+        )
+        for upper, lower in pairs
+        if upper.virtual_size < lower.virtual_size
+    ]
+
+
+def _name_problems(seen: Seen, outcome: Outcome) -> list[Refusal]:
+    """Return which names are too long to be kept."""
+    names = {*outcome.fates, *named(seen.top), *named(seen.base.image)}
+    long = [name for name in names if len(name.encode("utf-8", "surrogateescape")) > MAX_NAME]
+    return [
+        Refusal(
+            "bitmap_name",
+            seen.chain[0].path,
+            f"the bitmap name {name[:100]!r}… has more than {MAX_NAME} bytes, too many to be kept in a vault",
+            "Remove the bitmap with 'qemu-img bitmap --remove'.",
+        )
+        for name in long
+    ]
+
+
+def can_share(seen: Seen) -> bool:
+    """Whether QEMU may copy whole units of 64 KiB of what the layers hold; see _qemu/jobs.py, share()."""
+    base = seen.base.image
+    if base is None or base.has_data_file or seen.base.is_device:
+        return False
+    return all(
+        layer.image is not None
+        and layer.image.cluster_size >= max(_UNIT, base.cluster_size)
+        and not layer.image.extended_l2
+        for layer in seen.chain[: seen.depth]
+    )

@@ -1,0 +1,161 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change at any time.
+"""Act: move the data of the upper images of a chain down into BASE.
+
+BASE alone is open for writing, together with the images below it: QEMU fills up clusters from them. The images that go
+in are open read-only, so their bitmaps stay as they are whatever happens.
+
+A full disk pauses the job. It goes on when there is room again, and is cancelled if none comes.
+"""
+
+from __future__ import annotations
+
+import time
+import typing as t
+
+from .._base.errors import QemuError, qemu_refusal
+from .._base.files import OpenImage
+from .monitor import Message, Monitor
+from .nodes import close_node, file_node
+
+_BASE = "b"
+_TOP = "o"
+_JOB = "j"
+_PAUSE = 0.5  # seconds between two questions for the progress
+
+
+class Opened(t.NamedTuple):
+    """An open image of a chain."""
+
+    file: OpenImage
+    driver: str  # QEMU's name of its format
+    data_file: OpenImage | None = None
+
+
+class Progress(t.NamedTuple):
+    """How far a job is."""
+
+    done: int  # bytes
+    total: int  # bytes; an estimate
+
+
+Watch = t.Callable[[Progress], None]
+
+
+class Job(t.NamedTuple):
+    """What all ways of moving data need."""
+
+    monitor: Monitor
+    seconds: float  # that may pass without progress
+    speed: int  # bytes per second at most; 0 is no limit
+    watch: Watch  # is told the progress from time to time
+
+
+def commit(job: Job, layers: t.Sequence[Opened], base: t.Sequence[Opened]) -> None:
+    """Have QEMU write what the layers hold, topmost first, into the first image of `base`; the others are below it."""
+    job.monitor.send("blockdev-add", {"node-name": _BASE, **_writable(base)})
+    job.monitor.send("blockdev-add", {"node-name": _TOP, **_read_only(layers, _BASE)})
+    arguments = {"device": _TOP, "base-node": _BASE, "on-error": "enospc", "speed": job.speed}
+    _run(job, "block-commit", arguments, [_TOP, _BASE])
+
+
+def share(job: Job, layer: Opened, base: t.Sequence[Opened]) -> None:
+    """Have QEMU copy what the layer itself holds into BASE by copy_file_range, which shares the extents.
+
+    It copies whole units of 64 KiB. So it is right only if nothing but the layer's own clusters can be in a unit: where
+    those have at least 64 KiB, and at least the size of BASE's, and no subclusters, and both have one virtual size.
+    """
+    job.monitor.send("blockdev-add", {"node-name": _BASE, **_writable(base)})
+    job.monitor.send("blockdev-add", {"node-name": _TOP, **_read_only([layer], None)})
+    arguments = {
+        "device": _TOP,
+        "target": _BASE,
+        "sync": "top",
+        "speed": job.speed,
+        "on-target-error": "enospc",
+        "x-perf": {"use-copy-range": True},  # not stable; 5.2 does not know it
+    }
+    _run(job, "blockdev-backup", arguments, [_TOP, _BASE])
+
+
+def resize(monitor: Monitor, base: Opened, virtual_size: int, seconds: float) -> None:
+    """Have QEMU give BASE this virtual size. It must have no bitmaps."""
+    monitor.send("blockdev-add", {"node-name": _BASE, **_writable([base])})
+    monitor.send("block_resize", {"node-name": _BASE, "size": virtual_size}, seconds)
+    close_node(monitor, _BASE)
+    monitor.receive_rest(seconds)
+
+
+def _writable(base: t.Sequence[Opened]) -> Message:
+    """Return the node of BASE with what is below it."""
+    node = _node(base[0], read_only=False)
+    if base[0].driver == "raw":
+        return node
+    return {**node, "discard": "unmap", "backing": _read_only(base[1:], None)}
+
+
+def _read_only(images: t.Sequence[Opened], below: str | None) -> Message | str | None:
+    """Return the node of a chain of images, the topmost one first, on top of the node `below`."""
+    node: t.Any = below
+    for image in reversed(images):
+        node = {**_node(image, read_only=True), **({"backing": node} if image.driver in _WITH_BACKING else {})}
+    return node
+
+
+_WITH_BACKING = ("qcow2", "qcow", "qed", "vmdk")
+
+
+def _node(image: Opened, *, read_only: bool) -> Message:
+    node: Message = {"driver": image.driver, "read-only": read_only, "file": file_node(image.file)}
+    if not read_only:
+        node["file"]["discard"] = "unmap"
+    if image.data_file is not None:
+        node["data-file"] = file_node(image.data_file)
+    return node
+
+
+def _run(job: Job, command: str, arguments: Message, nodes: t.Sequence[str]) -> None:
+    """Run a job to its end, then close the nodes; QemuError if the job failed."""
+    monitor = job.monitor
+    monitor.start_job(command, _JOB, arguments)
+    error = _follow(job)
+    monitor.command("job-dismiss", {"id": _JOB})
+    for node in nodes:
+        close_node(monitor, node)
+    monitor.receive_rest(job.seconds)
+    if error is not None:
+        raise qemu_refusal(error)
+
+
+def _follow(job: Job) -> str | None:
+    """Return why the job has failed, when it has come to its end; None if it has not failed."""
+    monitor, last, since = job.monitor, Progress(-1, 0), time.monotonic()
+    while True:
+        status = monitor.next_status(_JOB, _PAUSE)
+        if status == "ready":
+            monitor.command("job-complete", {"id": _JOB})
+        about = next(entry for entry in monitor.command("query-jobs") if entry["id"] == _JOB)
+        if about["status"] == "concluded":
+            return t.cast("str | None", about.get("error"))
+        now = Progress(about["current-progress"], about["total-progress"])
+        job.watch(now)
+        if now != last or about["status"] == "ready":
+            last, since = now, time.monotonic()
+        if time.monotonic() - since > job.seconds:
+            monitor.command("job-cancel", {"id": _JOB})
+            return _await_end(job, about["status"])
+        if about["status"] == "paused" and status is None:
+            monitor.command("job-resume", {"id": _JOB})
+
+
+def _await_end(job: Job, status: str) -> str:
+    """Wait for the end of a job that was cancelled; return why it was."""
+    while job.monitor.next_status(_JOB, job.seconds) not in ("concluded", None):
+        pass
+    if status == "paused":
+        return "No space left on device"
+    raise QemuError(
+        "qemu_lost", f"the commit made no progress for {job.seconds:.0f} s and was cancelled", "Check the storage."
+    )
