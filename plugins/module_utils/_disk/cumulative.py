@@ -25,7 +25,7 @@ import typing as t
 from .._base.errors import Refusal
 from .._base.files import OpenImage, owning
 from .._qcow2.bitmaps import Bitmap
-from .._qcow2.dirty import DirtyMap, is_union, maps_of, united
+from .._qcow2.dirty import DirtyBits, DirtyMap, is_union, maps_of, united
 from .._qcow2.image import Image, read_image
 from .._qcow2.scratch import write_scratch
 from .bitmap_rules import carries_over
@@ -35,7 +35,7 @@ MAX_UNITED = 8 << 30  # bytes of bits of all images; uniting them takes about th
 _RESCALING = 32  # times as long as it takes to unite bits of another granularity
 _MFD_NOEXEC_SEAL = 0x8  # memfd_create(2); since Linux 6.3, where it can be an obligation
 
-Maps = t.Mapping[str, t.Sequence[DirtyMap]]  # by the name of the bitmap, ACTIVE's map first
+Maps = t.Mapping[str, t.Sequence[DirtyBits]]  # by the name of the bitmap, ACTIVE's map first
 
 
 def map_chain(active: ObservedChain, file: OpenImage, open_below: t.Callable[[str], OpenImage]) -> Maps:
@@ -85,7 +85,7 @@ def most_bytes(maps: Maps, bitmaps: t.Sequence[Bitmap], cluster_size: int, virtu
     return clusters * cluster_size
 
 
-def has_bits(maps: t.Sequence[DirtyMap]) -> bool:
+def has_bits(maps: t.Sequence[DirtyBits]) -> bool:
     """Whether any bit can be set in one of the maps, without a look at the bits."""
     return any(one.most_dirty_bits for one in maps)
 

@@ -24,6 +24,25 @@ _ENTRY_OFFSET = 0x00FFFFFFFFFFFE00  # bits 9 to 55
 _DIGITS = "01"
 
 
+class DirtyBits(t.Protocol):
+    """Bits that mark a disk: those of a bitmap, or those of what an image holds itself."""
+
+    granularity: int  # bytes of the disk that a bit is about
+
+    @property
+    def most_dirty_bits(self) -> int:
+        """An upper bound of the bits that are set, without a look at them."""
+
+    def bits(self, start: int, length: int) -> int:
+        """Return the bits that cover `length` bytes of the disk from `start`, the first bit as the number's lowest."""
+
+    def stored(self, start: int, length: int) -> bytes:
+        """Return the same bits as bitmap data; zeroes at the end may be left out."""
+
+    def most_clusters(self, granularity: int, cluster_size: int) -> int:
+        """Return an upper bound of the clusters that hold these bits in another image, in `granularity`."""
+
+
 class DirtyMap:
     """The bits of one consistent bitmap of an open image (qcow2 spec, Bitmap table and Bitmap data)."""
 
@@ -114,7 +133,7 @@ def maps_of(file: OpenImage, image: Image) -> dict[str, DirtyMap]:
     }
 
 
-def dirty_bytes(maps: t.Sequence[DirtyMap], virtual_size: int) -> int:
+def dirty_bytes(maps: t.Sequence[DirtyBits], virtual_size: int) -> int:
     """Return how many bytes of the disk are dirty in any of `maps`, in granules of the first one.
 
     A backup merges the bitmaps of a chain so: into one that has the granularity of the topmost image's bitmap.
@@ -125,24 +144,24 @@ def dirty_bytes(maps: t.Sequence[DirtyMap], virtual_size: int) -> int:
     dirty = 0
     for start in range(0, virtual_size, length):
         here = min(length, virtual_size - start)  # bytes of the disk
-        bits = _union(maps, granularity, start, here)
+        bits = union_bits(maps, granularity, start, here)
         dirty += bin(bits).count("1") * granularity
         if bits >> (-(-here // granularity) - 1):  # the last granule may reach beyond the end of the disk
             dirty -= -here % granularity
     return dirty
 
 
-def _union(maps: t.Sequence[DirtyMap], granularity: int, start: int, length: int) -> int:
+def union_bits(maps: t.Sequence[DirtyBits], granularity: int, start: int, length: int) -> int:
     """Return the bits of `granularity` that cover `length` bytes of the disk from `start`, dirty in any of `maps`."""
     bits = 0
     for one in maps:
-        bits |= _rescaled(one.bits(start, length), one.granularity, granularity)
+        bits |= rescaled(one.bits(start, length), one.granularity, granularity)
     # A coarser map marks some beyond the end of the disk. Most of a disk is clean, and needs no mask.
     return bits and bits & ((1 << -(-length // granularity)) - 1)
 
 
 def united(
-    maps: t.Sequence[DirtyMap], granularity: int, virtual_size: int, span: int = 0
+    maps: t.Sequence[DirtyBits], granularity: int, virtual_size: int, span: int = 0
 ) -> t.Iterator[tuple[int, bytes]]:
     """Yield what is dirty in any of `maps`, piece by piece, as data of a bitmap of `granularity`.
 
@@ -164,19 +183,19 @@ def united(
             yield start // (granularity * 8), data
 
 
-def _rescaled_data(maps: t.Sequence[DirtyMap], granularity: int, start: int, length: int) -> bytes:
+def _rescaled_data(maps: t.Sequence[DirtyBits], granularity: int, start: int, length: int) -> bytes:
     """Return the union of `maps` for `length` bytes of the disk from `start`, as data of a bitmap of `granularity`."""
     finest, coarsest = min(one.granularity for one in maps), max(one.granularity for one in maps)
     step = max(min(finest, granularity) * _PIECE, coarsest * 8, granularity * 8)  # bounds the memory
     pieces = []
     for begin in range(start, start + length, step):
         here = min(step, start + length - begin)  # bytes of the disk
-        bits = _union(maps, granularity, begin, here)
+        bits = union_bits(maps, granularity, begin, here)
         pieces.append(bits.to_bytes(-(-here // (granularity * 8)), "little"))
     return b"".join(pieces)
 
 
-def is_union(found: DirtyMap, maps: t.Sequence[DirtyMap], virtual_size: int) -> bool:
+def is_union(found: DirtyBits, maps: t.Sequence[DirtyBits], virtual_size: int) -> bool:
     """Whether `found` marks just what is dirty in any of `maps`, in its granules."""
     span = max((one.granularity * 8 for one in maps), default=0)  # both sides in the same pieces
     wanted = united(maps, found.granularity, virtual_size, span)
@@ -184,13 +203,13 @@ def is_union(found: DirtyMap, maps: t.Sequence[DirtyMap], virtual_size: int) -> 
     return all(one == other for one, other in itertools.zip_longest(wanted, there))
 
 
-def counting_cost(maps: t.Sequence[DirtyMap]) -> int:
+def counting_cost(maps: t.Sequence[DirtyBits]) -> int:
     """Return how many bits dirty_bytes() looks at for these maps."""
     finest = min(one.granularity for one in maps)
     return sum(one.most_dirty_bits * (one.granularity // finest) for one in maps)
 
 
-def _rescaled(bits: int, granularity: int, wanted: int) -> int:
+def rescaled(bits: int, granularity: int, wanted: int) -> int:
     """Return `bits` in the granularity `wanted`: a granule is dirty if any part of it is."""
     if bits == 0 or granularity == wanted:
         return bits

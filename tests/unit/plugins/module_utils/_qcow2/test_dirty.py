@@ -13,7 +13,7 @@ import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.dirty import _rescaled, dirty_bytes, maps_of
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.dirty import dirty_bytes, maps_of, rescaled
 
 from .. import qemu
 
@@ -93,7 +93,7 @@ def test_another_granularity_marks_whatever_is_touched(granularity, wanted):
         for index in range(256 // wanted):
             touched = range(index * wanted // granularity, -(-(index + 1) * wanted // granularity))
             expected |= any(bits[one] for one in touched) << index
-        assert _rescaled(number, granularity, wanted) == expected
+        assert rescaled(number, granularity, wanted) == expected
 
 
 DAMAGE = {

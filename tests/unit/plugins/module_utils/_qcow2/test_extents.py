@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
@@ -14,7 +15,8 @@ import subprocess
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.dirty import united
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.dirty import is_union, maps_of, united
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.extents import AllocationMap, has_allocated_extents
 
 from .. import qemu
@@ -110,6 +112,38 @@ def test_equal_to_qemu_for_every_kind_of_image(tmp_path, seed):
         for granularity in (512, 65536, 1 << 20, 1 << 31):
             assert extents(united([allocated], granularity, size), granularity, size) == widened(own, granularity, size)
         assert bool(own) <= bool(allocated.most_dirty_bits)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_united_in_every_granularity_with_other_images_and_with_bitmaps(tmp_path, seed):
+    dice = random.Random(seed)
+    size = dice.randrange(1, 1 << 12) * 65536 + 512
+    maps = []
+    layouts = ("cluster_size=512", "cluster_size=64k", "cluster_size=2M,extended_l2=on", "cluster_size=4k,compat=0.10")
+    with contextlib.ExitStack() as stack:
+        for number, layout in enumerate(layouts):
+            path = qemu.create(tmp_path / f"image{number}", size, "-o", layout)
+            bitmaps = [] if "compat" in layout else [Bitmap("x", 1 << dice.randint(9, 31), True, False)]
+            qemu.add_bitmaps(path, bitmaps)
+            qemu.guest_writes(path, dice, size, dice.choice((1, 10, 40)))
+            file = stack.enter_context(open_image(path))
+            maps += [AllocationMap(file), *maps_of(file, qemu.read(path)).values()]
+        own = [extents(united([one], one.granularity, size), one.granularity, size) for one in maps]
+        assert any(own)
+        for granularity in (1 << bits for bits in range(9, 32)):
+            pieces = list(united(maps, granularity, size))
+            wanted = [extent for one in own for extent in widened(one, granularity, size)]
+            assert extents(pieces, granularity, size) == joined(sorted(wanted))
+            for one, held in zip(maps, own):
+                clusters = clusters_of(united([one], granularity, size))
+                assert bool(held) <= len(clusters) <= one.most_clusters(granularity, 512)
+        assert all(is_union(one, [one], size) for one in maps)
+        assert not is_union(maps[0], maps, size)
+
+
+def clusters_of(pieces):
+    """Return the indices of the clusters of 512 bytes that have a bit, in pieces of bitmap data."""
+    return {(offset + byte) // 512 for offset, data in pieces for byte, bits in enumerate(data) if bits}
 
 
 def test_a_table_that_is_asked_for_piece_by_piece(tmp_path):
