@@ -41,6 +41,7 @@ Code = t.Literal[
     "format_not_recorded",
     "gone",
     "group_failed",
+    "header_fixed",
     "in_use",
     "interrupted",
     "libvirt_failed",

@@ -35,19 +35,34 @@ class Extensions(t.NamedTuple):
 def read_extensions(area: bytes, header: Header, path: str) -> Extensions:
     """Return what the extensions in the header cluster `area` say; Refusal where QEMU too refuses them."""
     found = Extensions()
+    for kind, _start, data in _each_extension(area, header, path):
+        found = _with_extension(found, kind, data, header, path)
+    if header.crypt_method == CRYPT_LUKS and not found.has_crypto_header:
+        raise damaged(path, "it is encrypted with LUKS, but does not say where its LUKS header is")
+    return found
+
+
+def end_of_extensions(area: bytes, header: Header, path: str) -> int | None:
+    """Return the offset behind the explicit end of the extensions in `area`; None if they only end at other data."""
+    ends = [start for kind, start, _data in _each_extension(area, header, path) if kind == _END]
+    return ends[0] if ends else None
+
+
+def _each_extension(area: bytes, header: Header, path: str) -> t.Iterator[tuple[int, int, bytes]]:
+    """Yield type, offset of the data and data of each extension, up to and with the end, if there is an explicit one.
+
+    Refusal if one reaches out of the room for extensions.
+    """
     offset, end = header.length, header.extensions_end
     while offset < end:
         kind, length = EXTENSION.unpack(area[offset : offset + EXTENSION.size].ljust(EXTENSION.size, b"\0"))
         offset += EXTENSION.size
         if offset + length > end:
             raise damaged(path, f"header extension {kind:#010x} of {length} bytes reaches out of the header cluster")
+        yield kind, offset, area[offset : offset + length]
         if kind == _END:
-            break
-        found = _with_extension(found, kind, area[offset : offset + length], header, path)
+            return
         offset += (length + 7) // 8 * 8
-    if header.crypt_method == CRYPT_LUKS and not found.has_crypto_header:
-        raise damaged(path, "it is encrypted with LUKS, but does not say where its LUKS header is")
-    return found
 
 
 def _with_extension(found: Extensions, kind: int, data: bytes, header: Header, path: str) -> Extensions:

@@ -29,6 +29,8 @@ REPAIR = "Repair it with 'qemu-img check -r all', or restore it from a backup."
 
 V2_HEADER = struct.Struct(">4sIQIIQIIQQIIQ")
 V3_HEADER = struct.Struct(">QQQIIB")  # what version 3 adds, with the compression type
+BACKING_FILE_AT = 8  # bytes; where the header has offset and length of the name of the backing file
+BACKING_FILE = struct.Struct(">QI")  # these two
 EXTENSION = struct.Struct(">II")  # type and length; qcow2 spec, Header extensions
 _MAX_REFCOUNT_TABLE = 8 * 1024 * 1024  # bytes; QEMU's QCOW_MAX_REFTABLE_SIZE
 _MAX_SNAPSHOTS = 65536  # QEMU's QCOW_MAX_SNAPSHOTS

@@ -12,14 +12,12 @@ extensions); QEMU keeps it whatever it does with the image, and gives it to no o
 from __future__ import annotations
 
 import os
-import struct
 import typing as t
 
 from .._base.files import OpenImage
-from .header import extension_bytes, read_header
+from .header import BACKING_FILE, BACKING_FILE_AT, extension_bytes, read_header
 
 EXT_MARK = 0x6B766D66  # "kvmf"
-_BACKING_FILE = struct.Struct(">QI")  # qcow2 spec, Header, offset 8: offset and length of its name
 
 
 class Mark(t.NamedTuple):
@@ -53,7 +51,8 @@ def write_mark(file: OpenImage, mark: Mark) -> None:
     start, length = header.backing_offset, header.backing_length
     area, added = file.read(start + length, 0), _extension_of(mark)
     area = area[: header.length] + added + area[header.length :]
-    area = area[:8] + _BACKING_FILE.pack(start + len(added), length) + area[8 + _BACKING_FILE.size :]
+    behind = BACKING_FILE_AT + BACKING_FILE.size
+    area = area[:BACKING_FILE_AT] + BACKING_FILE.pack(start + len(added), length) + area[behind:]
     os.pwrite(file.fd, area, 0)
 
 
