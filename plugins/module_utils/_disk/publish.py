@@ -26,6 +26,7 @@ _PREFIXES = (_PREFIX, ".qcow2_overlay-")  # the second is of version 0.1
 _SUFFIX = ".tmp"
 _MOST_TRIES = 100  # more runs than that do not collide in one folder
 _RENAME_NOREPLACE = 1
+_CANNOT_RENAME = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # without replacing
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
 
 
@@ -74,7 +75,20 @@ class StagedFile:
         except OSError as exc:
             if exc.errno not in _NO_HARD_LINKS:
                 raise
-            _rename_without_replacing(self.folder_fd, self.name, self.place, self.path)
+            self._rename()
+
+    def _rename(self) -> None:
+        """Put the file into its place on a file system without hard links."""
+        try:
+            if rename_without_replacing(self.folder_fd, self.name, self.place):
+                return
+        except FileExistsError as exc:
+            raise _appeared(self.path) from exc
+        why = (
+            "its file system has neither hard links nor renaming without replacing, so nothing can be published safely "
+            "there"
+        )
+        raise Refusal("no_rename", self.path, why, "Choose a folder on another file system.")
 
     def check_place(self) -> None:
         """Refuse if the published file cannot be found at the path that was asked for."""
@@ -188,12 +202,17 @@ def _of_runs(folder: str, counts: t.Callable[[str, int], bool]) -> list[str]:
     except (OSError, Refusal):  # what is to be done in it will tell
         return []
     try:
-        names = sorted(name for name in os.listdir(folder_fd) if name.startswith(_PREFIXES) and name.endswith(_SUFFIX))
+        names = sorted(filter(is_temporary, os.listdir(folder_fd)))
         return [os.path.join(folder, name) for name in names if counts(name, folder_fd)]
     except OSError:
         return []
     finally:
         close(folder_fd)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name is one that a run has not published yet, or a killed run has left."""
+    return name.startswith(_PREFIXES) and name.endswith(_SUFFIX)
 
 
 def _is_abandoned(name: str, folder_fd: int) -> bool:
@@ -228,22 +247,19 @@ def _open_file(name: str, folder_fd: int) -> OpenImage:
         os.close(place)
 
 
-def _rename_without_replacing(folder_fd: int, name: str, place: str, path: str) -> None:
-    """Rename within a folder and fail where something stands, for file systems without hard links."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.renameat2(folder_fd, os.fsencode(name), folder_fd, os.fsencode(place), _RENAME_NOREPLACE) == 0:
-        return
+def rename_without_replacing(folder_fd: int, name: str, place: str) -> bool:
+    """Rename within a folder; False if the file system cannot do so without replacing, FileExistsError if one stands.
+
+    Nothing happens in between: the file has the one name or the other.
+    """
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # not in every C library
+    if rename is None:
+        return False
+    if rename(folder_fd, os.fsencode(name), folder_fd, os.fsencode(place), _RENAME_NOREPLACE) == 0:
+        return True
     number = ctypes.get_errno()
-    if number == errno.EEXIST:
-        raise _appeared(path)
-    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-        raise Refusal(
-            "no_rename",
-            path,
-            "its file system has neither hard links nor renaming without replacing, so nothing can be published safely "
-            "there",
-            "Choose a folder on another file system.",
-        )
+    if number in _CANNOT_RENAME:
+        return False
     raise OSError(number, os.strerror(number))
 
 

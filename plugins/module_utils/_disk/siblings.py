@@ -1,0 +1,77 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change at any time.
+"""Read: who else stands on an image. No image knows what is on top of it, so whole folders are looked through.
+
+::
+
+    OVERLAY    CLONE       in one folder, each records IMAGE as its backing file
+        └──┬─────┘
+         IMAGE             which must neither go nor change while CLONE is there
+"""
+
+from __future__ import annotations
+
+import os
+import typing as t
+
+from .._base.errors import Refusal
+from .._base.files import Identity, OpenImage, identity_of, open_image
+from .._qcow2.backing import recorded_name
+from .._qcow2.chain import is_local, resolve_name
+from .publish import is_temporary
+
+
+class Above(t.NamedTuple):
+    """An image that stands on another one."""
+
+    path: str
+    identity: Identity
+    backing_file: str  # path, from which a relative name is resolved
+    backing_identity: Identity | None  # None if it does not exist
+
+
+def overlays_in(folder: str) -> list[Above]:
+    """Return the images in the folder that record a backing file, whatever else is wrong with them.
+
+    Leave out what cannot be read. Leave out the temporary files of runs, too: those of killed ones nobody will ever
+    have as a disk, and the next run removes them; a living run has its turn on the image below until it has published.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if entry.is_file() and not is_temporary(entry.name)]
+    except OSError:
+        return []
+    found = (_look(os.path.join(folder, name)) for name in sorted(names))
+    return [one for one in found if one is not None]
+
+
+def _look(path: str) -> Above | None:
+    """Return the image of this path; None if it stands on no other one, or is none."""
+    try:
+        with open_image(path) as file:
+            name = recorded_name(file)
+            return _above(path, file, name) if name is not None and is_local(name) else None
+    except (OSError, Refusal):
+        return None
+
+
+def _above(path: str, file: OpenImage, name: str) -> Above:
+    """Return the open image, which records this backing file."""
+    backing_file = resolve_name(path, name)
+    try:
+        identity = identity_of(os.stat(backing_file))
+    except (OSError, ValueError):  # a name that no file can have
+        return Above(path, file.identity, backing_file, None)
+    return Above(path, file.identity, backing_file, identity)
+
+
+def standing_on(image: Identity, folders: t.Iterable[str], but: t.Collection[Identity]) -> list[str]:
+    """Return the paths of the images in the folders that stand on this image, without those in `but`."""
+    return [
+        one.path
+        for folder in dict.fromkeys(folders)
+        for one in overlays_in(folder)
+        if one.backing_identity == image and one.identity not in but
+    ]
