@@ -27,6 +27,7 @@ Code = t.Literal[
     "below_running_vm",
     "bitmap_name",
     "bitmaps_too_large",
+    "block_device",
     "chain_loop",
     "chain_too_long",
     "changed_meanwhile",

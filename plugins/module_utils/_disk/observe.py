@@ -145,20 +145,28 @@ def _observe_folder_of(path: str) -> tuple[str, os.stat_result]:
         os.close(fd)
 
 
+def why_not_writable(folder: str, path: str) -> Refusal | None:
+    """Return why nothing can be made or removed in the folder, as a refusal of `path` in it; None if it can."""
+    if os.access(folder, os.W_OK | os.X_OK):
+        return None
+    is_read_only = bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
+    why = "it is mounted read-only" if is_read_only else "its permissions forbid it"
+    return Refusal(
+        "read_only" if is_read_only else "no_permission",
+        path,
+        f"its folder {folder} cannot be written to: {why}",
+        "Make its file system writable, then run this again."
+        if is_read_only
+        else "Run with become, or make it writable.",
+    )
+
+
 def _with_space(target: Target, status: os.stat_result) -> Target:
     """Return a target at which nothing stands yet, with the space in its folder; Refusal if that is not writable."""
+    problem = why_not_writable(target.folder, target.path)
+    if problem is not None:
+        raise problem
     space = os.statvfs(target.folder)
-    if not os.access(target.folder, os.W_OK | os.X_OK):
-        is_read_only = bool(space.f_flag & os.ST_RDONLY)
-        why = "it is mounted read-only" if is_read_only else "its permissions forbid it"
-        raise Refusal(
-            "read_only" if is_read_only else "no_permission",
-            target.path,
-            f"its folder {target.folder} cannot be written to: {why}",
-            "Make its file system writable, then run this again."
-            if is_read_only
-            else "Run with become, or make it writable.",
-        )
     blocks = space.f_bfree if os.geteuid() == 0 else space.f_bavail
     free = blocks * space.f_frsize if space.f_blocks else None
     return target._replace(device=status.st_dev, free_bytes=free)

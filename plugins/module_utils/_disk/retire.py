@@ -1,0 +1,156 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change at any time.
+"""Retire an image that no VM needs any more: rename it aside, or delete it, so that its name is free again.
+
+Nothing is ever replaced, and nothing goes but the very file that was looked at. Where a symlink leads to it, the file
+goes and then the symlink, which leads nowhere any more.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import typing as t
+
+from .._base.errors import Refusal
+from .._base.files import OpenImage, close, identity_of
+from .observe import why_not_writable
+from .publish import open_to_list, rename_without_replacing
+
+DELETE = "delete"
+KEEP = "keep"
+How = t.Literal["delete", "keep"]
+
+
+def retire(path: str, file: OpenImage, how: How, suffix: str) -> str | None:
+    """Retire the image that is open as `file` and stands at `path`; return the path it is kept as, if it is kept.
+
+    The caller keeps everybody else from it, and has found it possible by why_not_retired().
+    """
+    real = os.path.realpath(path)
+    folder_fd, folder = open_to_list(os.path.dirname(real))
+    try:
+        name = os.path.basename(real)
+        _check_place(path, file, name, folder_fd)
+        if how == KEEP:
+            kept = os.path.join(folder, _move_aside(file, name, f"{name}.{suffix}", folder_fd))
+        else:
+            kept = None
+            os.unlink(name, dir_fd=folder_fd)
+        os.fsync(folder_fd)
+    finally:
+        close(folder_fd)
+    _remove_link(path, real)
+    return kept
+
+
+def _remove_link(path: str, real: str) -> None:
+    """Remove a symlink that led to the file; nothing if `path` was its real path."""
+    if not os.path.islink(path) or os.path.realpath(path) != real:
+        return
+    folder_fd, _folder = open_to_list(os.path.dirname(path))
+    try:
+        os.unlink(os.path.basename(path), dir_fd=folder_fd)
+        os.fsync(folder_fd)
+    finally:
+        close(folder_fd)
+
+
+def kept_path(path: str, suffix: str) -> str:
+    """Return the path that the image at `path` would be kept as."""
+    real = os.path.realpath(path)
+    return next(one for one in _candidates(f"{real}.{suffix}") if not os.path.lexists(one))
+
+
+def why_not_retired(path: str, file: OpenImage, how: How, suffix: str) -> Refusal | None:
+    """Return why retire() would refuse; None if it would not, as far as that can be told beforehand."""
+    if file.is_device:
+        return Refusal(
+            "block_device",
+            path,
+            "is a block device, of which nothing is ever deleted or renamed",
+            "Have the VM use the image below (virsh edit), then remove the volume with the tool that made it, such as "
+            "lvremove.",
+        )
+    untrusted = _why_untrusted(path, file)
+    if untrusted is not None:
+        return untrusted
+    too_long = why_not_kept(path, suffix) if how == KEEP else None
+    return too_long or next(filter(None, (why_not_writable(folder, path) for folder in _folders_of(path))), None)
+
+
+def why_not_kept(path: str, suffix: str) -> Refusal | None:
+    """Return why no file beside the one at `path` can have the longer name; None if one can."""
+    kept = kept_path(path, suffix)
+    folder, name = os.path.split(kept)
+    longest = os.pathconf(folder, "PC_NAME_MAX")
+    if len(os.fsencode(name)) <= longest:
+        return None
+    why = f"cannot be kept as {name}, since its file system takes no names of more than {longest} bytes"
+    return Refusal("name_too_long", path, why, "Rename the file, or use retire=delete.")
+
+
+def _folders_of(path: str) -> list[str]:
+    """Return the folders in which something goes: of the file, and of a symlink that leads to it."""
+    return list(dict.fromkeys(map(os.path.dirname, (os.path.realpath(path), path))))
+
+
+def _why_untrusted(path: str, file: OpenImage) -> Refusal | None:
+    """Return the refusal of a symlink by which somebody could have another one's file retired; None for any other."""
+    status = os.lstat(path)
+    owner = file.status().st_uid
+    if not os.path.islink(path) or status.st_uid in (0, os.geteuid(), owner):
+        return None
+    why = f"is a symlink of the user {status.st_uid} to a file of the user {owner}. Such a link can be a trap"
+    return Refusal("untrusted_link", path, why, "Give the real path.")
+
+
+def _check_place(path: str, file: OpenImage, name: str, folder_fd: int) -> None:
+    """Refuse if another file stands there than the one that was looked at."""
+    status = os.stat(name, dir_fd=folder_fd, follow_symlinks=False)
+    if identity_of(status) != file.identity:
+        raise Refusal("changed_meanwhile", path, "was moved or replaced meanwhile", "Run this again.")
+
+
+def _candidates(path: str) -> t.Iterator[str]:
+    """Yield the path, then the same with a number, without end."""
+    yield path
+    for number in itertools.count(1):
+        yield f"{path}.{number}"
+
+
+def _move_aside(file: OpenImage, name: str, wanted: str, folder_fd: int) -> str:
+    """Rename within the folder, with a number where the name is taken; return the new name."""
+    for place in _candidates(wanted):
+        try:
+            if not rename_without_replacing(folder_fd, name, place):
+                _link_aside(file, name, place, folder_fd)
+            return place
+        except FileExistsError:
+            if _is_there(file, place, folder_fd):  # a run was killed between link and unlink
+                os.unlink(name, dir_fd=folder_fd)
+                return place
+    raise AssertionError("the candidates do not end")
+
+
+def _link_aside(file: OpenImage, name: str, place: str, folder_fd: int) -> None:
+    """Give the file a second name, then take its first one away: for NFS, which cannot rename without replacing."""
+    try:
+        os.link(f"/proc/self/fd/{file.fd}", place, dst_dir_fd=folder_fd, follow_symlinks=True)
+    except FileExistsError:
+        raise
+    except OSError as exc:
+        why = "its file system has neither hard links nor renaming without replacing, so it cannot be kept safely"
+        raise Refusal("no_rename", file.path, why, "Rename it yourself, or use retire=delete.") from exc
+    os.fsync(folder_fd)
+    os.unlink(name, dir_fd=folder_fd)
+
+
+def _is_there(file: OpenImage, place: str, folder_fd: int) -> bool:
+    """Whether this very file has this name, too."""
+    try:
+        return identity_of(os.stat(place, dir_fd=folder_fd, follow_symlinks=False)) == file.identity
+    except OSError:
+        return False
