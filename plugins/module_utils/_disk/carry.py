@@ -25,7 +25,7 @@ from .._qemu.rewrite import Addition, Rewriting, rewrite_bitmaps
 from .cumulative import memory_image, most_bytes
 
 _SOURCE = "r{}"  # names of nodes
-_TRIES = 2  # QEMU drops bitmaps that are lost (autoclear bit 0) when it opens the image, and adds none in that session
+_TRIES = 2  # QEMU drops lost bitmaps (autoclear bit 0) when it opens the image; the next session begins without them
 
 
 class Wanted(t.NamedTuple):
@@ -33,7 +33,9 @@ class Wanted(t.NamedTuple):
 
     bitmap: Bitmap
     maps: t.Sequence[DirtyBits]  # whose union it is to be
-    sources: t.Sequence[OpenImage] = ()  # whose bitmaps of this name make that union, so that QEMU itself can merge them
+    sources: t.Sequence[
+        OpenImage
+    ] = ()  # whose bitmaps of this name make that union, so that QEMU itself can merge them
 
 
 class Place(t.NamedTuple):
@@ -123,7 +125,8 @@ def _rewrite(
             Addition(one.bitmap, [SCRATCH] if is_own_source or not one.sources else sources, is_there=stays)
         )
     used = {node for addition in additions for node in addition.sources}
-    sources_by_node = {nodes[file]: (file, read) for file, read in images.items() if nodes[file] in used}
+    sources_by_node: dict[str, tuple[OpenImage, Image | None]] = {}
+    sources_by_node.update((nodes[file], (file, read)) for file, read in images.items() if nodes[file] in used)
     if SCRATCH in used:
         sources_by_node[SCRATCH] = (scratch, None)
     rewriting = Rewriting(

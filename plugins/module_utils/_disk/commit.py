@@ -16,7 +16,7 @@ told by a look, each step can be taken twice, and the same call goes on from any
 1) WHOLE: no vault, no mark. Nothing was written. Next: keep BASE's bits and TOP's names in a vault.
 2) VAULTED: a vault, no mark. Next: carry BASE's bits into TOP's bitmaps, and give TOP a mark with the vault's token.
    A kill leaves TOP's bitmaps inconsistent or gone, which the vault tells: then they are made again (REBUILT).
-3) CARRIED: the mark, TOP's bitmaps in order. Next: strip BASE of its bitmaps, commit the data, give BASE TOP's bitmaps.
+3) CARRIED: the mark, TOP's bitmaps in order. Next: strip BASE of its bitmaps, commit the data, give BASE those of TOP.
    Each of the three begins anew after a kill. Of BASE only data that TOP covers is written.
    If TOP's bitmaps are not in order, a VM has died on it: they are made again from the vault and from what the images
    hold (REBUILT).
@@ -29,16 +29,19 @@ The vault goes last: one that says GIVEN is in nobody's way.
 
 from __future__ import annotations
 
+import collections
+import os
 import typing as t
 
 from .._base.errors import Refusal, printable
 from .._base.files import Identity
 from .._qcow2.bitmaps import Bitmap
-from .._qcow2.chain import Layer, why_unusable
+from .._qcow2.chain import Layer, resolve_name, why_unusable
 from .._qcow2.image import Image
 from .._qemu.locks import below_running_vm, in_use
-from .bitmap_rules import bitmap_problems, names_of
-from .fates import Fate, Named, fates, wrongly_mended
+from .bitmap_rules import bitmap_problems, carries_over, names_of
+from .fates import DISABLED, INCONSISTENT, Fate, Named, fates, fault_below, wrongly_mended
+from .overlay import path_problems
 from .vault import MARK, MAX_NAME, Vault
 from .verdict import FAILED, Need, problem_fields
 
@@ -55,8 +58,8 @@ CARRIED = "carried"
 REBUILT = "rebuilt"
 GIVEN = "given"
 
+DEFAULT_GRANULARITY = 65536  # bytes; said of a bitmap that is gone from every image
 _UNIT = 65536  # bytes that QEMU copies at once when it shares extents
-_AGAIN = "Run the same call again once that is mended; nothing is lost until then."
 
 
 class CommitRequest(t.NamedTuple):
@@ -101,6 +104,11 @@ class Seen(t.NamedTuple):
         """TOP's header and bitmaps."""
         assert self.chain[0].image is not None
         return self.chain[0].image
+
+    @property
+    def part(self) -> tuple[Layer, ...]:
+        """The images that take part: those that go in, and BASE."""
+        return self.chain[: self.depth + 1]
 
     @property
     def base(self) -> Layer:
@@ -149,6 +157,16 @@ class Outcome(t.NamedTuple):
         return tuple(fate.bitmap for fate in self.fates.values() if fate.bitmap is not None and not fate.skipped)
 
 
+class Work(t.NamedTuple):
+    """What is to be done."""
+
+    seen: Seen
+    stage: Stage
+    outcome: Outcome
+    vault_place: str
+    token: str
+
+
 class CommitVerdict(t.NamedTuple):
     """What is to become, or became, of one request."""
 
@@ -164,7 +182,8 @@ class CommitVerdict(t.NamedTuple):
     committed_bytes: int | None = None
     kept_as: str | None = None
     need: Need | None = None
-    work: t.Any = None  # what merge.py needs to act
+    work: Work | None = None  # of one that is to be committed, or on the way
+    finished: Vault | None = None  # of one of which only this is left
 
     @property
     def changed(self) -> bool:
@@ -197,6 +216,58 @@ class CommitVerdict(t.NamedTuple):
         before = {"backing_file": printable(self.request.backing_file), "committed": False}
         after = {"bitmaps": {bitmap.name: bitmap.granularity for bitmap in self.bitmaps}, "committed": True}
         return before, after
+
+
+def request_problems(request: CommitRequest) -> list[Refusal]:
+    """Return what is wrong with a request whatever the host looks like."""
+    paths = {"path": request.path, "backing_file": request.backing_file, "above": request.above}
+    return [problem for option, path in paths.items() if path is not None for problem in path_problems(option, path)]
+
+
+def conflicts(requests: t.Sequence[CommitRequest], ends: t.Sequence[tuple[str, str]]) -> list[Refusal | None]:
+    """Return for each request of a call what is wrong with it beside the others; `ends` are resolved paths."""
+    times = collections.Counter(end for pair in ends for end in dict.fromkeys(pair))
+    problems: list[Refusal | None] = []
+    for request, pair in zip(requests, ends):
+        twice = next((end for end in pair if times[end] > 1), None)
+        why = f"takes part in more than one commit of this call ({twice})"
+        remedy = "Name the topmost and the lowest image once; all between them goes in. Or commit one after the other."
+        problems.append(Refusal("repeated", request.path, why, remedy) if twice else None)
+    return problems
+
+
+def chain_problems(request: CommitRequest, chain: t.Sequence[Layer], depth: int, above: Layer | None) -> list[Refusal]:
+    """Return why `path`, `backing_file` and `above` are no part of one chain; `depth` is BASE's place, 0 if none."""
+    top = chain[0]
+    if not depth:
+        names = ", ".join(layer.path for layer in chain[1:]) or "none"
+        why = f"does not stand on {request.backing_file}; the images below it are: {names}"
+        return [Refusal("other_chain", request.path, why, "Give one of these as backing_file.")]
+    lowest = chain[depth - 1].image
+    recorded = lowest.backing_format if lowest else None
+    problems = []
+    if recorded != request.backing_format:
+        why = f"is recorded as {recorded or 'of no format'} by the image on top of it, not as {request.backing_format}"
+        problems.append(Refusal("other_chain", request.backing_file, why, "Find out which is right, and give that."))
+    backing_file = above.image.backing_file if above is not None and above.image is not None else None
+    if above is not None:
+        below = os.path.realpath(resolve_name(above.path, backing_file)) if backing_file else None
+        if below not in (top.real_path, chain[depth].real_path):
+            why = f"does not stand on {request.path} but on {below or 'nothing'}"
+            problems.append(Refusal("other_chain", above.path, why, "Name the image directly on top of it."))
+    return problems
+
+
+def why_gone(request: CommitRequest, vault: Vault) -> Refusal | None:
+    """Return what is wrong where the overlay is gone and a vault is there; None if all but the vault is done."""
+    if vault.is_given:
+        return None
+    why = f"is gone, but its commit into {request.backing_file} was not finished: the vault {vault.path} is there"
+    remedy = (
+        "Put it back in its place and run this again. If it is lost, so is what the VM wrote to it: remove the vault, "
+        "and make a full backup."
+    )
+    return Refusal("unfinished", request.path, why, remedy)
 
 
 def stage_of(seen: Seen) -> Stage | Refusal:
@@ -290,7 +361,7 @@ def outcome_of(seen: Seen, stage: Stage) -> Outcome:
     if not seen.holds_bitmaps:
         found = {name: fate._replace(bitmap=None, skipped=fate.skipped or "raw") for name, fate in found.items()}
     dead = seen.vault.dead if seen.vault and not stage.stale_vault else {}
-    granularity = {**{name: 65536 for name in dead}, **_granularities(seen)}
+    granularity = {**dict.fromkeys(dead, DEFAULT_GRANULARITY), **_granularities(seen)}
     reasons = {**dead, **{name: fate.skipped for name, fate in found.items() if fate.skipped}}
     return Outcome(
         found,
@@ -310,10 +381,14 @@ def _granularities(seen: Seen) -> dict[str, int]:
 
 def _carried(seen: Seen) -> dict[str, Fate]:
     """Return the fates where TOP has all: what was made or removed there meanwhile counts."""
-    return {
-        name: Fate(bitmap, bits=(0,), skipped=None if bitmap.recording else "disabled")
-        for name, bitmap in named(seen.top).items()
-    }
+    return {name: Fate(b, bits=(0,), skipped=_skipped(b, seen)) for name, b in named(seen.top).items()}
+
+
+def _skipped(bitmap: Bitmap, seen: Seen) -> str | None:
+    """Return why no backup can use a bitmap that BASE has afterwards."""
+    if not bitmap.recording:
+        return DISABLED
+    return fault_below(bitmap.name, [named(layer.image) for layer in seen.chain[seen.depth + 1 :]])
 
 
 def _rebuilt(seen: Seen, vault: Vault) -> dict[str, Fate]:
@@ -322,18 +397,14 @@ def _rebuilt(seen: Seen, vault: Vault) -> dict[str, Fate]:
     there = named(seen.top)
     found: dict[str, Fate] = {}
     for name, kept in vault.below.items():
-        if name not in vault.dead or not kept.bitmap.recording:
-            held = layers if kept.bitmap.recording else ()
-            skipped = None if kept.bitmap.recording else "disabled"
-            found[name] = Fate(kept.bitmap, bits=(seen.depth,), held=held, skipped=skipped)
+        held = layers if kept.bitmap.recording else ()
+        found[name] = Fate(kept.bitmap, bits=(seen.depth,), held=held, skipped=_skipped(kept.bitmap, seen))
     for name, bitmap in vault.above.items():
-        if name not in vault.dead:
-            known = found.get(name, Fate(bitmap, held=layers))
-            found[name] = known._replace(bitmap=bitmap) if bitmap.recording and not known.skipped else known
-    for name, bitmap in there.items():  # made since, and in order
-        if name not in found and name not in vault.dead:
-            fine = bitmap.recording and not bitmap.inconsistent
-            found[name] = Fate(bitmap, bits=(0,)) if fine else Fate(None, skipped="inconsistent")
+        below = found.get(name, Fate(None, held=layers))
+        found[name] = below._replace(bitmap=bitmap)
+    for name, bitmap in there.items():
+        if name not in found and name not in vault.dead:  # made since; to revive it needs the user's word
+            found[name] = Fate(bitmap, bits=(0,)) if carries_over(bitmap) else Fate(None, skipped=INCONSISTENT)
     return found
 
 
@@ -355,7 +426,9 @@ def problems_of(seen: Seen, request: CommitRequest, outcome: Outcome) -> list[Re
         wrong = wrongly_mended(named(seen.above.image), chain, seen.depth)
         if wrong:
             shown = names_of([bitmap for bitmap in seen.above.image.bitmaps if bitmap.name in wrong])
-            why = f"its bitmap {shown} is of no use now and would look valid, because what it lacks is lost in the merge"
+            why = (
+                f"its bitmap {shown} is of no use now and would look valid, because what it lacks is lost in the merge"
+            )
             remedy = "Heal it first, or remove it, with kvmfleet.qcow2.qcow2_bitmap."
             problems.append(Refusal("closes_gap", seen.above.path, why, remedy))
     return problems + _name_problems(seen, outcome)
@@ -425,8 +498,10 @@ def can_share(seen: Seen) -> bool:
     base = seen.base.image
     if base is None or base.has_data_file or seen.base.is_device:
         return False
+    size = seen.chain[0].virtual_size
     return all(
         layer.image is not None
+        and layer.virtual_size == size
         and layer.image.cluster_size >= max(_UNIT, base.cluster_size)
         and not layer.image.extended_l2
         for layer in seen.chain[: seen.depth]

@@ -24,6 +24,8 @@ DISABLED = "disabled"
 INCONSISTENT = "inconsistent"
 GAP = "gap"
 
+REASONS = (DISABLED, INCONSISTENT, GAP)
+
 Named = t.Mapping[str, Bitmap]  # the bitmaps of one image, by name
 
 
@@ -64,7 +66,7 @@ def _fate(name: str, chain: t.Sequence[Named], depth: int) -> Fate:
     first_bad = next((place for place in layers if not _records(name, chain[place])), -1)
     bits, held = tuple(range(first_bad + 1, depth + 1)), tuple(range(first_bad + 1))
     bitmap = own if held else chain[0][name]
-    return Fate(bitmap, bits, held, skipped=_fault_below(name, chain[depth + 1 :]))
+    return Fate(bitmap, bits, held, skipped=fault_below(name, chain[depth + 1 :]))
 
 
 def _fate_of_new(name: str, chain: t.Sequence[Named], depth: int) -> Fate:
@@ -86,7 +88,7 @@ def _records(name: str, image: Named) -> bool:
     return name in image and carries_over(image[name])
 
 
-def _fault_below(name: str, below: t.Sequence[Named]) -> str | None:
+def fault_below(name: str, below: t.Sequence[Named]) -> str | None:
     """Return why the chain below BASE makes a bitmap useless; None if it does not."""
     has_it = [name in image for image in below]
     contiguous = has_it.index(False) if False in has_it else len(has_it)
@@ -117,4 +119,4 @@ def wrongly_mended(above: Named, chain: t.Sequence[Named], depth: int) -> list[s
 
 def _is_usable(name: str, chain: t.Sequence[Named]) -> bool:
     """Whether a chain that has the bitmap looks valid to libvirt."""
-    return _records(name, chain[0]) and _fault_below(name, chain) is None
+    return _records(name, chain[0]) and fault_below(name, chain) is None

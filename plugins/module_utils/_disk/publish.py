@@ -145,6 +145,15 @@ def _new_file(folder_fd: int, folder: str, path: str) -> tuple[str, OpenImage]:
     )
 
 
+def publish_at_once(staged: StagedFile) -> None:
+    """Publish one file, finished and on stable storage, that stays whatever becomes of the rest."""
+    staged.publish()
+    staged.check_place()
+    with contextlib.suppress(FileNotFoundError):  # renamed, where there are no hard links
+        os.unlink(staged.name, dir_fd=staged.folder_fd)
+    os.fsync(staged.folder_fd)
+
+
 def publish_together(staged: t.Sequence[StagedFile], switch: t.Callable[[], None]) -> None:
     """Publish all of these files, finished and on stable storage, or none.
 

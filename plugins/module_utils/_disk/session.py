@@ -25,6 +25,8 @@ from .._qemu.settled import is_open_for_writing
 from .publish import StagedFile
 from .verdict import FAILED, V, all_or_none
 
+C = t.TypeVar("C")
+
 
 class Settings(t.NamedTuple):
     """What holds for everything in one call."""
@@ -95,6 +97,18 @@ class Held:
             self._images[path] = self._stack.enter_context(open_image(path))
         return self._images[path]
 
+    def enter(self, context: t.ContextManager[C]) -> C:
+        """Enter a context that ends with the block; return what it yields."""
+        return self._stack.enter_context(context)
+
+    def alone(self, path: str) -> OpenImage:
+        """Return an open image that nobody else has; with `locking` nobody can begin to have it."""
+        file = self.image(path)
+        if self._locking:
+            locks.hold_off_writers(file)
+            locks.hold_off_everybody(file)
+        return file
+
     def unwritten(self, path: str) -> OpenImage:
         """Return an open image below others, to which nobody writes; with `locking` nobody can begin to.
 
@@ -106,6 +120,11 @@ class Held:
         if is_open_for_writing(file):
             raise locks.in_use(path)
         return file
+
+    @property
+    def seconds(self) -> float:
+        """What QEMU may take for one step, before the size of the step is added."""
+        return self._settings.seconds
 
     def monitor(self) -> Monitor:
         """Return the QEMU process."""

@@ -4,9 +4,9 @@
 # PRIVATE to this collection: may change at any time.
 """Keep: what the bitmaps of an image say, beside it, before anything is opened for writing.
 
-A kill while QEMU opens an image with bitmaps for writing loses all of them, names included. So their bits, and the names
-of those of the image on top that takes part, go into a vault first: a small qcow2 image that holds nothing but bitmaps,
-and is never opened for writing once it is there::
+A kill while QEMU opens an image with bitmaps for writing loses all of them, names included. So their bits, and the
+names of those of the image on top that takes part, go into a vault first: a small qcow2 image that holds nothing but
+bitmaps, and is never opened for writing once it is there::
 
     b/NAME    a bitmap of the image beside which the vault lies, with its bits
     o/NAME    a bitmap of the topmost image; its bits are there
@@ -14,6 +14,7 @@ and is never opened for writing once it is there::
     t/TOKEN   which work it is; the mark in the topmost image has the same token
     i/DEV:INO the topmost image's file
     p/PATH    its path, as it was asked for
+    l/DEV:INO:PATH  an image between the two
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import typing as t
 from .._base.errors import Refusal
 from .._base.files import Identity, OpenImage, close, open_image
 from .._qcow2.bitmaps import MAX_BITMAP_NAME, Bitmap
-from .._qcow2.dirty import DirtyMap, is_union, maps_of, united
+from .._qcow2.dirty import DirtyBits, DirtyMap, is_union, maps_of, united
 from .._qcow2.image import Image, read_image
 from .._qcow2.scratch import write_scratch
 from .fates import DISABLED, GAP, INCONSISTENT
@@ -53,6 +54,7 @@ class Vault(t.NamedTuple):
     token: str
     top: Identity  # of the topmost image that takes part
     top_path: str | None  # None if it is longer than the name of a bitmap can be
+    others: t.Sequence[tuple[Identity, str]]  # identity and path of the images between the two
     below: t.Mapping[str, Kept]  # bitmaps of the image beside which it lies
     above: t.Mapping[str, Bitmap]  # bitmaps of the topmost image
     dead: t.Mapping[str, str]  # by name, why a bitmap must not become usable
@@ -93,15 +95,18 @@ def read_vault(file: OpenImage) -> Vault:
     named = {kind: {n[len(kind) :]: b for n, b in _by_name(image).items() if n.startswith(kind)} for kind in _KINDS}
     try:
         token = next(iter(named["t/"]))
-        device, inode = map(int, next(iter(named["i/"])).split(":"))
-    except (StopIteration, ValueError) as exc:
+        top = _identity(*next(iter(named["i/"])).split(":"))
+        others = [_named_file(*word.split(":", 2)) for word in named["l/"]]
+    except (StopIteration, ValueError, TypeError) as exc:
         remedy = "If no commit was interrupted here, move it away; else make a full backup after that."
-        raise Refusal("unfinished", file.path, "has the name of a vault of this collection but is none", remedy) from exc
+        why = "has the name of a vault of this collection but is none"
+        raise Refusal("unfinished", file.path, why, remedy) from exc
     return Vault(
         path=file.path,
         token=token,
-        top=(device, inode),
+        top=top,
         top_path=next(iter(named["p/"]), None),
+        others=others,
         below={name: Kept(bitmap._replace(name=name), maps["b/" + name]) for name, bitmap in named["b/"].items()},
         above={name: bitmap._replace(name=name) for name, bitmap in named["o/"].items()},
         dead={name: reason for reason, kind in _DEAD.items() for name in named[kind]},
@@ -110,7 +115,15 @@ def read_vault(file: OpenImage) -> Vault:
     )
 
 
-_KINDS = ("b/", "o/", "t/", "i/", "p/", *_DEAD.values())
+_KINDS = ("b/", "o/", "t/", "i/", "p/", "l/", *_DEAD.values())
+
+
+def _identity(device: str, inode: str) -> Identity:
+    return int(device), int(inode)
+
+
+def _named_file(device: str, inode: str, path: str) -> tuple[Identity, str]:
+    return _identity(device, inode), path
 
 
 def _by_name(image: Image) -> dict[str, Bitmap]:
@@ -122,7 +135,8 @@ class Content(t.NamedTuple):
 
     token: str
     top: OpenImage
-    below: t.Sequence[tuple[Bitmap, t.Sequence[DirtyMap]]]  # with the maps whose union is kept
+    others: t.Sequence[OpenImage]  # between the two
+    below: t.Sequence[tuple[Bitmap, t.Sequence[DirtyBits]]]  # with the maps whose union is kept
     above: t.Sequence[Bitmap]
     dead: t.Mapping[str, str]
     virtual_size: int  # bytes; of the larger one of the two images
@@ -131,9 +145,9 @@ class Content(t.NamedTuple):
 def write_vault(fd: int, content: Content) -> None:
     """Make the open, empty file a vault."""
     size = content.virtual_size
-    words = [f"t/{content.token}", "i/{}:{}".format(*content.top.identity)]
-    if len(os.fsencode(content.top.path)) <= MAX_NAME:
-        words.append(f"p/{content.top.path}")
+    words = [f"t/{content.token}", "i/{}:{}".format(*content.top.identity), f"p/{content.top.path}"]
+    words += ["l/{}:{}:{}".format(*file.identity, file.path) for file in content.others]
+    words = [word for word in words if len(os.fsencode(word)) <= MAX_BITMAP_NAME]  # of a longer path nothing is known
     words += [f"{_DEAD[reason]}{name}" for name, reason in content.dead.items()]
     with_bits = [
         (bitmap._replace(name="b/" + bitmap.name), united(maps, bitmap.granularity, size))
@@ -157,7 +171,7 @@ def holds(vault: Vault, content: Content) -> bool:
     )
 
 
-def is_as_kept(vault: Vault, bitmaps: t.Mapping[str, Bitmap], maps: t.Mapping[str, DirtyMap], size: int) -> bool:
+def is_as_kept(vault: Vault, bitmaps: t.Mapping[str, Bitmap], maps: t.Mapping[str, DirtyBits], size: int) -> bool:
     """Whether the image beside which the vault lies still has just the bitmaps that were kept, bit by bit."""
     kept = {name: one.bitmap for name, one in vault.below.items()}
     consistent = {name: bitmap for name, bitmap in bitmaps.items() if not bitmap.inconsistent}

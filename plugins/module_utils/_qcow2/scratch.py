@@ -48,10 +48,12 @@ def write_scratch(fd: int, virtual_size: int, bitmaps: t.Iterable[tuple[Bitmap, 
     refcounts_at, refcount_clusters = writer.append_refcounts()
     fields = (0, 0, CLUSTER.bit_length() - 1, virtual_size, 0, l1_size // L1_ENTRY_SIZE, l1_at)
     header = V2_HEADER.pack(MAGIC, 3, *fields, refcounts_at, refcount_clusters, 0, 0)
-    header += V3_HEADER.pack(0, 0, AUTOCLEAR_BITMAPS, _REFCOUNT_ORDER, _HEADER_LENGTH, 0)
-    extension = BITMAPS_EXTENSION.pack(len(directory), 0, len(entries), directory_at)
-    # What follows is zero, which is the end of the extensions.
-    writer.write(0, header.ljust(_HEADER_LENGTH, b"\0") + extension_bytes(EXT_BITMAPS, extension))
+    header += V3_HEADER.pack(0, 0, AUTOCLEAR_BITMAPS if directory else 0, _REFCOUNT_ORDER, _HEADER_LENGTH, 0)
+    header = header.ljust(_HEADER_LENGTH, b"\0")
+    if directory:  # an extension that announces none is against the format
+        extension = BITMAPS_EXTENSION.pack(len(directory), 0, len(entries), directory_at)
+        header += extension_bytes(EXT_BITMAPS, extension)
+    writer.write(0, header)  # what follows is zero, which is the end of the extensions
 
 
 def _write_bitmap(writer: _Writer, virtual_size: int, bitmap: Bitmap, pieces: Pieces) -> bytes:

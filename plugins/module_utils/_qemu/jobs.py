@@ -93,15 +93,14 @@ def _writable(base: t.Sequence[Opened]) -> Message:
     node = _node(base[0], read_only=False)
     if base[0].driver == "raw":
         return node
-    return {**node, "discard": "unmap", "backing": _read_only(base[1:], None)}
+    return {**node, "discard": "unmap", "backing": _read_only(base[1:], None) if base[1:] else None}
 
 
-def _read_only(images: t.Sequence[Opened], below: str | None) -> Message | str | None:
-    """Return the node of a chain of images, the topmost one first, on top of the node `below`."""
-    node: t.Any = below
-    for image in reversed(images):
-        node = {**_node(image, read_only=True), **({"backing": node} if image.driver in _WITH_BACKING else {})}
-    return node
+def _read_only(images: t.Sequence[Opened], below: Message | str | None) -> Message:
+    """Return the node of a chain of images, the topmost one first, on top of `below`."""
+    backing = _read_only(images[1:], below) if images[1:] else below
+    node = _node(images[0], read_only=True)
+    return {**node, "backing": backing} if images[0].driver in _WITH_BACKING else node
 
 
 _WITH_BACKING = ("qcow2", "qcow", "qed", "vmdk")

@@ -1,0 +1,44 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change at any time.
+"""Read: whether a file system can have two files share their extents, as XFS and btrfs can."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import typing as t
+
+from .._base.files import close
+
+_FICLONE = 0x40049409  # Linux, ioctl_ficlone(2)
+_BLOCK = 65536  # bytes; a multiple of every block size
+
+
+def shares_extents(paths: t.Sequence[str]) -> bool:
+    """Whether what one of these files holds can be shared with another of them: asked by doing so with files of ours.
+
+    They have no name, so nothing is left of them.
+    """
+    if len({os.stat(path).st_dev for path in paths}) != 1:
+        return False
+    folder = os.path.dirname(paths[0])
+    try:
+        with _nameless(folder) as one, _nameless(folder) as other:
+            os.pwrite(one, b"\1" * _BLOCK, 0)
+            fcntl.ioctl(other, _FICLONE, one)
+    except OSError:  # not every file system has files without a name; those that share extents do
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _nameless(folder: str) -> t.Iterator[int]:
+    """Have a new file without a name for the block."""
+    fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        yield fd
+    finally:
+        close(fd)
