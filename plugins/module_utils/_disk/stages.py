@@ -1,0 +1,187 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change at any time.
+"""Decide: how far a commit is, told by what stands there.
+
+::
+
+    TOP     topmost image that goes in      ┐ everything of these,
+    layer   …                               ┘ data and bitmaps, goes into …
+    BASE    … this one; it may have images below it
+
+Before BASE is touched, TOP gets all that BASE's bitmaps mark. From then on TOP alone is a right chain. Each state is
+told by a look, each step can be taken twice, and the same call goes on from any of them:
+
+1) WHOLE: no vault, no mark. Nothing was written. Next: keep BASE's bits and TOP's names in a vault.
+2) VAULTED: a vault, no mark. Next: carry BASE's bits into TOP's bitmaps, and give TOP a mark with the vault's token.
+   A kill leaves TOP's bitmaps inconsistent or gone, which the vault tells: then they are made again (REBUILT).
+3) CARRIED: the mark, TOP's bitmaps in order. Next: strip BASE of its bitmaps, commit the data, give BASE those of TOP.
+   Each of the three begins anew after a kill. Of BASE only data that TOP covers is written.
+   If TOP's bitmaps are not in order, a VM has died on it: they are made again from the vault and from what the images
+   hold (REBUILT).
+4) GIVEN: the vault says so by its name. BASE alone is right as well. Next: switch the VM to BASE, retire what went in,
+   remove the vault. Never commit again from here, or stale data would overwrite what a VM writes to BASE, unless TOP
+   was written to since: its mark is a recording bitmap, so it tells.
+
+The vault goes last: one that says GIVEN is in nobody's way.
+"""
+
+from __future__ import annotations
+
+import typing as t
+
+from .._base.errors import Refusal
+from .._base.files import Identity
+from .._qcow2.bitmaps import Bitmap
+from .._qcow2.chain import Layer
+from .._qcow2.image import Image
+from .fates import Named
+from .vault import MARK, Vault
+
+WHOLE = "whole"
+VAULTED = "vaulted"
+CARRIED = "carried"
+REBUILT = "rebuilt"
+GIVEN = "given"
+
+
+class Seen(t.NamedTuple):
+    """What stands there, as it was read."""
+
+    chain: tuple[Layer, ...]  # from TOP down to the bottom
+    depth: int  # of BASE in it
+    top_identity: Identity
+    vault: Vault | None
+    mark_is_empty: bool | None  # None if TOP has no mark, or an inconsistent one
+    base_is_as_kept: bool  # just as the vault says
+    top_changed: int  # ns since 1970
+    base_changed: int | None  # None if that cannot be told, as of a block device
+    above: Layer | None
+    open_for_writing: tuple[str, ...]  # paths of images that a process has open for writing
+    below_running: tuple[str, ...]  # paths of images that a running VM has as a backing file
+    others: tuple[str, ...]  # images that stand on one that takes part, and do not take part
+
+    @property
+    def top(self) -> Image:
+        """TOP's header and bitmaps."""
+        assert self.chain[0].image is not None
+        return self.chain[0].image
+
+    @property
+    def part(self) -> tuple[Layer, ...]:
+        """The images that take part: those that go in, and BASE."""
+        return self.chain[: self.depth + 1]
+
+    @property
+    def base(self) -> Layer:
+        """The image that all goes into."""
+        return self.chain[self.depth]
+
+    @property
+    def mark(self) -> Bitmap | None:
+        """The bitmap by which TOP says that it carries BASE's bits."""
+        return next((bitmap for bitmap in self.top.bitmaps if bitmap.name.startswith(MARK)), None)
+
+    @property
+    def base_bitmaps(self) -> tuple[Bitmap, ...]:
+        """BASE's bitmaps; none if it is raw."""
+        return self.base.image.bitmaps if self.base.image else ()
+
+    @property
+    def holds_bitmaps(self) -> bool:
+        """Whether BASE can have bitmaps at all."""
+        return self.base.image is not None and self.base.image.version == 3
+
+
+class Stage(t.NamedTuple):
+    """How far a commit is."""
+
+    name: str
+    stale_vault: bool = False  # the vault there is of other work that is done, or was never begun
+    not_given: bool = False  # the vault says GIVEN, but TOP was written to since
+
+
+def stage_of(seen: Seen) -> Stage | Refusal:
+    """Return how far the commit is; a Refusal if that cannot be told, or if somebody has come between."""
+    if seen.vault is None:
+        return Stage(WHOLE) if seen.mark is None else _stage_without_vault(seen)
+    if seen.vault.is_given:
+        return _stage_when_given(seen, seen.vault)
+    if seen.mark is not None:
+        if seen.mark.name != MARK + seen.vault.token:
+            return _unfinished(seen, "the vault beside BASE is of another commit", "Finish that one first.")
+        return Stage(CARRIED if _is_sound(seen) else REBUILT)
+    is_same = seen.vault.top == seen.top_identity
+    if is_same and _has_lost_bitmaps(seen, seen.vault):
+        if seen.base_is_as_kept or not any(not bitmap.inconsistent for bitmap in seen.base_bitmaps):
+            return Stage(REBUILT)
+    elif seen.base_is_as_kept:
+        return Stage(VAULTED if is_same else WHOLE, stale_vault=not is_same)
+    return _unfinished(
+        seen,
+        "BASE is not as the vault beside it says: it was written to since, or its bitmaps are in another overlay",
+        "If a VM ran on BASE since, what it wrote and what the overlay holds exclude each other: keep one of the two, "
+        "remove the vault, and make a full backup. Else finish the commit of the other overlay first.",
+    )
+
+
+def _stage_without_vault(seen: Seen) -> Stage | Refusal:
+    """Return the stage of a commit whose vault is gone: TOP's bitmaps alone tell."""
+    if not _is_sound(seen):
+        return _unfinished(
+            seen,
+            "its bitmaps are broken, and the vault with what they carried is gone",
+            "Put the vault back. If that is lost: remove the bitmaps of the overlay, and make a full backup.",
+        )
+    has_own = any(not bitmap.inconsistent for bitmap in seen.base_bitmaps)
+    carries = any(not bitmap.name.startswith(MARK) for bitmap in seen.top.bitmaps)
+    is_base_newer = seen.base_changed is None or seen.base_changed > seen.top_changed
+    # BASE with bitmaps, and written to after the overlay: all may be done, and a VM may have run on it since.
+    if is_base_newer and (has_own or not carries):
+        return _unfinished(
+            seen,
+            "the vault is gone, and BASE was written to after the overlay, so the commit may be done already",
+            "If the VM ran on BASE since, remove the overlay. If it did not, remove the mark, the bitmap "
+            f"{seen.mark.name if seen.mark else ''!r}, with 'qemu-img bitmap --remove' and run this again.",
+        )
+    return Stage(CARRIED)
+
+
+def _stage_when_given(seen: Seen, vault: Vault) -> Stage | Refusal:
+    """Return the stage where a vault says that all work on the bitmaps is done."""
+    if vault.top != seen.top_identity and (seen.mark is None or seen.mark.name != MARK + vault.token):
+        return Stage(WHOLE, stale_vault=True)  # of an overlay that went in and is gone
+    if seen.top.version == 3:
+        has_run = not (seen.mark is not None and _is_sound(seen) and seen.mark_is_empty)
+    else:
+        has_run = seen.top_changed > vault.given_at
+    if not has_run:
+        return Stage(GIVEN)
+    if seen.base_changed is not None and seen.base_changed > vault.given_at:
+        return _unfinished(
+            seen,
+            "after it was committed a VM has written to the overlay, and another one to BASE",
+            "What they wrote excludes each other: keep one of the two images, and make a full backup.",
+        )
+    return Stage(CARRIED if seen.mark is not None and _is_sound(seen) else REBUILT, not_given=True)
+
+
+def _is_sound(seen: Seen) -> bool:
+    return not seen.top.lost_bitmaps and not any(bitmap.inconsistent for bitmap in seen.top.bitmaps)
+
+
+def _has_lost_bitmaps(seen: Seen, vault: Vault) -> bool:
+    """Whether TOP has lost bitmaps that it had when the vault was made, as by a kill while it was opened."""
+    there = {bitmap.name: bitmap for bitmap in seen.top.bitmaps}
+    broken = any(there[name].inconsistent for name in vault.above if name in there)
+    return bool(seen.top.lost_bitmaps or broken or (vault.above and not there))
+
+
+def _unfinished(seen: Seen, why: str, remedy: str) -> Refusal:
+    return Refusal("unfinished", seen.chain[0].path, f"its commit is unfinished, and {why}", remedy)
+
+
+def named(image: Image | None) -> Named:
+    """Return the bitmaps of an image by name, without a mark."""
+    return {bitmap.name: bitmap for bitmap in image.bitmaps if not bitmap.name.startswith(MARK)} if image else {}
