@@ -263,7 +263,10 @@ def problems_of(seen: Seen, request: CommitRequest, outcome: Outcome) -> list[Re
 
 def _stood_on(seen: Seen, path: str) -> Refusal:
     why = f"stands on an image that takes part in the commit of {seen.chain[0].path}, so its data would change"
-    remedy = "Commit or remove that image first, or give it as above if it is on top of the one that is committed."
+    remedy = (
+        "If an earlier commit has kept it, remove it. Else commit it first, or give it as above if it is on top of the "
+        "image that is committed."
+    )
     return Refusal("stood_on", path, why, remedy)
 
 

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import typing as t
 
@@ -22,6 +21,7 @@ from . import commit, stages
 from .carry import Place, Wanted, bring
 from .commit import CommitRequest, CommitVerdict, Work
 from .observe import observe_chain
+from .progress import telling
 from .publish import StagedFile, publish_at_once
 from .retire import KEEP, How, retire, why_not_retired
 from .session import Held, Images
@@ -56,9 +56,6 @@ _MARK_GRANULARITY = 65536  # bytes
 
 class MergeLayers:
     """State committed: everything down to BASE has gone into it, and is retired. An Operation."""
-
-    def __init__(self, watch: t.Callable[[CommitRequest, jobs.Progress], None]) -> None:
-        self._watch = watch
 
     def problems(self, request: CommitRequest) -> list[Refusal]:
         """Return what is wrong with a request whatever the host looks like."""
@@ -157,20 +154,12 @@ class MergeLayers:
 
     def move(self, verdict: CommitVerdict, work: Work, held: Held) -> CommitVerdict:
         """Move the data."""
-        request, seen = verdict.request, work.seen
+        request = verdict.request
         if work.stage.name == stages.GIVEN:
             return verdict
-        job = jobs.Job(held.monitor(), held.seconds, request.speed, functools.partial(self._watch, request))
-        opened = [_opened(layer, held) for layer in seen.chain]
-        layers, base = opened[: seen.depth], opened[seen.depth :]
-        if seen.base.virtual_size < seen.chain[0].virtual_size:
-            jobs.resize(job.monitor, base[0], seen.chain[0].virtual_size, job.seconds)
-        method = verdict.method
-        if method == commit.SHARED:
-            method = _share(job, layers, base)
-        if method == commit.COPIED:
-            jobs.commit(job, layers, base)
-        os.fsync(base[0].file.fd)
+        with telling(request) as tell:
+            job = jobs.Job(held.monitor(), held.seconds, request.speed, tell)
+            method = _move_data(job, work.seen, held, is_shared=verdict.method == commit.SHARED)
         return verdict._replace(method=method)
 
     def give(self, verdict: CommitVerdict, work: Work, held: Held) -> CommitVerdict:
@@ -224,6 +213,20 @@ def _opened(layer: Layer, held: Held) -> Opened:
     """Return an image of the chain as the jobs need it."""
     data_file = layer.image.data_file if layer.image else None
     return Opened(held.image(layer.path), layer.format_found, held.image(data_file) if data_file else None)
+
+
+def _move_data(job: jobs.Job, seen: Seen, held: Held, *, is_shared: bool) -> str:
+    """Move the data of the layers into BASE, on stable storage; return the method that did it."""
+    opened = [_opened(layer, held) for layer in seen.chain]
+    layers, base = opened[: seen.depth], opened[seen.depth :]
+    size = seen.chain[0].virtual_size
+    if seen.base.virtual_size < size:
+        jobs.resize(job.monitor, base[0], size, job.seconds)
+    method = _share(job, layers, base) if is_shared else commit.COPIED
+    if method == commit.COPIED:
+        jobs.commit(job, layers, base)
+    os.fsync(base[0].file.fd)
+    return method
 
 
 def _share(job: jobs.Job, layers: t.Sequence[Opened], base: t.Sequence[Opened]) -> str:

@@ -6,11 +6,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 
 from .._base.errors import Refusal
-from .._base.files import OpenImage
+from .._base.files import OpenImage, open_image
 from .._qcow2.chain import Layer, read_head
 from .._qcow2.dirty import DirtyBits, dirty_bytes, maps_of
 from .._qcow2.extents import AllocationMap
@@ -92,8 +93,21 @@ def see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, above: Lay
         above=above,
         open_for_writing=tuple(file.path for file in files if is_open_for_writing(file)),
         below_running=tuple(file.path for file in files if locks.is_locked_by_qemu(file, locks.WRITE_UNSHARED)),
-        others=tuple(path for layer in part for path in standing_on(layer.identity, folders, ours)),
+        others=tuple(
+            path
+            for layer in part
+            for path in standing_on(layer.identity, folders, ours)
+            if not _has_gone_in(path, vault)
+        ),
     )
+
+
+def _has_gone_in(path: str, vault: Vault | None) -> bool:
+    """Whether an image was committed before and is only kept: it has a mark, and no vault waits for it."""
+    with contextlib.suppress(Refusal, OSError), open_image(path) as file:
+        marks = [bitmap.name for bitmap in read_image(file).bitmaps if bitmap.name.startswith(MARK)]
+        return bool(marks) and (vault is None or MARK + vault.token not in marks)
+    return False
 
 
 def _mark_is_empty(file: OpenImage, image: Image) -> bool | None:

@@ -41,7 +41,7 @@ class Progress(t.NamedTuple):
     total: int  # bytes; an estimate
 
 
-Watch = t.Callable[[Progress], None]
+Watch = t.Callable[[int, int], None]  # is called with the bytes that are done, and with all
 
 
 class Job(t.NamedTuple):
@@ -50,7 +50,7 @@ class Job(t.NamedTuple):
     monitor: Monitor
     seconds: float  # that may pass without progress
     speed: int  # bytes per second at most; 0 is no limit
-    watch: Watch  # is told the progress from time to time
+    watch: Watch  # about twice a second
 
 
 def commit(job: Job, layers: t.Sequence[Opened], base: t.Sequence[Opened]) -> None:
@@ -139,7 +139,7 @@ def _follow(job: Job) -> str | None:
         if about["status"] == "concluded":
             return t.cast("str | None", about.get("error"))
         now = Progress(about["current-progress"], about["total-progress"])
-        job.watch(now)
+        job.watch(*now)
         if now != last or about["status"] == "ready":
             last, since = now, time.monotonic()
         if time.monotonic() - since > job.seconds:
