@@ -147,6 +147,9 @@ class Refusal(Exception):  # noqa: N818  it refuses; the program has no error
     def __hash__(self) -> int:
         return hash(self.args)
 
+    def __reduce__(self) -> tuple[t.Any, ...]:
+        return _same, (type(self), self.args)  # the types differ in what they are made from
+
     def about(self: R, subject: str) -> R:
         """Return the same refusal about another subject."""
         return self._changed(subject, self.remedy)
@@ -156,9 +159,14 @@ class Refusal(Exception):  # noqa: N818  it refuses; the program has no error
         return self._changed(self.subject, f"{self.remedy} {note}".lstrip())
 
     def _changed(self: R, subject: str, remedy: str) -> R:
-        changed = type(self).__new__(type(self))
-        Refusal.__init__(changed, self.code, subject, self.why, remedy)  # the types differ in what they are made from
-        return changed
+        return _same(type(self), (self.code, subject, self.why, remedy))
+
+
+def _same(kind: type[R], fields: tuple[Code, str, str, str]) -> R:
+    """Return a refusal of this type with these fields."""
+    made = kind.__new__(kind)
+    Refusal.__init__(made, *fields)
+    return made
 
 
 class QemuError(Refusal):

@@ -7,9 +7,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import resource
 import typing as t
 
+from .._base.children import side_by_side
 from .._base.errors import Refusal, printable
 from .._base.signals import Interrupted, stop_here_if_asked
 from .publish import leftovers, sweep
@@ -86,6 +88,8 @@ def run(
     sessions = [(group, Session(operation, settings, engine, vms.get(group.vm))) for group in groups]
     to_do = [(group, session) for group, session in sessions if group.is_pending(session)]
     try:
+        if settings.parallel > 1 and not settings.check_mode:
+            _run_side_by_side(to_do, settings.parallel)
         while to_do:
             stop_here_if_asked()
             group, session = to_do[0]
@@ -99,6 +103,17 @@ def run(
     verdicts = dict(pair for group in groups for pair in zip(group.indexes, group.verdicts))
     in_order = [verdicts[index] for index in range(len(requests))]
     return Outcome(in_order, [*warnings, *printable_warnings(in_order)])
+
+
+def _run_side_by_side(to_do: list[tuple[Group[R, V], Session[V]]], at_a_time: int) -> None:
+    """Have several VMs' turns at a time, each in a process of its own; those that were had leave the list."""
+    begun = list(to_do)
+
+    def done(index: int, verdicts: list[V]) -> None:
+        begun[index][0].verdicts = verdicts
+        to_do.remove(begun[index])
+
+    side_by_side([functools.partial(session.run, group.verdicts) for group, session in begun], at_a_time, done)
 
 
 def _allow_many_open_files() -> None:
@@ -159,5 +174,5 @@ def _interrupted(verdict: V, exc: Interrupted) -> V:
     """Return the verdict on a request that was not done, because the run was told to end."""
     if not verdict.changed:
         return verdict
-    why = f"is left as it is, because the run was ended by {exc}"
+    why = f"is not done, because the run was ended by {exc}"
     return verdict.failed(Refusal("interrupted", verdict.request.path, why, "Run this again."))

@@ -34,6 +34,7 @@ class Settings(t.NamedTuple):
     check_mode: bool
     seconds: float  # that QEMU may take for one step, before the size of the step is added
     find_program: t.Callable[[str], str | None]
+    parallel: int = 1  # VMs at a time
 
 
 class Vm(t.NamedTuple):

@@ -101,7 +101,7 @@ def all_or_none(verdicts: t.Sequence[V]) -> list[V]:
     failed = next((verdict for verdict in verdicts if verdict.state == FAILED), None)
     if failed is None:
         return list(verdicts)
-    why = f"is left as it is, because {failed.request.path} failed, and what belongs together is done all or none"
+    why = f"is not done, because {failed.request.path} failed, and what belongs together is done all or none"
     return [v.failed(Refusal("group_failed", v.request.path, why)) if v.changed else v for v in verdicts]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import ctypes
 import errno
 import json
 import os
@@ -19,11 +18,11 @@ import tempfile
 import time
 import typing as t
 
+from .._base.children import dying_with
 from .._base.errors import CHECK_STORAGE, QemuError, qemu_refusal, system_refusal
 from .._base.signals import interruptible
 
 OLDEST_QEMU = (5, 2)  # the oldest that the whole sequence was run on
-_PR_SET_PDEATHSIG = 1
 _SHOWN_STDERR = 2000  # characters
 _LONGEST_ANSWER = 64 * 1024 * 1024  # bytes
 _NO_PROGRAM = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOEXEC)
@@ -48,17 +47,15 @@ def find_qemu(find: t.Callable[[str], str | None]) -> list[str]:
     )
 
 
-def _dying_with(parent: int) -> t.Callable[[], None]:
-    """Return what has the kernel kill the child when its parent dies, or a killed run would leave a QEMU behind."""
-    prctl = ctypes.CDLL(None).prctl
+def _in_child(parent: int) -> t.Callable[[], None]:
+    """Return what the child does before it becomes QEMU."""
+    die_with_parent = dying_with(parent)
 
-    def in_child() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    def prepare() -> None:
+        die_with_parent()
         signal.pthread_sigmask(signal.SIG_SETMASK, ())  # a mask is inherited
-        if os.getppid() != parent:  # it died before the line above
-            os._exit(1)
 
-    return in_child
+    return prepare
 
 
 class Monitor:
@@ -85,7 +82,7 @@ class Monitor:
                 bufsize=0,
                 cwd="/",
                 env={**os.environ, "LC_ALL": "C"},
-                preexec_fn=_dying_with(os.getpid()),  # noqa: PLW1509  a module has one thread
+                preexec_fn=_in_child(os.getpid()),  # noqa: PLW1509  a module has one thread
             )
         except OSError as exc:
             self._stderr.close()

@@ -43,9 +43,9 @@ def test_a_vm_with_twenty_disks_of_which_one_fails_has_one_root_cause():
 
 
 def test_the_code_of_an_item_is_that_of_its_root_cause():
-    group = Refusal("group_failed", "/srv/a", "is left as it is")
+    group = Refusal("group_failed", "/srv/a", "is not done")
     assert problem_fields([group, BECAUSE])["code"] == "in_use"
-    assert problem_fields([group]) == {"msg": "/srv/a: is left as it is.", "code": "group_failed"}
+    assert problem_fields([group]) == {"msg": "/srv/a: is not done.", "code": "group_failed"}
     assert problem_fields([]) == {}
 
 
