@@ -134,9 +134,12 @@ class MakeOverlays:
         _read_back(staged, verdict, spec, monitor)
         return verdict
 
-    def publish(self, _verdicts: t.Sequence[OverlayVerdict], held: Held, switch: t.Callable[[], None]) -> None:
+    def publish(
+        self, verdicts: t.Sequence[OverlayVerdict], held: Held, switch: t.Callable[[], None]
+    ) -> t.Sequence[OverlayVerdict]:
         """Put all new overlays into place, and the VM on them, or none."""
         publish_together(held.staged, switch)
+        return verdicts
 
 
 def _witness(verdict: OverlayVerdict, spec: BuildSpec, held: Held) -> Witness | None:

@@ -220,8 +220,11 @@ class Operation(t.Protocol[R_contra, V]):
         Each is taken for all requests of the VM before the next one begins.
         """
 
-    def publish(self, verdicts: t.Sequence[V], held: Held, switch: t.Callable[[], None], /) -> None:
-        """Put into place what was made, call `switch`, then retire what is not needed; undo on failure."""
+    def publish(self, verdicts: t.Sequence[V], held: Held, switch: t.Callable[[], None], /) -> t.Sequence[V]:
+        """Put into place what was made, call `switch`, then retire what is not needed; return what became of them.
+
+        Raise if nothing of it is done, or all of it is undone. What fails after the switch is in the verdicts.
+        """
 
 
 class Session(t.Generic[V]):
@@ -259,7 +262,8 @@ class Session(t.Generic[V]):
         try:
             held.check_images(sorted(images.needed))
             if not self._settings.check_mode:
-                self._operation.publish(verdicts, held, self._vm.switch if self._vm else _nothing_to_switch)
+                switch = self._vm.switch if self._vm else _nothing_to_switch
+                return list(self._operation.publish(verdicts, held, switch))
         except (Refusal, OSError) as exc:
             return self._all_failed(verdicts, exc)
         return verdicts

@@ -97,6 +97,7 @@ class Retire:
         for verdict in verdicts:
             os.rename(verdict.request.path, f"{verdict.request.path}.kept")
         switch()
+        return verdicts
 
     def _note(self, what, verdict):
         self.notes.append(f"{what} {os.path.basename(verdict.request.path)}")
