@@ -51,6 +51,14 @@ def creation_from(params: dict[str, t.Any]) -> Creation:
     return Creation(**{name: params[name] for name in Creation._fields})
 
 
+def refuse_given(params: dict[str, t.Any], options: t.Iterable[str], where: str) -> None:
+    """Refuse options that have no meaning `where` they are given, if they have another value than their default."""
+    defaults = {**Creation()._asdict(), "bitmap_content": CUMULATIVE, "relative": False}
+    for name in options:
+        if params[name] != defaults.get(name):
+            raise Refusal("bad_option", f"{name}={params[name]}", f"has no meaning with {where}", "Leave it out.")
+
+
 def settings_from(module: AnsibleModule) -> Settings:
     """Return what holds for everything in the call; Refusal for a value that cannot be."""
     if not 1 <= module.params["timeout"] <= _LONGEST_TIMEOUT:

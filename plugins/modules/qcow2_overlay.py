@@ -2,13 +2,13 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Make qcow2 overlays of shut-off VMs that go on recording the incremental backups' bitmaps."""
+"""Make qcow2 overlays of shut-off VMs that go on recording the incremental backups' bitmaps, or go back from them."""
 
 from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: qcow2_overlay
-short_description: Make qcow2 overlays that go on recording the dirty bitmaps of the image below
+short_description: Make qcow2 overlays that go on recording the dirty bitmaps below, or go back from them
 version_added: 0.1.0
 description:
   - Makes a new qcow2 image, the overlay, on top of the topmost image of a disk of a VM that is shut off (an external,
@@ -20,19 +20,44 @@ description:
     topmost image are right too, see O(bitmap_content).
   - After a run each overlay is complete, as verified by reading it back, or does not exist. Nothing that exists is ever
     replaced.
-  - Point the VM at the overlay afterwards. M(kvmfleet.qcow2.domain_overlay) does that for libvirt domains.
+  - With O(state=reverted) it goes back. The overlay is renamed aside, or deleted, so that the VM can go on with the
+    image below as it was at the snapshot. What was written since is in the overlay alone.
+  - Point the VM at the overlay afterwards, or before going back at the image below.
+    M(kvmfleet.qcow2.domain_overlay) points libvirt domains at overlays.
   - Of the VM only the disks that are given are in the snapshot, not its other disks, the variables of its firmware
     (NVRAM), the state of a TPM, its memory, or files that C(virsh save) has written.
 options:
+  state:
+    description:
+      - V(present) makes the overlays that are not there yet.
+      - V(reverted) retires everything from O(path) down to, not including, O(backing_file), in the way that O(retire)
+        tells. O(backing_file) is not written to. If nothing stands at O(path), nothing is done.
+      - Options about new overlays must be left out, or have their defaults, unless it is V(present). These are
+        O(bitmap_content), O(relative), O(cluster_size), O(extended_l2), O(lazy_refcounts), O(refcount_bits),
+        O(compression_type), O(owner), O(group), O(mode), O(seuser), O(serole), O(setype) and O(selevel).
+    type: str
+    choices: [present, reverted]
+    default: present
+  retire:
+    description:
+      - What becomes of images that the VM does not need any more.
+      - V(keep) renames each to its own name with C(.reverted) behind it, and a number where that is taken, so that the
+        old name is free. Renamed back, they are what they were. Keep them until the first backup afterwards is good.
+      - V(delete) deletes them, with all that was written since the snapshot.
+      - The default is V(keep) with O(state=reverted). Not allowed with O(state=present), which retires nothing.
+    type: str
+    choices: [delete, keep]
   path:
     description:
       - The overlay's file, as an absolute path. C(~) and variables are not expanded.
+      - With O(state=reverted) it can be several images above O(backing_file).
       - Required unless O(overlays) is given.
     type: str
   backing_file:
     description:
       - ACTIVE, the topmost image of the disk's chain, a file or a block device, as an absolute path. The overlay
         records this very name. A relative backing file of ACTIVE is looked for beside it.
+      - With O(state=reverted), the image that the disk goes back to.
       - Required with O(path).
     type: str
   overlays:
@@ -60,8 +85,8 @@ options:
         choices: [qcow2, raw]
       vm:
         description:
-          - A name of the VM, free to choose. Overlays with the same O(overlays[].vm) are made all or none. A VM that
-            fails does not stop the others; the task fails at the end, with every result.
+          - A name of the VM, free to choose. Overlays with the same O(overlays[].vm) are made, or retired, all or none.
+            A VM that fails does not stop the others; the task fails at the end, with every result.
           - Overlays without it all belong together.
         type: str
       bitmap_content:
@@ -117,6 +142,15 @@ notes:
   - The overlays of one VM are put into place within a millisecond, but one after the other. If the run is killed by
     SIGKILL or a power loss just then, some of them are there, each complete, and the next run makes the others.
   - An ACTIVE without bitmaps gets an overlay without bitmaps.
+  - Going back is refused if a process has one of the images open, if another image in one of their folders stands on an
+    image that would go, or if a commit of these images was interrupted. It is also refused on a block device. While
+    images are retired, no VM can start on them or on O(backing_file).
+  - Checkpoints that were made since the snapshot are in the overlay alone. A warning names them. libvirt still has them
+    after going back; C(virsh checkpoint-delete --metadata) has it forget them. Increments that were made since the
+    snapshot belong to what was discarded. Apply none of them, nor any later one, on each other.
+  - Images are retired one after the other, the lowest first. If the run is killed by SIGKILL or a power loss just then,
+    the same call does the rest. With O(retire=delete), images between O(path) and O(backing_file) can be left,
+    renamed as O(retire=keep) renames them.
 seealso:
   - name: Incremental backup internals of libvirt
     description: The algorithm that this module follows, in the section about offline snapshots with bitmaps.
@@ -157,6 +191,20 @@ EXAMPLES = r"""
     extended_l2: true
     relative: true
     mode: "0640"
+
+- name: Go back to the state before the snapshot, and keep what was written since in /srv/vm1.snap.qcow2.reverted
+  kvmfleet.qcow2.qcow2_overlay:
+    path: /srv/vm1.snap.qcow2
+    backing_file: /srv/vm1.qcow2
+    state: reverted
+
+- name: Go back on both disks of a VM, or on none, and delete what was written since
+  kvmfleet.qcow2.qcow2_overlay:
+    overlays:
+      - {vm: web, path: /srv/web-a.snap.qcow2, backing_file: /srv/web-a.qcow2}
+      - {vm: web, path: /srv/web-b.snap.qcow2, backing_file: /srv/web-b.qcow2}
+    state: reverted
+    retire: delete
 """
 
 RETURN = r"""
@@ -181,15 +229,38 @@ overlays:
       type: str
       sample: qcow2
     virtual_size:
-      description: Virtual size of the overlay in bytes; null if it failed.
+      description: Virtual size of the disk in bytes, of the overlay or, with O(state=reverted), of the image below.
+        Null if it failed.
       type: int
       sample: 10737418240
     state:
-      description: V(created), V(present) if it was there already, or V(failed).
+      description:
+        - With O(state=present), V(created), V(present) if it was there already, or V(failed).
+        - With O(state=reverted), V(reverted), V(absent) if nothing stood there already, or V(failed).
       type: str
       sample: created
+    kept_as:
+      description: What O(path) is kept as; null if it was deleted, was not there, or failed.
+      returned: when O(state=reverted)
+      type: str
+      sample: /srv/vm1.snap.qcow2.reverted
+    retired:
+      description: All images that were retired, the topmost first.
+      returned: when O(state=reverted)
+      type: list
+      elements: dict
+      contains:
+        path:
+          description: The image, by the name that it had.
+          type: str
+          sample: /srv/vm1.snap.qcow2
+        kept_as:
+          description: What it is kept as; null if it was deleted.
+          type: str
+          sample: /srv/vm1.snap.qcow2.reverted
     bitmaps:
       description: The bitmaps of ACTIVE that go on recording in the overlay.
+      returned: when O(state=present)
       type: list
       elements: dict
       contains:
@@ -203,6 +274,7 @@ overlays:
           sample: 65536
     skipped_bitmaps:
       description: The bitmaps of ACTIVE that do not go on recording.
+      returned: when O(state=present)
       type: list
       elements: dict
       contains:
@@ -242,7 +314,11 @@ from ..module_utils._base.errors import Refusal
 from ..module_utils._base.signals import ending_cleanly
 from ..module_utils._disk.build import MakeOverlays
 from ..module_utils._disk.overlay import OverlayRequest
+from ..module_utils._disk.retire import DELETE, KEEP
+from ..module_utils._disk.revert import GoBack
+from ..module_utils._disk.revert_rules import RevertRequest
 from ..module_utils._disk.run import run
+from ..module_utils._disk.session import Operation
 from ..module_utils._module import Module, Report
 from ..module_utils._module import run as run_module
 from ..module_utils._options import (
@@ -251,8 +327,46 @@ from ..module_utils._options import (
     creation_from,
     creation_spec,
     ownership_spec,
+    refuse_given,
     settings_from,
 )
+
+
+class State(t.NamedTuple):
+    """What one value of the option state means."""
+
+    operation: t.Callable[[dict[str, t.Any]], Operation[t.Any, t.Any]]  # from the options of the task
+    request: t.Callable[[dict[str, t.Any]], t.Any]  # from the options of one item
+    without: t.Iterable[str]  # options that have no meaning
+
+
+def _to_make(own: dict[str, t.Any]) -> OverlayRequest:
+    return OverlayRequest(
+        path=own["path"],
+        backing_file=own["backing_file"],
+        backing_format=own["backing_format"],
+        vm=own.get("vm"),
+        relative=own["relative"],
+        creation=creation_from(own),
+        bitmap_content=own["bitmap_content"],
+    )
+
+
+def _to_revert(own: dict[str, t.Any]) -> RevertRequest:
+    return RevertRequest(
+        path=own["path"],
+        backing_file=own["backing_file"],
+        backing_format=own["backing_format"],
+        vm=own.get("vm"),
+        retire=own["retire"] or KEEP,
+    )
+
+
+OF_NEW_FILES = (*creation_spec(defaults=True), *ownership_spec())
+STATES = {
+    "present": State(lambda params: MakeOverlays(attributes_from(params)), _to_make, ["retire"]),
+    "reverted": State(lambda _params: GoBack(), _to_revert, OF_NEW_FILES),
+}
 
 
 def argument_spec() -> dict[str, t.Any]:
@@ -265,6 +379,8 @@ def argument_spec() -> dict[str, t.Any]:
         **creation_spec(defaults=False),
     }
     return {
+        "state": {"type": "str", "choices": list(STATES), "default": "present"},
+        "retire": {"type": "str", "choices": [DELETE, KEEP]},
         "path": {"type": "str"},
         "backing_file": {"type": "str"},
         "overlays": {"type": "list", "elements": "dict", "options": item},
@@ -275,31 +391,23 @@ def argument_spec() -> dict[str, t.Any]:
     }
 
 
-def requests_from(params: dict[str, t.Any]) -> list[OverlayRequest]:
-    """Return the overlays that the task asks for; what an item leaves open comes from the task."""
+def requests_from(params: dict[str, t.Any]) -> list[t.Any]:
+    """Return what the task asks for, in order; what an item leaves open comes from the task."""
     if params["overlays"] is None and None in (params["path"], params["backing_file"]):
         raise Refusal("bad_option", "", "path and backing_file, or overlays, must have a value that is not null")
+    state = STATES[params["state"]]
     requests = []
     for item in [params] if params["overlays"] is None else params["overlays"]:
         own = {**params, **{option: value for option, value in item.items() if value is not None}}
-        requests.append(
-            OverlayRequest(
-                path=own["path"],
-                backing_file=own["backing_file"],
-                backing_format=own["backing_format"],
-                vm=own.get("vm"),
-                relative=own["relative"],
-                creation=creation_from(own),
-                bitmap_content=own["bitmap_content"],
-            )
-        )
+        refuse_given(own, state.without, f"state={params['state']}")
+        requests.append(state.request(own))
     return requests
 
 
 @ending_cleanly()
 def work(module: AnsibleModule) -> Report:
-    """Make the overlays."""
-    operation = MakeOverlays(attributes_from(module.params))
+    """Do what the state asks for."""
+    operation = STATES[module.params["state"]].operation(module.params)
     outcome = run(operation, requests_from(module.params), settings_from(module))
     return Report(outcome.as_result("overlays"), outcome.failures, outcome.warnings)
 

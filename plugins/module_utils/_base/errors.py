@@ -42,6 +42,7 @@ Code = t.Literal[
     "format_not_recorded",
     "gone",
     "group_failed",
+    "has_overlay",
     "header_fixed",
     "in_use",
     "interrupted",

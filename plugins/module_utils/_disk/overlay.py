@@ -141,29 +141,28 @@ class OverlayVerdict(t.NamedTuple):
 
 def request_problems(request: OverlayRequest) -> list[Refusal]:
     """Return what is wrong with a request whatever the host looks like."""
-    paths = (("path", request.path), ("backing_file", request.backing_file))
-    problems = [problem for option, path in paths for problem in path_problems(option, path)]
-    return problems + _creation_problems(request)
+    return name_problems(path=request.path, backing_file=request.backing_file) + _creation_problems(request)
 
 
-def path_problems(option: str, path: str) -> list[Refusal]:
-    """Return why the value of an option can be no path of an image."""
+def name_problems(**paths: str) -> list[Refusal]:
+    """Return what is wrong with these paths, by the option that each was given in."""
     problems = []
-    if not path.startswith("/"):
-        why = f"{option} must be an absolute path, one that begins with a slash"
-        problems.append(Refusal("bad_name", path or repr(path), why))
-    if "\0" in path:
-        why = f"{option} has a NUL byte in it, which no file name can have"
-        problems.append(Refusal("bad_name", repr(path), why, "Correct it."))
-    elif not is_expressible(path):
-        why = (
-            f"{option} is not UTF-8, or has code points that are no characters, so Ansible or QEMU's monitor "
-            "cannot be given it"
-        )
-        problems.append(Refusal("bad_name", repr(path), why, "Rename the file."))
-    elif not path.isascii() and sys.getfilesystemencoding() != "utf-8":
-        why = f"{option} is not ASCII, and the locale is not UTF-8"
-        problems.append(Refusal("bad_name", repr(path), why, "Set LC_ALL=C.UTF-8."))
+    for option, path in paths.items():
+        if not path.startswith("/"):
+            why = f"{option} must be an absolute path, one that begins with a slash"
+            problems.append(Refusal("bad_name", path or repr(path), why))
+        if "\0" in path:
+            why = f"{option} has a NUL byte in it, which no file name can have"
+            problems.append(Refusal("bad_name", repr(path), why, "Correct it."))
+        elif not is_expressible(path):
+            why = (
+                f"{option} is not UTF-8, or has code points that are no characters, so Ansible or QEMU's monitor "
+                "cannot be given it"
+            )
+            problems.append(Refusal("bad_name", repr(path), why, "Rename the file."))
+        elif not path.isascii() and sys.getfilesystemencoding() != "utf-8":
+            why = f"{option} is not ASCII, and the locale is not UTF-8"
+            problems.append(Refusal("bad_name", repr(path), why, "Set LC_ALL=C.UTF-8."))
     return problems
 
 

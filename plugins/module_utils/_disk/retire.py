@@ -19,9 +19,9 @@ from .._base.files import OpenImage, close, identity_of
 from .observe import why_not_writable
 from .publish import open_to_list, rename_without_replacing
 
-DELETE = "delete"
-KEEP = "keep"
 How = t.Literal["delete", "keep"]
+DELETE: How = "delete"
+KEEP: How = "keep"
 
 
 def retire(path: str, file: OpenImage, how: How, suffix: str) -> str | None:
@@ -62,6 +62,11 @@ def kept_path(path: str, suffix: str) -> str:
     """Return the path that the image at `path` would be kept as."""
     real = os.path.realpath(path)
     return next(one for one in _candidates(f"{real}.{suffix}") if not os.path.lexists(one))
+
+
+def all_kept(path: str, suffix: str) -> list[str]:
+    """Return the paths that images which stood at `path` are kept as, the newest last."""
+    return list(itertools.takewhile(os.path.exists, _candidates(f"{os.path.realpath(path)}.{suffix}")))
 
 
 def why_not_retired(path: str, file: OpenImage, how: How, suffix: str) -> Refusal | None:

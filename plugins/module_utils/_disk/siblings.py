@@ -69,9 +69,16 @@ def _above(path: str, file: OpenImage, name: str) -> Above:
 
 def standing_on(image: Identity, folders: t.Iterable[str], but: t.Collection[Identity]) -> list[str]:
     """Return the paths of the images in the folders that stand on this image, without those in `but`."""
-    return [
-        one.path
-        for folder in dict.fromkeys(folders)
-        for one in overlays_in(folder)
-        if one.backing_identity == image and one.identity not in but
-    ]
+    return all_standing_on([image], folders, but)[image]
+
+
+def all_standing_on(
+    images: t.Iterable[Identity], folders: t.Iterable[str], but: t.Collection[Identity]
+) -> dict[Identity, list[str]]:
+    """Return for each of the images what standing_on() does, with one look through the folders."""
+    found: dict[Identity, list[str]] = {image: [] for image in images}
+    for folder in dict.fromkeys(folders):
+        for one in overlays_in(folder):
+            if one.backing_identity in found and one.identity not in but:
+                found[one.backing_identity].append(one.path)
+    return found

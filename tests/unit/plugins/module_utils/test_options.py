@@ -11,7 +11,13 @@ import types
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._options import attributes_from, settings_from
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._options import (
+    attributes_from,
+    creation_spec,
+    ownership_spec,
+    refuse_given,
+    settings_from,
+)
 
 
 def attributes(**params):
@@ -65,3 +71,16 @@ def test_owners_by_name_and_number():
 def test_values_that_cannot_be(params, expected):
     with pytest.raises(Refusal, match=expected):
         attributes(**params)
+
+
+def test_options_without_a_meaning_are_refused_unless_they_have_their_defaults():
+    names = (*creation_spec(defaults=True), *ownership_spec(), "retire")
+    defaults = {name: option.get("default") for name, option in creation_spec(defaults=True).items()}
+    params = {**dict.fromkeys(names), **defaults, "cluster_size": 65536}
+    refuse_given(params, names, "state=x")
+    others = {"relative": True, "cluster_size": 4096, "mode": "0600", "retire": "keep", "bitmap_content": "empty"}
+    for name, value in others.items():
+        with pytest.raises(Refusal) as raised:
+            refuse_given({**params, name: value}, names, "state=x")
+        assert (raised.value.code, raised.value.subject) == ("bad_option", f"{name}={value}")
+        refuse_given({**params, name: value}, set(names) - {name}, "state=x")

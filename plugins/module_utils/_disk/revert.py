@@ -1,0 +1,259 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change at any time.
+"""Act: go back to an image below. The operation that revert_rules.py has the rules of.
+
+::
+
+    path ┐     goes: renamed aside, or deleted
+      │  │     what was written since the snapshot is in it alone
+      S1 ┘     goes too, if BASE is further down
+      │
+    BASE       stays as it is; from now on the topmost image of the VM
+"""
+
+from __future__ import annotations
+
+import os
+import typing as t
+
+from .._base.errors import CHECK_STORAGE, Refusal
+from .._base.files import Identity, OpenImage, identity_of, open_image
+from .._qcow2.chain import Layer, read_head, resolve_name, walk_chain
+from .._qcow2.formats import QCOW2
+from .._qcow2.header import is_qcow2
+from .._qcow2.image import Image
+from .._qemu import locks
+from .._qemu.settled import is_open_for_writing, read_settled
+from . import revert_rules
+from .retire import DELETE, KEEP, How, all_kept, kept_path, retire, why_not_retired
+from .revert_rules import ABSENT, Going, Observed, Retired, RevertRequest, RevertVerdict
+from .session import Held, Images
+from .siblings import all_standing_on
+from .verdict import FAILED
+
+_VAULT = ".kvmfleet-vault"  # ends, with more behind it, the name of what a commit keeps beside an image
+_SUFFIX = "reverted"
+
+
+class GoBack:
+    """State reverted: nothing stands at the path any more, and BASE is the topmost image. An Operation."""
+
+    def problems(self, request: RevertRequest) -> list[Refusal]:
+        """Return what is wrong with a request whatever the host looks like."""
+        return revert_rules.request_problems(request)
+
+    def conflicts(self, requests: t.Sequence[RevertRequest]) -> list[Refusal | None]:
+        """Return for each request of a call what is wrong with it beside the others."""
+        chains = [_identities(request) for request in requests]
+        going = [goes for goes, _all in chains]
+        return revert_rules.conflicts([one.path for one in requests], going, [every for _goes, every in chains])
+
+    def folders(self, request: RevertRequest) -> t.Sequence[str]:
+        """Return the folder of the overlay."""
+        return [os.path.dirname(request.path)]
+
+    def refused(self, request: RevertRequest, problems: t.Sequence[Refusal]) -> RevertVerdict:
+        """Return the verdict on a request that is refused without a look."""
+        return RevertVerdict(request, FAILED, tuple(problems))
+
+    def judge(self, request: RevertRequest, held: Held) -> RevertVerdict:
+        """Look at the chain and at who else uses it, and decide."""
+        seen = _observe(request, held)
+        verdict = revert_rules.decide(request, seen)
+        if verdict.changed:
+            for one in seen.going:
+                held.unwritten(one.path)
+                held.hold_off_everybody(one.path)
+            held.unwritten(request.backing_file)
+            held.check_images([one.path for one in seen.going])
+        return verdict
+
+    def images(self, verdict: RevertVerdict) -> Images:
+        """Return the images that go and BASE, in the order in which the VM opens them."""
+        request = verdict.request
+        if verdict.state == ABSENT:  # BASE may be in use again, unless its VM is still to be switched
+            return Images((request.backing_file,) if request.vm is not None else ())
+        opened = (*(one.path for one in verdict.retired), request.backing_file)
+        # Another run may have retired the others when this one gets its turn: then judge() finds them gone.
+        return Images(opened, frozenset([request.backing_file]))
+
+    def rehearse(self, verdict: RevertVerdict, _held: Held) -> RevertVerdict:
+        """Nothing more can be told beforehand."""
+        return verdict
+
+    def phases(self) -> t.Sequence[t.Callable[[RevertVerdict, Held], RevertVerdict]]:
+        """Nothing is made or read back: all that is done is to switch and to retire."""
+        return []
+
+    def publish(
+        self, verdicts: t.Sequence[RevertVerdict], held: Held, switch: t.Callable[[], None]
+    ) -> t.Sequence[RevertVerdict]:
+        """Put the VM on BASE, then retire the images above; what fails after the switch is told, not undone."""
+        switch()
+        return [_retire_all(verdict, held) if verdict.changed else verdict for verdict in verdicts]
+
+
+def _retire_all(verdict: RevertVerdict, held: Held) -> RevertVerdict:
+    """Retire the images of one disk; return what became of them.
+
+    The topmost one goes last: while it stands the same call finds the work, and by it the chain. So the others are
+    only renamed before, which leaves the way down through them, and those that are to be deleted are so at the end.
+    """
+    top, *others = verdict.retired
+    how = verdict.request.retire
+    done: list[Retired] = []
+    try:
+        for one in reversed(others):
+            done.insert(0, _retire(one.path, held.image(one.path), KEEP))
+        done.insert(0, _retire(top.path, held.image(top.path), how))
+        if how == DELETE:
+            for index, (one, kept) in enumerate(zip(others, done[1:]), 1):
+                _retire(kept.kept_as or one.path, held.image(one.path), how)
+                done[index] = Retired(one.path, None)
+    except (Refusal, OSError) as exc:
+        left = [one.path for one in verdict.retired if one.path not in {gone.path for gone in done}]
+        left += [one.kept_as for one in done if how == DELETE and one.kept_as is not None]
+        return verdict.failed(_not_removed(verdict, exc, left))
+    return verdict._replace(retired=tuple(done))
+
+
+def _retire(path: str, file: OpenImage, how: How) -> Retired:
+    return Retired(path, retire(path, file, how, _SUFFIX))
+
+
+def _not_removed(verdict: RevertVerdict, exc: Refusal | OSError, left: t.Sequence[str]) -> Refusal:
+    """Return the refusal of images that could not be retired although no VM needs them any more."""
+    cause = exc.strerror if isinstance(exc, OSError) else exc.why
+    request = verdict.request
+    verb = "deleted" if request.retire == DELETE else "renamed aside"
+    why = f"is not needed any more, since the VM is on {request.backing_file}, but could not be {verb}: {cause}"
+    return Refusal("not_removed", left[0], why, CHECK_STORAGE + "".join(f" So is {one}." for one in left[1:]))
+
+
+def _identities(request: RevertRequest) -> tuple[list[Identity], list[Identity]]:
+    """Return the images that go with a request, and those and all below, as far as they can be read."""
+    chain: list[Identity] = []
+    try:
+        base = identity_of(os.stat(request.backing_file))
+        top, image_format = (request.path, QCOW2) if os.path.lexists(request.path) else request[1:3]
+        with open_image(top) as file:
+            chain += [layer.identity for layer, _file in walk_chain(file, image_format, read_top=read_head)]
+    except (OSError, ValueError, Refusal):  # the look at it will tell
+        pass
+    return (chain[: chain.index(base)], chain) if chain and base in chain else ([], chain)
+
+
+def _observe(request: RevertRequest, held: Held) -> Observed:
+    """Return what stands at the path and below; Refusal if something there is unusable."""
+    if _stands(request.path):
+        try:
+            return _observe_overlay(request, held)
+        except (Refusal, OSError):
+            if _stands(request.path):
+                raise  # or else another run has retired it in this moment
+    base, *_below = _layers(held.image(request.backing_file), request.backing_file, request.backing_format)
+    return Observed((), base, False, None, _vaults([base.real_path]))
+
+
+def _observe_overlay(request: RevertRequest, held: Held) -> Observed:
+    """Return what the image at the path is, and what is below it."""
+    file, below = held.image(request.path), held.image(request.backing_file)
+    remedy = "Name the overlay as path, and the image below it as backing_file."
+    if not is_qcow2(file):
+        why = "is not a qcow2 image, so it is no overlay. It may be the raw disk of a VM"
+        raise Refusal("not_qcow2", request.path, why, remedy)
+    if file.identity == below.identity:
+        why = f"is {request.backing_file} itself, so there is nothing to go back from"
+        raise Refusal("backs_itself", request.path, why, remedy)
+    found = _chain(request, held, below.identity)
+    layers = [layer for _place, layer in found]
+    depth = next((depth for depth, layer in enumerate(layers) if layer.identity == below.identity), None)
+    going = found[: 1 if depth is None else depth]
+    return Observed(
+        going=tuple(_going(going, request, held)),
+        base=None if depth is None else layers[depth],
+        base_is_open=is_open_for_writing(below),
+        below=layers[1].path if len(layers) > 1 else None,
+        vaults=_vaults(layer.real_path for layer in layers[: len(going) + 1]),
+    )
+
+
+def _stands(path: str) -> bool:
+    """Whether something stands there, and be it a symlink that leads nowhere."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError as exc:
+        folder = os.path.dirname(path)
+        if not os.path.isdir(folder):  # of storage that is not mounted nothing can be said to be gone
+            why = f"its folder {folder} does not exist, so nobody can tell whether it is gone"
+            raise Refusal("no_folder", path, why, "Mount its storage, or correct the path.") from exc
+        return False
+    return True
+
+
+def _settled(file: OpenImage) -> Image:
+    return read_settled(file)[0]
+
+
+def _layers(file: OpenImage, path: str, image_format: str | None) -> t.Iterator[Layer]:
+    """Yield the layers of a chain, with their bitmaps."""
+    for layer, _file in walk_chain(file, image_format, read_top=_settled, read_below=_settled, path=path):
+        yield layer
+
+
+def _chain(request: RevertRequest, held: Held, base: Identity) -> list[tuple[str, Layer]]:
+    """Return the layers from the path down to the end of the chain, each with its place.
+
+    A run that was killed can have renamed layers above BASE already, from the lowest upwards: follow them there.
+    """
+    found: list[tuple[str, Layer]] = []
+    place, path, image_format = request.path, request.path, t.cast("str | None", QCOW2)
+    while True:
+        try:
+            for layer in _layers(held.image(place), path, image_format):
+                found.append((place if layer.path == path else layer.path, layer))  # noqa: PERF401  they must stay
+            return found
+        except Refusal as exc:
+            identities = [layer.identity for _place, layer in found]
+            image = found[-1][1].image if found else None
+            if exc.code != "no_such_file" or base in identities or image is None or image.backing_file is None:
+                raise
+            path, image_format = resolve_name(found[-1][1].path, image.backing_file), image.backing_format
+            kept = all_kept(path, _SUFFIX)
+            if not kept or identity_of(os.stat(kept[-1])) in identities:
+                raise
+            place = kept[-1]
+
+
+def _going(found: t.Sequence[tuple[str, Layer]], request: RevertRequest, held: Held) -> t.Iterator[Going]:
+    """Yield what there is to know of each image that goes."""
+    files = [held.image(place) for place, _layer in found]
+    own = {file.identity for file in files}
+    folders = [os.path.dirname(one) for place, layer in found for one in (place, layer.real_path)]
+    standing = all_standing_on(own, folders, own)
+    for (place, layer), file in zip(found, files):
+        is_kept = place != layer.path
+        how = request.retire if layer is found[0][1] else KEEP
+        problem = None if is_kept else why_not_retired(place, file, how, _SUFFIX)
+        is_kept_by_name = not is_kept and not file.is_device and request.retire == KEEP
+        yield Going(
+            path=place,
+            layer=layer,
+            is_open_for_writing=is_open_for_writing(file),
+            below_running_vm=locks.is_locked_by_qemu(file, locks.WRITE_UNSHARED),
+            standing=tuple(standing[file.identity]),
+            problem=problem,
+            kept_as=kept_path(place, _SUFFIX) if is_kept_by_name else None,
+            is_kept_already=is_kept,
+        )
+
+
+def _vaults(paths: t.Iterable[str]) -> tuple[str, ...]:
+    """Return the paths of what commits keep beside these images until they are complete."""
+    found: list[str] = []
+    for folder, name in dict.fromkeys(map(os.path.split, paths)):
+        begin = f".{name}{_VAULT}"
+        found += [os.path.join(folder, one) for one in os.listdir(folder) if one.startswith(begin)]
+    return tuple(sorted(found))

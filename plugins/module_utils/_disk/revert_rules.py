@@ -1,0 +1,238 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change at any time.
+"""Decide: whether the images above BASE can be given up, so that the VM goes on with BASE.
+
+Values in, verdicts out: nothing is read here. revert.py acts on the verdicts.
+"""
+
+from __future__ import annotations
+
+import typing as t
+
+from .._base.errors import Refusal, printable
+from .._base.files import Identity
+from .._qcow2.chain import Layer, relative_data_file, why_unusable
+from .._qemu.locks import in_use
+from .bitmap_rules import carries_over, names_of
+from .overlay import name_problems
+from .retire import KEEP, How
+from .verdict import FAILED, problem_fields
+
+REVERTED = "reverted"
+ABSENT = "absent"
+CARRIED = "kvmfleet-carried-"  # begins the name of the bitmap that a commit leaves in an overlay until it is complete
+
+
+class RevertRequest(t.NamedTuple):
+    """One disk that is to go back to an image below."""
+
+    path: str
+    backing_file: str
+    backing_format: str = "qcow2"
+    vm: str | None = None
+    retire: How = KEEP
+
+
+class Going(t.NamedTuple):
+    """An image above BASE, as it was read."""
+
+    path: str  # where it is
+    layer: Layer
+    is_open_for_writing: bool
+    below_running_vm: bool
+    standing: tuple[str, ...]  # paths of images on top of it that do not go
+    problem: Refusal | None  # why it cannot be retired
+    kept_as: str | None  # path
+    is_kept_already: bool = False  # by a run that was killed before it came to the images above
+
+
+class Observed(t.NamedTuple):
+    """What stands where an overlay is to go, and below."""
+
+    going: tuple[Going, ...]  # topmost first; none if nothing stands at the path
+    base: Layer | None  # None if the backing file that was named is not in the chain
+    base_is_open: bool  # for writing
+    below: str | None  # path of the image below the topmost one
+    vaults: tuple[str, ...]  # paths of what unfinished commits of these images have left
+
+
+class Retired(t.NamedTuple):
+    """An image that is to be retired, or was."""
+
+    path: str
+    kept_as: str | None  # path; None if it is deleted
+
+    def as_result(self) -> dict[str, t.Any]:
+        """Return it in the form in which the module returns it."""
+        return {name: value and printable(value) for name, value in self._asdict().items()}
+
+
+class RevertVerdict(t.NamedTuple):
+    """What is to become, or became, of one disk."""
+
+    request: RevertRequest
+    state: str  # reverted, absent or failed
+    problems: tuple[Refusal, ...] = ()
+    warnings: tuple[str, ...] = ()
+    virtual_size: int | None = None  # bytes; of BASE
+    retired: tuple[Retired, ...] = ()  # topmost first
+    kept_already: tuple[Retired, ...] = ()  # further down, by a run that was killed
+    need: None = None
+
+    @property
+    def changed(self) -> bool:
+        """Whether images are to be retired, or were."""
+        return self.state == REVERTED
+
+    def failed(self, *problems: Refusal) -> RevertVerdict:
+        """Return this verdict as a failure, with these problems beside those that it has."""
+        return RevertVerdict(self.request, FAILED, (*self.problems, *problems), self.warnings)
+
+    def as_result(self) -> dict[str, t.Any]:
+        """Return the verdict in the form in which the module returns it."""
+        retired = [*self.retired, *self.kept_already]
+        return {
+            "path": printable(self.request.path),
+            "backing_file": printable(self.request.backing_file),
+            "backing_format": self.request.backing_format,
+            "virtual_size": self.virtual_size,
+            "state": self.state,
+            "kept_as": retired[0].as_result()["kept_as"] if retired else None,
+            "retired": [one.as_result() for one in retired],
+            **problem_fields(self.problems),
+        }
+
+    def as_diff(self) -> tuple[t.Any, t.Any]:
+        """Return what a diff shows: the images above BASE before, and where they are after."""
+        before = {
+            "backing_file": printable(self.request.backing_file),
+            "images": [printable(one.path) for one in self.retired],
+        }
+        kept = [printable(one.kept_as) for one in self.retired if one.kept_as is not None]
+        return before, {"kept": kept} if kept else None
+
+
+def request_problems(request: RevertRequest) -> list[Refusal]:
+    """Return what is wrong with a request whatever the host looks like."""
+    return name_problems(path=request.path, backing_file=request.backing_file)
+
+
+def conflicts(
+    paths: t.Sequence[str], going: t.Sequence[t.Collection[Identity]], chains: t.Sequence[t.Collection[Identity]]
+) -> list[Refusal | None]:
+    """Return for each request of a call whether an image that it has retired is in the chain of another one.
+
+    `going` has the images that go with each request, `chains` those and all below.
+    """
+    users: dict[Identity, set[int]] = {}
+    for index, chain in enumerate(chains):
+        for identity in chain:
+            users.setdefault(identity, set()).add(index)
+    problems: list[Refusal | None] = []
+    for index, own in enumerate(going):
+        others = [paths[other] for identity in own for other in sorted(users[identity] - {index})]
+        if others:
+            why = f"goes, or is above an image that goes, and that is in the chain of {others[0]}, too, in this call"
+            remedy = "Name each overlay once, and of a chain only the topmost image that is to go."
+            problems.append(Refusal("repeated", paths[index], why, remedy))
+        else:
+            problems.append(None)
+    return problems
+
+
+def decide(request: RevertRequest, seen: Observed) -> RevertVerdict:
+    """Return what must become of one disk: its images go, are gone already, or it is refused."""
+    verdict = _promise(request, seen)
+    if seen.base is None:
+        return verdict.failed(_other_chain(request, seen))
+    problems = _unfinished(request, seen)
+    if seen.going:
+        problems += [in_use(request.backing_file)] if seen.base_is_open else []
+        problems += _base_problems(request, seen.base)
+    for one in seen.going:
+        problems += _going_problems(one)
+    return verdict.failed(*problems) if problems else verdict
+
+
+def _promise(request: RevertRequest, seen: Observed) -> RevertVerdict:
+    """Return the verdict for the case that nothing is wrong."""
+    virtual_size = seen.base.virtual_size if seen.base is not None else None
+    if not seen.going:
+        return RevertVerdict(request, ABSENT, virtual_size=virtual_size)
+    return RevertVerdict(
+        request,
+        REVERTED,
+        warnings=tuple(_warnings(request, seen)),
+        virtual_size=virtual_size,
+        retired=tuple(Retired(one.path, one.kept_as) for one in seen.going if not one.is_kept_already),
+        kept_already=tuple(Retired(one.layer.path, one.path) for one in seen.going if one.is_kept_already),
+    )
+
+
+def _warnings(request: RevertRequest, seen: Observed) -> t.Iterator[str]:
+    """Yield what going back means for the backups."""
+    top, base = seen.going[0].layer.image, seen.base and seen.base.image
+    below = {bitmap.name for bitmap in base.bitmaps} if base else set()
+    lost = [b for b in (top.bitmaps if top else ()) if carries_over(b) and b.name not in below]
+    if lost:
+        yield (
+            f"{request.path}: the checkpoint {names_of(lost)} goes with it, and increments made since the snapshot "
+            "belong to what is discarded: make the next increment since a checkpoint that "
+            f"{request.backing_file} has, and apply it on the backup that ended there, or make a full backup."
+        )
+
+
+def _other_chain(request: RevertRequest, seen: Observed) -> Refusal:
+    """Return the refusal of an image at the path that has not BASE below it."""
+    what = f"its backing file is {seen.below}" if seen.below else "it has no backing file"
+    why = f"does not have {request.backing_file} in its chain: {what}"
+    remedy = "Name the image that the disk is to go back to, or leave this one alone: it may be another VM's disk."
+    return Refusal("differs", request.path, why, remedy)
+
+
+def _unfinished(request: RevertRequest, seen: Observed) -> list[Refusal]:
+    """Return that a commit of these images was begun: BASE is not any more what it was at the snapshot."""
+    marked = [
+        one.path
+        for one in seen.going
+        if one.layer.image and any(bitmap.name.startswith(CARRIED) for bitmap in one.layer.image.bitmaps)
+    ]
+    if not marked and not seen.vaults:
+        return []
+    sign = seen.vaults[0] if seen.vaults else f"a bitmap in {marked[0]}"
+    why = f"cannot go any more: {sign} tells that a commit was interrupted, so data of it may be in the image below"
+    remedy = "Complete that: state=committed with the same path and backing_file."
+    return [Refusal("unfinished", request.path, why, remedy)]
+
+
+def _going_problems(one: Going) -> list[Refusal]:
+    """Return why this image cannot go."""
+    problems = []
+    if one.is_open_for_writing:
+        problems.append(in_use(one.path))
+    elif one.below_running_vm:
+        why = (
+            "is open in another process that lets nobody write to it: it is below a running VM, or a tool such as "
+            "'qemu-nbd -r' or 'qemu-img convert' reads it, as for a backup"
+        )
+        remedy = "Shut the VM down, or wait for the end of that tool. Run this again."
+        problems.append(Refusal("below_running_vm", one.path, why, remedy))
+    if one.standing:
+        why = f"is the backing file of {one.standing[0]}, which would be lost with it"
+        remedy = "Put that one back first, or merge it down; or remove it if nobody needs it."
+        problems.append(Refusal("has_overlay", one.path, why, remedy))
+    return problems + ([one.problem] if one.problem else [])
+
+
+def _base_problems(request: RevertRequest, base: Layer) -> list[Refusal]:
+    """Return why no VM can go on with BASE."""
+    if base.format not in (None, request.backing_format):
+        why = f"is recorded as {base.format} by the image above it, not as {request.backing_format}"
+        remedy = f"Use backing_format={base.format} if that is right."
+        return [Refusal("differs", request.backing_file, why, remedy)]
+    if base.image is None:
+        return []
+    relative = relative_data_file(base.path, base.image)
+    return [*why_unusable(base.path, base.image, for_writing=True), *([relative] if relative else [])]

@@ -1,0 +1,504 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Going back to an image below: what goes, what is refused, and what a kill leaves."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal, UnknownOutcomeError
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import retire as retiring
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import revert
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay import OverlayRequest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.revert import GoBack
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.revert_rules import RevertRequest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.session import Vm
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
+
+from .. import qemu
+from .overlays import SETTINGS, digest, make_overlays, states
+
+CHECK = SETTINGS._replace(check_mode=True, find_program=lambda _name: None)
+KEPT = ["base.qcow2", "s1.reverted", "s2.reverted"]
+
+
+@pytest.fixture(name="base")
+def fixture_base(tmp_path):
+    """Have base ← s1 ← s2, with data in each, and bitmaps that go on; "later" is in s2 alone."""
+    base = qemu.create(tmp_path / "base.qcow2", "64M")
+    qemu.add_bitmaps(base, [Bitmap("monday", 65536, True, False)])
+    subprocess.run(["qemu-io", "-c", "write -P 1 0 1M", base], check=True, stdout=subprocess.DEVNULL)
+    below = base
+    for number in (1, 2):
+        path = str(tmp_path / f"s{number}")
+        assert states(make_overlays([OverlayRequest(path, below)], SETTINGS)) == ["created"]
+        subprocess.run(["qemu-io", "-c", f"write -P {number + 1} 0 1M", path], check=True, stdout=subprocess.DEVNULL)
+        below = path
+    qemu.add_bitmaps(below, [Bitmap("later", 65536, True, False)])
+    return base
+
+
+@pytest.fixture(name="request_for")
+def fixture_request_for(tmp_path, base):
+    return lambda name, **more: RevertRequest(str(tmp_path / name), base, **more)
+
+
+def go_back(requests, settings=SETTINGS, vms=None):
+    return run(GoBack(), requests, settings._replace(find_program=lambda _name: None), vms)
+
+
+def names(folder):
+    return sorted(os.listdir(folder))
+
+
+def world(folder):
+    """Return name, inode and content of all files."""
+    return {
+        name: (os.lstat(folder / name).st_ino, digest(folder / name) if os.path.isfile(folder / name) else None)
+        for name in names(folder)
+    }
+
+
+def test_both_images_go_and_the_second_run_changes_nothing(tmp_path, base, request_for):
+    before = world(tmp_path)
+    predicted = go_back([request_for("s2")], CHECK)
+    assert world(tmp_path) == before
+    outcome = go_back([request_for("s2")])
+    assert outcome.as_result("overlays") == predicted.as_result("overlays")
+    assert outcome.warnings == predicted.warnings
+    (result,) = outcome.as_result("overlays")["overlays"]
+    retired = [{"path": f"{tmp_path}/{name}", "kept_as": f"{tmp_path}/{name}.reverted"} for name in ("s2", "s1")]
+    assert result == {
+        "path": f"{tmp_path}/s2",
+        "backing_file": base,
+        "backing_format": "qcow2",
+        "virtual_size": 64 << 20,
+        "state": "reverted",
+        "kept_as": f"{tmp_path}/s2.reverted",
+        "retired": retired,
+    }
+    after = world(tmp_path)
+    assert after == {name if name == "base.qcow2" else f"{name}.reverted": one for name, one in before.items()}
+    for settings in (CHECK, SETTINGS):
+        again = go_back([request_for("s2")], settings)
+        (result,) = again.as_result("overlays")["overlays"]
+        assert (result["state"], result["kept_as"], result["retired"]) == ("absent", None, [])
+        assert not again.as_result("overlays")["changed"]
+        assert (result["virtual_size"], again.warnings) == (64 << 20, ())
+    assert world(tmp_path) == after
+    # Renamed back they are what they were.
+    for name in ("s1", "s2"):
+        os.rename(tmp_path / f"{name}.reverted", tmp_path / name)
+    command = ["qemu-io", "-r", "-c", "read -P 3 0 1M", str(tmp_path / "s2")]
+    assert b"failed" not in subprocess.run(command, check=True, capture_output=True).stdout
+
+
+def test_delete(tmp_path, request_for):
+    predicted = go_back([request_for("s2", retire="delete")], CHECK)
+    outcome = go_back([request_for("s2", retire="delete")])
+    assert outcome.as_result("overlays") == predicted.as_result("overlays")
+    assert names(tmp_path) == ["base.qcow2"]
+    (result,) = outcome.as_result("overlays")["overlays"]
+    assert [one["kept_as"] for one in result["retired"]] == [None, None]
+    before = {"backing_file": f"{tmp_path}/base.qcow2", "images": [f"{tmp_path}/s2", f"{tmp_path}/s1"]}
+    diff = outcome.as_result("overlays")["diff"]
+    assert diff == {"before": {f"{tmp_path}/s2": before}, "after": {f"{tmp_path}/s2": None}}
+
+
+def test_one_image_of_two(tmp_path, base, request_for):
+    assert states(go_back([request_for("s2")._replace(backing_file=f"{tmp_path}/s1")])) == ["reverted"]
+    assert names(tmp_path) == ["base.qcow2", "s1", "s2.reverted"]
+
+
+def test_the_checkpoints_that_are_lost_are_named(tmp_path, base, request_for):
+    (warning,) = go_back([request_for("s2")], CHECK).warnings
+    assert "the checkpoint 'later' goes with it" in warning
+    assert f"since a checkpoint that {base} has" in warning
+    qemu.qemu_img("bitmap", "--remove", f"{tmp_path}/s2", "later")
+    assert go_back([request_for("s2")]).warnings == ()
+
+
+def test_a_raw_image_below(tmp_path):
+    (tmp_path / "raw").write_bytes(bytes(1 << 20))
+    qemu.create(tmp_path / "over", "1M", "-b", f"{tmp_path}/raw", "-F", "raw")
+    wanted = RevertRequest(f"{tmp_path}/over", f"{tmp_path}/raw", "raw", retire="delete")
+    outcome = go_back([wanted])
+    assert (states(outcome), outcome.verdicts[0].virtual_size) == (["reverted"], 1 << 20)
+    assert states(go_back([wanted])) == ["absent"]
+    assert names(tmp_path) == ["raw"]
+
+
+def test_a_template_below_other_vms_stays_shared(tmp_path, base, request_for):
+    other = qemu.create(tmp_path / "clone", "64M", "-b", base, "-F", "qcow2")
+    with qemu.opened_for_writing(other):
+        assert states(go_back([request_for("s2")])) == ["reverted"]
+
+
+# Refused
+
+
+def refused(folder, *requests):
+    """Return why requests are refused, by check mode and by a run, which change nothing."""
+    before = world(folder)
+    predicted = go_back(requests, CHECK)
+    outcome = go_back(requests)
+    assert outcome.as_result("overlays") == predicted.as_result("overlays")
+    assert world(folder) == before
+    assert set(states(outcome)) == {"failed"}
+    return outcome.failures
+
+
+def code(folder, *requests):
+    return {failure.code for failure in refused(folder, *requests)}
+
+
+@pytest.mark.parametrize("name", ["s2", "s1"])
+def test_an_image_that_a_vm_has_open(tmp_path, request_for, name):
+    with qemu.opened_for_writing(tmp_path / "s2"):
+        (failure, *_more) = refused(tmp_path, request_for(name))
+    assert failure.code == ("in_use" if name == "s2" else "below_running_vm")
+
+
+def test_an_image_below_a_running_vm_elsewhere(tmp_path, request_for):
+    (tmp_path / "elsewhere").mkdir()
+    other = qemu.create(tmp_path / "elsewhere" / "clone", "64M", "-b", f"{tmp_path}/s1", "-F", "qcow2")
+    with qemu.opened_for_writing(other):
+        assert code(tmp_path, request_for("s2")) == {"below_running_vm"}
+
+
+def test_a_vm_that_runs_on_the_image_below(tmp_path, base, request_for):
+    with qemu.opened_for_writing(base):
+        assert code(tmp_path, request_for("s2")) == {"in_use"}
+
+
+def test_another_image_on_top_of_one_that_goes(tmp_path, base, request_for):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "s3").symlink_to(qemu.create(tmp_path / "s3", "64M", "-b", f"{tmp_path}/s1", "-F", "qcow2"))
+    (failure,) = refused(tmp_path, request_for("s2"))
+    assert failure.code == "has_overlay"
+    assert failure.subject == f"{tmp_path}/s1"
+    assert f"is the backing file of {tmp_path}/s3" in failure.why
+    assert code(tmp_path, request_for("s1")) == {"has_overlay"}  # of s2, too
+    os.unlink(tmp_path / "s3")
+    os.unlink(tmp_path / "other" / "s3")
+    assert states(go_back([request_for("s2")])) == ["reverted"]
+
+
+def test_other_requests_of_the_call(tmp_path, base, request_for):
+    far = tmp_path / "far"
+    far.mkdir()
+    clone = qemu.create(far / "clone", "64M", "-b", f"{tmp_path}/s1", "-F", "qcow2")
+    own = RevertRequest(clone, f"{tmp_path}/s1")
+    before = world(tmp_path)
+    for requests in ([request_for("s2"), own], [own, request_for("s2")]):
+        outcome = go_back([one._replace(vm=one.path) for one in requests], CHECK)
+        by_path = {verdict.request.path: [problem.code for problem in verdict.problems] for verdict in outcome.verdicts}
+        assert by_path == {f"{tmp_path}/s2": ["repeated"], clone: []}
+    (tmp_path / "link").symlink_to("s2")
+    assert code(tmp_path, request_for("s2"), request_for("link")) == {"repeated"}
+    assert code(tmp_path, request_for("s2"), request_for("s2")) == {"repeated"}
+    os.unlink(tmp_path / "link")
+    assert world(tmp_path) == before
+
+
+def test_an_image_that_is_not_in_the_chain(tmp_path, base, request_for):
+    other = qemu.create(tmp_path / "other", "64M")
+    (failure,) = refused(tmp_path, request_for("s2")._replace(backing_file=other))
+    assert failure.code == "differs"
+    assert f"does not have {other} in its chain: its backing file is {tmp_path}/s1" in failure.why
+    (failure,) = refused(tmp_path, RevertRequest(base, other))
+    assert "it has no backing file" in failure.why
+    assert code(tmp_path, RevertRequest(f"{tmp_path}/s1", f"{tmp_path}/s2")) >= {"differs"}
+    assert code(tmp_path, RevertRequest(base, base)) == {"backs_itself"}
+    os.link(base, tmp_path / "hard")
+    assert states(go_back([request_for("s2")._replace(backing_file=f"{tmp_path}/hard")], CHECK)) == ["reverted"]
+
+
+def test_another_format_than_is_recorded(tmp_path, request_for):
+    (failure,) = refused(tmp_path, request_for("s2", backing_format="raw"))
+    assert (failure.code, "Use backing_format=qcow2" in failure.remedy) == ("differs", True)
+
+
+@pytest.mark.parametrize("image", ["base.qcow2", "s1", "s2"])
+def test_an_unfinished_commit(tmp_path, request_for, image):
+    (tmp_path / f".{image}.kvmfleet-vault").touch()
+    (failure,) = refused(tmp_path, request_for("s2"))
+    assert failure.code == "unfinished"
+    assert f"{tmp_path}/.{image}.kvmfleet-vault tells" in failure.why
+    if image == "base.qcow2":
+        os.unlink(tmp_path / "s2")
+        assert code(tmp_path, request_for("s2")) == {"unfinished"}
+
+
+def test_the_mark_of_an_unfinished_commit(tmp_path, request_for):
+    qemu.add_bitmaps(tmp_path / "s2", [Bitmap("kvmfleet-carried-0123", 65536, False, False)])
+    assert code(tmp_path, request_for("s2")) == {"unfinished"}
+
+
+@pytest.mark.parametrize(
+    "image, offset, data, expected",
+    [
+        ("s2", 4, b"\0\0\0\7", "unsupported"),
+        ("s1", 40, b"\xff" * 8, "damaged"),
+        ("base.qcow2", 40, b"\xff" * 8, "damaged"),
+        ("base.qcow2", 79, b"\2", "corrupt"),
+        ("base.qcow2", 0, b"xxxx", "not_qcow2"),
+        ("s2", 0, b"xxxx", "not_qcow2"),
+    ],
+)
+def test_damaged_images(tmp_path, request_for, image, offset, data, expected):
+    qemu.patch(tmp_path / image, offset, data)
+    assert code(tmp_path, request_for("s2")) == {expected}
+
+
+def test_what_is_missing(tmp_path, base, request_for):
+    (tmp_path / "link").symlink_to("nowhere")
+    assert code(tmp_path, request_for("link")) == {"no_such_file"}
+    assert code(tmp_path, request_for("no-such-folder/s2")) == {"no_folder"}
+    assert code(tmp_path, request_for("s9")._replace(backing_file=f"{tmp_path}/no-base")) == {"no_such_file"}
+    os.rename(tmp_path / "s1", tmp_path / "moved")
+    assert code(tmp_path, request_for("s2")) == {"no_such_file"}
+    assert code(tmp_path, RevertRequest("s2", base)) == {"bad_name"}
+
+
+def test_a_name_that_would_be_too_long(tmp_path, base):
+    path = qemu.create(tmp_path / ("x" * 250), "64M", "-b", base, "-F", "qcow2")
+    assert code(tmp_path, RevertRequest(path, base)) == {"name_too_long"}
+    assert states(go_back([RevertRequest(path, base, retire="delete")])) == ["reverted"]
+
+
+def test_a_block_device(tmp_path, base, request_for, monkeypatch):
+    real = revert.why_not_retired
+    refusal = Refusal("block_device", "/dev/vg/web", "is a block device")
+    monkeypatch.setattr(
+        revert, "why_not_retired", lambda path, *more: refusal if path.endswith("s1") else real(path, *more)
+    )
+    assert code(tmp_path, request_for("s2")) == {"block_device"}
+
+
+# All or none, the switch, and failures
+
+
+def machines(done, error=None):
+    def switch():
+        done.append(1)
+        if error:
+            raise error
+
+    return {"a": Vm(switch), "b": Vm(lambda: None)}
+
+
+@pytest.fixture(name="disks")
+def fixture_disks(tmp_path):
+    """Have two VMs of two disks."""
+    for name in ("a1", "a2", "b1", "b2"):
+        base = qemu.create(tmp_path / f"{name}.base", "1M")
+        qemu.create(tmp_path / name, "1M", "-b", base, "-F", "qcow2")
+    return [RevertRequest(f"{tmp_path}/{n}", f"{tmp_path}/{n}.base", vm=n[0]) for n in ("a1", "b1", "a2", "b2")]
+
+
+def test_of_a_vm_all_or_none(tmp_path, disks):
+    with qemu.opened_for_writing(tmp_path / "a2.base"):
+        outcome = go_back(disks)
+    assert states(outcome) == ["failed", "reverted", "failed", "reverted"]
+    assert [verdict.as_result().get("code") for verdict in outcome.verdicts] == ["group_failed", None, "in_use", None]
+    assert [name for name in names(tmp_path) if "base" not in name] == ["a1", "a2", "b1.reverted", "b2.reverted"]
+
+
+def test_the_vm_is_switched_while_it_cannot_start_and_before_anything_goes(tmp_path, disks):
+    seen = []
+
+    def switch():
+        for name in ("a1", "a1.base", "a2", "a2.base"):
+            started = subprocess.run(["qemu-io", "-c", "quit", tmp_path / name], check=False, capture_output=True)
+            assert b"lock" in started.stderr
+        seen.append([name for name in names(tmp_path) if "base" not in name])
+
+    assert states(go_back(disks, CHECK, {"a": Vm(switch)})) == ["reverted"] * 4
+    assert seen == []
+    assert states(go_back(disks, SETTINGS, {"a": Vm(switch)})) == ["reverted"] * 4
+    assert seen == [["a1", "a2", "b1", "b2"]]
+
+
+@pytest.mark.parametrize(
+    "error", [Refusal("not_switched", "a", "libvirt says no"), UnknownOutcomeError("a", "half done", "")]
+)
+def test_if_the_vm_is_not_switched_nothing_goes(tmp_path, disks, error):
+    outcome = go_back(disks, SETTINGS, machines([], error))
+    assert states(outcome) == ["failed", "reverted", "failed", "reverted"]
+    assert outcome.failures == [error]
+    assert [name for name in names(tmp_path) if "base" not in name] == ["a1", "a2", "b1.reverted", "b2.reverted"]
+
+
+@pytest.mark.parametrize("how", ["keep", "delete"])
+def test_what_cannot_be_retired_after_the_switch_is_told(tmp_path, disks, monkeypatch, how):
+    real, done = revert.retire, []
+
+    def failing(path, *more):
+        if path.endswith("a1"):
+            raise OSError(5, "Input/output error")
+        return real(path, *more)
+
+    monkeypatch.setattr(revert, "retire", failing)
+    outcome = go_back([one._replace(retire=how) for one in disks], SETTINGS, machines(done))
+    assert (states(outcome), done) == (["failed", "reverted", "reverted", "reverted"], [1])
+    (failure,) = outcome.failures
+    assert (failure.code, failure.subject) == ("not_removed", f"{tmp_path}/a1")
+    assert "since the VM is on" in failure.why
+    assert "Input/output error" in failure.why
+    monkeypatch.undo()
+    again = go_back(disks, SETTINGS, machines(done))
+    assert states(again) == ["reverted", "absent", "absent", "absent"]
+
+
+def test_what_cannot_be_retired_of_a_chain_is_named_whole(tmp_path, request_for, monkeypatch):
+    def failing(_path, *_more):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(revert, "retire", failing)
+    (failure,) = go_back([request_for("s2")]).failures
+    assert failure.subject == f"{tmp_path}/s2"
+    assert f"So is {tmp_path}/s1." in failure.remedy
+
+
+def test_an_image_that_is_replaced_under_the_locks(tmp_path, request_for):
+    def replace():
+        os.rename(tmp_path / "s2", tmp_path / "mine")
+        shutil.copy(tmp_path / "mine", tmp_path / "s2")
+
+    outcome = go_back([request_for("s2", vm="a")], SETTINGS, {"a": Vm(replace)})
+    assert outcome.failures[0].code == "not_removed"
+    assert "was moved or replaced meanwhile" in outcome.failures[0].why
+    assert "s2" in names(tmp_path)
+
+
+# Kills and races
+
+RUN = """
+import shutil, sys
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.revert import GoBack
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.revert_rules import RevertRequest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.session import Settings
+"""
+
+
+def killed_at(step, how, path, base, by_link):
+    """Run in a process that is killed before its call number `step` that changes a folder; return whether it was."""
+    child = os.fork()
+    if child:
+        status = os.waitpid(child, 0)[1]
+        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+        return os.WIFSIGNALED(status)
+    calls = []
+
+    def counting(real):
+        def call(*args, **more):
+            calls.append(1)
+            if len(calls) == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **more)
+
+        return call
+
+    failed = 1
+    try:
+        for name in ("unlink", "link", "fsync"):
+            setattr(os, name, counting(getattr(os, name)))
+        rename = retiring.rename_without_replacing
+        retiring.rename_without_replacing = (lambda *_args: False) if by_link else counting(rename)
+        vms = {"a": Vm(counting(lambda: None))}
+        failed = states(go_back([RevertRequest(path, base, vm="a", retire=how)], SETTINGS, vms)) != ["reverted"]
+    finally:
+        os._exit(failed)
+
+
+@pytest.mark.parametrize("by_link", [False, True], ids=["by rename", "by link"])
+@pytest.mark.parametrize("how", ["keep", "delete"])
+def test_a_kill_at_any_step_leaves_what_the_same_call_completes(tmp_path, base, how, by_link, monkeypatch):
+    before, steps = {name: digest(tmp_path / name) for name in names(tmp_path)}, 0
+    copies = tmp_path.parent / f"{tmp_path.name}.copies"
+    shutil.copytree(tmp_path, copies)
+    while True:
+        was_killed = killed_at(steps + 1, how, f"{tmp_path}/s2", base, by_link)
+        found = {digest(tmp_path / name) for name in names(tmp_path)}
+        assert how == "delete" or found == set(before.values())  # nothing of the data is lost
+        with monkeypatch.context() as patch:
+            if by_link:
+                patch.setattr(retiring, "rename_without_replacing", lambda *_args: False)
+            outcome = go_back([RevertRequest(f"{tmp_path}/s2", base, retire=how)])
+        assert states(outcome) in (["reverted"], ["absent"]), outcome.failures
+        assert {"s1", "s2"}.isdisjoint(names(tmp_path))
+        assert digest(base) == before["base.qcow2"]
+        if how == "keep":
+            assert names(tmp_path) == KEPT
+            assert states(outcome) == ["absent"] or outcome.as_result("overlays")["overlays"][0]["kept_as"] is not None
+        else:
+            assert set(names(tmp_path)) <= {"base.qcow2", "s1.reverted"}
+        for name in names(tmp_path):
+            os.unlink(tmp_path / name)
+        for name in names(copies):
+            shutil.copy(copies / name, tmp_path / name)
+        if not was_killed:
+            break
+        steps += 1
+    assert steps >= 5
+
+
+def test_of_runs_that_race_one_goes_back_and_the_others_find_it_done(tmp_path, base):
+    copies = tmp_path.parent / f"{tmp_path.name}.copies"
+    shutil.copytree(tmp_path, copies)
+    call = RUN + (
+        "outcome = run(GoBack(), [RevertRequest(sys.argv[1], sys.argv[2])], Settings(False, 60, shutil.which))\n"
+        "print(*(verdict.state for verdict in outcome.verdicts), *(f.code for f in outcome.failures))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", call, f"{tmp_path}/s2", base]
+    for _round in range(6):
+        runs = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _number in range(3)]
+        said = collections.Counter(one.communicate()[0].strip() for one in runs)
+        assert said.pop("reverted") == 1
+        # A look can come just between the first rename and the second one.
+        assert set(said) <= {"absent", "failed no_such_file"}, said
+        assert names(tmp_path) == KEPT
+        for name in KEPT[1:]:
+            os.unlink(tmp_path / name)
+        for name in ("s1", "s2"):
+            shutil.copy(copies / name, tmp_path / name)
+
+
+def test_a_kept_image_of_an_earlier_time_is_not_deleted(tmp_path, base, request_for):
+    os.rename(tmp_path / "s1", tmp_path / "s1.reverted")
+    outcome = go_back([request_for("s2", retire="delete")])
+    assert states(outcome) == ["reverted"]
+    assert names(tmp_path) == ["base.qcow2", "s1.reverted"]
+    (result,) = outcome.as_result("overlays")["overlays"]
+    assert result["retired"] == [
+        {"path": f"{tmp_path}/s2", "kept_as": None},
+        {"path": f"{tmp_path}/s1", "kept_as": f"{tmp_path}/s1.reverted"},
+    ]
+
+
+def test_a_loop_through_kept_images_ends(tmp_path, base, request_for):
+    os.unlink(tmp_path / "s1")
+    os.link(tmp_path / "s2", tmp_path / "s1.reverted")
+    assert code(tmp_path, request_for("s2")) == {"no_such_file"}
+
+
+def test_no_descriptor_stays_open(tmp_path, base, request_for):
+    with contextlib.suppress(Refusal):
+        go_back([request_for("s9")])
+    descriptors = len(os.listdir("/proc/self/fd"))
+    go_back([request_for("s2")])
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert json.dumps(go_back([request_for("s2")]).as_result("overlays"))
