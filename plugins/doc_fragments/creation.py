@@ -79,6 +79,7 @@ options:
       - Seconds that QEMU may take for one step before it is ended and the overlay reported as failed. A tenth of a
         second is added for each bitmap.
       - Also the seconds to wait while another run of this collection works on the same image below.
+      - Where data is moved, the seconds that may pass without progress, also while a full disk is waited for.
       - From 1 to 86400.
     type: int
     default: 60

@@ -20,7 +20,9 @@ from ._disk.overlay import CUMULATIVE, EMPTY, Creation
 from ._disk.session import Settings
 
 BACKING_FORMATS = ["qcow2", "raw"]
+MERGING = {"speed": 0, "accept_lost_bitmaps": False, "parallel": 1}  # options of a commit, and their defaults
 _LONGEST_TIMEOUT = 86400  # seconds
+_MOST_PARALLEL = 64
 _LARGEST_ID = (1 << 32) - 2  # the number above means "leave it" to chown
 
 
@@ -51,9 +53,18 @@ def creation_from(params: dict[str, t.Any]) -> Creation:
     return Creation(**{name: params[name] for name in Creation._fields})
 
 
+def merging_spec() -> dict[str, t.Any]:
+    """Return the argument spec of the options of a commit that hold for the whole call."""
+    return {
+        "speed": {"type": "bytes", "default": MERGING["speed"]},
+        "accept_lost_bitmaps": {"type": "bool", "default": MERGING["accept_lost_bitmaps"]},
+        "parallel": {"type": "int", "default": MERGING["parallel"]},
+    }
+
+
 def refuse_given(params: dict[str, t.Any], options: t.Iterable[str], where: str) -> None:
     """Refuse options that have no meaning `where` they are given, if they have another value than their default."""
-    defaults = {**Creation()._asdict(), "bitmap_content": CUMULATIVE, "relative": False}
+    defaults = {**Creation()._asdict(), "bitmap_content": CUMULATIVE, "relative": False, **MERGING}
     for name in options:
         if params[name] != defaults.get(name):
             raise Refusal("bad_option", f"{name}={params[name]}", f"has no meaning with {where}", "Leave it out.")
@@ -64,10 +75,14 @@ def settings_from(module: AnsibleModule) -> Settings:
     if not 1 <= module.params["timeout"] <= _LONGEST_TIMEOUT:
         why = f"must be from 1 to {_LONGEST_TIMEOUT} seconds"
         raise Refusal("bad_option", f"timeout={module.params['timeout']}", why)
+    parallel = module.params.get("parallel", 1)
+    if not 1 <= parallel <= _MOST_PARALLEL:
+        raise Refusal("bad_option", f"parallel={parallel}", f"must be from 1 to {_MOST_PARALLEL}")
     return Settings(
         check_mode=module.check_mode,
         seconds=float(module.params["timeout"]),
         find_program=module.get_bin_path,
+        parallel=parallel,
     )
 
 

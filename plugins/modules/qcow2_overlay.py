@@ -2,13 +2,13 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Make qcow2 overlays of shut-off VMs that go on recording the incremental backups' bitmaps, or go back from them."""
+"""Make qcow2 overlays of shut-off VMs that keep incremental backups going, merge them down, or go back from them."""
 
 from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: qcow2_overlay
-short_description: Make qcow2 overlays that go on recording the dirty bitmaps below, or go back from them
+short_description: Make qcow2 overlays that keep incremental backups going, merge them down, or go back
 version_added: 0.1.0
 description:
   - Makes a new qcow2 image, the overlay, on top of the topmost image of a disk of a VM that is shut off (an external,
@@ -20,6 +20,10 @@ description:
     topmost image are right too, see O(bitmap_content).
   - After a run each overlay is complete, as verified by reading it back, or does not exist. Nothing that exists is ever
     replaced.
+  - With O(state=committed) it merges overlays down. Their data and their bitmaps go into the image below, so that
+    incremental backups go on there, and the overlays are deleted or renamed aside. At every moment, also after SIGKILL
+    or a power loss, the guest's data is whole, and no backup tool is given a chain that looks valid and is not. The
+    same call again completes it.
   - With O(state=reverted) it goes back. The overlay is renamed aside, or deleted, so that the VM can go on with the
     image below as it was at the snapshot. What was written since is in the overlay alone.
   - Point the VM at the overlay afterwards, or before going back at the image below.
@@ -30,34 +34,63 @@ options:
   state:
     description:
       - V(present) makes the overlays that are not there yet.
+      - V(committed) merges everything from O(path) down to, not including, O(backing_file) into O(backing_file), data
+        and bitmaps, then retires it in the way that O(retire) tells. If nothing stands at O(path), nothing is done.
       - V(reverted) retires everything from O(path) down to, not including, O(backing_file), in the way that O(retire)
         tells. O(backing_file) is not written to. If nothing stands at O(path), nothing is done.
       - Options about new overlays must be left out, or have their defaults, unless it is V(present). These are
         O(bitmap_content), O(relative), O(cluster_size), O(extended_l2), O(lazy_refcounts), O(refcount_bits),
-        O(compression_type), O(owner), O(group), O(mode), O(seuser), O(serole), O(setype) and O(selevel).
+        O(compression_type), O(owner), O(group), O(mode), O(seuser), O(serole), O(setype) and O(selevel). So must
+        O(above), O(speed), O(accept_lost_bitmaps) and O(parallel) unless it is V(committed).
     type: str
-    choices: [present, reverted]
+    choices: [present, committed, reverted]
     default: present
   retire:
     description:
       - What becomes of images that the VM does not need any more.
-      - V(keep) renames each to its own name with C(.reverted) behind it, and a number where that is taken, so that the
-        old name is free. Renamed back, they are what they were. Keep them until the first backup afterwards is good.
-      - V(delete) deletes them, with all that was written since the snapshot.
-      - The default is V(keep) with O(state=reverted). Not allowed with O(state=present), which retires nothing.
+      - V(keep) renames each to its own name with C(.reverted) or C(.committed) behind it, and a number where that is
+        taken, so that the old name is free. Of an image that was reverted, what it was at the snapshot comes back if it
+        is renamed back before a VM has run on O(backing_file). Keep it until the first backup afterwards is good.
+      - V(delete) deletes them. Of an image that was reverted, all that was written since the snapshot is gone.
+      - The default is V(keep) with O(state=reverted) and V(delete) with O(state=committed). Not allowed with
+        O(state=present), which retires nothing.
     type: str
     choices: [delete, keep]
+  above:
+    description:
+      - With O(state=committed), the image directly on top of O(path), if O(path) is not the topmost one. It is put onto
+        O(backing_file).
+      - Only the name in its header is changed, in place, so that its bitmaps stay.
+    type: str
+  speed:
+    description:
+      - With O(state=committed), how many bytes per second are copied at most. V(0) is no limit.
+    type: bytes
+    default: 0
+  accept_lost_bitmaps:
+    description:
+      - With O(state=committed), whether bitmaps of the overlay may be lost because O(backing_file) can hold none, being
+        raw or of version 2 (compat 0.10). Without it such a commit is refused. The next backup must then be a full one.
+    type: bool
+    default: false
+  parallel:
+    description:
+      - With O(state=committed), how many VMs are committed at a time. Each takes a QEMU process of its own.
+      - From 1 to 64.
+    type: int
+    default: 1
   path:
     description:
       - The overlay's file, as an absolute path. C(~) and variables are not expanded.
-      - With O(state=reverted) it can be several images above O(backing_file).
+      - With O(state=committed) and O(state=reverted) it can be several images above O(backing_file).
       - Required unless O(overlays) is given.
     type: str
   backing_file:
     description:
       - ACTIVE, the topmost image of the disk's chain, a file or a block device, as an absolute path. The overlay
         records this very name. A relative backing file of ACTIVE is looked for beside it.
-      - With O(state=reverted), the image that the disk goes back to.
+      - With O(state=committed), the image that all goes into. With O(state=reverted), the image that the disk goes back
+        to.
       - Required with O(path).
     type: str
   overlays:
@@ -88,6 +121,9 @@ options:
           - A name of the VM, free to choose. Overlays with the same O(overlays[].vm) are made, or retired, all or none.
             A VM that fails does not stop the others; the task fails at the end, with every result.
           - Overlays without it all belong together.
+        type: str
+      above:
+        description: As O(above).
         type: str
       bitmap_content:
         description: As O(bitmap_content).
@@ -142,6 +178,21 @@ notes:
   - The overlays of one VM are put into place within a millisecond, but one after the other. If the run is killed by
     SIGKILL or a power loss just then, some of them are there, each complete, and the next run makes the others.
   - An ACTIVE without bitmaps gets an overlay without bitmaps.
+  - A bitmap of O(backing_file) holds after a commit exactly what it and those of the images that went in have marked,
+    in the granularity of the topmost one. Where an image that goes in lacks a bitmap that O(backing_file) has, as after
+    C(qemu-img create), all that the image holds is marked in its place, so that the bitmap is right again.
+  - On file systems whose files can share extents (XFS, btrfs) the data is not copied if the images have clusters of at
+    least 64 KiB, as large as those of O(backing_file) or larger, no extended L2 entries and one virtual size.
+  - While data moves, root can read how far it is in C(/run/kvmfleet-qcow2).
+  - If a commit fails or is killed, the VM can start on its overlay and go on with its backups. Do not start it on
+    O(backing_file), and do not remove the file C(.NAME.kvmfleet-vault) beside it, before the same call has completed
+    the commit. That a VM was started on O(backing_file) just then cannot always be seen.
+  - A commit is refused if a process has one of the images open; if any image in their folders stands on one of them
+    that does not take part; if an overlay is smaller than the image below it, has internal snapshots, an external data
+    file, or is on a block device; if there is not enough room, which is computed beforehand. O(backing_file) may be a
+    block device, smaller than the overlay, have internal snapshots, an external data file, or any cluster size.
+  - A full disk pauses a commit. It goes on when there is room again within O(timeout), else the task fails, and the
+    same call goes on later.
   - Going back is refused if a process has one of the images open, if another image in one of their folders stands on an
     image that would go, or if a commit of these images was interrupted. It is also refused on a block device. While
     images are retired, no VM can start on them or on O(backing_file).
@@ -192,6 +243,17 @@ EXAMPLES = r"""
     relative: true
     mode: "0640"
 
+- name: Merge the snapshot down into the image below, with the VM shut off
+  kvmfleet.qcow2.qcow2_overlay:
+    path: /srv/vm2.snap.qcow2
+    backing_file: /srv/vm2.qcow2
+    state: committed
+  register: merged
+
+- name: Show what was moved
+  ansible.builtin.debug:
+    msg: "{{ merged.overlays.0.committed_bytes | ansible.builtin.human_readable }}, {{ merged.overlays.0.method }}"
+
 - name: Go back to the state before the snapshot, and keep what was written since in /srv/vm1.snap.qcow2.reverted
   kvmfleet.qcow2.qcow2_overlay:
     path: /srv/vm1.snap.qcow2
@@ -229,24 +291,25 @@ overlays:
       type: str
       sample: qcow2
     virtual_size:
-      description: Virtual size of the disk in bytes, of the overlay or, with O(state=reverted), of the image below.
+      description: Virtual size of the disk in bytes, of the overlay or, unless O(state=present), of the image below.
         Null if it failed.
       type: int
       sample: 10737418240
     state:
       description:
         - With O(state=present), V(created), V(present) if it was there already, or V(failed).
+        - With O(state=committed), V(committed), V(absent) if nothing stood there already, or V(failed).
         - With O(state=reverted), V(reverted), V(absent) if nothing stood there already, or V(failed).
       type: str
       sample: created
     kept_as:
       description: What O(path) is kept as; null if it was deleted, was not there, or failed.
-      returned: when O(state=reverted)
+      returned: when O(state=committed) or O(state=reverted)
       type: str
       sample: /srv/vm1.snap.qcow2.reverted
     retired:
       description: All images that were retired, the topmost first.
-      returned: when O(state=reverted)
+      returned: when O(state=committed) or O(state=reverted)
       type: list
       elements: dict
       contains:
@@ -258,9 +321,28 @@ overlays:
           description: What it is kept as; null if it was deleted.
           type: str
           sample: /srv/vm1.snap.qcow2.reverted
+    method:
+      description: V(shared) if the data was not copied but its extents are shared, V(copied) if it was copied. Null if
+        nothing was done.
+      returned: when O(state=committed)
+      type: str
+      sample: shared
+    exact:
+      description: Whether every bitmap marks just what was recorded. V(false) if one marks all that an image held which
+        had not recorded it. A backup is right in either case. Null if nothing was done.
+      returned: when O(state=committed)
+      type: bool
+      sample: true
+    committed_bytes:
+      description: Bytes of the disk that the images held which went in, zeroes included. Null if nothing was done.
+      returned: when O(state=committed)
+      type: int
+      sample: 2147483648
     bitmaps:
-      description: The bitmaps of ACTIVE that go on recording in the overlay.
-      returned: when O(state=present)
+      description:
+        - With O(state=present), the bitmaps of ACTIVE that go on recording in the overlay.
+        - With O(state=committed), the bitmaps of O(backing_file) afterwards that a backup can use.
+      returned: when O(state=present) or O(state=committed)
       type: list
       elements: dict
       contains:
@@ -269,12 +351,14 @@ overlays:
           type: str
           sample: monday
         granularity:
-          description: Bytes that one bit covers, in the overlay.
+          description: Bytes that one bit covers, in the overlay or in O(backing_file).
           type: int
           sample: 65536
     skipped_bitmaps:
-      description: The bitmaps of ACTIVE that do not go on recording.
-      returned: when O(state=present)
+      description:
+        - With O(state=present), the bitmaps of ACTIVE that do not go on recording.
+        - With O(state=committed), the other ones, which no backup can use.
+      returned: when O(state=present) or O(state=committed)
       type: list
       elements: dict
       contains:
@@ -287,7 +371,9 @@ overlays:
           type: int
           sample: 65536
         reason:
-          description: V(disabled) if it is not recording, V(inconsistent) if it was not saved properly.
+          description: V(disabled) if it is not recording, V(inconsistent) if it was not saved properly. With
+            O(state=committed) also V(gap) if an image lacks it below one that has it, and V(raw) if O(backing_file) can
+            hold no bitmaps.
           type: str
           sample: disabled
     msg:
@@ -313,6 +399,8 @@ from ansible.module_utils.basic import AnsibleModule
 from ..module_utils._base.errors import Refusal
 from ..module_utils._base.signals import ending_cleanly
 from ..module_utils._disk.build import MakeOverlays
+from ..module_utils._disk.commit import CommitRequest
+from ..module_utils._disk.merge import MergeLayers
 from ..module_utils._disk.overlay import OverlayRequest
 from ..module_utils._disk.retire import DELETE, KEEP
 from ..module_utils._disk.revert import GoBack
@@ -326,6 +414,7 @@ from ..module_utils._options import (
     attributes_from,
     creation_from,
     creation_spec,
+    merging_spec,
     ownership_spec,
     refuse_given,
     settings_from,
@@ -362,10 +451,25 @@ def _to_revert(own: dict[str, t.Any]) -> RevertRequest:
     )
 
 
+def _to_commit(own: dict[str, t.Any]) -> CommitRequest:
+    return CommitRequest(
+        path=own["path"],
+        backing_file=own["backing_file"],
+        backing_format=own["backing_format"],
+        vm=own.get("vm"),
+        above=own["above"],
+        retire=own["retire"] or DELETE,
+        speed=own["speed"],
+        accept_lost_bitmaps=own["accept_lost_bitmaps"],
+    )
+
+
 OF_NEW_FILES = (*creation_spec(defaults=True), *ownership_spec())
+OF_COMMITS = ("above", *merging_spec())
 STATES = {
-    "present": State(lambda params: MakeOverlays(attributes_from(params)), _to_make, ["retire"]),
-    "reverted": State(lambda _params: GoBack(), _to_revert, OF_NEW_FILES),
+    "present": State(lambda params: MakeOverlays(attributes_from(params)), _to_make, ["retire", *OF_COMMITS]),
+    "committed": State(lambda _params: MergeLayers(), _to_commit, OF_NEW_FILES),
+    "reverted": State(lambda _params: GoBack(), _to_revert, [*OF_NEW_FILES, *OF_COMMITS]),
 }
 
 
@@ -376,11 +480,14 @@ def argument_spec() -> dict[str, t.Any]:
         "backing_file": {"type": "str", "required": True},
         "backing_format": {"type": "str", "choices": BACKING_FORMATS},
         "vm": {"type": "str"},
+        "above": {"type": "str"},
         **creation_spec(defaults=False),
     }
     return {
         "state": {"type": "str", "choices": list(STATES), "default": "present"},
         "retire": {"type": "str", "choices": [DELETE, KEEP]},
+        "above": {"type": "str"},
+        **merging_spec(),
         "path": {"type": "str"},
         "backing_file": {"type": "str"},
         "overlays": {"type": "list", "elements": "dict", "options": item},

@@ -88,7 +88,6 @@ Code = t.Literal[
     "running",
     "same_name",
     "shared_disk",
-    "stood_on",
     "storage",
     "too_many_bitmaps",
     "too_many_files",

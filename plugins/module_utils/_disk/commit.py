@@ -16,7 +16,9 @@ from .._qcow2.chain import Layer, resolve_name, why_unusable
 from .._qemu.locks import below_running_vm, in_use
 from .bitmap_rules import bitmap_problems, carries_over, names_of
 from .fates import DISABLED, INCONSISTENT, Fate, fates, fault_below, wrongly_mended
-from .overlay import path_problems
+from .overlay import name_problems
+from .retire import DELETE, How
+from .revert_rules import Retired
 from .stages import CARRIED, GIVEN, REBUILT, Seen, Stage, named
 from .vault import MARK, MAX_NAME, Vault
 from .verdict import FAILED, Need, problem_fields
@@ -40,7 +42,7 @@ class CommitRequest(t.NamedTuple):
     backing_format: str = "qcow2"
     vm: str | None = None
     above: str | None = None  # the image on top of `path`, which is then put onto `backing_file`
-    retire: str = "delete"
+    retire: How = DELETE
     speed: int = 0  # bytes per second; 0 is no limit
     accept_lost_bitmaps: bool = False
 
@@ -94,7 +96,7 @@ class CommitVerdict(t.NamedTuple):
     is_exact: bool | None = None
     method: str | None = None
     committed_bytes: int | None = None
-    kept_as: str | None = None
+    retired: tuple[Retired, ...] = ()  # topmost first
     need: Need | None = None
     work: Work | None = None  # of one that is to be committed, or on the way
     finished: Vault | None = None  # of one of which only this is left
@@ -121,7 +123,8 @@ class CommitVerdict(t.NamedTuple):
             "exact": self.is_exact,
             "method": self.method,
             "committed_bytes": self.committed_bytes,
-            "kept_as": printable(self.kept_as) if self.kept_as else None,
+            "kept_as": self.retired[0].as_result()["kept_as"] if self.retired else None,
+            "retired": [one.as_result() for one in self.retired],
             **problem_fields(self.problems),
         }
 
@@ -134,8 +137,8 @@ class CommitVerdict(t.NamedTuple):
 
 def request_problems(request: CommitRequest) -> list[Refusal]:
     """Return what is wrong with a request whatever the host looks like."""
-    paths = {"path": request.path, "backing_file": request.backing_file, "above": request.above}
-    return [problem for option, path in paths.items() if path is not None for problem in path_problems(option, path)]
+    above = {} if request.above is None else {"above": request.above}
+    return name_problems(path=request.path, backing_file=request.backing_file, **above)
 
 
 def conflicts(requests: t.Sequence[CommitRequest], ends: t.Sequence[tuple[str, str]]) -> list[Refusal | None]:
@@ -262,12 +265,12 @@ def problems_of(seen: Seen, request: CommitRequest, outcome: Outcome) -> list[Re
 
 
 def _stood_on(seen: Seen, path: str) -> Refusal:
-    why = f"stands on an image that takes part in the commit of {seen.chain[0].path}, so its data would change"
+    why = f"is the backing file of {path}, or an image that takes part below it is, whose data would change"
     remedy = (
         "If an earlier commit has kept it, remove it. Else commit it first, or give it as above if it is on top of the "
         "image that is committed."
     )
-    return Refusal("stood_on", path, why, remedy)
+    return Refusal("has_overlay", seen.chain[0].path, why, remedy)
 
 
 def _layer_problems(seen: Seen, layer: Layer) -> list[Refusal]:

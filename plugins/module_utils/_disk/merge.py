@@ -23,8 +23,9 @@ from .commit import CommitRequest, CommitVerdict, Work
 from .observe import observe_chain
 from .progress import telling
 from .publish import StagedFile, publish_at_once
-from .retire import KEEP, How, retire, why_not_retired
-from .session import Held, Images
+from .retire import retire, why_not_retired
+from .revert_rules import Retired
+from .session import Held, Images, failed_by
 from .stages import Seen
 from .survey import (
     KEPT_AS,
@@ -173,14 +174,12 @@ class MergeLayers:
         mark_given(work.vault_place)
         return verdict
 
-    def publish(self, verdicts: t.Sequence[CommitVerdict], held: Held, switch: t.Callable[[], None]) -> None:
+    def publish(
+        self, verdicts: t.Sequence[CommitVerdict], held: Held, switch: t.Callable[[], None]
+    ) -> t.Sequence[CommitVerdict]:
         """Put the VM, or the image above, onto BASE; then retire what went in, and the vault last."""
-        done = [verdict for verdict in verdicts if verdict.changed]
         switch()
-        for verdict in done:
-            _put_onto_base(verdict, held)
-        for verdict in done:
-            _retire_all(verdict, held)
+        return [_finished(verdict, held) if verdict.changed else verdict for verdict in verdicts]
 
 
 def _telling_that_it_goes_on(
@@ -259,40 +258,46 @@ def name_for_above(request: CommitRequest, seen: Seen) -> str:
 
 def _problems_in_the_end(seen: Seen, request: CommitRequest, held: Held) -> list[Refusal]:
     """Return why the last steps would fail, which is told before the first one."""
-    found = [why_not_retired(layer.path, file, _how(request), KEPT_AS) for layer, file in layers_of(seen, held)]
+    found = [why_not_retired(layer.path, file, request.retire, KEPT_AS) for layer, file in layers_of(seen, held)]
     if request.above is not None:
         name = name_for_above(request, seen)
         found.append(why_not_changeable(held.image(request.above), name, request.backing_format))
     return [problem for problem in found if problem is not None]
 
 
-def _retire_all(verdict: CommitVerdict, held: Held) -> None:
+def _finished(verdict: CommitVerdict, held: Held) -> CommitVerdict:
+    """Put the image above onto BASE and retire what went in; return what became of it. BASE has all by now."""
+    try:
+        _put_onto_base(verdict, held)
+        return verdict._replace(retired=tuple(_retire_all(verdict, held)))
+    except (Refusal, OSError) as exc:
+        return failed_by(verdict, exc if isinstance(exc, OSError) else exc.with_note(_IS_COMMITTED))
+
+
+_IS_COMMITTED = "All of it is in the image below, and the VM can go on there; the same call does the rest."
+
+
+def _retire_all(verdict: CommitVerdict, held: Held) -> t.Iterator[Retired]:
     """Retire the images that went in, TOP first, then the vault: it alone tells that nothing else is to be done."""
     request, work, vault = verdict.request, verdict.work, verdict.finished
     if work is not None:
         for layer, file in layers_of(work.seen, held):
-            retire(layer.path, file, _how(request), KEPT_AS)
-        found = find_vault(work.vault_place)
-    elif vault is not None:
-        for identity, path in vault.others:
-            _retire_left_over(path, identity, request)
-        found = vault.path
+            yield Retired(layer.path, retire(layer.path, file, request.retire, KEPT_AS))
+        vault_path = find_vault(work.vault_place)
     else:
-        found = None
-    if found is not None:
-        remove_vault(found)
+        for identity, path in vault.others if vault else ():
+            yield from _retire_left_over(path, identity, request)
+        vault_path = vault.path if vault else None
+    if vault_path is not None:
+        remove_vault(vault_path)
 
 
-def _retire_left_over(path: str, identity: Identity, request: CommitRequest) -> None:
+def _retire_left_over(path: str, identity: Identity, request: CommitRequest) -> t.Iterator[Retired]:
     """Retire an image that went in, and that a killed run has left; nothing if another one has its name now."""
     try:
         with open_image(path) as file:
             if file.identity == identity:
-                retire(path, file, _how(request), KEPT_AS)
+                yield Retired(path, retire(path, file, request.retire, KEPT_AS))
     except Refusal as exc:
         if exc.code != "no_such_file":
             raise
-
-
-def _how(request: CommitRequest) -> How:
-    return "keep" if request.retire == KEEP else "delete"

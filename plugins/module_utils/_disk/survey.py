@@ -27,6 +27,7 @@ from .cumulative import most_bytes
 from .fates import DISABLED, REASONS
 from .observe import observe_chain
 from .retire import KEEP, kept_path
+from .revert_rules import Retired
 from .session import Held
 from .share import shares_extents
 from .siblings import standing_on
@@ -148,7 +149,10 @@ def promise(request: CommitRequest, work: Work, held: Held) -> CommitVerdict:
         is_exact=outcome.is_exact,
         method=commit.SHARED if is_shared else commit.COPIED,
         committed_bytes=dirty_bytes(held_by, size),
-        kept_as=kept_path(request.path, KEPT_AS) if request.retire == KEEP else None,
+        retired=tuple(
+            Retired(layer.path, kept_path(layer.path, KEPT_AS) if request.retire == KEEP else None)
+            for layer in seen.chain[: seen.depth]
+        ),
         need=_need(work, held, is_shared) if work.stage.name != stages.GIVEN else None,
         work=work,
     )
