@@ -144,14 +144,14 @@ def dirty_bytes(maps: t.Sequence[DirtyBits], virtual_size: int) -> int:
     dirty = 0
     for start in range(0, virtual_size, length):
         here = min(length, virtual_size - start)  # bytes of the disk
-        bits = union_bits(maps, granularity, start, here)
+        bits = _union(maps, granularity, start, here)
         dirty += bin(bits).count("1") * granularity
         if bits >> (-(-here // granularity) - 1):  # the last granule may reach beyond the end of the disk
             dirty -= -here % granularity
     return dirty
 
 
-def union_bits(maps: t.Sequence[DirtyBits], granularity: int, start: int, length: int) -> int:
+def _union(maps: t.Sequence[DirtyBits], granularity: int, start: int, length: int) -> int:
     """Return the bits of `granularity` that cover `length` bytes of the disk from `start`, dirty in any of `maps`."""
     bits = 0
     for one in maps:
@@ -190,7 +190,7 @@ def _rescaled_data(maps: t.Sequence[DirtyBits], granularity: int, start: int, le
     pieces = []
     for begin in range(start, start + length, step):
         here = min(step, start + length - begin)  # bytes of the disk
-        bits = union_bits(maps, granularity, begin, here)
+        bits = _union(maps, granularity, begin, here)
         pieces.append(bits.to_bytes(-(-here // (granularity * 8)), "little"))
     return b"".join(pieces)
 

@@ -24,7 +24,7 @@ COMPRESSED = 0x40  # in the first byte of an entry of an L2 table
 _OFFSET = 0x00FFFFFFFFFFFE00  # bits 9 to 55 of an entry of the L1 table
 _BATCH = 65536  # bytes of tables that are turned into bits together, where a table is smaller
 _NOT_ZERO = bytes([0]) + b"\1" * 255
-_COMPRESSED = bytes(255 if byte & COMPRESSED else 0 for byte in range(256))  # all subclusters
+_COMPRESSED = bytes(255 if byte & COMPRESSED else 0 for byte in range(256))
 
 
 def has_allocated_extents(file: OpenImage) -> bool:
@@ -160,16 +160,24 @@ def allocated_clusters(table: bytes) -> bytes:
 
 
 def _allocated_subclusters(table: bytes) -> bytes:
-    """Return 32 bits for each entry: those of the subclusters that are data or zeroes."""
-    return any_of(subclusters(table, 8), subclusters(table, 12))
+    """Return 32 bits for each entry: those of the subclusters that are data or zeroes, all of a compressed cluster."""
+    compressed = table[::EXTENDED_ENTRY_SIZE].translate(_COMPRESSED)
+    return any_of(subclusters(table, 8), subclusters(table, 12), whole_clusters(compressed))
 
 
 def subclusters(table: bytes, word: int) -> bytes:
-    """Return 32 bits for each extended entry: its zero flags (`word` 8) or its allocation (12); all if compressed."""
-    compressed = table[::EXTENDED_ENTRY_SIZE].translate(_COMPRESSED)
-    bits = bytearray(len(compressed) * SUBCLUSTERS // 8)
+    """Return 32 bits for each extended entry: its zero flags, if `word` is 8, or what is allocated, if it is 12."""
+    bits = bytearray(len(table) // EXTENDED_ENTRY_SIZE * SUBCLUSTERS // 8)
     for byte in range(4):  # the word is big-endian
-        bits[byte::4] = any_of(table[word + 3 - byte :: EXTENDED_ENTRY_SIZE], compressed)
+        bits[byte::4] = table[word + 3 - byte :: EXTENDED_ENTRY_SIZE]
+    return bytes(bits)
+
+
+def whole_clusters(flags: bytes) -> bytes:
+    """Return 32 bits for each byte, which is 0 or 255."""
+    bits = bytearray(len(flags) * SUBCLUSTERS // 8)
+    for byte in range(4):
+        bits[byte::4] = flags
     return bytes(bits)
 
 
