@@ -165,7 +165,7 @@ def _need(work: Work, held: Held, is_shared: bool) -> Need | None:
     if seen.base.image is None:
         growth, end = most_growth_raw(base, files), 0
     else:
-        growth = most_growth(base, files, _bitmap_clusters(work, held))
+        growth = most_growth(base, files, _bitmap_clusters(work, held), shares_data=is_shared)
         end = used_bytes(base) if base.is_device else 0
     if base.is_device:
         if end + growth > base.length():

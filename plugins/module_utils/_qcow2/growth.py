@@ -98,16 +98,20 @@ class _Merge(t.NamedTuple):
     as_data: list[Extent]  # where all that is touched is written as data
 
 
-def most_growth(base: OpenImage, layers: t.Sequence[OpenImage], bitmap_clusters: int) -> int:
-    """Return an upper bound of the bytes that the file of `base`, a qcow2 image, grows by.
+def most_growth(
+    base: OpenImage, layers: t.Sequence[OpenImage], bitmap_clusters: int, *, shares_data: bool = False
+) -> int:
+    """Return an upper bound of the bytes that the file of `base`, a qcow2 image, takes in addition.
 
     `layers` are the qcow2 images that go in, the topmost first; the base gets the virtual size of the topmost.
     `bitmap_clusters` are the clusters of the base that bitmaps will take. What is written into holes of the file counts
     too, since the file system must find the space. Of a block device, it is what is needed beyond used_bytes().
+    With `shares_data` the file gets longer by data, but takes no space for it: its extents are those of the layers.
     """
     header = read_header(base)
     merge = _merge_of(header.cluster_size, layers, has_zeroes=header.version > 2)
-    allocated, rewritten = _written_clusters(base, header, merge)
+    data, tables, rewritten = _written_clusters(base, header, merge)
+    allocated = data + tables
     needed = l1_bytes(merge.virtual_size, header.cluster_size, is_extended(header))
     if needed > header.l1_entries * L1_ENTRY_SIZE:  # the old table is given back only then
         allocated += -(-needed // header.cluster_size)
@@ -118,7 +122,10 @@ def most_growth(base: OpenImage, layers: t.Sequence[OpenImage], bitmap_clusters:
     end = _end_with_refcounts(base, header, used, allocated + bitmap_clusters)
     if base.is_device:
         return end - used
-    return max(0, end - base.length()) + min(rewritten * header.cluster_size, _bytes_of_holes(base))
+    longer = max(0, end - base.length())
+    if shares_data:
+        return max(0, longer - data * header.cluster_size)
+    return longer + min(rewritten * header.cluster_size, _bytes_of_holes(base))
 
 
 def most_growth_raw(base: OpenImage, layers: t.Sequence[OpenImage]) -> int:
@@ -247,8 +254,8 @@ def _pieces(merge: _Merge, coarsest: int) -> t.Iterator[tuple[int, int, int, int
         yield start, here, (data | _marked(merge.as_data, start, here, merge.unit)) & touched, touched
 
 
-def _written_clusters(base: OpenImage, header: Header, merge: _Merge) -> tuple[int, int]:
-    """Return how many clusters the base gets for data and L2 tables, and how many of its own are overwritten."""
+def _written_clusters(base: OpenImage, header: Header, merge: _Merge) -> tuple[int, int, int]:
+    """Return how many clusters the base gets for data and for L2 tables, and how many of its own are overwritten."""
     size, span = header.cluster_size, span_of_table(header)
     entry_size = EXTENDED_ENTRY_SIZE if is_extended(header) else ENTRY_SIZE
     own_map = TableMap(base, header, size, functools.partial(_own_clusters, entry_size=entry_size))
@@ -269,7 +276,7 @@ def _written_clusters(base: OpenImage, header: Header, merge: _Merge) -> tuple[i
         allocated = rewritten = 0
     l1 = read_l1(base, header)[::L1_ENTRY_SIZE].translate(_OWN)
     own_tables = int.from_bytes(packed(l1.ljust(-(-len(l1) // 8) * 8, b"\0")), "little")
-    return allocated + _count(tables & ~own_tables), rewritten
+    return allocated, _count(tables & ~own_tables), rewritten
 
 
 def _own_clusters(table: bytes, entry_size: int) -> bytes:
