@@ -64,7 +64,8 @@ def merging_spec() -> dict[str, t.Any]:
 
 def refuse_given(params: dict[str, t.Any], options: t.Iterable[str], where: str) -> None:
     """Refuse options that have no meaning `where` they are given, if they have another value than their default."""
-    defaults = {**Creation()._asdict(), "bitmap_content": CUMULATIVE, "relative": False, **MERGING}
+    of_domains = {"libvirt_snapshots": "fail", "unfit_disks": "fail", "confirm_all": False}
+    defaults = {**Creation()._asdict(), "bitmap_content": CUMULATIVE, "relative": False, **MERGING, **of_domains}
     for name in options:
         if params[name] != defaults.get(name):
             raise Refusal("bad_option", f"{name}={params[name]}", f"has no meaning with {where}", "Leave it out.")

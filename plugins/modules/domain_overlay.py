@@ -2,13 +2,13 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Put libvirt domains that are shut off on overlays that go on recording the incremental backups' bitmaps."""
+"""Put libvirt domains that are shut off on overlays, merge these down, or go back, with usable checkpoints."""
 
 from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: domain_overlay
-short_description: Put libvirt domains that are shut off on overlays, and keep their checkpoints usable
+short_description: Put libvirt domains on overlays, merge these down, or go back, with usable checkpoints
 version_added: 0.1.0
 description:
   - Makes an overlay (an external, disk-only snapshot) for every disk of a domain, or for none, and switches the
@@ -22,7 +22,42 @@ description:
   - A disk that is a volume of a storage pool becomes a file. The pools of type V(dir) in whose folders overlays
     were made are refreshed, so that C(virsh vol-list) has them. Refresh pools of other types with
     C(virsh pool-refresh).
+  - With O(state=committed) it merges a snapshot down. The overlay of every disk goes into the image below, data and
+    bitmaps, and the definition is switched to that. Checkpoints that were valid stay valid.
+  - With O(state=reverted) it goes back. The definition is switched to the images below the snapshot, and the overlays
+    are renamed aside or deleted. Checkpoints whose bitmaps go with them are removed from libvirt.
 options:
+  state:
+    description:
+      - V(present) puts every domain on overlays.
+      - V(committed) merges the snapshot O(snapshot) down, on every disk that has it. With later snapshots above it,
+        that
+        layer alone is taken out of the chain.
+      - V(reverted) discards the snapshot O(snapshot) and all above it, on every disk that has it.
+      - A domain that is not on the snapshot is left as it is.
+      - Options about new overlays must be left out, or have their defaults, unless it is V(present). These are
+        O(directory), O(libvirt_snapshots), O(unfit_disks), O(bitmap_content), O(relative), O(cluster_size),
+        O(extended_l2), O(lazy_refcounts), O(refcount_bits), O(compression_type), O(owner), O(group), O(mode),
+        O(seuser), O(serole), O(setype) and O(selevel).
+    type: str
+    choices: [present, committed, reverted]
+    default: present
+  retire:
+    description:
+      - What becomes of overlays that the domain does not need any more, see
+        O(kvmfleet.qcow2.qcow2_overlay#module:retire). Not allowed with O(state=present).
+    type: str
+    choices: [delete, keep]
+  speed:
+    description: With O(state=committed), how many bytes per second are copied at most. V(0) is no limit.
+    type: bytes
+    default: 0
+  confirm_all:
+    description:
+      - With O(state=reverted), must be V(true) if a pattern in O(name) consists of nothing but C(*) and C(?), so takes
+        everything. Discarding the work of a whole host by a forgotten pattern must not happen.
+    type: bool
+    default: false
   name:
     description:
       - Names of domains, or patterns of names such as V(web*), as a list.
@@ -32,8 +67,9 @@ options:
     required: true
   snapshot:
     description:
-      - Name of the snapshot. The overlay of C(web.qcow2) is called C(web.SNAPSHOT.qcow2). The name of an earlier
-        snapshot that this module has made is replaced, so names do not grow. See O(directory) for the names there.
+      - Name of the snapshot that is to be made, merged down or gone back from. The overlay of C(web.qcow2) is called
+        C(web.SNAPSHOT.qcow2). The name of an earlier snapshot that this module has made is replaced, so names do not
+        grow. See O(directory) for the names there.
       - A domain that is on the snapshot of this name already, or on one above it, is left as it is. The overlay bears a
         mark that tells so (the UUID of the domain, the disk and the snapshot), whatever the file is called by now.
       - An image without the mark that is called as the snapshot would be may be the snapshot, or a clone of a template.
@@ -106,11 +142,19 @@ notes:
   - Of a domain that is shut off libvirt alone can do it too, by starting it paused, taking a live snapshot, and
     destroying it. That needs the memory, the network and all devices of the domain, takes seconds for each domain, and
     skips bitmaps that are not valid without a word. It is the better way if this collection cannot be used on the host.
-  - No snapshot is added to C(virsh snapshot-list). To go back, switch the definition to the images below and move the
-    overlays away. Never use C(virsh snapshot-revert) on a domain that is on overlays, see O(libvirt_snapshots).
+  - No snapshot is added to C(virsh snapshot-list). To go back, use O(state=reverted). Never use C(virsh snapshot-
+    revert) on a domain that is on overlays, see O(libvirt_snapshots).
   - While overlays are made, the domain cannot be started. Its first disk is locked too, even if it takes no part. It
     must not be in use. A QEMU that gets its first disk but not its second exits and leaves the first disk's bitmaps
     inconsistent.
+  - After going back, increments that were made since the snapshot belong to what was discarded. Apply none of them, nor
+    any later one, on each other. Make the next increment since a checkpoint that is left, and apply it on the backup
+    that ended there; else make a full backup. A backup tool that asks for a checkpoint that is gone gets a refusal.
+  - A domain is merged down as M(kvmfleet.qcow2.qcow2_overlay) does it, all disks in step. If that fails or is killed,
+    the domain can start on its overlays and go on with its backups, and the same call completes it. Its definition is
+    switched once, when everything is below.
+  - A snapshot is not merged down, and not gone back from, if another domain has one of the images in the chain of a
+    disk, as a template is.
   - If the host dies between making the overlays and switching the definition, the next run finds the overlays and
     completes the switch. An image of the same name that does not bear the mark, or on which a VM has run, is never
     taken for one of them.
@@ -149,6 +193,23 @@ EXAMPLES = r"""
     directory: /srv/fast
   register: monday
 
+- name: Merge the snapshot down when the upgrade has proved good
+  kvmfleet.qcow2.domain_overlay:
+    name: ["web*"]
+    snapshot: before-upgrade
+    state: committed
+
+- name: Go back when it has not
+  kvmfleet.qcow2.domain_overlay:
+    name: [db]
+    snapshot: monday
+    state: reverted
+  register: back
+
+- name: Show which checkpoints are gone
+  ansible.builtin.debug:
+    msg: "{{ back.domains | map(attribute='lost_checkpoints') | flatten }}"
+
 - name: Show which checkpoints can still be used
   ansible.builtin.debug:
     msg: "{{ monday.domains | map(attribute='checkpoints') | flatten | items2dict('name', 'valid') }}"
@@ -174,12 +235,15 @@ domains:
     state:
       description:
         - V(created) if it was switched to overlays, V(present) if it was on them, or above them, already, or V(failed).
+        - With O(state=committed) and O(state=reverted), V(committed) or V(reverted), V(absent) if it is not on the
+          snapshot, or V(failed).
         - V(skipped) if it is not shut off and O(running=skip), or if only a pattern in O(name) names it and none of its
           disks can take part. All its disks are among RV(domains[].skipped_disks).
       type: str
       sample: created
     overlays:
-      description: The overlay of each disk that takes part, as M(kvmfleet.qcow2.qcow2_overlay) returns it.
+      description: The overlay of each disk that takes part, as M(kvmfleet.qcow2.qcow2_overlay) returns it for the same
+        state.
       type: list
       elements: dict
       contains:
@@ -204,11 +268,54 @@ domains:
           type: int
           sample: 10737418240
         state:
-          description: V(created), V(present) if it was there already, or V(failed).
+          description:
+            - With O(state=present), V(created), V(present) if it was there already, or V(failed).
+            - With O(state=committed) and O(state=reverted), V(committed) or V(reverted), V(absent), or V(failed).
           type: str
           sample: created
+        kept_as:
+          description: What RV(domains[].overlays[].path) is kept as; null if it was deleted, was not there, or failed.
+          returned: when O(state=committed) or O(state=reverted)
+          type: str
+          sample: /srv/vm1.snap.qcow2.reverted
+        retired:
+          description: All images that were retired, the topmost first.
+          returned: when O(state=committed) or O(state=reverted)
+          type: list
+          elements: dict
+          contains:
+            path:
+              description: The image, by the name that it had.
+              type: str
+              sample: /srv/vm1.snap.qcow2
+            kept_as:
+              description: What it is kept as; null if it was deleted.
+              type: str
+              sample: /srv/vm1.snap.qcow2.reverted
+        method:
+          description: V(shared) if the data was not copied but its extents are shared, V(copied) if it was copied. Null
+            if
+            nothing was done.
+          returned: when O(state=committed)
+          type: str
+          sample: shared
+        exact:
+          description: Whether every bitmap marks just what was recorded. V(false) if one marks all that an image held
+            which
+            had not recorded it. A backup is right in either case. Null if nothing was done.
+          returned: when O(state=committed)
+          type: bool
+          sample: true
+        committed_bytes:
+          description: Bytes of the disk that the images held which went in, zeroes included. Null if nothing was done.
+          returned: when O(state=committed)
+          type: int
+          sample: 2147483648
         bitmaps:
-          description: The bitmaps that go on recording in the overlay.
+          description:
+            - With O(state=present), the bitmaps that go on recording in the overlay.
+            - With O(state=committed), the bitmaps of the image below afterwards that a backup can use.
+          returned: when O(state=present) or O(state=committed)
           type: list
           elements: dict
           contains:
@@ -221,7 +328,10 @@ domains:
               type: int
               sample: 65536
         skipped_bitmaps:
-          description: The bitmaps of the image below that do not go on recording.
+          description:
+            - With O(state=present), the bitmaps of the image below that do not go on recording.
+            - With O(state=committed), the other ones, which no backup can use.
+          returned: when O(state=present) or O(state=committed)
           type: list
           elements: dict
           contains:
@@ -234,7 +344,9 @@ domains:
               type: int
               sample: 65536
             reason:
-              description: V(disabled) if it is not recording, V(inconsistent) if it was not saved properly.
+              description: V(disabled) if it is not recording, V(inconsistent) if it was not saved properly. With
+                O(state=committed) also V(gap) if an image lacks it below one that has it, and V(raw) if the image below
+                can hold no bitmaps.
               type: str
               sample: inconsistent
         topmost:
@@ -299,6 +411,12 @@ domains:
       type: list
       elements: str
       sample: []
+    lost_checkpoints:
+      description:
+        - With O(state=reverted), the checkpoints that went with the overlays, and that libvirt has forgotten.
+      type: list
+      elements: str
+      sample: []
     nvram:
       description:
         - The file or block device in which the firmware (UEFI) keeps its variables, which is B(not) in the snapshot;
@@ -339,19 +457,33 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils._base.errors import Refusal
 from ..module_utils._base.signals import ending_cleanly
-from ..module_utils._disk.build import MakeOverlays
+from ..module_utils._disk.retire import DELETE, KEEP
 from ..module_utils._disk.verdict import root_causes
+from ..module_utils._domain.aims import GoBackTo, MergeDown, PutOnOverlays
 from ..module_utils._domain.plan import SnapshotRequest
-from ..module_utils._domain.run import Call
+from ..module_utils._domain.run import Aim, Call
+from ..module_utils._domain.wayback import WayBack
 from ..module_utils._libvirt.bindings import LIBVIRT_IMPORT_ERROR
 from ..module_utils._libvirt.connection import Libvirt
 from ..module_utils._module import Report, require, run
-from ..module_utils._options import attributes_from, creation_from, creation_spec, ownership_spec, settings_from
+from ..module_utils._options import (
+    MERGING,
+    attributes_from,
+    creation_from,
+    creation_spec,
+    ownership_spec,
+    refuse_given,
+    settings_from,
+)
 
 
 def argument_spec() -> dict[str, t.Any]:
     """Return the options of the module."""
     return {
+        "state": {"type": "str", "choices": list(AIMS), "default": "present"},
+        "retire": {"type": "str", "choices": [DELETE, KEEP]},
+        "speed": {"type": "bytes", "default": MERGING["speed"]},
+        "confirm_all": {"type": "bool", "default": False},
         "name": {"type": "list", "elements": "str", "required": True},
         "snapshot": {"type": "str", "required": True},
         "disks": {"type": "list", "elements": "str"},
@@ -366,18 +498,64 @@ def argument_spec() -> dict[str, t.Any]:
     }
 
 
-def request_from(params: dict[str, t.Any]) -> SnapshotRequest:
-    """Return what is wanted of every domain; Refusal for what cannot be."""
-    snapshot, directory = params["snapshot"], params["directory"]
+def _put_on(params: dict[str, t.Any]) -> PutOnOverlays:
+    return PutOnOverlays(request_from(params), attributes_from(params))
+
+
+def _merge_down(params: dict[str, t.Any]) -> MergeDown:
+    return MergeDown(_way_back(params))
+
+
+def _go_back(params: dict[str, t.Any]) -> GoBackTo:
+    everything = [name for name in params["name"] if name and not name.strip("*?")]
+    if everything and not params["confirm_all"]:
+        why = (
+            f"state=reverted with the pattern {everything[0]!r} would discard what every domain of the host has written"
+        )
+        raise Refusal("bad_option", "confirm_all", why, "Name the domains, or set confirm_all=true if that is meant.")
+    return GoBackTo(_way_back(params))
+
+
+def _way_back(params: dict[str, t.Any]) -> WayBack:
+    return WayBack(
+        snapshot=_snapshot(params),
+        targets=_targets(params),
+        retire=params["retire"],
+        speed=params["speed"],
+        skips_running=params["running"] == "skip",
+    )
+
+
+OF_NEW_FILES = ("directory", "libvirt_snapshots", "unfit_disks", *creation_spec(defaults=True), *ownership_spec())
+AIMS: dict[str, tuple[t.Callable[[dict[str, t.Any]], Aim], t.Sequence[str]]] = {
+    # What it is to do, and the options that have no meaning then.
+    "present": (_put_on, ["retire", "speed", "confirm_all"]),
+    "committed": (_merge_down, [*OF_NEW_FILES, "confirm_all"]),
+    "reverted": (_go_back, [*OF_NEW_FILES, "speed"]),
+}
+
+
+def _snapshot(params: dict[str, t.Any]) -> str:
+    snapshot = str(params["snapshot"])
     if not snapshot.strip(".") or "/" in snapshot or not snapshot.isprintable():
         why = "must be a part of a file name: not empty, without slash and control characters"
         raise Refusal("bad_option", f"snapshot={snapshot!r}", why)
+    return snapshot
+
+
+def _targets(params: dict[str, t.Any]) -> tuple[str, ...] | None:
+    return None if params["disks"] is None else tuple(params["disks"])
+
+
+def request_from(params: dict[str, t.Any]) -> SnapshotRequest:
+    """Return what is wanted of every domain that is to be on overlays; Refusal for what cannot be."""
+    snapshot, directory = _snapshot(params), params["directory"]
     if directory is not None and not (os.path.isabs(directory) and directory.isprintable()):
         why = "must be the absolute path of a folder, without control characters"
         raise Refusal("bad_option", f"directory={directory!r}", why)
     return SnapshotRequest(
         snapshot=snapshot,
-        targets=None if params["disks"] is None else tuple(params["disks"]),
+        targets=_targets(params),
         directory=directory,
         bitmap_content=params["bitmap_content"],
         relative=params["relative"],
@@ -390,11 +568,12 @@ def request_from(params: dict[str, t.Any]) -> SnapshotRequest:
 
 @ending_cleanly()
 def work(module: AnsibleModule) -> Report:
-    """Find the domains and put them on overlays."""
-    request, settings = request_from(module.params), settings_from(module)
-    operation = MakeOverlays(attributes_from(module.params))
-    call = Call(Libvirt(module.params["uri"]), module.params["name"], request, settings)
-    domains, warnings = call.run(operation)
+    """Find the domains and do what the state asks for."""
+    settings = settings_from(module)
+    make_aim, without = AIMS[module.params["state"]]
+    refuse_given(module.params, without, f"state={module.params['state']}")
+    call = Call(Libvirt(module.params["uri"]), module.params["name"], make_aim(module.params), settings)
+    domains, warnings = call.run()
     result = {
         "changed": any(domain.changed for domain in domains),
         "domains": [domain.as_result() for domain in domains],

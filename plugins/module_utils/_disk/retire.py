@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import typing as t
 
 from .._base.errors import Refusal
@@ -22,6 +23,7 @@ from .publish import open_to_list, rename_without_replacing
 How = t.Literal["delete", "keep"]
 DELETE: How = "delete"
 KEEP: How = "keep"
+_KEPT = re.compile(r"\.(reverted|committed)(\.[0-9]+)?$")
 
 
 def retire(path: str, file: OpenImage, how: How, suffix: str) -> str | None:
@@ -62,6 +64,11 @@ def kept_path(path: str, suffix: str) -> str:
     """Return the path that the image at `path` would be kept as."""
     real = os.path.realpath(path)
     return next(one for one in _candidates(f"{real}.{suffix}") if not os.path.lexists(one))
+
+
+def is_kept(path: str) -> bool:
+    """Whether an image has the name of one that was retired and kept."""
+    return _KEPT.search(path) is not None
 
 
 def all_kept(path: str, suffix: str) -> list[str]:

@@ -10,47 +10,48 @@ import typing as t
 
 from .._disk.bitmap_rules import INCOMPLETE, Checkpoint, LayerBitmaps, judge
 from .._disk.examine import examine_chain
-from .._disk.overlay import OverlayVerdict
 from .._libvirt.connection import KnownCheckpoint
 from .._libvirt.definition import DomainDisk
 from .._qcow2.bitmaps import Bitmap
-from .plan import DomainPlan
 
 
-class _Chain(t.NamedTuple):
+class Chain(t.NamedTuple):
     """The chain of a disk as it is, or will be, after the run."""
 
     layers: tuple[LayerBitmaps, ...]
     is_complete: bool
 
+    def down_to(self, path: str) -> tuple[LayerBitmaps, ...]:
+        """Return the images from the top down to the one of this path."""
+        paths = [layer.path for layer in self.layers]
+        return self.layers[: paths.index(path) + 1] if path in paths else ()
+
 
 def judge_checkpoints(
-    known: t.Sequence[KnownCheckpoint], plan: DomainPlan, overlays: t.Mapping[str, OverlayVerdict]
+    known: t.Sequence[KnownCheckpoint], disks: t.Sequence[DomainDisk], chain_after: t.Callable[[DomainDisk], Chain]
 ) -> tuple[Checkpoint, ...]:
     """Return for each checkpoint whether it can be used after the run.
 
-    `overlays` has the new overlays by target. Only chains of disks that have a checkpoint are read.
+    `chain_after` returns the chain that a disk has then. Only chains of disks that have a checkpoint are read.
     """
     targets = {target for one in known for target in one.bitmaps}
-    chains = {
-        disk.target: _chain_after(disk, overlays.get(disk.target))
-        for disk in plan.domain.definition.disks
-        if disk.target in targets
-    }
+    chains = {disk.target: chain_after(disk) for disk in disks if disk.target in targets}
     return tuple(_judge(one, chains) for one in known)
 
 
-def _chain_after(disk: DomainDisk, overlay: OverlayVerdict | None) -> _Chain:
-    """Return the chain of a disk after the run; the overlay is taken as it was promised, so also in check mode."""
-    source = examine_chain(disk.source or "", follow=True, count=False, image_format=disk.format)
-    if overlay is None:
-        return _Chain(tuple(source.bitmaps()), source.is_complete)
-    bitmaps = {b.name: Bitmap(b.name, b.granularity, recording=True, inconsistent=False) for b in overlay.bitmaps}
-    top = LayerBitmaps(overlay.request.path, overlay.virtual_size or 0, bitmaps)
-    return _Chain((top, *source.bitmaps()), source.is_complete)
+def chain_of(path: str | None, image_format: str) -> Chain:
+    """Return the chain of an image as it is."""
+    source = examine_chain(path or "", follow=True, count=False, image_format=image_format)
+    return Chain(tuple(source.bitmaps()), source.is_complete)
 
 
-def _judge(known: KnownCheckpoint, chains: t.Mapping[str, _Chain]) -> Checkpoint:
+def promised(path: str, virtual_size: int | None, bitmaps: t.Sequence[Bitmap]) -> LayerBitmaps:
+    """Return an image as it will be when these bitmaps record in it."""
+    own = {b.name: b._replace(recording=True, inconsistent=False) for b in bitmaps}
+    return LayerBitmaps(path, virtual_size or 0, own)
+
+
+def _judge(known: KnownCheckpoint, chains: t.Mapping[str, Chain]) -> Checkpoint:
     """Return the worst verdict of all disks of a checkpoint, since a backup needs all of them."""
     verdicts = [
         judge(bitmap, chains[target].layers, complete=chains[target].is_complete)

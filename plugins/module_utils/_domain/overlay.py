@@ -16,7 +16,7 @@ import typing as t
 from .._base.errors import Refusal
 from .._disk.overlay import OverlayRequest
 from .._libvirt.connection import Domain, Kept
-from .._libvirt.definition import DomainDisk, StatedChain, StatedImage
+from .._libvirt.definition import DomainDisk, Source, StatedChain, StatedImage
 from .._qcow2.chain import Layer, resolve_name
 from .._qcow2.mark import Mark
 from .fitness import Fitness, fitness_of, missed_refusal
@@ -45,7 +45,7 @@ def plan_domain(domain: Domain, facts: t.Sequence[DiskFacts], request: SnapshotR
         listed = ", ".join(f"{disk.target}: {disk.reason}" for disk in skipped) or "it has no disks"
         problems.append(Refusal("no_disk", domain.name, f"none of its disks can take part ({listed})"))
     problems += state_problems(domain, disks)
-    if kept.snapshots and not request.allows_snapshots and any(disk.is_new for disk in disks):
+    if kept.snapshots and not request.allows_snapshots and any(disk.source for disk in disks):
         problems.append(_snapshots_problem(domain, kept.snapshots))
     plan = DomainPlan(
         domain=domain,
@@ -106,12 +106,12 @@ def _plan_disk(domain: Domain, facts: DiskFacts, request: SnapshotRequest, kept:
     if found is not None:
         there = OverlayRequest(found.overlay.path, found.below.path, found.below.format or "qcow2", vm=domain.uuid)
         problems += [] if found.is_certain else [ambiguous(domain.name, found, mark)]
-        return DiskPlan(disk.target, there, is_new=False, problems=tuple(problems))
+        return DiskPlan(disk.target, there, None, tuple(problems), is_done=True)
     base = flattened_one(facts, mark)
     if base is not None:
         # Whatever the name of a new overlay would be: two images would bear one mark.
         there = OverlayRequest(base.path, source, disk.format, vm=domain.uuid)
-        return DiskPlan(disk.target, there, False, (*problems, flattened(domain.name, base, mark)))
+        return DiskPlan(disk.target, there, None, (*problems, flattened(domain.name, base, mark)), is_done=True)
     if facts.writers:
         why = (
             f"its disk {disk.target} is a disk of {', '.join(facts.writers)} too, which would go on writing below the "
@@ -135,7 +135,7 @@ def _plan_disk(domain: Domain, facts: DiskFacts, request: SnapshotRequest, kept:
         must_be_fresh=True,
         mark=mark,
     )
-    return DiskPlan(disk.target, new, is_new=True, problems=tuple(problems))
+    return DiskPlan(disk.target, new, Source(new.path), tuple(problems))
 
 
 def _remembered(kept: Kept) -> set[str]:

@@ -10,8 +10,8 @@ import typing as t
 
 from .._base.errors import Refusal, printable
 from .._disk.bitmap_rules import Checkpoint
-from .._disk.overlay import CUMULATIVE, Creation, OverlayRequest, OverlayVerdict
-from .._disk.verdict import CREATED, FAILED, problem_fields
+from .._disk.overlay import CUMULATIVE, Creation
+from .._disk.verdict import FAILED, problem_fields
 from .._libvirt.connection import Domain, Unreadable
 from .._libvirt.definition import Definition, Source
 
@@ -41,9 +41,10 @@ class DiskPlan(t.NamedTuple):
     """What is to become of one disk that takes part."""
 
     target: str
-    request: OverlayRequest
-    is_new: bool  # the definition does not have the overlay yet
+    request: t.Any  # of the operation on images
+    source: Source | None  # the image that the definition is to be switched to; None if it stays as it is
     problems: tuple[Refusal, ...] = ()
+    is_done: bool = False  # nothing is to be done
 
 
 class DomainPlan(t.NamedTuple):
@@ -68,9 +69,14 @@ class DomainPlan(t.NamedTuple):
         return [f"{self.domain.name}: {words.format(target, reasons[target])}" for target, words in left_out]
 
     @property
+    def has_work(self) -> bool:
+        """Whether anything is to be done, for which the domain must be shut off."""
+        return any(not disk.is_done for disk in self.disks)
+
+    @property
     def sources(self) -> dict[str, Source]:
         """The images that the definition is to be switched to, by target."""
-        return {disk.target: Source(disk.request.path) for disk in self.disks if disk.is_new}
+        return {disk.target: disk.source for disk in self.disks if disk.source is not None}
 
     def failed(self, problems: t.Sequence[Refusal]) -> DomainPlan:
         """Return this plan with these problems beside those that it has."""
@@ -82,8 +88,8 @@ class DomainOutcome(t.NamedTuple):
 
     name: str
     uuid: str | None
-    state: str  # created, present, failed or skipped
-    overlays: tuple[tuple[str, OverlayVerdict], ...] = ()  # with the target
+    state: str  # what the aim calls it, failed or skipped
+    overlays: tuple[tuple[str, t.Any], ...] = ()  # verdicts on images, with the target
     skipped: tuple[SkippedDisk, ...] = ()
     checkpoints: tuple[Checkpoint, ...] = ()
     snapshots: tuple[str, ...] = ()  # names of libvirt's own
@@ -93,11 +99,8 @@ class DomainOutcome(t.NamedTuple):
     problems: tuple[Refusal, ...] = ()
     diff: tuple[str, str] = ("", "")  # the disks' elements before and after
     tops: t.Mapping[str, str] = {}  # the topmost image of each disk, by target, as the definition has it after the task
-
-    @property
-    def changed(self) -> bool:
-        """Whether it is to be switched, or was switched."""
-        return self.state == CREATED
+    changed: bool = False  # whether it is to be switched, or was switched
+    lost: tuple[str, ...] = ()  # names of checkpoints that are gone with the images that had their bitmaps
 
     def as_result(self) -> dict[str, t.Any]:
         """Return the domain as the module returns it."""
@@ -120,6 +123,7 @@ class DomainOutcome(t.NamedTuple):
             "tpm": self.definition.has_tpm_state if self.definition else None,
             "checkpoints": [checkpoint.as_result() for checkpoint in self.checkpoints],
             "libvirt_snapshots": [printable(name) for name in self.snapshots],
+            "lost_checkpoints": [printable(name) for name in self.lost],
             **problem_fields(self.problems),
         }
 
@@ -131,34 +135,27 @@ def failed_outcome(unreadable: Unreadable) -> DomainOutcome:
 
 def state_problems(domain: Domain, disks: t.Sequence[DiskPlan]) -> list[Refusal]:
     """Return why the domain cannot be switched as it is just now."""
-    if not any(disk.is_new for disk in disks):
-        return _running_elsewhere(domain, disks)
+    if not any(disk.source for disk in disks):
+        return running_elsewhere(domain, disks)
+    live = "for a running domain, 'virsh snapshot-create-as --disk-only' does it all, bitmaps included."
+    return not_shut_off(domain, live, "has a managed save, which would go on writing to the images below the overlays")
+
+
+def not_shut_off(domain: Domain, live: str, why_saved: str) -> list[Refusal]:
+    """Return why nothing can be done to the images of a domain just now; `live` tells what can while it runs."""
     if not domain.persistent:
         why = "is transient: it has no definition that could be changed"
         return [Refusal("transient", domain.name, why, "Define it first.")]
     if domain.state is not None:
-        return [
-            Refusal(
-                "running",
-                domain.name,
-                f"is {domain.state}",
-                "Shut it down and run this again; for a running domain, 'virsh snapshot-create-as --disk-only' does it "
-                "all, bitmaps included.",
-            )
-        ]
+        remedy = f"Shut it down and run this again; {live}"
+        return [Refusal("running", domain.name, f"is {domain.state}", remedy)]
     if domain.managed_save:
-        return [
-            Refusal(
-                "managed_save",
-                domain.name,
-                "has a managed save, which would go on writing to the images below the overlays",
-                "Start it and shut it down properly, or give up its saved state with 'virsh managedsave-remove'.",
-            )
-        ]
+        remedy = "Start it and shut it down properly, or give up its saved state with 'virsh managedsave-remove'."
+        return [Refusal("managed_save", domain.name, why_saved, remedy)]
     return []
 
 
-def _running_elsewhere(domain: Domain, disks: t.Sequence[DiskPlan]) -> list[Refusal]:
+def running_elsewhere(domain: Domain, disks: t.Sequence[DiskPlan]) -> list[Refusal]:
     """Return why a domain whose definition is on the overlays all the same is not: it still runs without them."""
     if domain.running_definition is None:
         return []

@@ -10,7 +10,7 @@ import time
 import typing as t
 
 from .._base.errors import Refusal, UnknownOutcomeError
-from .bindings import LibvirtError, words_of
+from .bindings import LibvirtError, known, libvirt, words_of
 from .connection import Domain, Libvirt, definition_of
 from .definition import Definition, Source
 
@@ -48,9 +48,21 @@ def switch(daemon: Libvirt, domain: Domain, sources: t.Mapping[str, Source], new
     raise Refusal(
         "not_switched",
         domain.name,
-        f"its definition could not be changed, so the old one stands and what was new is removed again. {error}",
+        f"its definition could not be changed, so the old one stands. {error}",
         "Check the space where libvirt keeps its definitions, and its log, then run this again.",
     )
+
+
+def forget(daemon: Libvirt, domain: Domain, checkpoints: t.Sequence[str]) -> None:
+    """Have libvirt forget these checkpoints of a domain; no bitmap is touched. Those that are gone are fine."""
+    try:
+        handle = daemon.connection.lookupByUUIDString(domain.uuid)
+        for checkpoint in known(handle.listAllCheckpoints) if checkpoints else ():
+            if checkpoint.getName() in checkpoints:
+                checkpoint.delete(libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
+    except LibvirtError as exc:
+        why = f"libvirt could not forget its checkpoints {', '.join(checkpoints)}: {words_of(exc)}"
+        raise Refusal("libvirt_failed", domain.name, why, "Run this again.") from exc
 
 
 def wait_for_start(handle: t.Any, domain: Domain, seconds: float) -> None:
@@ -63,7 +75,7 @@ def wait_for_start(handle: t.Any, domain: Domain, seconds: float) -> None:
         while handle.isActive():
             if time.monotonic() > deadline:
                 # What it writes to the old images is recorded in their bitmaps, too.
-                why = "was started during the switch and runs on the old images; its overlays were kept"
+                why = "was started during the switch and runs on the old images; all images were kept"
                 raise UnknownOutcomeError(domain.name, why, "Shut it down and run again.")
             time.sleep(_PAUSE)
     except LibvirtError as exc:
@@ -85,5 +97,5 @@ def _check_unchanged(handle: t.Any, domain: Domain) -> None:
 
 def _unknown(domain: Domain, error: str) -> UnknownOutcomeError:
     """Return the error for a definition of which nobody knows what it is."""
-    why = f"its definition may or may not have been changed, so its overlays were left in place. {error}"
+    why = f"its definition may or may not have been changed, so all images were left in place. {error}"
     return UnknownOutcomeError(domain.name, why, "Look at 'virsh domblklist --inactive', then run this again.")

@@ -36,7 +36,7 @@ def test_a_start_that_fails_is_waited_for():
 
 @pytest.mark.parametrize(
     "answer, words",
-    [(1, "runs on the old images; its overlays were kept"), (libvirt.libvirtError("gone"), "libvirt says: gone")],
+    [(1, "runs on the old images; all images were kept"), (libvirt.libvirtError("gone"), "libvirt says: gone")],
 )
 def test_overlays_stay_when_a_domain_may_have_been_started_all_the_same(answer, words):
     with pytest.raises(UnknownOutcomeError, match=f"web: .*{words}"):

@@ -1,0 +1,133 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change at any time.
+"""What can be done to domains: the aims that run.py is given. The rules are in overlay.py and wayback.py."""
+
+from __future__ import annotations
+
+import typing as t
+
+from .._base.attributes import AttributeOptions
+from .._base.errors import Refusal
+from .._disk.build import MakeOverlays
+from .._disk.commit import ABSENT, COMMITTED, CommitVerdict
+from .._disk.merge import MergeLayers
+from .._disk.overlay import OverlayVerdict
+from .._disk.revert import GoBack
+from .._disk.revert_rules import REVERTED, RevertVerdict
+from .._disk.verdict import CREATED, PRESENT
+from .._libvirt.connection import Domain, Kept
+from .._libvirt.definition import DomainDisk
+from .checkpoints import Chain, chain_of, promised
+from .inventory import DiskFacts
+from .names import same_names
+from .overlay import plan_domain
+from .plan import DomainPlan, SnapshotRequest
+from .wayback import WayBack, lost_checkpoints, plan_commit, plan_revert
+
+
+class PutOnOverlays:
+    """State present: every domain has the overlays of the snapshot. An Aim."""
+
+    words = (CREATED, PRESENT)
+
+    def __init__(self, request: SnapshotRequest, attributes: AttributeOptions) -> None:
+        self._request = request
+        self._attributes = attributes
+        self.targets = request.targets
+        self.skips_running = request.skips_running
+
+    def operation(self) -> MakeOverlays:
+        """Return what is done to the images."""
+        return MakeOverlays(self._attributes)
+
+    def plan(self, domain: Domain, facts: t.Sequence[DiskFacts], kept: Kept) -> DomainPlan:
+        """Return what is to become of a domain, as far as that can be said without its images' bitmaps."""
+        return plan_domain(domain, facts, self._request, kept)
+
+    def conflicts(self, plans: t.Sequence[DomainPlan]) -> dict[str, list[Refusal]]:
+        """Return by the name of the domain which overlays would have the name of another one."""
+        return same_names(plans)
+
+    def chain_after(self, disk: DomainDisk, verdict: OverlayVerdict | None) -> Chain:
+        """Return the chain of a disk after the run, with the overlay as it was promised, so also in check mode."""
+        chain = chain_of(disk.source, disk.format)
+        if verdict is None:
+            return chain
+        top = promised(verdict.request.path, verdict.virtual_size, verdict.bitmaps)
+        return chain._replace(layers=(top, *chain.layers))
+
+    def lost_checkpoints(self, _plan: DomainPlan, _kept: Kept) -> tuple[str, ...]:
+        """Lose none."""
+        return ()
+
+
+class MergeDown:
+    """State committed: no domain is on the snapshot any more, and all that it held is below. An Aim."""
+
+    words = (COMMITTED, ABSENT)
+
+    def __init__(self, request: WayBack) -> None:
+        self._request = request
+        self.targets = request.targets
+        self.skips_running = request.skips_running
+
+    def operation(self) -> MergeLayers:
+        """Return what is done to the images."""
+        return MergeLayers()
+
+    def plan(self, domain: Domain, facts: t.Sequence[DiskFacts], _kept: Kept) -> DomainPlan:
+        """Return what is to become of a domain, as far as that can be said without its images' bitmaps."""
+        return plan_commit(domain, facts, self._request)
+
+    def conflicts(self, _plans: t.Sequence[DomainPlan]) -> dict[str, list[Refusal]]:
+        """Find none: an image that two domains have is refused for each."""
+        return {}
+
+    def chain_after(self, disk: DomainDisk, verdict: CommitVerdict | None) -> Chain:
+        """Return the chain of a disk after the run: what is above the snapshot, and the image that all went into."""
+        if verdict is None:
+            return chain_of(disk.source, disk.format)
+        request = verdict.request
+        base = promised(request.backing_file, verdict.virtual_size, verdict.bitmaps)
+        below = chain_of(request.backing_file, request.backing_format)
+        above = [] if request.above is None else chain_of(disk.source, disk.format).down_to(request.above)
+        return below._replace(layers=(*above, base, *below.layers[1:]))
+
+    def lost_checkpoints(self, _plan: DomainPlan, _kept: Kept) -> tuple[str, ...]:
+        """Lose none."""
+        return ()
+
+
+class GoBackTo:
+    """State reverted: every domain is as it was at the snapshot. An Aim."""
+
+    words = (REVERTED, ABSENT)
+
+    def __init__(self, request: WayBack) -> None:
+        self._request = request
+        self.targets = request.targets
+        self.skips_running = request.skips_running
+
+    def operation(self) -> GoBack:
+        """Return what is done to the images."""
+        return GoBack()
+
+    def plan(self, domain: Domain, facts: t.Sequence[DiskFacts], _kept: Kept) -> DomainPlan:
+        """Return what is to become of a domain, as far as that can be said without its images' bitmaps."""
+        return plan_revert(domain, facts, self._request)
+
+    def conflicts(self, _plans: t.Sequence[DomainPlan]) -> dict[str, list[Refusal]]:
+        """Find none: an image that two domains have is refused for each."""
+        return {}
+
+    def chain_after(self, disk: DomainDisk, verdict: RevertVerdict | None) -> Chain:
+        """Return the chain of a disk after the run, which begins with the image below the snapshot."""
+        if verdict is None:
+            return chain_of(disk.source, disk.format)
+        return chain_of(verdict.request.backing_file, verdict.request.backing_format)
+
+    def lost_checkpoints(self, plan: DomainPlan, kept: Kept) -> tuple[str, ...]:
+        """Return the names of the checkpoints that are gone with the images that go."""
+        return lost_checkpoints(plan, kept)

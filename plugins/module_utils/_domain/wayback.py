@@ -1,0 +1,228 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change at any time.
+"""Decide: what becomes of each disk of a domain that is to leave a snapshot, by merging it down or by going back.
+
+Facts in, a plan out. Which image is the snapshot its mark tells; see names.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import typing as t
+
+from .._base.errors import Refusal
+from .._base.files import open_image
+from .._disk.commit import CommitRequest
+from .._disk.retire import DELETE, KEEP, How, is_kept
+from .._disk.revert_rules import RevertRequest
+from .._disk.siblings import overlays_in
+from .._disk.vault import find_vault, open_vault, place_of, read_vault
+from .._libvirt.connection import Domain, Kept
+from .._libvirt.definition import Source
+from .._qcow2.chain import Layer, read_head
+from .._qcow2.mark import Mark
+from .checkpoints import chain_of
+from .fitness import fitness_of
+from .inventory import DiskFacts
+from .names import Found, find_snapshot, flattened, flattened_one
+from .plan import DiskPlan, DomainPlan, SkippedDisk, not_shut_off
+
+_NOT_ON_IT = "is not on the snapshot"
+
+
+class WayBack(t.NamedTuple):
+    """What is wanted of every domain that is to leave a snapshot."""
+
+    snapshot: str
+    targets: tuple[str, ...] | None = None  # None: all disks that are on it
+    retire: How | None = None  # what becomes of the images that are not needed any more; None: what is usual
+    speed: int = 0  # bytes per second of a merge; 0 is no limit
+    skips_running: bool = False
+
+
+class _Left(t.NamedTuple):
+    """A snapshot that is not in the chain of its disk any more, but is there, or a vault of it."""
+
+    path: str
+
+
+def plan_commit(domain: Domain, facts: t.Sequence[DiskFacts], request: WayBack) -> DomainPlan:
+    """Return what is to become of a domain whose snapshot is to be merged down."""
+    live = "a running domain is merged down by 'virsh blockcommit --active --pivot'."
+    return _plan(domain, facts, request, _commit_disk, live)
+
+
+def plan_revert(domain: Domain, facts: t.Sequence[DiskFacts], request: WayBack) -> DomainPlan:
+    """Return what is to become of a domain that is to go back to what it was at the snapshot."""
+    return _plan(domain, facts, request, _revert_disk, "nobody can go back while it runs.")
+
+
+PlanDisk = t.Callable[[Domain, DiskFacts, WayBack, Mark], t.Optional[DiskPlan]]
+
+
+def _plan(domain: Domain, facts: t.Sequence[DiskFacts], request: WayBack, plan_disk: PlanDisk, live: str) -> DomainPlan:
+    """Return the plan for a domain. A disk that is not on the snapshot takes no part."""
+    disks, skipped = [], []
+    for one in facts:
+        target = one.disk.target
+        unfit = one.disk.why_unfit or fitness_of(one, None).why_unfit
+        planned = None
+        if request.targets is not None and target not in request.targets:
+            unfit = "not asked for"
+        elif unfit is None:
+            planned = plan_disk(domain, one, request, Mark(domain.uuid, target, request.snapshot))
+        if planned is not None:
+            disks.append(planned)
+        else:
+            skipped.append(SkippedDisk(target, unfit or _NOT_ON_IT))
+    problems = [problem for disk in disks for problem in disk.problems]
+    if disks:
+        problems += not_shut_off(
+            domain, live, "has a managed save, which would go on with the images that are there now"
+        )
+    known = {one.disk.target for one in facts}
+    problems += [_no_such_disk(domain, target) for target in request.targets or () if target not in known]
+    plan = DomainPlan(domain, tuple(disks), tuple(skipped), tuple(problems), domain.definition)
+    if problems or not plan.sources:
+        return plan
+    return plan._replace(definition=domain.definition.with_sources(plan.sources))
+
+
+def _no_such_disk(domain: Domain, target: str) -> Refusal:
+    return Refusal("disk_unfit", domain.name, f"has no disk {target}", "Correct disks.")
+
+
+def _commit_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark) -> DiskPlan | None:
+    """Return what is to become of a disk whose snapshot is to be merged down; None if it has none."""
+    if facts.problem is not None:
+        return DiskPlan(mark.target, CommitRequest("", "", vm=domain.uuid), None, (facts.problem,))
+    found = find_snapshot(facts, domain.name, mark, frozenset)
+    retire = request.retire or DELETE
+    if found is None:
+        flat = flattened_one(facts, mark)
+        if flat is not None:
+            gone = CommitRequest(flat.path, flat.path, vm=domain.uuid)
+            return DiskPlan(mark.target, gone, None, (flattened(domain.name, flat, mark),))
+        left = _half_committed(facts, mark)
+        if left is None:
+            return None
+        source, image_format = facts.disk.source or "", facts.disk.format
+        finish = CommitRequest(left.path, source, image_format, domain.uuid, retire=retire, speed=request.speed)
+        return DiskPlan(mark.target, finish, None)
+    place = facts.layers.index(found.overlay)
+    above = facts.layers[place - 1].path if place else None
+    merge = CommitRequest(
+        path=found.overlay.path,
+        backing_file=found.below.path,
+        backing_format=found.below.format or found.below.format_found,
+        vm=domain.uuid,
+        above=above,
+        retire=retire,
+        speed=request.speed,
+    )
+    problems = _shared(domain, facts, mark, [*facts.layers[: place + 2]]) + _uncertain(domain, found, mark)
+    return DiskPlan(mark.target, merge, None if above else _source(found.below), tuple(problems))
+
+
+def _revert_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark) -> DiskPlan | None:
+    """Return what is to become of a disk that is to go back; None if it is not on the snapshot."""
+    if facts.problem is not None:
+        return DiskPlan(mark.target, RevertRequest("", "", vm=domain.uuid), None, (facts.problem,))
+    found = find_snapshot(facts, domain.name, mark, frozenset)
+    retire = request.retire or KEEP
+    if found is None:
+        flat = flattened_one(facts, mark)
+        if flat is not None:
+            gone = RevertRequest(flat.path, flat.path, vm=domain.uuid)
+            return DiskPlan(mark.target, gone, None, (flattened(domain.name, flat, mark),))
+        left = _left_over(facts, mark)
+        if left is None:
+            return None
+        source = facts.disk.source or ""
+        return DiskPlan(mark.target, RevertRequest(left.path, source, facts.disk.format, domain.uuid, retire), None)
+    place = facts.layers.index(found.overlay)
+    back = RevertRequest(
+        path=facts.layers[0].path,
+        backing_file=found.below.path,
+        backing_format=found.below.format or found.below.format_found,
+        vm=domain.uuid,
+        retire=retire,
+    )
+    problems = _shared(domain, facts, mark, [*facts.layers[: place + 2]]) + _uncertain(domain, found, mark)
+    return DiskPlan(mark.target, back, _source(found.below), tuple(problems))
+
+
+def _source(layer: Layer) -> Source:
+    """Return how a definition names an image that becomes the topmost one."""
+    return Source(layer.path, layer.format or layer.format_found, "block" if layer.is_device else "file")
+
+
+def _shared(domain: Domain, facts: DiskFacts, mark: Mark, part: t.Sequence[Layer]) -> list[Refusal]:
+    """Return that another domain has one of the images too, on top or below."""
+    others = [layer for layer in part if layer not in facts.own]
+    if not others and not facts.writers and not facts.suspects:
+        return []
+    whose = ", ".join([*facts.writers, *facts.suspects]) or "another domain"
+    path = others[0].path if others else facts.disk.source
+    why = f"{path}, in the chain of its disk {mark.target}, is in that of a disk of {whose} too, as a template is"
+    remedy = "Give each a disk of its own ('qemu-img convert'), or undefine the domain that is not needed any more."
+    return [Refusal("shared_disk", domain.name, why, remedy)]
+
+
+def _uncertain(domain: Domain, found: Found, mark: Mark) -> list[Refusal]:
+    if found.is_certain:
+        return []
+    why = (
+        f"whether {found.overlay.path} is the snapshot {mark.snapshot} of its disk {mark.target}, or a disk made from "
+        "a template, cannot be told: it bears no mark of this domain"
+    )
+    remedy = "If it is the snapshot, name the images themselves, with kvmfleet.qcow2.qcow2_overlay."
+    return [Refusal("ambiguous", domain.name, why, remedy)]
+
+
+def _half_committed(facts: DiskFacts, mark: Mark) -> _Left | None:
+    """Return the snapshot that has gone into the disk's image already, if a run was killed before it was retired."""
+    base = facts.layers[0]
+    # Of a block device the vault is beside the overlay, which nobody knows any more; it is in nobody's way there.
+    path = None if base.is_device else find_vault(place_of(base.real_path, base.is_device, ""))
+    if path is None:
+        return None
+    with open_vault(path) as file:
+        vault = read_vault(file)
+    top = vault.top_path
+    if top is None or not vault.is_given:
+        return None
+    is_it = _bears(top, mark) if os.path.lexists(top) else top.endswith(f".{mark.snapshot}.qcow2")
+    return _Left(top) if is_it else None
+
+
+def _bears(path: str, mark: Mark) -> bool:
+    """Whether an image bears the mark; not if it cannot be read."""
+    with contextlib.suppress(Refusal, OSError), open_image(path) as file:
+        return read_head(file).mark == mark
+    return False
+
+
+def _left_over(facts: DiskFacts, mark: Mark) -> _Left | None:
+    """Return the snapshot that stands on the disk's image, if a run was killed before it was retired."""
+    base = facts.layers[0]
+    standing = [one for one in overlays_in(os.path.dirname(base.real_path)) if one.backing_identity == base.identity]
+    return next((_Left(one.path) for one in standing if not is_kept(one.path) and _bears(one.path, mark)), None)
+
+
+def lost_checkpoints(plan: DomainPlan, kept: Kept) -> tuple[str, ...]:
+    """Return the names of the checkpoints whose bitmaps the images lack that the domain goes back to."""
+    requests = {disk.target: disk.request for disk in plan.disks}
+    bases = {
+        target: layer
+        for target, request in requests.items()
+        for layer in chain_of(request.backing_file, request.backing_format).layers[:1]
+    }
+    return tuple(
+        one.name
+        for one in kept.checkpoints
+        if any(target in bases and bitmap not in bases[target].bitmaps for target, bitmap in one.bitmaps.items())
+    )
