@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import typing as t
 
-from .._base.errors import Refusal
+from .._base.errors import Refusal, printable
 from .._disk.run import run
 from .._disk.session import Operation, Settings, Vm
 from .._disk.verdict import FAILED, SKIPPED, root_causes
@@ -163,7 +163,7 @@ class Call:
             warnings=[] if problems else plan.warnings,
             definition=definition,
             problems=tuple(root_causes(problems)),
-            diff=("", "") if problems else (_parts(plan, before=True), _parts(plan, before=False)),
+            diff=("", "") if problems else (_parts(plan, overlays, before=True), _parts(plan, overlays, before=False)),
             tops=definition.tops,
         )
 
@@ -237,9 +237,13 @@ def _left_out(plan: DomainPlan, kept: Kept) -> DomainOutcome:
     )
 
 
-def _parts(plan: DomainPlan, *, before: bool) -> str:
-    """Return what a diff shows of a definition."""
-    if not plan.sources:
-        return ""
+def _parts(plan: DomainPlan, verdicts: t.Mapping[str, t.Any], *, before: bool) -> str:
+    """Return what a diff shows: of the definition, and of images that change below the topmost one."""
     definition = plan.domain.definition if before else plan.definition
-    return f"<domain> {plan.domain.name}\n{definition.parts(plan.sources)}"
+    parts = definition.parts(plan.sources) if plan.sources else ""
+    for target, verdict in verdicts.items():
+        if verdict.changed and target not in plan.sources:
+            request = verdict.request
+            upper = f"{request.path}, which is on " if before else ""
+            parts += f"    {target}: {printable(f'{upper}{request.backing_file}')}\n"
+    return f"<domain> {plan.domain.name}\n{parts}" if parts else ""
