@@ -54,6 +54,7 @@ def bring(
     `images` has what the sources are. A vault must have been kept.
     """
     if not wrong_bitmaps(place, wanted):
+        os.fsync(place.file.fd)  # a run may have been killed before it could see to that
         return False
     # The bits that are wanted come from the image itself, too, which QEMU is about to write anew.
     with _expected(wanted, place.virtual_size) as (scratch, expected):

@@ -47,6 +47,7 @@ from .vault import (
     mark_given,
     read_vault,
     remove_vault,
+    sync_folder_of,
     take_back,
     write_vault,
 )
@@ -124,6 +125,8 @@ class MergeLayers:
         elif vault is not None:
             if work.stage.not_given:
                 take_back(vault.path)
+            else:
+                sync_folder_of(vault.path)
             return verdict
         content = content_of(work, held)
         staged = held.enter(StagedFile(work.vault_place, os.path.dirname(work.vault_place)))
@@ -285,6 +288,7 @@ def _retire_all(verdict: CommitVerdict, held: Held) -> t.Iterator[Retired]:
             yield Retired(layer.path, retire(layer.path, file, request.retire, KEPT_AS))
         vault_path = find_vault(work.vault_place)
     else:
+        sync_folder_of(os.path.realpath(request.path))  # TOP is gone, as far as the kernel knows
         for identity, path in vault.others if vault else ():
             yield from _retire_left_over(path, identity, request)
         vault_path = vault.path if vault else None

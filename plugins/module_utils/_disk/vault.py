@@ -204,6 +204,12 @@ def remove_vault(path: str) -> None:
         os.fsync(folder_fd)
 
 
+def sync_folder_of(path: str) -> None:
+    """Have the name of the file on stable storage; a killed run may have put it there, or taken it away."""
+    with _folder_of(path) as folder_fd:
+        os.fsync(folder_fd)
+
+
 @contextlib.contextmanager
 def _folder_of(path: str) -> t.Iterator[int]:
     """Have the folder of a path open for the block."""

@@ -67,6 +67,7 @@ def change_backing_file(file: OpenImage, name: str, backing_format: str) -> None
     """
     place, data = _place_for(file, name, backing_format)
     if place is None:
+        os.fsync(file.fd)  # a run may have been killed before it could see to that
         return
     fd = os.open(f"/proc/self/fd/{file.fd}", os.O_WRONLY | os.O_CLOEXEC)
     try:

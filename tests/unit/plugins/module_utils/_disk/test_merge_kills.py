@@ -1,0 +1,472 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Merge down, killed together with QEMU at any step; then something happens to the disk, and the same call goes on.
+
+Whatever happens, the guest's data stay, and no bitmap that libvirt would use lacks a change. MERGE_KILLS in the
+environment sets how many rounds are played of each scene and event; 0 plays every step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+import traceback
+import typing as t
+
+import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import retire
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import CommitRequest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.merge import MergeLayers
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.vault import find_vault, place_of
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu.monitor import Monitor
+
+from .. import chains, qemu
+from .overlays import SETTINGS
+
+ROUNDS = int(os.environ.get("MERGE_KILLS", "1"))
+SIZE = (4 << 20) + 1536  # bytes
+_SUBREAPER = 36
+LATER = Bitmap("later", 65536, True, False)
+
+
+class Disk:
+    """A chain in a folder, with what its guest has on it and what its checkpoints were made of."""
+
+    def __init__(self, folder: t.Any) -> None:
+        self.folder = str(folder)
+        self.dice = random.Random(7)
+        self.checkpoints: dict[str, bytes] = {}
+        self.now = b""
+        self.images: list[str] = []  # topmost first
+        self.path = ""  # of TOP
+        self.base = ""
+        self.above: str | None = None
+        self.accept = True  # that bitmaps are lost
+
+    def add(self, name: str, size: int, bitmaps: t.Sequence[Bitmap], *options: str, writes: int = 6) -> str:
+        """Put an image on top, with these bitmaps, and have the guest write to it."""
+        path = os.path.join(self.folder, name)
+        backing = ["-b", self.images[0], "-F", "qcow2"] if self.images else []
+        qemu.create(path, size, *backing, *options)
+        self.images.insert(0, path)
+        self.now = chains.content(path)
+        qemu.add_bitmaps(path, bitmaps)
+        for bitmap in bitmaps:
+            self.checkpoints.setdefault(bitmap.name, self.now)
+        self.write(writes, size)
+        return path
+
+    @property
+    def top(self) -> str:
+        """The topmost image that exists, which the VM has."""
+        return next(path for path in self.images if os.path.exists(path))
+
+    @property
+    def vault(self) -> str | None:
+        """The path of the vault, if it is there."""
+        return find_vault(place_of(self.base, False, self.path))
+
+    def write(self, times: int, size: int = 0, path: str | None = None) -> None:
+        """Have a VM run on the topmost image, write, and end."""
+        command = ["qemu-io", "-f", "qcow2", "-d", "unmap"]
+        for word in self.commands(times, size or len(self.now)):
+            command += ["-c", word]
+        subprocess.run([*command, path or self.top], check=True, stdout=subprocess.DEVNULL)
+        self.now = chains.content(path or self.top)
+
+    def commands(self, times: int, size: int) -> list[str]:
+        """Return so many commands of writing for qemu-io."""
+        words = []
+        for _number in range(times):
+            length = self.dice.choice((512, 4096, 65536, 100 * 512))
+            offset = self.dice.randrange(0, (size - length) // 512 + 1) * 512
+            what = self.dice.choice((f"write -P {self.dice.randrange(1, 255)}", "write -z", "discard"))
+            words.append(f"{what} {offset} {length}")
+        return words
+
+    def crash(self, path: str | None = None, writes: int = 4) -> None:
+        """Have a VM run on the topmost image, or another one, write, and be killed."""
+        command = ["qemu-io", "-f", "qcow2", "-d", "unmap", path or self.top]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as vm:
+            stdin, stdout = t.cast("t.IO[bytes]", vm.stdin), t.cast("t.IO[bytes]", vm.stdout)
+            for word in ["length", *self.commands(writes, len(self.now)), "flush"]:  # it takes one at a time
+                await_prompt(stdout)
+                stdin.write(f"{word}\n".encode())
+            await_prompt(stdout)
+            vm.kill()
+        self.now = chains.content(self.top)
+
+    def request(self) -> CommitRequest:
+        """Return the commit of all from TOP down to BASE."""
+        return CommitRequest(self.path, self.base, above=self.above, accept_lost_bitmaps=self.accept)
+
+
+def await_prompt(stdout: t.IO[bytes]) -> None:
+    """Read what qemu-io says until it asks for a command."""
+    said = b""
+    while not said.endswith(b"qemu-io> "):
+        piece = stdout.read(4096)
+        assert piece, f"the VM has ended with {said!r}"
+        said += piece
+
+
+def recording(*names: str, granularity: int = 65536) -> list[Bitmap]:
+    """Return recording bitmaps of these names."""
+    return [Bitmap(name, granularity, True, False) for name in names]
+
+
+def plain(disk: Disk) -> None:
+    """An overlay as libvirt makes it, and a checkpoint made since."""
+    other = [Bitmap("coarse", 1 << 20, True, False), Bitmap("disabled", 65536, False, False)]
+    disk.base = disk.add("base", SIZE, [*recording("a"), *other])
+    disk.path = disk.add("top", SIZE, [*recording("a", "new"), Bitmap("coarse", 1 << 20, True, False)])
+
+
+def unlike(disk: Disk) -> None:
+    """Images whose sizes, clusters and granularities differ, with bitmaps that TOP lacks."""
+    bitmaps = [*recording("a", "lacking", granularity=4096), Bitmap("b", 1 << 17, True, False)]
+    disk.base = disk.add("base", SIZE - (1 << 20), bitmaps, "-o", "lazy_refcounts=on")
+    bitmaps = [Bitmap("a", 1 << 17, True, False), Bitmap("b", 4096, True, False)]
+    disk.path = disk.add("top", SIZE, bitmaps, "-o", "cluster_size=4096")
+
+
+def faulty(disk: Disk) -> None:
+    """Bitmaps of every kind that no backup can use, or could use by mistake, and an image below BASE."""
+    disk.add("below", SIZE, [*recording("gap", "all"), Bitmap("broken_below", 65536, True, True)])
+    base = [Bitmap("broken", 65536, True, True), Bitmap("disabled", 65536, False, False)]
+    disk.base = disk.add("base", SIZE, [*recording("all", "lost", "stopped", "broken_below"), *base])
+    top = [Bitmap("lost", 65536, True, True), Bitmap("stopped", 65536, False, False), Bitmap("own", 65536, True, True)]
+    disk.path = disk.add("top", SIZE, [*recording("gap", "all", "broken", "disabled", "broken_below"), *top])
+
+
+def none(disk: Disk) -> None:
+    """Images without bitmaps."""
+    disk.base = disk.add("base", SIZE, [])
+    disk.path = disk.add("top", SIZE, [])
+
+
+def bare(disk: Disk) -> None:
+    """An overlay as qemu-img makes it, which has no bitmaps."""
+    disk.base = disk.add("base", SIZE, recording("a", "b"))
+    disk.path = disk.add("top", SIZE, [])
+
+
+def old(disk: Disk) -> None:
+    """An overlay of version 2, which can have no bitmaps, on a BASE without."""
+    disk.base = disk.add("base", SIZE, [])
+    disk.path = disk.add("top", SIZE, [], "-o", "compat=0.10")
+
+
+def two(disk: Disk) -> None:
+    """Two layers at once, the lower one with a fault."""
+    disk.base = disk.add("base", SIZE, recording("a", "b", "c"))
+    disk.add("middle", SIZE, [*recording("a", "new"), Bitmap("c", 65536, True, True)])
+    disk.path = disk.add("top", SIZE, recording("a", "b", "c", "new", "top"))
+
+
+def below(disk: Disk) -> None:
+    """An image on top of the one that is merged down."""
+    disk.base = disk.add("base", SIZE, recording("a"))
+    disk.path = disk.add("top", SIZE, recording("a", "new"))
+    disk.above = disk.add("above", SIZE, recording("a", "new", "newest"))
+
+
+SCENES = (plain, unlike, faulty, none, bare, old, two, below)
+
+
+class Ended(t.NamedTuple):
+    """How a run ended."""
+
+    state: str
+    failures: list[str]
+    codes: list[str]
+    exact: bool | None
+    steps: int
+
+
+def merge(disk: Disk, step: int | str = 0, delay: float = 0.0) -> Ended | None:
+    """Run the commit in a process of its own; None if it, and QEMU, were killed at this step, or before this phase."""
+    ctypes.CDLL(None).prctl(_SUBREAPER, 1)
+    hear, say = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setpgid(0, 0)
+            count = die_at(step, delay)
+            outcome = run(MergeLayers(), [disk.request()], SETTINGS)
+            failures = [str(failure) for failure in outcome.failures]
+            codes = [failure.code for failure in outcome.failures]
+            verdict = outcome.verdicts[0]
+            os.write(say, json.dumps([verdict.state, failures, codes, verdict.is_exact, count[0]]).encode())
+            os._exit(0)
+        except BaseException:
+            os.write(say, traceback.format_exc().encode())
+        finally:
+            os._exit(1)
+    os.close(say)
+    with open(hear, "rb") as words:
+        said = words.read()
+    _pid, status = os.waitpid(pid, 0)
+    ended = os.WIFSIGNALED(status)
+    try:
+        while True:  # QEMU holds its locks until it is gone
+            os.waitpid(-pid, 0)
+    except ChildProcessError:
+        pass
+    if ended:
+        assert step
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return None
+    assert os.WEXITSTATUS(status) == 0, said
+    return Ended(*json.loads(said))
+
+
+def die_at(step: int | str, delay: float) -> list[int]:
+    """Have this process, and its QEMU, be killed at a step or before a phase; return what counts the steps."""
+    count = [0]
+    if isinstance(step, str):
+        setattr(MergeLayers, step, lambda *_args: os.killpg(0, signal.SIGKILL))
+
+    def stepping(real: t.Any) -> t.Any:
+        def call(*args: t.Any, **kwargs: t.Any) -> t.Any:
+            count[0] += 1
+            if count[0] == step:
+                time.sleep(delay)
+                os.killpg(0, signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in ("fsync", "link", "unlink", "rename", "pwrite", "ftruncate"):
+        setattr(os, name, stepping(getattr(os, name)))
+    retire.rename_without_replacing = stepping(retire.rename_without_replacing)
+    Monitor.send = stepping(Monitor.send)  # type: ignore[method-assign]
+    return count
+
+
+def nothing(_disk: Disk) -> None:
+    """Nothing happens in between."""
+
+
+def vm_runs(disk: Disk) -> None:
+    """A VM runs and is shut off."""
+    disk.write(3)
+
+
+def vm_dies(disk: Disk) -> None:
+    """A VM runs and is killed."""
+    disk.crash()
+
+
+def vm_dies_at_start(disk: Disk) -> None:
+    """A VM dies in the moment in which it opens its image, which loses all bitmaps with their names."""
+    lose_bitmaps(disk.top)
+
+
+def vm_runs_after_it_died_at_start(disk: Disk) -> None:
+    """The same, and then the VM runs."""
+    lose_bitmaps(disk.top)
+    disk.write(3)
+
+
+def lose_bitmaps(path: str) -> None:
+    """Take back what says that the bitmaps are in order, as QEMU does before it changes them."""
+    with open(path, "rb") as file:
+        version = file.read(8)[7]
+    if version == 3:
+        qemu.patch(path, 88, bytes(8))
+
+
+def checkpoint(disk: Disk) -> None:
+    """A checkpoint is made and the VM writes."""
+    if qemu.read(disk.top).version == 3:
+        qemu.add_bitmaps(disk.top, [LATER])
+        disk.checkpoints[LATER.name] = disk.now
+    disk.write(2)
+
+
+def vault_goes(disk: Disk) -> None:
+    """Somebody deletes the vault."""
+    if disk.vault:
+        os.unlink(disk.vault)
+
+
+def vault_goes_and_vm_dies(disk: Disk) -> None:
+    """Somebody deletes the vault, and the VM dies."""
+    vault_goes(disk)
+    disk.crash()
+
+
+def switched(disk: Disk) -> None:
+    """The VM runs on BASE, if the vault says that all work is done."""
+    if disk.vault and disk.vault.endswith("-given") and not disk.above:
+        disk.now = chains.content(disk.base)
+        disk.write(3, path=disk.base)
+        disk.images = [disk.base]
+
+
+def killed_again(disk: Disk) -> None:
+    """The next run is killed, too."""
+    merge(disk, disk.dice.randrange(1, 60), disk.dice.choice((0, 0.002)))
+
+
+def vm_dies_and_killed_again(disk: Disk) -> None:
+    """The VM dies, and the next run is killed."""
+    disk.crash()
+    killed_again(disk)
+
+
+EVENTS = (
+    nothing,
+    vm_runs,
+    vm_dies,
+    vm_dies_at_start,
+    vm_runs_after_it_died_at_start,
+    checkpoint,
+    vault_goes,
+    vault_goes_and_vm_dies,
+    switched,
+    killed_again,
+    vm_dies_and_killed_again,
+)
+# Where what TOP carried may be in no image any more, or BASE may have run.
+MAY_REFUSE = (vault_goes, vault_goes_and_vm_dies, vm_dies_at_start, vm_runs_after_it_died_at_start)
+
+
+def wrong_with(disk: Disk, *, with_base: bool = True) -> list[str]:
+    """Return what is wrong at any moment. BASE has all, too, once it is given, unless somebody wrote to TOP since."""
+    wrong = [problem for path in disk.images if os.path.exists(path) for problem in [chains.damage(path)] if problem]
+    tops = [disk.top]
+    if disk.vault and disk.vault.endswith("-given") and disk.top == disk.path and with_base:
+        tops.append(disk.base)
+    for top in tops:
+        if chains.content(top) != disk.now:
+            wrong.append(f"{top}: the guest's data are others")
+        wrong += [f"{top}: {name} lacks changes" for name in chains.lacking(top, disk.checkpoints, disk.now)]
+    return wrong
+
+
+class Stage:
+    """A scene that is played again and again, and how it ends when nothing happens."""
+
+    def __init__(self, folder: t.Any, scene: t.Callable[[Disk], None]) -> None:
+        os.makedirs(folder / "images")
+        self._kept = folder / "kept"
+        self.disk = Disk(folder / "images")
+        scene(self.disk)
+        self._then = dict(self.disk.checkpoints), self.disk.now, list(self.disk.images)
+        shutil.copytree(self.disk.folder, self._kept)
+        assert not wrong_with(self.disk)
+        self.before = chains.usable(self.disk.top)
+        ended = merge(self.disk)
+        assert ended is not None
+        assert ended.state == "committed", ended
+        self.steps, self.exact = ended.steps, ended.exact
+        self.bits = chains.own_bits(self.disk.base)
+        self.bitmaps = qemu.bitmaps_of(self.disk.base)
+        self.usable = chains.usable(self.disk.top)
+        self.names = set(os.listdir(self.disk.folder))
+        assert not self.wrong_in_the_end(ended, nothing)
+        # What a backup could use it can use afterwards, and it is the same.
+        assert not [name for name, bits in self.before.items() if self.usable[name] & bits != bits]
+
+    def reset(self, dice: random.Random) -> None:
+        """Have all as it was in the beginning."""
+        shutil.rmtree(self.disk.folder)
+        shutil.copytree(self._kept, self.disk.folder)
+        checkpoints, self.disk.now, images = self._then
+        self.disk.checkpoints, self.disk.images, self.disk.dice = dict(checkpoints), list(images), dice
+
+    def wrong_in_the_end(self, ended: Ended | None, event: t.Callable[[Disk], None]) -> list[str]:
+        """Return what is wrong after a run that has come to its end."""
+        if ended is None or ended.failures or ended.state not in ("committed", "absent"):
+            return [f"the run has ended with {ended}"]
+        wrong = wrong_with(self.disk)
+        if event not in MAY_REFUSE and set(os.listdir(self.disk.folder)) != self.names:
+            wrong.append(f"there is {sorted(os.listdir(self.disk.folder))}")
+        return wrong
+
+    def unlike_undisturbed(self, *, may_be_wide: bool, exact: bool | None) -> list[str]:
+        """Return in what BASE's bitmaps differ from those that a run leaves to which nothing happens."""
+        wrong = []
+        if qemu.bitmaps_of(self.disk.base) != self.bitmaps:
+            wrong.append(f"BASE has {sorted(qemu.bitmaps_of(self.disk.base))}, not {sorted(self.bitmaps)}")
+        found = chains.own_bits(self.disk.base)
+        for name in found.keys() & self.bits.keys():
+            if self.bits[name] & ~found[name]:
+                wrong.append(f"BASE's {name} has too few bits")
+            elif found[name] != self.bits[name] and (exact or not may_be_wide):
+                wrong.append(f"BASE's {name} has more bits, said to be exact: {exact}")
+        return wrong
+
+    def play(self, step: int, event: t.Callable[[Disk], None], dice: random.Random) -> tuple[str, list[str]]:
+        """Kill a run at a step, let something happen, and run again; return the outcome and what is wrong."""
+        self.reset(dice)
+        disk = self.disk
+        ended = merge(disk, step, dice.choice((0.0, 0.0, 0.001, 0.003)))
+        outcome = "went through" if ended else "killed"
+        wrong = [f"after the kill: {problem}" for problem in wrong_with(disk)]
+        sound = not os.path.exists(disk.path) or not any(b.inconsistent for b in qemu.read(disk.path).bitmaps)
+        event(disk)
+        wrong += [f"after the event: {problem}" for problem in wrong_with(disk, with_base=event is nothing)]
+        again = merge(disk)
+        assert again is not None
+        if event in MAY_REFUSE and again.codes == ["unfinished"]:
+            return f"{outcome}, refused", wrong + [f"refused: {problem}" for problem in wrong_with(disk)]
+        wrong += [f"in the end: {problem}" for problem in self.wrong_in_the_end(again, event)]
+        if not wrong and event is nothing:
+            wrong += self.unlike_undisturbed(may_be_wide=not sound, exact=again.exact)
+        if not wrong and event is checkpoint and LATER.name in disk.checkpoints.keys() - chains.usable(disk.top).keys():
+            wrong.append("the checkpoint is lost")
+        if again.exact and not self.exact and event is nothing:
+            wrong.append("is told as exact")
+        return f"{outcome}, {again.state}", wrong
+
+
+def played(tmp_path: t.Any, scene: t.Callable[[Disk], None], phase: str, *events: t.Callable[[Disk], None]) -> Disk:
+    """Return a disk whose commit was killed before a phase, to which these things have happened since."""
+    disk = Disk(tmp_path)
+    scene(disk)
+    assert merge(disk, phase) is None
+    for event in events:
+        event(disk)
+        assert not wrong_with(disk, with_base=False)
+    return disk
+
+
+def completed(disk: Disk) -> Ended:
+    """Run the commit to its end, which must be a good one."""
+    ended = merge(disk)
+    assert ended is not None
+    assert ended.state == "committed", ended
+    assert not wrong_with(disk)
+    assert not os.path.exists(disk.path)
+    assert disk.vault is None
+    return ended
+
+
+def test_what_a_killed_run_has_left_is_on_stable_storage_before_the_next_step(tmp_path, monkeypatch):
+    """It may have been killed before it could see to that."""
+    disk = Disk(tmp_path)
+    plain(disk)
+    order = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (order.append(os.readlink(f"/proc/self/fd/{fd}")), real(fd)))
+    for phase, needed in (("carry", disk.folder), ("strip", disk.path), ("publish", disk.folder)):
+        assert merge(disk, phase) is None
+        order.clear()
+        for name in ("strip", "move", "give", "publish"):
+            monkeypatch.setattr(MergeLayers, name, lambda *args: args[1])
+        run(MergeLayers(), [disk.request()], SETTINGS)
+        monkeypatch.undo()
+        monkeypatch.setattr(os, "fsync", lambda fd: (order.append(os.readlink(f"/proc/self/fd/{fd}")), real(fd)))
+        assert needed in order, phase
