@@ -150,10 +150,11 @@ def _stage_without_vault(seen: Seen) -> Stage | Refusal:
 
 def _stage_when_given(seen: Seen, vault: Vault) -> Stage | Refusal:
     """Return the stage where a vault says that all work on the bitmaps is done."""
-    if vault.top != seen.top_identity and (seen.mark is None or seen.mark.name != MARK + vault.token):
-        return Stage(WHOLE, stale_vault=True)  # of an overlay that went in and is gone
+    is_marked = seen.mark is not None and seen.mark.name == MARK + vault.token
+    if not is_marked and (vault.top != seen.top_identity or (seen.top.bitmaps and _is_sound(seen))):
+        return Stage(WHOLE, stale_vault=True)  # of an overlay that went in and is gone; its number may be given anew
     if seen.top.version == 3:
-        has_run = not (seen.mark is not None and _is_sound(seen) and seen.mark_is_empty)
+        has_run = not (is_marked and _is_sound(seen) and seen.mark_is_empty)
     else:
         has_run = seen.top_changed > vault.given_at
     if not has_run:
@@ -162,9 +163,12 @@ def _stage_when_given(seen: Seen, vault: Vault) -> Stage | Refusal:
         return _unfinished(
             seen,
             "after it was committed a VM has written to the overlay, and another one to BASE",
-            "What they wrote excludes each other: keep one of the two images, and make a full backup.",
+            "What they wrote excludes each other: keep one of the two images, and make a full backup. If the overlay "
+            f"is not the one that was committed, but was made on BASE since, remove {vault.path} and run this again.",
         )
-    return Stage(CARRIED if seen.mark is not None and _is_sound(seen) else REBUILT, not_given=True)
+    if not is_marked:  # BASE has all bits; the vault lacks those of the old overlay, and this may be a new one
+        return Stage(WHOLE, stale_vault=True)
+    return Stage(CARRIED if _is_sound(seen) else REBUILT, not_given=True)
 
 
 def _is_sound(seen: Seen) -> bool:

@@ -454,6 +454,35 @@ def completed(disk: Disk) -> Ended:
     return ended
 
 
+@pytest.mark.parametrize("bitmaps", [[], recording("a", "new")], ids=["without bitmaps", "with bitmaps"])
+@pytest.mark.parametrize("runs", [False, True], ids=["", "BASE has run"])
+def test_another_overlay_whose_file_got_the_number_of_one_that_is_gone(tmp_path, bitmaps, runs):
+    """A run was killed when all but the vault was gone; file systems give numbers away again."""
+    disk = played(tmp_path, plain, "publish")
+    identity = os.stat(disk.path).st_ino
+    disk.images = [disk.base]
+    if runs:
+        disk.write(2)
+    with open(disk.path, "r+b") as file:  # keep the number
+        file.truncate(0)
+        disk.add("other", SIZE, bitmaps)
+        with open(disk.images[0], "rb") as other:
+            shutil.copyfileobj(other, file)
+    os.unlink(disk.images[0])
+    disk.images[0] = disk.path
+    assert os.stat(disk.path).st_ino == identity
+    assert not wrong_with(disk, with_base=False)
+    ended = merge(disk)
+    assert ended is not None
+    assert not wrong_with(disk, with_base=False)
+    if runs and not bitmaps:  # it could be the old one, of which all bitmaps were lost
+        assert ended.codes == ["unfinished"]
+        assert str(disk.vault) in ended.failures[0]
+    else:
+        assert ended.state == "committed", ended
+        assert not os.path.exists(disk.path)
+
+
 def test_what_a_killed_run_has_left_is_on_stable_storage_before_the_next_step(tmp_path, monkeypatch):
     """It may have been killed before it could see to that."""
     disk = Disk(tmp_path)
