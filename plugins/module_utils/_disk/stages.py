@@ -179,7 +179,8 @@ def _has_lost_bitmaps(seen: Seen, vault: Vault) -> bool:
     """Whether TOP has lost bitmaps that it had when the vault was made, as by a kill while it was opened."""
     there = {bitmap.name: bitmap for bitmap in seen.top.bitmaps}
     broken = any(there[name].inconsistent for name in vault.above if name in there)
-    return bool(seen.top.lost_bitmaps or broken or (vault.above and not there))
+    carried = vault.above or (vault.below and seen.top.version == 3)  # some of it, perhaps, when it lost all
+    return bool(seen.top.lost_bitmaps or broken or (carried and not there))
 
 
 def _unfinished(seen: Seen, why: str, remedy: str) -> Refusal:

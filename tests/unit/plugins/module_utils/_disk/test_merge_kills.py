@@ -454,6 +454,10 @@ def completed(disk: Disk) -> Ended:
     return ended
 
 
+def test_an_overlay_that_had_no_bitmaps_before_loses_those_that_it_carries(tmp_path):
+    completed(played(tmp_path, bare, "move", vm_runs_after_it_died_at_start))
+
+
 @pytest.mark.parametrize("bitmaps", [[], recording("a", "new")], ids=["without bitmaps", "with bitmaps"])
 @pytest.mark.parametrize("runs", [False, True], ids=["", "BASE has run"])
 def test_another_overlay_whose_file_got_the_number_of_one_that_is_gone(tmp_path, bitmaps, runs):
