@@ -195,7 +195,7 @@ def outcome_of(seen: Seen, stage: Stage) -> Outcome:
         found = _rebuilt(seen, seen.vault)
     else:
         found = fates([named(layer.image) for layer in seen.chain], seen.depth)
-    if not seen.holds_bitmaps:
+    if not seen.carries_bitmaps:
         found = {name: fate._replace(bitmap=None, skipped=fate.skipped or "raw") for name, fate in found.items()}
     dead = seen.vault.dead if seen.vault and not stage.stale_vault else {}
     granularity = {**dict.fromkeys(dead, DEFAULT_GRANULARITY), **_granularities(seen)}
@@ -261,7 +261,25 @@ def problems_of(seen: Seen, request: CommitRequest, outcome: Outcome) -> list[Re
             why = f"its bitmap {shown} is of no use now and would look valid, since what it lacks is lost in the merge"
             remedy = "Heal it first, or remove it, with kvmfleet.qcow2.qcow2_bitmap."
             problems.append(Refusal("closes_gap", seen.above.path, why, remedy))
+    if seen.top.version == 2 and not request.accept_lost_bitmaps:
+        problems += _lost_by_version(seen)
     return problems + _name_problems(seen, outcome)
+
+
+def _lost_by_version(seen: Seen) -> list[Refusal]:
+    """Return why a TOP that can have no bitmaps must not go in: BASE's bits could be in no image meanwhile."""
+    lost = [bitmap for bitmap in named(seen.base.image).values() if not bitmap.inconsistent]
+    if not lost:
+        return []
+    why = (
+        f"is an image of version 2 (compat 0.10), which holds no bitmaps, so {names_of(lost)} of {seen.base.path} "
+        "would be lost"
+    )
+    remedy = (
+        f"Run 'qemu-img amend -f qcow2 -o compat=1.1 {seen.chain[0].path}' with the VM shut off, then run this again. "
+        "Or, if no backup needs them, use accept_lost_bitmaps=true; the next backup must be a full one."
+    )
+    return [Refusal("lost_bitmaps", seen.chain[0].path, why, remedy)]
 
 
 def _stood_on(seen: Seen, path: str) -> Refusal:

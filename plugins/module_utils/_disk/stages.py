@@ -93,6 +93,11 @@ class Seen(t.NamedTuple):
         """Whether BASE can have bitmaps at all."""
         return self.base.image is not None and self.base.image.version == 3
 
+    @property
+    def carries_bitmaps(self) -> bool:
+        """Whether TOP can carry bitmaps for a BASE that can have them."""
+        return self.holds_bitmaps and self.top.version == 3
+
 
 class Stage(t.NamedTuple):
     """How far a commit is."""
@@ -114,9 +119,9 @@ def stage_of(seen: Seen) -> Stage | Refusal:
         return Stage(CARRIED if _is_sound(seen) else REBUILT)
     is_same = seen.vault.top == seen.top_identity
     if is_same and _has_lost_bitmaps(seen, seen.vault):
-        if seen.base_is_as_kept or not any(not bitmap.inconsistent for bitmap in seen.base_bitmaps):
+        if seen.base_is_as_kept or _is_stripped(seen):
             return Stage(REBUILT)
-    elif seen.base_is_as_kept:
+    elif seen.base_is_as_kept or (is_same and seen.top.version == 2 and _is_stripped(seen)):
         return Stage(VAULTED if is_same else WHOLE, stale_vault=not is_same)
     return _unfinished(
         seen,
@@ -169,6 +174,10 @@ def _stage_when_given(seen: Seen, vault: Vault) -> Stage | Refusal:
     if not is_marked:  # BASE has all bits; the vault lacks those of the old overlay, and this may be a new one
         return Stage(WHOLE, stale_vault=True)
     return Stage(CARRIED if _is_sound(seen) else REBUILT, not_given=True)
+
+
+def _is_stripped(seen: Seen) -> bool:
+    return all(bitmap.inconsistent for bitmap in seen.base_bitmaps)
 
 
 def _is_sound(seen: Seen) -> bool:

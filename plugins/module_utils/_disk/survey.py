@@ -196,7 +196,7 @@ def _bitmap_clusters(work: Work, held: Held) -> int:
 def wanted_by(work: Work, held: Held) -> list[Wanted]:
     """Return the bitmaps that TOP must have after the carry, which are those that BASE gets."""
     seen = work.seen
-    if not seen.holds_bitmaps:
+    if not seen.carries_bitmaps:
         return []
     maps = [_maps(layer, held) for layer in seen.chain[: seen.depth + 1]]
     if seen.vault is not None and work.stage.name == stages.REBUILT:

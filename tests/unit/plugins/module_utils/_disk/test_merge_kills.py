@@ -458,6 +458,35 @@ def test_an_overlay_that_had_no_bitmaps_before_loses_those_that_it_carries(tmp_p
     completed(played(tmp_path, bare, "move", vm_runs_after_it_died_at_start))
 
 
+@pytest.mark.parametrize("phase", ["carry", "strip"])
+def test_an_overlay_of_version_2_takes_no_bitmaps_from_base_unless_their_loss_is_accepted(tmp_path, phase):
+    """What they mark could be in no image while BASE is written to."""
+    disk = Disk(tmp_path)
+    disk.base = disk.add("base", SIZE, recording("a"))
+    disk.path = disk.add("top", SIZE, [], "-o", "compat=0.10")
+    disk.accept = False
+    ended = merge(disk)
+    assert ended is not None
+    assert ended.codes == ["lost_bitmaps"]
+    assert "compat=1.1" in ended.failures[0]
+    assert qemu.bitmaps_of(disk.base) == {("a", 65536, True, False)}
+    qemu.qemu_img("amend", "-f", "qcow2", "-o", "compat=1.1", disk.path)
+    assert merge(disk, phase) is None
+    completed(disk)
+    assert qemu.bitmaps_of(disk.base) == {("a", 65536, True, False)}
+
+
+def test_an_overlay_of_version_2_goes_in_if_the_loss_is_accepted(tmp_path):
+    disk = Disk(tmp_path)
+    disk.base = disk.add("base", SIZE, recording("a"))
+    disk.path = disk.add("top", SIZE, [], "-o", "compat=0.10")
+    for phase in ("strip", "move", "give", "publish"):
+        assert merge(disk, phase) is None
+        assert not wrong_with(disk)
+    completed(disk)
+    assert not qemu.bitmaps_of(disk.base)
+
+
 @pytest.mark.parametrize("bitmaps", [[], recording("a", "new")], ids=["without bitmaps", "with bitmaps"])
 @pytest.mark.parametrize("runs", [False, True], ids=["", "BASE has run"])
 def test_another_overlay_whose_file_got_the_number_of_one_that_is_gone(tmp_path, bitmaps, runs):
