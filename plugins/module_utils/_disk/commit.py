@@ -15,7 +15,7 @@ from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer, resolve_name, why_unusable
 from .._qemu.locks import below_running_vm, in_use
 from .bitmap_rules import bitmap_problems, carries_over, names_of
-from .fates import DISABLED, INCONSISTENT, Fate, fates, fault_below, wrongly_mended
+from .fates import DISABLED, INCONSISTENT, Fate, Named, fates, fault_below, wrongly_mended
 from .overlay import name_problems
 from .retire import DELETE, How
 from .revert_rules import Retired
@@ -240,7 +240,7 @@ def _rebuilt(seen: Seen, vault: Vault) -> dict[str, Fate]:
     return found
 
 
-def problems_of(seen: Seen, request: CommitRequest, outcome: Outcome) -> list[Refusal]:
+def problems_of(seen: Seen, stage: Stage, request: CommitRequest, outcome: Outcome) -> list[Refusal]:
     """Return why nothing may be merged."""
     problems = [in_use(path) for path in seen.open_for_writing]
     problems += [below_running_vm(path) for path in seen.below_running]
@@ -254,8 +254,7 @@ def problems_of(seen: Seen, request: CommitRequest, outcome: Outcome) -> list[Re
         remedy = "If no backup needs them, use accept_lost_bitmaps=true; the next backup must be a full one."
         problems.append(Refusal("lost_bitmaps", seen.base.path, why, remedy))
     if seen.above is not None and seen.above.image is not None:
-        chain = [named(layer.image) for layer in seen.chain]
-        wrong = wrongly_mended(named(seen.above.image), chain, seen.depth)
+        wrong = wrongly_mended(named(seen.above.image), *_below_above(seen, stage))
         if wrong:
             shown = names_of([bitmap for bitmap in seen.above.image.bitmaps if bitmap.name in wrong])
             why = f"its bitmap {shown} is of no use now and would look valid, since what it lacks is lost in the merge"
@@ -280,6 +279,17 @@ def _lost_by_version(seen: Seen) -> list[Refusal]:
         "Or, if no backup needs them, use accept_lost_bitmaps=true; the next backup must be a full one."
     )
     return [Refusal("lost_bitmaps", seen.chain[0].path, why, remedy)]
+
+
+def _below_above(seen: Seen, stage: Stage) -> tuple[list[Named], int]:
+    """Return the bitmaps of the chain below the image on top, and BASE's place: as they were before a killed run."""
+    chain = [named(layer.image) for layer in seen.chain]
+    if stage.name in (CARRIED, GIVEN):  # TOP alone has all
+        return [chain[0], *chain[seen.depth + 1 :]], 0
+    if stage.name == REBUILT and seen.vault is not None:
+        chain[0] = seen.vault.above
+        chain[seen.depth] = {name: kept.bitmap for name, kept in seen.vault.below.items()}
+    return chain, seen.depth
 
 
 def _stood_on(seen: Seen, path: str) -> Refusal:

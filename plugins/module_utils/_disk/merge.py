@@ -92,7 +92,7 @@ class MergeLayers:
         if isinstance(stage, Refusal):
             return self.refused(request, [stage])
         outcome = commit.outcome_of(seen, stage)
-        problems = commit.problems_of(seen, request, outcome) + _problems_in_the_end(seen, request, held)
+        problems = commit.problems_of(seen, stage, request, outcome) + _problems_in_the_end(seen, request, held)
         if problems:
             return self.refused(request, problems)
         token = seen.vault.token if seen.vault and not stage.stale_vault else token_of(seen)

@@ -458,6 +458,15 @@ def test_an_overlay_that_had_no_bitmaps_before_loses_those_that_it_carries(tmp_p
     completed(played(tmp_path, bare, "move", vm_runs_after_it_died_at_start))
 
 
+@pytest.mark.parametrize("step", ["carry", "strip"])
+def test_the_image_on_top_is_judged_by_what_was_below_it_before_the_kill(tmp_path, step):
+    """A kill leaves bitmaps in use, of TOP or of BASE, which the next run makes again."""
+    disk = played(tmp_path, below, step)
+    disk.crash(disk.path if step == "carry" else disk.base, writes=0)  # as a kill in mid-step does
+    assert not wrong_with(disk)
+    completed(disk)
+
+
 @pytest.mark.parametrize("phase", ["carry", "strip"])
 def test_an_overlay_of_version_2_takes_no_bitmaps_from_base_unless_their_loss_is_accepted(tmp_path, phase):
     """What they mark could be in no image while BASE is written to."""
