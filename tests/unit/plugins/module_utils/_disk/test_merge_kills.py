@@ -454,6 +454,12 @@ def completed(disk: Disk) -> Ended:
     return ended
 
 
+def test_a_bitmap_that_only_the_vault_knows_any_more(tmp_path):
+    disk = played(tmp_path, plain, "move", vm_dies_at_start)
+    completed(disk)
+    assert ("disabled", 65536, False, False) in qemu.bitmaps_of(disk.base)
+
+
 def test_an_overlay_that_had_no_bitmaps_before_loses_those_that_it_carries(tmp_path):
     completed(played(tmp_path, bare, "move", vm_runs_after_it_died_at_start))
 
