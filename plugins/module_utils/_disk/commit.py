@@ -59,7 +59,7 @@ class Outcome(t.NamedTuple):
     """What becomes of the bitmaps."""
 
     fates: t.Mapping[str, Fate]  # of those that BASE has afterwards, and of those that go
-    is_exact: bool
+    is_exact: bool | None  # None if an earlier run has begun, which may have taken what images hold for bits
     skipped: tuple[SkippedBitmap, ...]
 
     @property
@@ -203,7 +203,7 @@ def outcome_of(seen: Seen, stage: Stage) -> Outcome:
     reasons = {**dead, **{name: fate.skipped for name, fate in found.items() if fate.skipped}}
     return Outcome(
         found,
-        all(fate.is_exact for fate in found.values()),
+        None if stage.name in (CARRIED, GIVEN) else all(fate.is_exact for fate in found.values()),
         tuple(SkippedBitmap(name, granularity[name], reason) for name, reason in reasons.items() if reason),
     )
 
