@@ -553,3 +553,19 @@ def test_what_a_killed_run_has_left_is_on_stable_storage_before_the_next_step(tm
         monkeypatch.undo()
         monkeypatch.setattr(os, "fsync", lambda fd: (order.append(os.readlink(f"/proc/self/fd/{fd}")), real(fd)))
         assert needed in order, phase
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_killed_at_any_step(tmp_path, scene):
+    stage = Stage(tmp_path, scene)
+    wrong, outcomes = [], {}
+    for event in EVENTS:
+        dice = random.Random(f"{scene.__name__} {event.__name__}")
+        steps = range(1, stage.steps + 2)
+        for step in steps if ROUNDS == 0 else dice.sample(steps, min(ROUNDS, len(steps))):
+            outcome, problems = stage.play(step, event, random.Random(f"{scene.__name__} {event.__name__} {step}"))
+            key = f"{event.__name__}: {outcome}"
+            outcomes[key] = outcomes.get(key, 0) + 1
+            wrong += [f"step {step}, {event.__name__}: {problem}" for problem in problems]
+    print(f"{scene.__name__}, {stage.steps} steps:", outcomes)
+    assert not wrong, "\n".join(wrong)
