@@ -108,3 +108,66 @@ def test_an_image_above_that_goes_onto_base_never_looks_better_than_it_is(layers
         after = [above, {"b": fate.bitmap} if fate and fate.bitmap else {}, *images[layers + 1 :]]
         looks_better = is_usable(after) and not is_usable([above, *images])
         assert bool(wrongly_mended(above, images, layers)) == looks_better, "".join(states)
+
+
+def named(*images):
+    """Return a chain, the topmost image first, whose images have these bitmaps of one letter, all in order."""
+    return [{name: Bitmap(name, 65536, True, False) for name in names} for names in images]
+
+
+# libvirt's own test cases (tests/qemublocktest.c, "bitmap block commit"): a chain of five, numbered from the top.
+BASIC = named("abcde", "", "", "", "")
+SNAPSHOTS = named("abcde", "abcd", "abc", "a", "a")
+NOTHING = named("", "", "", "", "")
+# By the name of a bitmap: whether it is made in BASE, and the images whose bits are merged into it.
+LIBVIRTS_PLANS = [
+    (NOTHING, 1, 2, {}),
+    (BASIC, 1, 2, {name: (True, [1]) for name in "abcde"}),
+    (BASIC, 1, 3, {name: (True, [1]) for name in "abcde"}),
+    (BASIC, 2, 3, {}),
+    (SNAPSHOTS, 1, 2, {"e": (True, [1]), **{name: (False, [1]) for name in "abcd"}}),
+    (SNAPSHOTS, 1, 3, {"e": (True, [1]), "d": (True, [1, 2]), **{name: (False, [1, 2]) for name in "abc"}}),
+    (
+        SNAPSHOTS,
+        1,
+        4,
+        {
+            "e": (True, [1]),
+            "d": (True, [1, 2]),
+            "c": (True, [1, 2, 3]),
+            "b": (True, [1, 2, 3]),
+            "a": (False, [1, 2, 3]),
+        },
+    ),
+    (
+        SNAPSHOTS,
+        1,
+        5,
+        {
+            "e": (True, [1]),
+            "d": (True, [1, 2]),
+            "c": (True, [1, 2, 3]),
+            "b": (True, [1, 2, 3]),
+            "a": (False, [1, 2, 3, 4]),
+        },
+    ),
+    (SNAPSHOTS, 2, 3, {"d": (True, [2]), **{name: (False, [2]) for name in "abc"}}),
+    (SNAPSHOTS, 2, 4, {"d": (True, [2]), "b": (True, [2, 3]), "c": (True, [2, 3]), "a": (False, [2, 3])}),
+    (SNAPSHOTS, 2, 5, {"d": (True, [2]), "b": (True, [2, 3]), "c": (True, [2, 3]), "a": (False, [2, 3, 4])}),
+    (SNAPSHOTS, 3, 4, {"b": (True, [3]), "c": (True, [3]), "a": (False, [3])}),
+    (SNAPSHOTS, 3, 5, {"b": (True, [3]), "c": (True, [3]), "a": (False, [3, 4])}),
+    (SNAPSHOTS, 4, 5, {"a": (False, [4])}),
+]
+
+
+@pytest.mark.parametrize(("chain", "top", "base", "plan"), LIBVIRTS_PLANS)
+def test_the_plans_of_libvirts_own_commit(chain, top, base, plan):
+    depth = base - top
+    found = fates(chain[top - 1 :], depth)
+    ours = {}
+    for name, fate in found.items():
+        assert fate.bitmap == Bitmap(name, 65536, True, False)
+        assert fate.is_exact
+        assert fate.skipped is None
+        ours[name] = (depth not in fate.bits, [place + top for place in fate.bits if place != depth])
+    assert ours == plan
