@@ -227,7 +227,8 @@ def _move_data(job: jobs.Job, seen: Seen, held: Held, *, is_shared: bool) -> str
     method = _share(job, layers, base) if is_shared else commit.COPIED
     if method == commit.COPIED:
         jobs.commit(job, layers, base)
-    os.fsync(base[0].file.fd)
+    for file in filter(None, (base[0].data_file, base[0].file)):
+        os.fsync(file.fd)  # QEMU has done so, and said nothing if it failed
     return method
 
 

@@ -9,26 +9,28 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import struct
 import typing as t
 
 from .._base.files import close
 
-_FICLONE = 0x40049409  # Linux, ioctl_ficlone(2)
-_BLOCK = 65536  # bytes; a multiple of every block size
+_FICLONERANGE = 0x4020940D  # Linux, ioctl_ficlonerange(2)
+_RANGE = struct.Struct("@qQQQ")  # struct file_clone_range: fd, offset, length, offset in the other file
 
 
-def shares_extents(paths: t.Sequence[str]) -> bool:
-    """Whether what one of these files holds can be shared with another of them: asked by doing so with files of ours.
+def shares_extents(paths: t.Sequence[str], unit: int) -> bool:
+    """Whether `unit` bytes of one of these files can be shared with another: asked by doing so with files of ours.
 
-    They have no name, so nothing is left of them.
+    They have no name, so nothing is left of them. A file system shares no less than a block of its own.
     """
     if len({os.stat(path).st_dev for path in paths}) != 1:
         return False
     folder = os.path.dirname(paths[0])
     try:
         with _nameless(folder) as one, _nameless(folder) as other:
-            os.pwrite(one, b"\1" * _BLOCK, 0)
-            fcntl.ioctl(other, _FICLONE, one)
+            for offset in range(3):  # in the middle, since the end of a file may lie within a block
+                os.pwrite(one, b"\1" * unit, offset * unit)
+            fcntl.ioctl(other, _FICLONERANGE, _RANGE.pack(one, unit, unit, unit))
     except OSError:  # not every file system has files without a name; those that share extents do
         return False
     return True

@@ -14,7 +14,7 @@ from .._base.errors import Refusal
 from .._base.files import OpenImage, open_image
 from .._qcow2.chain import Layer, read_head
 from .._qcow2.dirty import DirtyBits, dirty_bytes, maps_of
-from .._qcow2.extents import AllocationMap
+from .._qcow2.extents import AllocationMap, has_compressed_clusters
 from .._qcow2.growth import most_growth, most_growth_raw, used_bytes
 from .._qcow2.image import Image, read_image
 from .._qemu import locks
@@ -139,7 +139,7 @@ def promise(request: CommitRequest, work: Work, held: Held) -> CommitVerdict:
     seen, outcome = work.seen, work.outcome
     size = seen.chain[0].virtual_size
     held_by = sorted((AllocationMap(file) for _layer, file in layers_of(seen, held)), key=lambda one: one.granularity)
-    is_shared = commit.can_share(seen) and shares_extents([layer.real_path for layer in seen.chain[: seen.depth + 1]])
+    is_shared = _can_share(seen, held)
     return CommitVerdict(
         request=request,
         state=commit.COMMITTED,
@@ -156,6 +156,17 @@ def promise(request: CommitRequest, work: Work, held: Held) -> CommitVerdict:
         need=_need(work, held, is_shared) if work.stage.name != stages.GIVEN else None,
         work=work,
     )
+
+
+def _can_share(seen: Seen, held: Held) -> bool:
+    """Whether the data can get into BASE by extents that both files share."""
+    if not commit.can_share(seen) or seen.base.image is None:
+        return False
+    if any(
+        has_compressed_clusters(file) for _layer, file in layers_of(seen, held)
+    ):  # at the first, QEMU begins to copy
+        return False
+    return shares_extents([layer.real_path for layer in seen.part], seen.base.image.cluster_size)
 
 
 def _need(work: Work, held: Held, is_shared: bool) -> Need | None:

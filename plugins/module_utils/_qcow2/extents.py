@@ -36,6 +36,17 @@ def has_allocated_extents(file: OpenImage) -> bool:
     return header.snapshots > 0 or any(read_l1(file, header))
 
 
+def has_compressed_clusters(file: OpenImage) -> bool:
+    """Whether a cluster of the disk is compressed (qcow2 spec, L2 table)."""
+    header = read_header(file)
+    size = EXTENDED_ENTRY_SIZE if is_extended(header) else ENTRY_SIZE
+    l1 = array.array("Q", read_l1(file, header))
+    if sys.byteorder == "little":
+        l1.byteswap()
+    tables = (file.read(header.cluster_size, entry & _OFFSET) for entry in l1 if entry & _OFFSET)
+    return any(255 in table[::size].translate(_COMPRESSED) for table in tables)
+
+
 class TableMap:
     """Bits that are made from the L2 tables of an open image. Read as those of a bitmap are."""
 

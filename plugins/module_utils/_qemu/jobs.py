@@ -24,6 +24,7 @@ _BASE = "b"
 _TOP = "o"
 _JOB = "j"
 _PAUSE = 0.5  # seconds between two questions for the progress
+_STEP = 32 << 20  # bytes that QEMU moves at most before it pauses for the sake of a speed
 
 
 class Opened(t.NamedTuple):
@@ -32,13 +33,6 @@ class Opened(t.NamedTuple):
     file: OpenImage
     driver: str  # QEMU's name of its format
     data_file: OpenImage | None = None
-
-
-class Progress(t.NamedTuple):
-    """How far a job is."""
-
-    done: int  # bytes
-    total: int  # bytes; an estimate
 
 
 Watch = t.Callable[[int, int], None]  # is called with the bytes that are done, and with all
@@ -118,19 +112,28 @@ def _node(image: Opened, *, read_only: bool) -> Message:
 def _run(job: Job, command: str, arguments: Message, nodes: t.Sequence[str]) -> None:
     """Run a job to its end, then close the nodes; QemuError if the job failed."""
     monitor = job.monitor
-    monitor.start_job(command, _JOB, arguments)
+    try:
+        monitor.start_job(command, _JOB, arguments)
+    except QemuError:
+        _close(job, nodes)  # or what takes the place of this job could not open them
+        raise
     error = _follow(job)
     monitor.command("job-dismiss", {"id": _JOB})
-    for node in nodes:
-        close_node(monitor, node)
-    monitor.receive_rest(job.seconds)
+    _close(job, nodes)
     if error is not None:
         raise qemu_refusal(error)
 
 
+def _close(job: Job, nodes: t.Sequence[str]) -> None:
+    for node in nodes:
+        close_node(job.monitor, node)
+    job.monitor.receive_rest(job.seconds)
+
+
 def _follow(job: Job) -> str | None:
     """Return why the job has failed, when it has come to its end; None if it has not failed."""
-    monitor, last, since = job.monitor, Progress(-1, 0), time.monotonic()
+    monitor, done, since = job.monitor, -1, time.monotonic()
+    allowed = job.seconds + (_STEP / job.speed if job.speed else 0)
     while True:
         status = monitor.next_status(_JOB, _PAUSE)
         if status == "ready":
@@ -138,11 +141,11 @@ def _follow(job: Job) -> str | None:
         about = next(entry for entry in monitor.command("query-jobs") if entry["id"] == _JOB)
         if about["status"] == "concluded":
             return t.cast("str | None", about.get("error"))
-        now = Progress(about["current-progress"], about["total-progress"])
-        job.watch(*now)
-        if now != last or about["status"] == "ready":
-            last, since = now, time.monotonic()
-        if time.monotonic() - since > job.seconds:
+        job.watch(about["current-progress"], about["total-progress"])
+        # All that is tried again after an error counts once more in the total.
+        if about["current-progress"] != done or about["status"] == "ready":
+            done, since = about["current-progress"], time.monotonic()
+        if time.monotonic() - since > allowed:
             monitor.command("job-cancel", {"id": _JOB})
             return _await_end(job, about["status"])
         if about["status"] == "paused" and status is None:
