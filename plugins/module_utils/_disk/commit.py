@@ -254,10 +254,6 @@ def problems_of(seen: Seen, stage: Stage, request: CommitRequest, outcome: Outco
         why = f"is {kind}, which holds no bitmaps, so {names_of(lost)} of {request.path} would be lost"
         remedy = "If no backup needs them, use accept_lost_bitmaps=true; the next backup must be a full one."
         problems.append(Refusal("lost_bitmaps", seen.base.path, why, remedy))
-    if seen.top.version == 2 and any(fate.bitmap for fate in outcome.fates.values()):
-        why = f"is an image of version 2 (compat 0.10), which cannot carry the bitmaps of {seen.base.path}"
-        remedy = "Make it one of version 3 first ('qemu-img amend -f qcow2 -o compat=1.1')."
-        problems.append(Refusal("unsupported", request.path, why, remedy))
     if seen.above is not None and seen.above.image is not None:
         wrong = wrongly_mended(named(seen.above.image), *_below_above(seen, stage))
         if wrong:

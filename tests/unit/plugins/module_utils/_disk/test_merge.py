@@ -214,8 +214,8 @@ def test_an_overlay_that_can_carry_nothing_is_refused_while_the_base_has_bitmaps
     commits.write(top, "write -P 7 1M 1M")
     data = commits.content(top)
     told = commits.refusal(top, base)
-    assert (told.code, told.subject) == ("unsupported", top)
-    assert "cannot carry the bitmaps" in told.why
+    assert (told.code, told.subject) == ("lost_bitmaps", top)
+    assert "holds no bitmaps" in told.why
     qemu.qemu_img("amend", "-f", "qcow2", "-o", "compat=1.1", top)  # as it advises
     assert [one["name"] for one in commits.merged(top, base)["bitmaps"]] == ["x"]
     assert commits.content(base) == data
