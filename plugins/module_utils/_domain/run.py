@@ -92,7 +92,10 @@ class Call:
             if plan.sources or lost[plan.domain.uuid]
         }
         requests = [disk.request for plan in sound for disk in plan.disks]
-        vms: dict[str | None, Vm] = {uuid: Vm(one.run, first_image(one.domain)) for uuid, one in switches.items()}
+        # Its first image is locked too where only images further down change: see Held.lock().
+        at_work = [plan.domain for plan in sound if plan.has_work]
+        vms: dict[str | None, Vm] = {one.uuid: Vm(_nothing_to_switch, first_image(one)) for one in at_work}
+        vms.update((uuid, Vm(one.run, first_image(one.domain))) for uuid, one in switches.items())
         outcome = run(self._aim.operation(), requests, self._settings, vms)
         verdicts = {(verdict.request.vm, verdict.request.path): verdict for verdict in outcome.verdicts}
         results = [self._outcome(one, kept, verdicts, switches) for one, kept in self._found]
@@ -166,6 +169,10 @@ class Call:
             diff=("", "") if problems else (_parts(plan, overlays, before=True), _parts(plan, overlays, before=False)),
             tops=definition.tops,
         )
+
+
+def _nothing_to_switch() -> None:
+    """Leave the definition as it is."""
 
 
 def _is_touched(disk: DiskPlan, verdicts: t.Mapping[str, t.Any]) -> bool:

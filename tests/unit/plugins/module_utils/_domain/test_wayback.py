@@ -1,0 +1,172 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What becomes of domains that are to leave a snapshot: on real images, with definitions that are switched."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.merge import MergeLayers
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.revert import GoBack
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.session import Vm
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.inventory import Inventory
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.wayback import (
+    WayBack,
+    lost_checkpoints,
+    plan_commit,
+    plan_revert,
+)
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection import Kept, KnownCheckpoint
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
+
+from .. import qemu
+from .hosts import SETTINGS, Host
+
+DIES = Refusal("not_switched", "web", "the machine dies here")
+
+
+class WayOfHost(Host):
+    """A host whose domains leave snapshots, too."""
+
+    def plan_back(self, plan, name, snapshot, **wanted):
+        """Return what would become of a domain."""
+        stock, domain = Inventory(self.domains), self.domains[name]
+        facts = [stock.facts(domain, disk) for disk in domain.definition.disks]
+        return plan(domain, facts, WayBack(snapshot, **wanted))
+
+    def leave(self, plan, operation, name, snapshot, dies=False):
+        """Have a domain leave a snapshot; if it dies, then just before the switch, or else return what is left.
+
+        That is the state, or the codes of what is wrong, and the names of its topmost images.
+        """
+        planned = self.plan_back(plan, name, snapshot)
+        if planned.problems:
+            return [problem.code for problem in planned.problems]
+        switched = []
+
+        def switch():
+            switched.append(name)
+            if dies:
+                raise DIES
+
+        vms = {planned.domain.uuid: Vm(switch)}
+        outcome = run(operation(), [disk.request for disk in planned.disks], SETTINGS, vms)
+        if switched or not planned.sources:
+            self.domains[name] = self.domains[name]._replace(definition=planned.definition)
+        states = [verdict.state for verdict in outcome.verdicts]
+        return states, [os.path.basename(path) for path in self.domains[name].definition.tops.values()]
+
+    def commit(self, name, snapshot, dies=False):
+        return self.leave(plan_commit, MergeLayers, name, snapshot, dies)
+
+    def revert(self, name, snapshot, dies=False):
+        return self.leave(plan_revert, GoBack, name, snapshot, dies)
+
+    def files(self):
+        return sorted(os.listdir(self.folder))
+
+
+@pytest.fixture(name="host")
+def fixture_host(tmp_path):
+    host = WayOfHost(tmp_path)
+    for image in ("web-a.qcow2", "web-b.qcow2"):
+        qemu.add_bitmaps(host.image(image), [Bitmap("sunday", 65536, True, False)])
+    host.define("web", "web-a.qcow2", "web-b.qcow2")
+    for snapshot in ("mon", "tue", "wed"):
+        assert len(host.snapshot("web", snapshot)) == 2
+    return host
+
+
+def test_the_topmost_snapshot_is_merged_down_on_all_disks(host):
+    assert host.commit("web", "wed") == (["committed"] * 2, ["web-a.tue.qcow2", "web-b.tue.qcow2"])
+    assert host.commit("web", "wed") == ([], ["web-a.tue.qcow2", "web-b.tue.qcow2"])
+    assert (
+        host.files() == [f"web-{disk}{layer}.qcow2" for disk in "ab" for layer in (".mon", "", ".tue")] or host.files()
+    )
+    assert not [name for name in host.files() if "wed" in name]
+
+
+def test_a_snapshot_in_the_middle_is_taken_out_and_the_definition_stays(host):
+    assert host.commit("web", "tue") == (["committed"] * 2, ["web-a.wed.qcow2", "web-b.wed.qcow2"])
+    assert qemu.info(host.folder / "web-a.wed.qcow2")["backing-filename"] == str(host.folder / "web-a.mon.qcow2")
+    assert host.commit("web", "tue")[0] == []
+
+
+def test_going_back_discards_the_snapshot_and_all_above(host):
+    assert host.revert("web", "tue") == (["reverted"] * 2, ["web-a.mon.qcow2", "web-b.mon.qcow2"])
+    kept = [f"web-{disk}.{snapshot}.qcow2.reverted" for disk in "ab" for snapshot in ("tue", "wed")]
+    assert [name for name in host.files() if name.endswith(".reverted")] == kept
+    # What is kept is not found again.
+    assert host.revert("web", "tue") == ([], ["web-a.mon.qcow2", "web-b.mon.qcow2"])
+    assert host.revert("web", "wed")[0] == []
+
+
+@pytest.mark.parametrize("way", ["commit", "revert"])
+def test_a_domain_that_is_not_on_the_snapshot_is_left_as_it_is(host, way):
+    before = host.files()
+    assert getattr(host, way)("web", "thu") == ([], ["web-a.wed.qcow2", "web-b.wed.qcow2"])
+    assert host.files() == before
+
+
+def test_a_run_that_dies_between_switch_and_end_of_a_merge_is_completed(host):
+    assert host.commit("web", "wed", dies=True)[0] == ["failed"] * 2
+    assert [name for name in host.files() if "vault" in name] == [
+        f".web-{d}.tue.qcow2.kvmfleet-vault-given" for d in "ab"
+    ]
+    assert host.commit("web", "thu")[0] == []  # what was left is of another snapshot
+    assert host.commit("web", "wed")[0] == ["committed"] * 2
+    assert not [name for name in host.files() if "vault" in name or "wed" in name]
+    assert host.commit("web", "wed")[0] == []
+
+
+def test_a_run_that_dies_between_switch_and_end_of_going_back_is_completed(host):
+    assert host.revert("web", "wed", dies=True)[0] == ["failed"] * 2
+    assert [name for name in host.files() if "wed" in name] == ["web-a.wed.qcow2", "web-b.wed.qcow2"]
+    assert host.revert("web", "wed")[0] == ["reverted"] * 2
+    assert [name for name in host.files() if "wed" in name] == ["web-a.wed.qcow2.reverted", "web-b.wed.qcow2.reverted"]
+
+
+@pytest.mark.parametrize("way", ["commit", "revert"])
+def test_an_image_that_another_domain_has_too_is_refused(host, way):
+    host.define("clone", "web-a.tue.qcow2")
+    assert getattr(host, way)("web", "wed") == ["shared_disk"]
+
+
+@pytest.mark.parametrize("way", ["commit", "revert"])
+def test_a_snapshot_that_cannot_be_told_from_a_clone_is_refused(host, way):
+    host.image("db.qcow2")
+    host.image("db.one.qcow2", below="db.qcow2")
+    host.define("db", "db.one.qcow2")
+    assert getattr(host, way)("db", "one") == ["ambiguous"]
+
+
+@pytest.mark.parametrize("plan", [plan_commit, plan_revert])
+def test_a_domain_that_is_not_shut_off_is_refused_only_if_it_is_on_the_snapshot(host, plan):
+    for change, code in (
+        ({"state": "running"}, "running"),
+        ({"managed_save": True}, "managed_save"),
+        ({"persistent": False}, "transient"),
+    ):
+        host.domains["web"] = host.domains["web"]._replace(**change)
+        assert [one.code for one in host.plan_back(plan, "web", "wed").problems] == [code]
+        assert host.plan_back(plan, "web", "thu").problems == ()
+        host.domains["web"] = host.domains["web"]._replace(state=None, managed_save=False, persistent=True)
+
+
+def test_only_the_disks_that_are_named_take_part(host):
+    planned = host.plan_back(plan_commit, "web", "wed", targets=("vdb",))
+    assert [disk.target for disk in planned.disks] == ["vdb"]
+    assert [(one.target, one.reason) for one in planned.skipped] == [("vda", "not asked for")]
+    assert [one.code for one in host.plan_back(plan_commit, "web", "wed", targets=("vdx",)).problems] == ["disk_unfit"]
+
+
+def test_checkpoints_that_the_images_below_lack_are_lost(host):
+    qemu.add_bitmaps(host.folder / "web-b.wed.qcow2", [Bitmap("late", 65536, True, False)])
+    both = {"vda": "sunday", "vdb": "sunday"}
+    kept = Kept((KnownCheckpoint("sunday", both), KnownCheckpoint("late", {"vda": "sunday", "vdb": "late"})))
+    assert lost_checkpoints(host.plan_back(plan_revert, "web", "wed"), kept) == ("late",)
+    assert lost_checkpoints(host.plan_back(plan_revert, "web", "thu"), kept) == ()
