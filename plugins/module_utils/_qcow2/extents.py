@@ -106,9 +106,8 @@ class TableMap:
     def _read_batch(self, first: int) -> bytes:
         offsets = [entry & _OFFSET for entry in self._l1[first : first + self._per_batch]]
         if not any(offsets):
-            return bytes(self.span // self.granularity // 8 * self._per_batch)
-        tables = b"".join(map(self._read_table, offsets))
-        return self._bits_of(tables.ljust(self._table_bytes * self._per_batch, b"\0"))
+            return bytes(self.span // self.granularity // 8 * len(offsets))
+        return self._bits_of(b"".join(map(self._read_table, offsets)))
 
     def _read_table(self, offset: int) -> bytes:
         if not offset:

@@ -68,6 +68,7 @@ def extents(pieces, granularity, size):
     for offset, data in pieces:
         for run in re.finditer("1+", bin(int.from_bytes(data, "little"))[:1:-1]):
             start, end = ((offset * 8 + number) * granularity for number in run.span())
+            assert end - size < granularity  # no bit lies beyond the end of the disk
             found.append((start, min(end, size) - start))
     return joined(found)
 

@@ -230,14 +230,28 @@ def table_clusters(path):
         return struct.unpack(">I", file.read(60)[56:])[0]
 
 
-@pytest.mark.parametrize("where", range(0, 40, 4))
-def test_a_longer_refcount_table_right_after_the_last_cluster(tmp_path, where):
-    base = qemu.create(tmp_path / "base", "64M", "-o", "cluster_size=512,refcount_bits=64")
-    qemu_io(base, f"write 0 {(3700 + where) * 512}")  # one table counts 4096 clusters
-    layer = over(tmp_path / "layer", base, "64M", "cluster_size=4k")
-    qemu_io(layer, "write 32M 64k")
+def test_a_longer_refcount_table_far_behind_the_last_cluster(tmp_path):
+    base = qemu.create(tmp_path / "base", "1000M", "-o", "cluster_size=4k,refcount_bits=64,preallocation=metadata")
+    qemu.qemu_img("resize", "-q", "-f", "qcow2", base, "2G")
+    with open_image(base) as file:
+        left = (512 * 512 * 4096 - used_bytes(file)) // 4096  # clusters that the table of one cluster still counts
+    left -= left // 512 + 16  # for L2 tables and refcount blocks
+    qemu_io(base, f"write 1000M {left * 4096}")
+    assert table_clusters(base) == 1
+    layer = over(tmp_path / "layer", base, "2G")
+    qemu_io(layer, "write 1900M 128k")
     said, was = growth(base, layer)
-    assert was <= said
+    assert table_clusters(base) > 1
+    assert 500 * 4096 < was <= said
+
+
+def test_clusters_of_a_layer_that_reach_beyond_the_end_of_the_disk(tmp_path):
+    size = 64 * MIB + 512
+    base = qemu.create(tmp_path / "base", size, "-o", "cluster_size=512")
+    qemu_io(base, "write 0 512")
+    layer = over(tmp_path / "layer", base, size, "cluster_size=2M")
+    qemu_io(layer, "write 64M 512")
+    assert growth(base, layer) == (1024, 1024)
 
 
 def test_a_longer_l1_table(tmp_path):
