@@ -1,0 +1,108 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What other processes can read of a commit: while the data of a real one moves, and of runs that were killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import progress
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import CommitRequest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.merge import MergeLayers
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
+
+from .. import qemu
+from .overlays import SETTINGS
+
+REQUEST = CommitRequest("/srv/top\udcff", "/srv/base", vm="web")
+
+
+@pytest.fixture(name="folder")
+def fixture_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    monkeypatch.setattr(progress, "FOLDER", str(folder))
+    return folder
+
+
+def test_what_is_told_and_that_it_goes(folder):
+    with progress.telling(REQUEST) as tell:
+        assert list(folder.iterdir()) == []
+        tell(25, 100)
+        (file,) = folder.iterdir()
+        assert file.name.startswith(f"{os.getpid()}-")
+        assert (stat.S_IMODE(folder.stat().st_mode), stat.S_IMODE(file.stat().st_mode)) == (0o700, 0o600)
+        about = json.loads(file.read_text())
+        assert about.pop("begun") <= about.pop("updated") <= time.time()
+        assert about.pop("bytes_per_second") >= 0
+        assert about == {
+            "path": "/srv/top\\udcff",
+            "backing_file": "/srv/base",
+            "vm": "web",
+            "pid": os.getpid(),
+            "bytes": 25,
+            "total_bytes": 100,
+            "percent": 25.0,
+        }
+        tell(0, 0)
+        assert json.loads(file.read_text())["percent"] == 100.0
+    assert list(folder.iterdir()) == []
+
+
+def test_two_at_a_time_have_a_file_each(folder):
+    with progress.telling(REQUEST) as one, progress.telling(REQUEST) as other:
+        one(1, 2)
+        other(2, 2)
+        assert len(list(folder.iterdir())) == 2
+    assert list(folder.iterdir()) == []
+
+
+def test_what_a_killed_run_has_left_goes_and_that_of_a_living_one_stays(folder):
+    folder.mkdir()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for name in (f"{dead.pid}-1.json", f"{dead.pid}-1.json.new", f"{os.getppid()}-7.json"):
+        (folder / name).touch()
+    with progress.telling(REQUEST):
+        assert [file.name for file in folder.iterdir()] == [f"{os.getppid()}-7.json"]
+
+
+def test_where_nothing_can_be_told_the_work_goes_on(folder):
+    folder.parent.joinpath("file").touch()
+    progress.FOLDER = str(folder.parent / "file" / "run")
+    with progress.telling(REQUEST) as tell:
+        tell(1, 2)
+
+
+def test_a_real_commit_tells_how_far_it_is(tmp_path, folder):
+    base = qemu.create(tmp_path / "base", "256M")
+    top = qemu.create(tmp_path / "top", "256M", "-b", base, "-F", "qcow2")
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 7 0 200M", top], check=True, stdout=subprocess.DEVNULL)
+    seen = []
+    stop = threading.Event()
+
+    def look():
+        while not stop.wait(0.05):
+            seen.extend(json.loads(file.read_text()) for file in folder.glob("*.json") if file.exists())
+
+    reader = threading.Thread(target=look)
+    reader.start()
+    try:
+        request = CommitRequest(top, base, vm="web", speed=96 << 20)
+        outcome = run(MergeLayers(), [request], SETTINGS)
+    finally:
+        stop.set()
+        reader.join()
+    assert [verdict.state for verdict in outcome.verdicts] == ["committed"]
+    assert {(one["path"], one["backing_file"], one["vm"]) for one in seen} == {(top, base, "web")}
+    done = [one["bytes"] for one in seen]
+    assert done == sorted(done)
+    assert any(0 < one["percent"] < 100 for one in seen)
+    assert list(folder.iterdir()) == []
