@@ -66,7 +66,6 @@ class GoBack:
             for one in seen.going:
                 held.unwritten(one.path)
                 held.hold_off_everybody(one.path)
-            held.unwritten(request.backing_file)
             held.check_images([one.path for one in seen.going])
         return verdict
 
@@ -115,7 +114,7 @@ def _retire_all(verdict: RevertVerdict, held: Held) -> RevertVerdict:
     except (Refusal, OSError) as exc:
         left = [one.path for one in verdict.retired if one.path not in {gone.path for gone in done}]
         left += [one.kept_as for one in done if how == DELETE and one.kept_as is not None]
-        return verdict.failed(_not_removed(verdict, exc, left))
+        return verdict.failed(_not_removed(verdict, exc, left))._replace(warnings=verdict.warnings)
     return verdict._replace(retired=tuple(done))
 
 

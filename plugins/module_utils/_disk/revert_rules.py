@@ -87,8 +87,11 @@ class RevertVerdict(t.NamedTuple):
         return self.state == REVERTED
 
     def failed(self, *problems: Refusal) -> RevertVerdict:
-        """Return this verdict as a failure, with these problems beside those that it has."""
-        return RevertVerdict(self.request, FAILED, (*self.problems, *problems), self.warnings)
+        """Return this verdict as a failure, with these problems beside those that it has.
+
+        What going back means for the backups is nothing to warn of then.
+        """
+        return RevertVerdict(self.request, FAILED, (*self.problems, *problems))
 
     def as_result(self) -> dict[str, t.Any]:
         """Return the verdict in the form in which the module returns it."""
@@ -173,8 +176,8 @@ def _promise(request: RevertRequest, seen: Observed) -> RevertVerdict:
 
 def _warnings(request: RevertRequest, seen: Observed) -> t.Iterator[str]:
     """Yield what going back means for the backups."""
-    top, base = seen.going[0].layer.image, seen.base and seen.base.image
-    below = {bitmap.name for bitmap in base.bitmaps} if base else set()
+    top, base = seen.going[0].layer.image, seen.base
+    below = {bitmap.name for bitmap in base.image.bitmaps} if base and base.image else set()
     lost = [b for b in (top.bitmaps if top else ()) if carries_over(b) and b.name not in below]
     if lost:
         yield (

@@ -115,12 +115,25 @@ def test_delete(tmp_path, request_for):
     assert diff == {"before": {f"{tmp_path}/s2": before}, "after": {f"{tmp_path}/s2": None}}
 
 
+@pytest.mark.parametrize("how", ["keep", "delete"])
+def test_three_images_are_told_from_the_topmost_down(tmp_path, base, request_for, how):
+    qemu.create(tmp_path / "s3", "64M", "-b", f"{tmp_path}/s2", "-F", "qcow2")
+    predicted = go_back([request_for("s3", retire=how)], CHECK)
+    outcome = go_back([request_for("s3", retire=how)])
+    assert outcome.as_result("overlays") == predicted.as_result("overlays")
+    (result,) = outcome.as_result("overlays")["overlays"]
+    kept = {name: f"{tmp_path}/{name}.reverted" if how == "keep" else None for name in ("s3", "s2", "s1")}
+    assert result["retired"] == [{"path": f"{tmp_path}/{name}", "kept_as": path} for name, path in kept.items()]
+    assert len(names(tmp_path)) == (4 if how == "keep" else 1)
+
+
 def test_one_image_of_two(tmp_path, base, request_for):
     assert states(go_back([request_for("s2")._replace(backing_file=f"{tmp_path}/s1")])) == ["reverted"]
     assert names(tmp_path) == ["base.qcow2", "s1", "s2.reverted"]
 
 
 def test_the_checkpoints_that_are_lost_are_named(tmp_path, base, request_for):
+    qemu.add_bitmaps(tmp_path / "s2", [Bitmap("off", 65536, False, False)])  # no backup can be made since that one
     (warning,) = go_back([request_for("s2")], CHECK).warnings
     assert "the checkpoint 'later' goes with it" in warning
     assert f"since a checkpoint that {base} has" in warning
@@ -155,6 +168,7 @@ def refused(folder, *requests):
     assert outcome.as_result("overlays") == predicted.as_result("overlays")
     assert world(folder) == before
     assert set(states(outcome)) == {"failed"}
+    assert outcome.warnings == predicted.warnings == ()
     return outcome.failures
 
 
@@ -317,12 +331,14 @@ def test_of_a_vm_all_or_none(tmp_path, disks):
 
 def test_the_vm_is_switched_while_it_cannot_start_and_before_anything_goes(tmp_path, disks):
     seen = []
+    (tmp_path / "far").mkdir()  # nobody looks there, but no VM may start on it just now
+    qemu.create(tmp_path / "far" / "clone.base", "1M", "-b", f"{tmp_path}/a1", "-F", "qcow2")
 
     def switch():
-        for name in ("a1", "a1.base", "a2", "a2.base"):
+        for name in ("a1", "a1.base", "a2", "a2.base", "far/clone.base"):
             started = subprocess.run(["qemu-io", "-c", "quit", tmp_path / name], check=False, capture_output=True)
             assert b"lock" in started.stderr
-        seen.append([name for name in names(tmp_path) if "base" not in name])
+        seen.append([name for name in names(tmp_path) if "base" not in name and name != "far"])
 
     assert states(go_back(disks, CHECK, {"a": Vm(switch)})) == ["reverted"] * 4
     assert seen == []
@@ -366,7 +382,9 @@ def test_what_cannot_be_retired_of_a_chain_is_named_whole(tmp_path, request_for,
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(revert, "retire", failing)
-    (failure,) = go_back([request_for("s2")]).failures
+    outcome = go_back([request_for("s2")])
+    (failure,) = outcome.failures
+    assert "the checkpoint 'later' goes with it" in outcome.warnings[0]  # the VM is on the image below
     assert failure.subject == f"{tmp_path}/s2"
     assert f"So is {tmp_path}/s1." in failure.remedy
 
@@ -380,6 +398,23 @@ def test_an_image_that_is_replaced_under_the_locks(tmp_path, request_for):
     assert outcome.failures[0].code == "not_removed"
     assert "was moved or replaced meanwhile" in outcome.failures[0].why
     assert "s2" in names(tmp_path)
+
+
+def test_an_image_that_is_replaced_before_the_switch(tmp_path, base, request_for, monkeypatch):
+    real, looks, done = revert._observe, [], []
+
+    def observe(*args):
+        seen = real(*args)
+        looks.append(seen)
+        if len(looks) == 2:  # under the locks
+            os.rename(tmp_path / "s1", tmp_path / "mine")
+            shutil.copy(tmp_path / "mine", tmp_path / "s1")
+        return seen
+
+    monkeypatch.setattr(revert, "_observe", observe)
+    outcome = go_back([request_for("s2", vm="a")], SETTINGS, machines(done))
+    assert [failure.code for failure in outcome.failures] == ["changed_meanwhile"]
+    assert (done, names(tmp_path)) == ([], ["base.qcow2", "mine", "s1", "s2"])
 
 
 # Kills and races
@@ -475,6 +510,15 @@ def test_of_runs_that_race_one_goes_back_and_the_others_find_it_done(tmp_path, b
             os.unlink(tmp_path / name)
         for name in ("s1", "s2"):
             shutil.copy(copies / name, tmp_path / name)
+
+
+def test_an_image_that_another_run_retires_during_the_look_is_absent(tmp_path, request_for, monkeypatch):
+    def observe(request, _held):
+        os.rename(request.path, f"{request.path}.reverted")
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(revert, "_observe_overlay", observe)
+    assert states(go_back([request_for("s2")])) == ["absent"]
 
 
 def test_a_kept_image_of_an_earlier_time_is_not_deleted(tmp_path, base, request_for):

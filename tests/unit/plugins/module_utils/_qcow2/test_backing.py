@@ -23,7 +23,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import 
 
 from .. import qemu
 
-BITMAPS = [Bitmap("monday", 65536, True, False), Bitmap("broken", 65536, True, True), Bitmap("off", 512, False, False)]
+BITMAPS = (Bitmap("monday", 65536, True, False), Bitmap("broken", 65536, True, True), Bitmap("off", 512, False, False))
 MARK = Mark("4dea22b3-1d52-d8f3-2516-782e98ab3fa0", "vda", "weekly")
 
 
@@ -117,7 +117,7 @@ def test_a_name_that_is_recorded_already_is_not_written(images, monkeypatch):
 
 
 def test_changing_it_to_and_fro_does_not_fill_the_header(images):
-    path = overlay_of(images, "-o", "cluster_size=512", bitmaps=[])
+    path = overlay_of(images, "-o", "cluster_size=512", bitmaps=())
     for _round in range(20):
         change(path, "base.qcow2")
         change(path, images)
@@ -136,21 +136,21 @@ def refusal(path, name, backing_format="qcow2"):
 
 
 def test_no_room(images):
-    path = overlay_of(images, "-o", "cluster_size=512", bitmaps=[])
+    path = overlay_of(images, "-o", "cluster_size=512", bitmaps=())
     said = refusal(path, "x" * 500)
     assert said.code == "header_fixed"
     assert "512 bytes of its header have no room for 500 more" in said.why
 
 
 def test_names_that_cannot_be(images):
-    path = overlay_of(images, bitmaps=[])
+    path = overlay_of(images, bitmaps=())
     assert refusal(path, "x" * 1024).code == "name_too_long"
     for name in ("", "a\0b", "nbd:localhost"):
         assert refusal(path, name).code == "bad_name"
 
 
 def test_another_format_or_none(images, tmp_path):
-    path = overlay_of(images, bitmaps=[])
+    path = overlay_of(images, bitmaps=())
     said = refusal(path, "base.qcow2", "raw")
     assert said.code == "header_fixed"
     assert "records qcow2 as the format of its backing file, not raw" in said.why
@@ -162,7 +162,7 @@ def test_another_format_or_none(images, tmp_path):
 
 
 def test_extensions_without_an_end(images):
-    path = overlay_of(images, bitmaps=[])
+    path = overlay_of(images, bitmaps=())
     with open(path, "rb") as file:
         start, length = struct.unpack_from(">QI", file.read(4096), 8)
     # The name in the place of the end, as other programs than QEMU may have it.
