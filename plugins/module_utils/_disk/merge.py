@@ -20,7 +20,7 @@ from .._qemu.jobs import Opened
 from . import commit, stages
 from .carry import Place, Wanted, bring
 from .commit import CommitRequest, CommitVerdict, Work
-from .observe import observe_chain
+from .observe import observe_chain, stands
 from .progress import telling
 from .publish import StagedFile, publish_at_once
 from .retire import retire, why_not_retired
@@ -79,7 +79,7 @@ class MergeLayers:
     def judge(self, request: CommitRequest, held: Held) -> CommitVerdict:
         """Look at the chain, at what earlier runs have left, and decide."""
         base = held.image(request.backing_file)
-        if not os.path.lexists(request.path):
+        if not stands(request.path):
             return judge_gone(request, base, held)
         chain = observe_chain(held.image(request.path), "qcow2", relative=False).layers
         depth = next((number for number, layer in enumerate(chain) if layer.identity == base.identity), 0)

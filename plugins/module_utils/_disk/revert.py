@@ -27,13 +27,14 @@ from .._qcow2.image import Image
 from .._qemu import locks
 from .._qemu.settled import is_open_for_writing, read_settled
 from . import revert_rules
+from .observe import stands
 from .retire import DELETE, KEEP, How, all_kept, kept_path, retire, why_not_retired
 from .revert_rules import ABSENT, Going, Observed, Retired, RevertRequest, RevertVerdict
 from .session import Held, Images
 from .siblings import all_standing_on
+from .vault import SUFFIX
 from .verdict import FAILED
 
-_VAULT = ".kvmfleet-vault"  # ends, with more behind it, the name of what a commit keeps beside an image
 _SUFFIX = "reverted"
 
 
@@ -146,11 +147,11 @@ def _identities(request: RevertRequest) -> tuple[list[Identity], list[Identity]]
 
 def _observe(request: RevertRequest, held: Held) -> Observed:
     """Return what stands at the path and below; Refusal if something there is unusable."""
-    if _stands(request.path):
+    if stands(request.path):
         try:
             return _observe_overlay(request, held)
         except (Refusal, OSError):
-            if _stands(request.path):
+            if stands(request.path):
                 raise  # or else another run has retired it in this moment
     base, *_below = _layers(held.image(request.backing_file), request.backing_file, request.backing_format)
     return Observed((), base, False, None, _vaults([base.real_path]))
@@ -177,19 +178,6 @@ def _observe_overlay(request: RevertRequest, held: Held) -> Observed:
         below=layers[1].path if len(layers) > 1 else None,
         vaults=_vaults(layer.real_path for layer in layers[: len(going) + 1]),
     )
-
-
-def _stands(path: str) -> bool:
-    """Whether something stands there, and be it a symlink that leads nowhere."""
-    try:
-        os.lstat(path)
-    except FileNotFoundError as exc:
-        folder = os.path.dirname(path)
-        if not os.path.isdir(folder):  # of storage that is not mounted nothing can be said to be gone
-            why = f"its folder {folder} does not exist, so nobody can tell whether it is gone"
-            raise Refusal("no_folder", path, why, "Mount its storage, or correct the path.") from exc
-        return False
-    return True
 
 
 def _settled(file: OpenImage) -> Image:
@@ -253,6 +241,6 @@ def _vaults(paths: t.Iterable[str]) -> tuple[str, ...]:
     """Return the paths of what commits keep beside these images until they are complete."""
     found: list[str] = []
     for folder, name in dict.fromkeys(map(os.path.split, paths)):
-        begin = f".{name}{_VAULT}"
+        begin = f".{name}{SUFFIX}"
         found += [os.path.join(folder, one) for one in os.listdir(folder) if one.startswith(begin)]
     return tuple(sorted(found))

@@ -18,11 +18,11 @@ from .._qemu.locks import in_use
 from .bitmap_rules import carries_over, names_of
 from .overlay import name_problems
 from .retire import KEEP, How
+from .vault import MARK
 from .verdict import FAILED, problem_fields
 
 REVERTED = "reverted"
 ABSENT = "absent"
-CARRIED = "kvmfleet-carried-"  # begins the name of the bitmap that a commit leaves in an overlay until it is complete
 
 
 class RevertRequest(t.NamedTuple):
@@ -200,7 +200,7 @@ def _unfinished(request: RevertRequest, seen: Observed) -> list[Refusal]:
     marked = [
         one.path
         for one in seen.going
-        if one.layer.image and any(bitmap.name.startswith(CARRIED) for bitmap in one.layer.image.bitmaps)
+        if one.layer.image and any(bitmap.name.startswith(MARK) for bitmap in one.layer.image.bitmaps)
     ]
     if not marked and not seen.vaults:
         return []

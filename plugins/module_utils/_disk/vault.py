@@ -34,7 +34,7 @@ from .publish import open_to_list
 
 MAX_NAME = MAX_BITMAP_NAME - 3  # bytes of a bitmap's name that a vault can keep
 MARK = "kvmfleet-carried-"  # begins the name of the mark, an empty bitmap in the topmost image
-_SUFFIX = ".kvmfleet-vault"
+SUFFIX = ".kvmfleet-vault"
 _GIVEN = "-given"  # behind the suffix, once all work on the bitmaps is done
 _FLAT = Bitmap("", 65536, recording=False, inconsistent=False)  # of what is told by its name alone
 _DEAD = {DISABLED: "dd/", INCONSISTENT: "di/", GAP: "dg/"}
@@ -70,7 +70,7 @@ class Vault(t.NamedTuple):
 def place_of(real_path: str, is_device: bool, top_real_path: str) -> str:
     """Return where the vault of an image is: beside it, or, if that is a block device, beside the image on top."""
     beside = top_real_path if is_device else real_path
-    return os.path.join(os.path.dirname(beside), f".{os.path.basename(beside)}{_SUFFIX}")
+    return os.path.join(os.path.dirname(beside), f".{os.path.basename(beside)}{SUFFIX}")
 
 
 def find_vault(place: str) -> str | None:
@@ -110,7 +110,7 @@ def read_vault(file: OpenImage) -> Vault:
         below={name: Kept(bitmap._replace(name=name), maps["b/" + name]) for name, bitmap in named["b/"].items()},
         above={name: bitmap._replace(name=name) for name, bitmap in named["o/"].items()},
         dead={name: reason for reason, kind in _DEAD.items() for name in named[kind]},
-        is_given=file.path.endswith(_SUFFIX + _GIVEN),
+        is_given=file.path.endswith(SUFFIX + _GIVEN),
         given_at=file.status().st_ctime_ns,
     )
 
