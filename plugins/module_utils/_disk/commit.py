@@ -12,7 +12,7 @@ import typing as t
 
 from .._base.errors import Refusal, printable
 from .._qcow2.bitmaps import Bitmap
-from .._qcow2.chain import Layer, resolve_name, why_unusable
+from .._qcow2.chain import Layer, relative_data_file, resolve_name, why_unusable
 from .._qemu.locks import below_running_vm, in_use
 from .bitmap_rules import bitmap_problems, carries_over, names_of
 from .fates import DISABLED, INCONSISTENT, Fate, Named, fates, fault_below, wrongly_mended
@@ -243,10 +243,11 @@ def _rebuilt(seen: Seen, vault: Vault) -> dict[str, Fate]:
 
 def problems_of(seen: Seen, stage: Stage, request: CommitRequest, outcome: Outcome) -> list[Refusal]:
     """Return why nothing may be merged."""
-    problems = [in_use(path) for path in seen.open_for_writing]
-    problems += [below_running_vm(path) for path in seen.below_running]
+    # A VM has all of them open, and one reason is enough.
+    problems = [in_use(path) for path in seen.open_for_writing] or [below_running_vm(p) for p in seen.below_running]
     problems += [_stood_on(seen, path) for path in seen.others]
-    problems += [one for layer in seen.chain[: seen.depth + 1] for one in _layer_problems(seen, layer)]
+    problems += [one for layer in seen.chain for one in _opening_problems(seen, layer)]
+    problems += [one for layer in seen.part for one in _layer_problems(seen, layer)]
     problems += _size_problems(seen)
     lost = [bitmap for bitmap in seen.top.bitmaps if not bitmap.name.startswith(MARK) and not bitmap.inconsistent]
     if not seen.holds_bitmaps and lost and not request.accept_lost_bitmaps:
@@ -302,14 +303,23 @@ def _stood_on(seen: Seen, path: str) -> Refusal:
     return Refusal("has_overlay", seen.chain[0].path, why, remedy)
 
 
+def _opening_problems(seen: Seen, layer: Layer) -> list[Refusal]:
+    """Return why QEMU cannot, or must not, open an image of the chain; those below BASE fill up its clusters."""
+    if layer.image is None:
+        return []
+    problems = why_unusable(layer.path, layer.image, for_writing=layer in (seen.base, seen.chain[0]))
+    if layer.image.encrypted:
+        problems.append(Refusal("encrypted", layer.path, "is encrypted; not supported"))
+    relative = relative_data_file(layer.path, layer.image)
+    return [*problems, *([relative] if relative else [])]
+
+
 def _layer_problems(seen: Seen, layer: Layer) -> list[Refusal]:
     """Return why one image cannot take part."""
     image, is_base, is_top = layer.image, layer is seen.base, layer is seen.chain[0]
     if image is None:
         return []
-    problems = why_unusable(layer.path, image, for_writing=is_base or is_top)
-    if image.encrypted:
-        problems.append(Refusal("encrypted", layer.path, "is encrypted; not supported"))
+    problems = []
     if not is_base and image.snapshots:
         why = f"has {image.snapshots} internal snapshots, which would be lost"
         problems.append(Refusal("unsupported", layer.path, why, "Remove them first ('qemu-img snapshot -d')."))

@@ -14,8 +14,7 @@ from .._base.errors import Refusal
 from .._base.files import OpenImage, open_image
 from .._qcow2.chain import Layer, read_head
 from .._qcow2.dirty import DirtyBits, dirty_bytes, maps_of
-from .._qcow2.extents import AllocationMap, has_compressed_clusters
-from .._qcow2.growth import most_growth, most_growth_raw, used_bytes
+from .._qcow2.extents import AllocationMap
 from .._qcow2.image import Image, read_image
 from .._qemu import locks
 from .._qemu.settled import is_open_for_writing
@@ -23,20 +22,18 @@ from . import commit, stages
 from .bitmap_rules import carries_over
 from .carry import Wanted
 from .commit import CommitRequest, CommitVerdict, Work
-from .cumulative import most_bytes
 from .fates import DISABLED, REASONS
 from .observe import observe_chain
 from .retire import KEEP, kept_path
 from .revert_rules import Retired
+from .room import can_share, need_of
 from .session import Held
-from .share import shares_extents
 from .siblings import standing_on
 from .stages import Seen
 from .vault import MARK, Content, Vault, find_vault, is_as_kept, open_vault, place_of, read_vault
-from .verdict import FAILED, Need
+from .verdict import FAILED
 
 KEPT_AS = "committed"  # the suffix of an image that went in and is kept
-_FOR_VAULT = 1 << 20  # bytes that a vault takes, beside bits
 
 
 def vault_place(request: CommitRequest, base: OpenImage) -> str:
@@ -138,8 +135,9 @@ def promise(request: CommitRequest, work: Work, held: Held) -> CommitVerdict:
     """Return the verdict for the case that nothing is wrong."""
     seen, outcome = work.seen, work.outcome
     size = seen.chain[0].virtual_size
-    held_by = sorted((AllocationMap(file) for _layer, file in layers_of(seen, held)), key=lambda one: one.granularity)
-    is_shared = _can_share(seen, held)
+    files, wanted = [file for _layer, file in layers_of(seen, held)], wanted_by(work, held)
+    held_by = sorted(map(AllocationMap, files), key=lambda one: one.granularity)
+    is_shared = can_share(seen, files)
     return CommitVerdict(
         request=request,
         state=commit.COMMITTED,
@@ -153,55 +151,9 @@ def promise(request: CommitRequest, work: Work, held: Held) -> CommitVerdict:
             Retired(layer.path, kept_path(layer.path, KEPT_AS) if request.retire == KEEP else None)
             for layer in seen.chain[: seen.depth]
         ),
-        need=_need(work, held, is_shared) if work.stage.name != stages.GIVEN else None,
+        need=need_of(seen, held, wanted, shares_data=is_shared) if work.stage.name != stages.GIVEN else None,
         work=work,
     )
-
-
-def _can_share(seen: Seen, held: Held) -> bool:
-    """Whether the data can get into BASE by extents that both files share."""
-    if not commit.can_share(seen) or seen.base.image is None:
-        return False
-    if any(
-        has_compressed_clusters(file) for _layer, file in layers_of(seen, held)
-    ):  # at the first, QEMU begins to copy
-        return False
-    return shares_extents([layer.real_path for layer in seen.part], seen.base.image.cluster_size)
-
-
-def _need(work: Work, held: Held, is_shared: bool) -> Need | None:
-    """Return the space that BASE takes beside what it has; Refusal if a block device has not so much."""
-    seen, base = work.seen, held.image(work.seen.base.path)
-    files = [file for _layer, file in layers_of(seen, held)]
-    if seen.base.image is None:
-        growth, end = most_growth_raw(base, files), 0
-    else:
-        growth = most_growth(base, files, _bitmap_clusters(work, held), shares_data=is_shared)
-        end = used_bytes(base) if base.is_device else 0
-    if base.is_device:
-        if end + growth > base.length():
-            why = f"has {base.length()} bytes, and needs {end + growth}"
-            raise Refusal("no_space", base.path, why, "Enlarge it (lvextend), then run this again.")
-        return None
-    folder = os.path.dirname(seen.base.real_path)
-    space = os.statvfs(folder)
-    free = (space.f_bfree if os.geteuid() == 0 else space.f_bavail) * space.f_frsize
-    bits = sum(one.most_dirty_bits // 8 for wanted in wanted_by(work, held) for one in wanted.maps)
-    # The vault holds the bits once, and TOP a second time.
-    return Need(base.status().st_dev, folder, growth + 2 * bits + _FOR_VAULT, free) if space.f_blocks else None
-
-
-def _bitmap_clusters(work: Work, held: Held) -> int:
-    """Return how many clusters BASE's new bitmaps take at most, with their tables and their directory."""
-    image, size = work.seen.base.image, work.seen.chain[0].virtual_size
-    wanted = wanted_by(work, held)
-    if image is None or not wanted:
-        return 0
-    tables = sum(-(-one.bitmap.data_bytes(size) // image.cluster_size) * 8 for one in wanted)
-    maps = {one.bitmap.name: one.maps for one in wanted}
-    data = most_bytes(maps, [one.bitmap for one in wanted], image.cluster_size, size)
-    directory = sum(32 + len(one.bitmap.name.encode("utf-8", "surrogateescape")) for one in wanted)
-    return data // image.cluster_size + tables // image.cluster_size + len(wanted) + directory // image.cluster_size + 1
 
 
 def wanted_by(work: Work, held: Held) -> list[Wanted]:

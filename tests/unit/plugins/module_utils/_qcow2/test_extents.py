@@ -17,7 +17,11 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.dirty import is_union, maps_of, united
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.extents import AllocationMap, has_allocated_extents
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.extents import (
+    AllocationMap,
+    has_allocated_extents,
+    has_compressed_clusters,
+)
 
 from .. import qemu
 
@@ -172,3 +176,17 @@ def test_a_table_outside_the_file_is_damage(tmp_path, offset):
     qemu.patch(path, l1, struct.pack(">Q", 1 << 63 | offset))
     with open_image(path) as file, pytest.raises(Refusal, match="L2 table"):
         list(united([AllocationMap(file)], 65536, 64 << 20))
+
+
+@pytest.mark.parametrize("options", ["cluster_size=65536", "cluster_size=65536,extended_l2=on", "cluster_size=512"])
+def test_whether_a_cluster_is_compressed(tmp_path, options):
+    path = qemu.create(tmp_path / "image", "16M", "-o", options)
+    command = ["qemu-io", "-f", "qcow2", "-c", "write 0 8M", "-c", "write -z 9M 64k", path]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    with open_image(path) as file:
+        assert not has_compressed_clusters(file)
+    cluster = 512 if options.endswith("=512") else 65536
+    command = ["qemu-io", "-f", "qcow2", "-c", f"write -c -P 7 15M {cluster}", path]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    with open_image(path) as file:
+        assert has_compressed_clusters(file)

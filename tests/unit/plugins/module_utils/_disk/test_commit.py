@@ -1,0 +1,330 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Why nothing is merged down: each reason, found on real images, of which not a byte has changed then."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import typing as t
+
+import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import CommitRequest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.merge import MergeLayers
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
+
+from .. import qemu
+from . import commits
+from .overlays import SETTINGS, digest
+
+SIZE = 16 << 20
+
+
+class Chain(t.NamedTuple):
+    """BASE, an image on it, and one on top, each with the bitmap x, each written to."""
+
+    base: str
+    middle: str
+    top: str
+
+
+def a_chain(folder: t.Any, *options: str, size: int = SIZE) -> Chain:
+    """Make a chain; options are those of BASE."""
+    base = qemu.create(folder / "base", size, *options)
+    middle = commits.overlay(folder / "middle", base)
+    top = commits.overlay(folder / "top", middle)
+    for number, path in enumerate((base, middle, top)):
+        qemu.add_bitmaps(path, [commits.bitmap("x", "recording", 65536)])
+        commits.write(path, f"write -P {number + 1} {number + 1}M 64k")
+    return Chain(base, middle, top)
+
+
+@pytest.fixture(name="chain")
+def fixture_chain(tmp_path):
+    return a_chain(tmp_path)
+
+
+@contextlib.contextmanager
+def untouched(*paths: str) -> t.Iterator[None]:
+    """Nothing may change in the block: the images, and what lies beside them."""
+    before, names = [digest(path) for path in paths], [os.listdir(os.path.dirname(path)) for path in paths]
+    yield
+    assert [digest(path) for path in paths] == before
+    assert [sorted(os.listdir(os.path.dirname(path))) for path in paths] == [sorted(own) for own in names]
+
+
+def refused(chain: Chain, code: str, subject: str, words: str, **options: t.Any) -> None:
+    """The merge of TOP into BASE must be refused, with this code, of this image, in these words."""
+    with untouched(*chain):
+        told = commits.refusal(chain.top, chain.base, **options)
+    assert (told.code, told.subject) == (code, subject), str(told)
+    assert words in str(told)
+
+
+@pytest.mark.parametrize("which", ["base", "middle", "top"])
+def test_an_image_that_is_open_for_writing(chain, which):
+    path = getattr(chain, which)
+    with qemu.opened_for_writing(path):
+        told = commits.refusal(chain.top, chain.base)
+    assert (told.code, told.subject) == ("in_use", path)
+
+
+def test_an_image_below_a_running_vm(chain, tmp_path):
+    other = commits.overlay(tmp_path / "of a vm", chain.top)
+    with qemu.opened_for_writing(other):
+        told = commits.merge(chain.top, chain.base).failures
+    assert {one.code for one in told} == {"below_running_vm", "has_overlay"}
+    assert {one.subject for one in told} == set(chain)
+
+
+@pytest.mark.parametrize("which", ["base", "middle", "top"])
+def test_an_image_that_another_one_stands_on(chain, tmp_path, which):
+    other = commits.overlay(tmp_path / "other", getattr(chain, which))
+    refused(chain, "has_overlay", chain.top, other)
+
+
+def test_the_image_above_is_no_stranger(chain, tmp_path):
+    above = commits.overlay(tmp_path / "above", chain.top)
+    data = commits.content(above)
+    assert commits.merged(chain.top, chain.base, above=above)["state"] == "committed"
+    assert commits.content(above) == data
+    assert qemu.info(above)["full-backing-filename"] == chain.base
+
+
+def test_an_image_above_that_stands_on_another_one(chain, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    above = commits.overlay(tmp_path / "elsewhere" / "above", chain.base)
+    told = commits.refusal(chain.top, chain.middle, above=above)
+    assert (told.code, told.subject) == ("other_chain", above)
+
+
+def test_a_base_that_is_not_in_the_chain(chain, tmp_path):
+    stranger = qemu.create(tmp_path / "stranger", SIZE)
+    told = commits.refusal(chain.top, stranger)
+    assert (told.code, told.subject) == ("other_chain", chain.top)
+    assert f"{chain.middle}, {chain.base}" in told.why
+
+
+def test_a_base_of_another_format_than_it_is_recorded_as(chain):
+    refused(chain, "other_chain", chain.base, "not as raw", backing_format="raw")
+
+
+def test_an_image_above_whose_useless_bitmap_would_look_valid(tmp_path):
+    base, top = qemu.create(tmp_path / "base", SIZE), str(tmp_path / "top")
+    commits.overlay(top, base)  # it has not recorded what was written to it
+    above = commits.overlay(tmp_path / "above", top)
+    qemu.add_bitmaps(above, [commits.bitmap("later", "recording", 65536)])
+    low = Chain(base, base, top)
+    qemu.add_bitmaps(top, [commits.bitmap("later", "disabled", 65536)])
+    refused(low, "closes_gap", above, "'later'", above=above)
+
+
+@pytest.mark.parametrize("upper", ["top", "middle"])
+def test_an_image_that_is_smaller_than_the_one_below(tmp_path, upper):
+    base = qemu.create(tmp_path / "base", SIZE)
+    middle = commits.overlay(tmp_path / "middle", base, size=SIZE if upper == "top" else SIZE - 512)
+    top = commits.overlay(tmp_path / "top", middle, size=SIZE - 512 if upper == "top" else SIZE)
+    smaller = top if upper == "top" else middle
+    refused(Chain(base, middle, top), "unsupported", smaller, "is smaller")
+
+
+@pytest.mark.parametrize("which", ["middle", "top"])
+def test_internal_snapshots_in_an_image_that_goes_in(chain, which):
+    path = getattr(chain, which)
+    qemu.qemu_img("snapshot", "-c", "s", path)
+    refused(chain, "unsupported", path, "1 internal snapshots")
+
+
+def test_a_data_file_of_an_image_that_goes_in(tmp_path):
+    base = qemu.create(tmp_path / "base", SIZE)
+    top = commits.overlay(tmp_path / "top", base, "-o", f"data_file={tmp_path}/top.data")
+    refused(Chain(base, base, top), "unsupported", top, "external data file")
+
+
+@pytest.mark.parametrize("which", ["low", "base"])
+def test_a_data_file_without_its_folder(tmp_path, which, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    paths, below = {}, []
+    for name in ("low", "base"):
+        paths[name] = qemu.create(tmp_path / name, SIZE, *below, *(["-o", "data_file=the data"] * (name == which)))
+        below = ["-b", paths[name], "-F", "qcow2"]
+    top = commits.overlay(tmp_path / "top", paths["base"])
+    refused(Chain(paths["base"], paths["base"], top), "relative_data_file", paths[which], "'the data'")
+
+
+def test_an_encrypted_image_below_base(tmp_path):
+    secret = ["--object", "secret,id=s,data=x", "-o", "encrypt.format=luks,encrypt.key-secret=s"]
+    low = qemu.create(tmp_path / "low", SIZE, *secret)
+    for path, below in (("base", "low"), ("top", "base")):
+        more = ["-u", "-b", str(tmp_path / below), "-F", "qcow2"]
+        qemu.create(tmp_path / path, SIZE, *more)
+    refused(Chain(str(tmp_path / "base"), low, str(tmp_path / "top")), "encrypted", low, "is encrypted")
+
+
+@pytest.mark.parametrize("kind", ["raw", "v2"])
+def test_a_base_that_holds_no_bitmaps(tmp_path, kind):
+    form = "raw" if kind == "raw" else "qcow2"
+    base = str(tmp_path / "base")
+    qemu.qemu_img("create", "-q", "-f", form, *(["-o", "compat=0.10"] * (kind == "v2")), base, str(SIZE))
+    top = commits.overlay(tmp_path / "top", base, form=form)
+    qemu.add_bitmaps(top, [commits.bitmap("x", "recording", 65536)])
+    commits.write(top, "write -P 9 5M 1M")
+    data = commits.content(top)
+    refused(Chain(base, base, top), "lost_bitmaps", base, "'x'", backing_format=form)
+    result = commits.merged(top, base, backing_format=form, accept_lost_bitmaps=True)
+    assert [(one["name"], one["reason"]) for one in result["skipped_bitmaps"]] == [("x", "raw")]
+    assert commits.content(base, "-f", form) == data
+
+
+@pytest.mark.parametrize("length", [1020, 1021])
+def test_a_name_that_is_too_long_for_the_vault(tmp_path, length):
+    base = qemu.create(tmp_path / "base", SIZE)
+    top = commits.overlay(tmp_path / "top", base)
+    for path in (base, top):
+        qemu.add_bitmaps(path, [commits.bitmap("ü" * (length // 2) + "x" * (length % 2), "recording", 65536)])
+    if length > 1020:
+        refused(Chain(base, base, top), "bitmap_name", top, "more than 1020 bytes")
+    else:
+        assert commits.merged(top, base)["state"] == "committed"
+        assert len(qemu.bitmaps_of(base)) == 1
+
+
+@pytest.mark.parametrize("option", ["path", "backing_file", "above"])
+def test_a_path_that_is_not_absolute(chain, option):
+    request = CommitRequest(chain.top, chain.base)._replace(**{option: "relative"})
+    (told,) = run(MergeLayers(), [request], SETTINGS).failures
+    assert told.code == "bad_name"
+    assert option in told.why
+
+
+def test_an_image_that_takes_part_twice(chain):
+    requests = [CommitRequest(chain.top, chain.middle), CommitRequest(chain.middle, chain.base)]
+    with untouched(*chain):
+        told = run(MergeLayers(), requests, SETTINGS).failures
+    assert {one.code for one in told} == {"repeated"}
+
+
+# What is found after a run that has not come to its end.
+
+
+class Stopped(MergeLayers):
+    """A commit that ends before one of its steps, as if the storage had failed."""
+
+    def __init__(self, step: str) -> None:
+        super().__init__()
+        setattr(self, step, self._fail)
+
+    def _fail(self, *_arguments: t.Any) -> t.NoReturn:
+        raise Refusal("storage", "the storage", "has failed")
+
+
+def stop_before(step: str, top: str, base: str) -> str:
+    """Have a commit end before a step; return the path of its vault."""
+    outcome = run(Stopped(step), [CommitRequest(top, base)], SETTINGS)
+    assert [one.code for one in outcome.failures] == ["storage"]
+    folder = os.path.dirname(base)
+    (vault,) = [name for name in os.listdir(folder) if "kvmfleet-vault" in name]
+    return os.path.join(folder, vault)
+
+
+STEPS = ["carry", "strip", "move", "give", "publish"]
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_the_same_call_goes_on(chain, step):
+    data = commits.content(chain.top)
+    stop_before(step, chain.top, chain.base)
+    assert commits.merged(chain.top, chain.base)["state"] == "committed"
+    assert commits.content(chain.base) == data
+    assert [name for name in os.listdir(os.path.dirname(chain.base)) if "kvmfleet" in name] == []
+
+
+def test_an_overlay_that_is_gone_while_its_commit_is_unfinished(chain):
+    vault = stop_before("give", chain.top, chain.base)
+    os.rename(chain.top, f"{chain.top}.away")
+    told = commits.refusal(chain.top, chain.base)
+    assert (told.code, told.subject) == ("unfinished", chain.top)
+    assert vault in told.why
+    os.rename(f"{chain.top}.away", chain.top)
+    assert commits.merged(chain.top, chain.base)["state"] == "committed"
+
+
+def test_an_overlay_that_is_gone_after_its_commit(chain):
+    vault = stop_before("publish", chain.top, chain.base)
+    os.unlink(chain.top)
+    assert commits.merged(chain.top, chain.base)["state"] == "committed"
+    assert (os.path.exists(vault), os.path.exists(chain.middle)) == (False, False)
+    assert commits.merged(chain.top, chain.base)["state"] == "absent"
+
+
+def test_base_was_written_to_after_the_vault_was_made(chain):
+    stop_before("carry", chain.top, chain.base)
+    commits.write(chain.base, "write -P 9 9M 64k")
+    refused(chain, "unfinished", chain.top, "BASE is not as the vault beside it says")
+
+
+def test_the_vault_and_the_bitmaps_are_gone(chain):
+    os.unlink(stop_before("strip", chain.top, chain.base))
+    mark = next(name for name, *_more in qemu.bitmaps_of(chain.top) if name.startswith("kvmfleet"))
+    qemu.qemu_img("bitmap", "--remove", chain.top, "x")
+    qemu.add_bitmaps(chain.top, [commits.bitmap("x", "inconsistent", 65536)])  # and the mark with it
+    assert (mark, 65536, True, True) in qemu.bitmaps_of(chain.top)
+    refused(chain, "unfinished", chain.top, "the vault with what they carried is gone")
+
+
+def test_the_vault_is_gone_and_base_is_younger(chain):
+    os.unlink(stop_before("publish", chain.top, chain.base))
+    refused(chain, "unfinished", chain.top, "may be done already")
+
+
+def test_the_vault_alone_is_gone(chain):
+    data = commits.content(chain.top)
+    os.unlink(stop_before("strip", chain.top, chain.base))
+    assert commits.merged(chain.top, chain.base)["state"] == "committed"
+    assert commits.content(chain.base) == data
+
+
+def test_both_ends_were_written_to_after_all_was_given(chain):
+    stop_before("publish", chain.top, chain.base)
+    commits.write(chain.top, "write -P 8 8M 64k")
+    commits.write(chain.base, "write -P 9 9M 64k")
+    refused(chain, "unfinished", chain.top, "another one to BASE")
+
+
+def test_the_overlay_was_written_to_after_all_was_given(chain, tmp_path):
+    stop_before("publish", chain.top, chain.base)
+    commits.write(chain.top, "write -P 8 8M 64k")
+    data = commits.content(chain.top)
+    assert commits.merged(chain.top, chain.base)["state"] == "committed"
+    assert commits.content(chain.base) == data
+    (bits,) = commits.bits_of(tmp_path, [chain.base])
+    assert commits.granules(bits["x"].extents, 65536) >= {16, 32, 48, 128}
+
+
+def test_the_vault_is_of_another_overlay(tmp_path):
+    base, tops = qemu.create(tmp_path / "base", SIZE), []
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        tops.append(commits.overlay(tmp_path / name / "top", base))
+    for path in (base, *tops):
+        qemu.add_bitmaps(path, [commits.bitmap("x", "recording", 65536)])
+    os.unlink(stop_before("strip", tops[0], base))  # it carries what that vault told
+    stop_before("strip", tops[1], base)
+    told = commits.refusal(tops[0], base)
+    assert (told.code, told.subject) == ("unfinished", tops[0])
+    assert "of another commit" in told.why
+    assert commits.merged(tops[1], base)["state"] == "committed"
+
+
+def test_a_vault_of_a_stranger_is_not_trusted(chain, monkeypatch):
+    vault = stop_before("carry", chain.top, chain.base)
+    if os.geteuid() == 0:
+        os.chown(vault, 12345, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    told = commits.refusal(chain.top, chain.base)
+    assert (told.code, told.subject) == ("unfinished", vault)
+    assert "belongs to another user" in told.why
