@@ -301,8 +301,8 @@ domains:
           sample: shared
         exact:
           description: Whether every bitmap marks just what was recorded. V(false) if one marks all that an image held
-            which
-            had not recorded it. A backup is right in either case. Null if nothing was done.
+            which had not recorded it. A backup is right in either case. Null if it is not known, since an earlier run
+            has begun, or if nothing was done.
           returned: when O(state=committed)
           type: bool
           sample: true

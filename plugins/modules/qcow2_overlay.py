@@ -70,7 +70,8 @@ options:
   accept_lost_bitmaps:
     description:
       - With O(state=committed), whether bitmaps of the overlay may be lost because O(backing_file) can hold none, being
-        raw or of version 2 (compat 0.10). Without it such a commit is refused. The next backup must then be a full one.
+        raw or of version 2 (compat 0.10), or those of O(backing_file) because the overlay is of version 2. Without it
+        such a commit is refused. The next backup must then be a full one.
     type: bool
     default: false
   parallel:
@@ -328,8 +329,9 @@ overlays:
       type: str
       sample: shared
     exact:
-      description: Whether every bitmap marks just what was recorded. V(false) if one marks all that an image held which
-        had not recorded it. A backup is right in either case. Null if nothing was done.
+      description: Whether every bitmap marks just what was recorded. V(false) if one marks all that an image held
+        which had not recorded it. A backup is right in either case. Null if it is not known, since an earlier run has
+        begun, or if nothing was done.
       returned: when O(state=committed)
       type: bool
       sample: true
