@@ -257,9 +257,12 @@ def problems_of(seen: Seen, stage: Stage, request: CommitRequest, outcome: Outco
         problems.append(Refusal("lost_bitmaps", seen.base.path, why, remedy))
     if seen.above is not None and seen.above.image is not None:
         wrong = wrongly_mended(named(seen.above.image), *_below_above(seen, stage))
+        if not seen.carries_bitmaps:
+            part = {name for layer in seen.part for name in named(layer.image)}
+            wrong = [name for name, bitmap in named(seen.above.image).items() if carries_over(bitmap) and name in part]
         if wrong:
             shown = names_of([bitmap for bitmap in seen.above.image.bitmaps if bitmap.name in wrong])
-            why = f"its bitmap {shown} is of no use now and would look valid, since what it lacks is lost in the merge"
+            why = f"its bitmap {shown} would look valid after the merge, in which what it lacks is lost"
             remedy = "Heal it first, or remove it, with kvmfleet.qcow2.qcow2_bitmap."
             problems.append(Refusal("closes_gap", seen.above.path, why, remedy))
     if seen.top.version == 2 and not request.accept_lost_bitmaps:
@@ -292,6 +295,18 @@ def _below_above(seen: Seen, stage: Stage) -> tuple[list[Named], int]:
         chain[0] = seen.vault.above
         chain[seen.depth] = {name: kept.bitmap for name, kept in seen.vault.below.items()}
     return chain, seen.depth
+
+
+def warnings_of(seen: Seen, outcome: Outcome) -> tuple[str, ...]:
+    """Return which bitmaps the image above has lost, most likely by a kill while TOP was written to."""
+    above = named(seen.above.image) if seen.above is not None else {}
+    lost = [bitmap for bitmap in outcome.usable if bitmap.name in above and above[bitmap.name].inconsistent]
+    if seen.above is None or not lost:
+        return ()
+    return (
+        f"{seen.above.path}: its bitmap {names_of(lost)} is inconsistent, as after a run that was killed, so no backup "
+        f"can use it. Make a full backup, and delete this checkpoint.",
+    )
 
 
 def _stood_on(seen: Seen, path: str) -> Refusal:

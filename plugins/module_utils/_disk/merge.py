@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import typing as t
 
@@ -15,10 +16,11 @@ from .._qcow2.backing import change_backing_file, why_not_changeable
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer
 from .._qcow2.image import read_image
+from .._qcow2.in_use import set_in_use
 from .._qemu import jobs
 from .._qemu.jobs import Opened
 from . import commit, stages
-from .carry import Place, Wanted, bring
+from .carry import Place, Wanted, bring, wrong_bitmaps
 from .commit import CommitRequest, CommitVerdict, Work
 from .observe import observe_chain, stands
 from .progress import telling
@@ -146,7 +148,8 @@ class MergeLayers:
         mark = Wanted(Bitmap(MARK + work.token, _MARK_GRANULARITY, recording=True, inconsistent=False), ())
         images = {held.image(layer.path): layer.image for layer in work.seen.part if layer.image}
         place = Place(top, None, work.seen.chain[0].virtual_size)
-        bring(place, [*wanted, mark], held.monitor, images)
+        with _held_back(verdict.request, work, held, any(wrong_bitmaps(place, [*wanted, mark]))):
+            bring(place, [*wanted, mark], held.monitor, images)
         return verdict
 
     def strip(self, verdict: CommitVerdict, work: Work, held: Held) -> CommitVerdict:
@@ -204,6 +207,26 @@ def _telling_that_it_goes_on(
 
 
 _GOES_ON = "Until then the VM can go on with its overlay, and with its incremental backups; the same call goes on."
+
+
+@contextlib.contextmanager
+def _held_back(request: CommitRequest, work: Work, held: Held, is_written: bool) -> t.Iterator[None]:
+    """Have no backup use what TOP's bitmaps alone protect, while it is open for writing.
+
+    A kill as QEMU opens TOP takes all its bitmaps away, names included. Of a bitmap that only TOP and the image above
+    it have, nothing would tell that the bits of TOP are missing.
+    """
+    names = stages.told_by_top_alone(work.seen) if request.above is not None and is_written else []
+    if request.above is None or not names:
+        yield
+        return
+    above, top = held.image(request.above), held.image(request.path)
+    set_in_use(above, names, in_use=True)
+    try:
+        yield
+    finally:
+        sound = {bitmap.name for bitmap in read_image(top).bitmaps if not bitmap.inconsistent}
+        set_in_use(above, [name for name in names if name in sound], in_use=False)
 
 
 def _base_place(seen: Seen, held: Held) -> Place:

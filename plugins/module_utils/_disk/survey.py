@@ -141,6 +141,7 @@ def promise(request: CommitRequest, work: Work, held: Held) -> CommitVerdict:
     return CommitVerdict(
         request=request,
         state=commit.COMMITTED,
+        warnings=commit.warnings_of(seen, outcome),
         virtual_size=size,
         bitmaps=outcome.usable,
         skipped=outcome.skipped,

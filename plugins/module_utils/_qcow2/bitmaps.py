@@ -21,7 +21,7 @@ ENTRY_ALL_ONES = 1 << 0  # in an entry without data: all bits are set (qcow2 spe
 MAX_BITMAP_DATA = 512 * 1024 * 1024  # bytes that one bitmap may take; QEMU's BME_MAX_PHYS_SIZE
 BITMAPS_EXTENSION = struct.Struct(">IIQQ")
 BITMAP_ENTRY = struct.Struct(">QIIBBHI")
-_FLAG_IN_USE = 1 << 0
+FLAG_IN_USE = 1 << 0
 FLAG_AUTO = 1 << 1
 TYPE_DIRTY_TRACKING = 1
 
@@ -120,7 +120,7 @@ def _parse_directory(directory: bytes, count: int, header: Header, path: str) ->
         if name is None or name in names:
             raise damaged(path, f"entry {len(bitmaps)} of its bitmap directory has no name, or that of another one")
         names.add(name)
-        bitmaps.append(Bitmap(name, 1 << granularity_bits, bool(flags & FLAG_AUTO), bool(flags & _FLAG_IN_USE)))
+        bitmaps.append(Bitmap(name, 1 << granularity_bits, bool(flags & FLAG_AUTO), bool(flags & FLAG_IN_USE)))
         tables.append(BitmapTable(table_offset, table_size))
     if len(bitmaps) != count:
         raise damaged(path, f"its bitmap directory has {len(bitmaps)} entries, its header says {count}")
@@ -133,7 +133,7 @@ def _check_entry(fields: tuple[int, ...], header: Header, path: str) -> None:
     data = table_size * header.cluster_size
     covered = (data * 8) << granularity_bits if granularity_bits < 64 else 0
     if (
-        flags & ~(_FLAG_IN_USE | FLAG_AUTO)
+        flags & ~(FLAG_IN_USE | FLAG_AUTO)
         or kind != TYPE_DIRTY_TRACKING
         or extra_data_size
         or not 9 <= granularity_bits <= 31
@@ -141,7 +141,7 @@ def _check_entry(fields: tuple[int, ...], header: Header, path: str) -> None:
         or table_offset < header.cluster_size
         or table_offset % header.cluster_size
         or not 0 < data <= MAX_BITMAP_DATA
-        or (not flags & _FLAG_IN_USE and covered < header.virtual_size // SECTOR * SECTOR)
+        or (not flags & FLAG_IN_USE and covered < header.virtual_size // SECTOR * SECTOR)
     ):
         raise damaged(
             path,

@@ -86,7 +86,6 @@ class Disk:
         self.now = chains.content(self.top)
 
 
-
 Scene = t.Callable[[Disk], None]  # makes the images
 Event = t.Callable[[Disk], None]
 
