@@ -165,6 +165,12 @@ def _stage_without_vault(seen: Seen) -> Stage | Refusal:
 
 def _stage_when_given(seen: Seen, vault: Vault) -> Stage | Refusal:
     """Return the stage where a vault says that all work on the bitmaps is done."""
+    if seen.top_identity in {identity for identity, _path in vault.others}:
+        return _unfinished(
+            seen,
+            "it went into BASE already, together with the overlay on top of it",
+            f"Run that commit again, with path={vault.top_path}. If this overlay was made since, remove {vault.path}.",
+        )
     is_marked = seen.mark is not None and seen.mark.name == MARK + vault.token
     if not is_marked and (vault.top != seen.top_identity or (seen.top.bitmaps and _is_sound(seen))):
         return Stage(WHOLE, stale_vault=True)  # of an overlay that went in and is gone; its number may be given anew

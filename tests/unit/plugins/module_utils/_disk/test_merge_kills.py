@@ -366,6 +366,23 @@ def test_another_overlay_whose_file_got_the_number_of_one_that_is_gone(tmp_path,
         assert not os.path.exists(disk.path)
 
 
+def test_an_overlay_that_a_killed_run_has_left_does_not_go_in_again(tmp_path):
+    """What it holds is old once BASE has run."""
+    disk = played(tmp_path, disks.two, "publish")
+    top, middle = disk.path, disk.images[1]
+    os.unlink(top)  # then the run was killed
+    disk.images = [disk.base]
+    disk.write(3)
+    disk.path = middle
+    ended = merge(disk)
+    assert ended is not None
+    assert ended.codes == ["unfinished"]
+    assert top in ended.failures[0]
+    disk.path = top
+    completed(disk)
+    assert not os.path.exists(middle)
+
+
 def test_what_a_killed_run_has_left_is_on_stable_storage_before_the_next_step(tmp_path, monkeypatch):
     """It may have been killed before it could see to that."""
     disk = Disk(tmp_path)
