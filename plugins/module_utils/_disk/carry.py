@@ -29,7 +29,7 @@ _TRIES = 2  # QEMU drops lost bitmaps (autoclear bit 0) when it opens the image;
 
 
 class Wanted(t.NamedTuple):
-    """A bitmap that an image is to have."""
+    """A bitmap that an image is to have; an inconsistent one has no bits, and only stays as it is."""
 
     bitmap: Bitmap
     maps: t.Sequence[DirtyBits]  # whose union it is to be
@@ -86,8 +86,10 @@ def wrong_bitmaps(place: Place, wanted: t.Sequence[Wanted]) -> list[str]:
 
 
 def _parts(wanted: t.Sequence[Wanted]) -> t.Iterator[tuple[str, Bitmap, t.Sequence[DirtyBits]]]:
+    """Yield the bitmaps that have bits."""
     for one in wanted:
-        yield one.bitmap.name, one.bitmap, one.maps
+        if not one.bitmap.inconsistent:
+            yield one.bitmap.name, one.bitmap, one.maps
 
 
 @contextlib.contextmanager
@@ -96,7 +98,7 @@ def _expected(wanted: t.Sequence[Wanted], size: int) -> t.Iterator[tuple[OpenIma
     with memory_image() as file:
         write_scratch(file.fd, size, ((b, united(own, b.granularity, size)) for _name, b, own in _parts(wanted)))
         maps = maps_of(file, read_image(file))
-        yield file, [one._replace(maps=(maps[one.bitmap.name],)) for one in wanted]
+        yield file, [one._replace(maps=(maps[one.bitmap.name],)) if one.bitmap.name in maps else one for one in wanted]
 
 
 def _rewrite(
@@ -115,7 +117,9 @@ def _rewrite(
         for name, bitmap, expected in _parts(wanted)
         if own.get(name) == bitmap and is_union(expected[0], [*expected, maps[name]], size)  # merging only adds bits
     }
-    short = [one for one in wanted if one.bitmap.name not in staying or not _has_all(one, maps, size)]
+    sound = [one for one in wanted if not one.bitmap.inconsistent]
+    broken = [one.bitmap.name for one in wanted if one.bitmap.inconsistent]
+    short = [one for one in sound if one.bitmap.name not in staying or not _has_all(one, maps, size)]
     nodes = {file: _SOURCE.format(number) for number, file in enumerate(images)}
     additions = []
     for one in short:
@@ -133,12 +137,12 @@ def _rewrite(
     rewriting = Rewriting(
         file=place.file,
         data_file=place.data_file,
-        remove=[name for name in own if name not in staying],
+        remove=[name for name in own if name not in staying and name not in broken],
         add=additions,
         sources=sources_by_node,
         bit_bytes=most_bytes(
             {name: expected for name, _b, expected in _parts(wanted)},
-            [one.bitmap for one in wanted],
+            [one.bitmap for one in sound],
             image.cluster_size,
             size,
         ),

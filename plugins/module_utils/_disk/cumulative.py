@@ -61,10 +61,15 @@ def map_chain(active: ObservedChain, file: OpenImage, open_below: t.Callable[[st
         for name, bitmap in wanted.items():
             one = own[name]
             maps.setdefault(name, []).append(one)
-            cost += one.most_dirty_bits // 8 * (1 if one.granularity == bitmap.granularity else _RESCALING)
+            cost += uniting_cost(one, bitmap.granularity)
         if cost > MAX_UNITED:
             raise _too_large(layer.path)
     return maps
+
+
+def uniting_cost(one: DirtyBits, granularity: int) -> int:
+    """Return the bytes of bits that are looked at to unite a map into a bitmap of `granularity`; see MAX_UNITED."""
+    return one.most_dirty_bits // 8 * (1 if one.granularity == granularity else _RESCALING)
 
 
 def _too_large(path: str) -> Refusal:

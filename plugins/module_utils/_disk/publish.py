@@ -154,6 +154,13 @@ def publish_at_once(staged: StagedFile) -> None:
     os.fsync(staged.folder_fd)
 
 
+def publish_over(staged: StagedFile) -> None:
+    """Publish one file, finished and on stable storage, in the place of an older one of ours, or of none."""
+    os.rename(staged.name, staged.place, src_dir_fd=staged.folder_fd, dst_dir_fd=staged.folder_fd)
+    os.fsync(staged.folder_fd)
+    staged.check_place()
+
+
 def publish_together(staged: t.Sequence[StagedFile], switch: t.Callable[[], None]) -> None:
     """Publish all of these files, finished and on stable storage, or none.
 

@@ -15,6 +15,10 @@ bitmaps, and is never opened for writing once it is there::
     i/DEV:INO the topmost image's file
     p/PATH    its path, as it was asked for
     l/DEV:INO:PATH  an image between the two
+
+The vault of a commit lies beside the image that all goes into. That of a healing has another name, and lies beside the
+image whose bitmaps are written anew, which is the topmost one that it knows; the topmost one of the chain is among the
+others.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ from .publish import open_to_list
 MAX_NAME = MAX_BITMAP_NAME - 3  # bytes of a bitmap's name that a vault can keep
 MARK = "kvmfleet-carried-"  # begins the name of the mark, an empty bitmap in the topmost image
 SUFFIX = ".kvmfleet-vault"
+_HEALING = ".kvmfleet-healing"  # of a vault that no commit knows
 _GIVEN = "-given"  # behind the suffix, once all work on the bitmaps is done
 _FLAT = Bitmap("", 65536, recording=False, inconsistent=False)  # of what is told by its name alone
 _DEAD = {DISABLED: "dd/", INCONSISTENT: "di/", GAP: "dg/"}
@@ -73,6 +78,11 @@ def place_of(real_path: str, is_device: bool, top_real_path: str) -> str:
     return os.path.join(os.path.dirname(beside), f".{os.path.basename(beside)}{SUFFIX}")
 
 
+def healing_place(real_path: str, folder: str) -> str:
+    """Return where the vault of an image is while its bitmaps are healed; `folder` is its own, unless that is /dev."""
+    return os.path.join(folder, f".{os.path.basename(real_path)}{_HEALING}")
+
+
 def find_vault(place: str) -> str | None:
     """Return the path of the vault, of unfinished work or of work that is done; None if there is none."""
     return next((path for path in (place, place + _GIVEN) if os.path.lexists(path)), None)
@@ -98,7 +108,7 @@ def read_vault(file: OpenImage) -> Vault:
         top = _identity(*next(iter(named["i/"])).split(":"))
         others = [_named_file(*word.split(":", 2)) for word in named["l/"]]
     except (StopIteration, ValueError, TypeError) as exc:
-        remedy = "If no commit was interrupted here, move it away; else make a full backup after that."
+        remedy = "If no commit and no healing was interrupted here, move it away; else make a full backup after that."
         why = "has the name of a vault of this collection but is none"
         raise Refusal("unfinished", file.path, why, remedy) from exc
     return Vault(
