@@ -1,0 +1,219 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change at any time.
+"""Read: the images of a chain as heal.py needs them, what killed runs have left beside them, and the bits to be."""
+
+from __future__ import annotations
+
+import os
+import re
+import typing as t
+
+from .._base.errors import Refusal
+from .._base.files import OpenImage
+from .._qcow2.chain import Layer, relative_data_file, why_unusable
+from .._qcow2.dirty import DirtyBits, DirtyMap, counting_cost, dirty_bytes, is_union, maps_of, united
+from .._qcow2.extents import AllocationMap, has_allocated_extents
+from .._qcow2.image import Image, read_image
+from .._qcow2.scratch import write_scratch
+from .._qemu import locks
+from .bitmap_rules import bitmap_problems, names_of
+from .cumulative import MAX_UNITED, memory_image, uniting_cost
+from .examine import MAX_COUNTED_BITS
+from .heal import Plan, Standing, Want
+from .observe import observe_chain, why_not_writable
+from .session import Held
+from .siblings import overlays_in
+from .unfinished import COMMIT, healing_vault, why_in_the_way
+from .vault import MAX_NAME, Vault, open_vault, read_vault
+
+_KEPT = re.compile(r"\.(committed|reverted)(\.[0-9]+)?$")  # the name of an image that no VM needs any more
+
+Bits = dict[str, DirtyBits]  # by the name of the bitmap
+
+
+class Patient(t.NamedTuple):
+    """An open image of the chain."""
+
+    layer: Layer
+    file: OpenImage
+    own: t.Mapping[str, DirtyMap]  # its consistent bitmaps
+    vault: Vault | None  # that a killed run has left
+    standing: Standing
+
+    @property
+    def image(self) -> Image:
+        """Its header and bitmaps; only of qcow2."""
+        assert self.layer.image is not None
+        return self.layer.image
+
+    def sources(self, name: str, want: Want) -> list[DirtyBits]:
+        """Return the maps, as far as they are this image's, whose union the bitmap is to be."""
+        maps: list[DirtyBits] = []
+        if want.own and self.vault is not None and name in self.standing.put_back:
+            maps.append(self.vault.below[name].bits)
+        elif want.own and name in self.own:
+            maps.append(self.own[name])
+        return [*maps, AllocationMap(self.file)] if want.held else maps
+
+
+def look_at_chain(path: str, held: Held) -> list[Patient]:
+    """Return the images of a chain, topmost first; Refusal if one is in use, or if other work on it is unfinished.
+
+    While locks are held, nobody can begin to write to one of them.
+    """
+    layers = observe_chain(held.image(path), "qcow2", relative=False).layers
+    for layer in layers:
+        held.unwritten(layer.path)
+    _check_bottom(layers[-1])
+    top_bitmaps = layers[0].image.bitmaps if layers[0].image else ()
+    problem = why_in_the_way(layers, top_bitmaps, (COMMIT,))
+    if problem is not None:
+        raise problem
+    return [_look(layer, layers[0], held) for layer in layers]
+
+
+def _check_bottom(bottom: Layer) -> None:
+    """Refuse a chain that cannot be read to its end."""
+    if bottom.is_bottom():
+        return
+    why = f"is an image of the format {bottom.format_found}, and what is below it cannot be read"
+    remedy = "Copy it into a qcow2 image ('qemu-img convert -O qcow2')."
+    raise bottom.why_not_read() or Refusal("unsupported", bottom.path, why, remedy)
+
+
+def _look(layer: Layer, top: Layer, held: Held) -> Patient:
+    file = held.image(layer.path)
+    if file.identity != layer.identity:
+        raise Refusal("changed_meanwhile", layer.path, "was moved or replaced meanwhile", "Run this again.")
+    if layer.image is None:
+        return Patient(layer, file, {}, None, Standing(layer.path, layer.virtual_size, {}))
+    image = read_image(file)  # what was read before it was kept from writers may be of yesterday
+    layer = layer._replace(image=image)
+    vault = _find_vault(layer, top, held)
+    named = {bitmap.name: bitmap for bitmap in image.bitmaps}
+    put_back = _lost(image, vault, file) if vault is not None else frozenset[str]()
+    restored = {name: vault.below[name].bitmap for name in put_back} if vault is not None else {}
+    standing = Standing(
+        path=layer.path,
+        virtual_size=layer.virtual_size,
+        bitmaps={**named, **restored},
+        put_back=put_back,
+        lost_bitmaps=image.lost_bitmaps,
+        is_empty=image.backing_file is not None and not image.bitmaps and not has_allocated_extents(file),
+        fault=_fault(layer, top, file, image),
+    )
+    return Patient(layer, file, maps_of(file, image), vault, standing)
+
+
+def _find_vault(layer: Layer, top: Layer, held: Held) -> Vault | None:
+    path = healing_vault(layer, top)
+    return read_vault(held.enter(open_vault(path))) if path is not None and os.path.lexists(path) else None
+
+
+def _lost(image: Image, vault: Vault, file: OpenImage) -> frozenset[str]:
+    """Return what a killed run has lost. A bitmap that is missing where all others are in order was removed since."""
+    if image.bitmaps and not image.lost_bitmaps and not any(bitmap.inconsistent for bitmap in image.bitmaps):
+        return frozenset()
+    sound = {bitmap.name for bitmap in image.bitmaps if not bitmap.inconsistent}
+    lost = frozenset(vault.below) - sound
+    if lost and vault.top != file.identity:
+        why = f"lacks bitmaps that the vault {vault.path} has, which is of another file of this name"
+        remedy = "Put back the file that the vault is of. If there is none any more, remove the vault."
+        raise Refusal("unfinished", file.path, why, remedy)
+    return lost
+
+
+def _fault(layer: Layer, top: Layer, file: OpenImage, image: Image) -> Refusal | None:
+    """Return why the bitmaps of an image cannot be written; None if they can."""
+    if locks.is_locked_by_qemu(file, locks.WRITE_UNSHARED):
+        return locks.below_running_vm(layer.path)
+    if image.version == 2:
+        why = "is an image of version 2 (compat 0.10), which holds no bitmaps"
+        return Refusal("unsupported", layer.path, why, "Use 'qemu-img amend -f qcow2 -o compat=1.1' on it.")
+    if image.encrypted:
+        why = "is encrypted, so QEMU cannot open it for writing without its key; not supported"
+        return Refusal("encrypted", layer.path, why)
+    relative = relative_data_file(layer.path, image)
+    problems = [*why_unusable(layer.path, image, for_writing=True), *([relative] if relative else [])]
+    problems += [*bitmap_problems(layer.path, image), *_vault_problems(layer, top, image)]
+    return next(iter(problems), None)
+
+
+def _vault_problems(layer: Layer, top: Layer, image: Image) -> list[Refusal]:
+    """Return why no vault can be kept for the image, if it has bitmaps to be kept."""
+    kept = [bitmap for bitmap in image.bitmaps if not bitmap.inconsistent]
+    place = healing_vault(layer, top)
+    if not kept:
+        return []
+    if place is None:
+        why = "is a block device, as is the topmost image, so there is no folder for a vault of its bitmaps"
+        remedy = "Have 'virsh backup-begin' make a full backup with a new checkpoint while the VM runs."
+        return [Refusal("block_device", layer.path, why, remedy)]
+    problem = why_not_writable(os.path.dirname(place), place)
+    long = [bitmap for bitmap in kept if len(bitmap.name.encode("utf-8", "surrogateescape")) > MAX_NAME]
+    if long:
+        why = f"the bitmap name {names_of(long)} has more than {MAX_NAME} bytes, too many to be kept in a vault"
+        return [Refusal("bitmap_name", layer.path, why, "Remove the bitmap with 'qemu-img bitmap --remove'.")]
+    return [problem] if problem is not None else []
+
+
+def with_others(patients: t.Sequence[Patient]) -> list[Standing]:
+    """Return the images with those that stand on them and are in other chains, as the folders of this one show."""
+    ours = {one.layer.identity for one in patients}
+    folders = dict.fromkeys(os.path.dirname(one.layer.real_path) for one in patients if not one.layer.is_device)
+    strangers = [one for folder in folders for one in overlays_in(folder) if one.identity not in ours]
+    strangers = [one for one in strangers if not _KEPT.search(one.path)]
+    return [
+        one.standing._replace(
+            others=tuple(other.path for other in strangers if other.backing_identity == one.layer.identity)
+        )
+        for one in patients
+    ]
+
+
+def bits_to_be(patients: t.Sequence[Patient], plan: Plan, held: Held) -> list[Bits]:
+    """Return the bits of each image's bitmaps as they are to be, in images in memory where those are written."""
+    found: list[Bits] = [dict(one.own) for one in patients]
+    for place in sorted(plan.written, reverse=True):  # the topmost one may take in those below
+        patient, wants = patients[place], plan.wants[place]
+        sound = {name: want for name, want in wants.items() if not want.bitmap.inconsistent}
+        maps = {name: patient.sources(name, want) for name, want in sound.items()}
+        for name, want in sound.items():
+            maps[name] += [found[lower][name] for lower in want.below]
+        _check_cost(patient.layer.path, sound, maps)
+        size = patient.layer.virtual_size
+        file = held.enter(memory_image())
+        pieces = ((w.bitmap, united(maps[name], w.bitmap.granularity, size)) for name, w in sound.items())
+        write_scratch(file.fd, size, pieces)
+        found[place] = dict(maps_of(file, read_image(file)))
+    return found
+
+
+def _check_cost(path: str, wants: t.Mapping[str, Want], maps: t.Mapping[str, t.Sequence[DirtyBits]]) -> None:
+    """Refuse what would take too long to unite."""
+    cost = sum(uniting_cost(one, want.bitmap.granularity) for name, want in wants.items() for one in maps[name])
+    if cost > MAX_UNITED:
+        why = "has so many bits set in its bitmaps, or holds so much, that uniting them would take too long"
+        raise Refusal("bitmaps_too_large", path, why, "Remove those bitmaps that no backup needs.")
+
+
+def changed_bitmaps(patient: Patient, wants: t.Mapping[str, Want], bits: Bits) -> list[str]:
+    """Return the bitmaps of an image that are not yet as they are to be."""
+    there = {bitmap.name: bitmap for bitmap in patient.image.bitmaps}
+    size = patient.layer.virtual_size
+    return [
+        name
+        for name in dict.fromkeys([*there, *wants])
+        if name not in wants
+        or there.get(name) != wants[name].bitmap
+        or (name in bits and not is_union(patient.own[name], [bits[name]], size))
+    ]
+
+
+def counted(maps: t.Sequence[DirtyBits], virtual_size: int) -> int | None:
+    """Return how many bytes the maps mark together; None if that would take too long."""
+    if not maps or counting_cost(maps) > MAX_COUNTED_BITS:
+        return None
+    return dirty_bytes(maps, virtual_size)

@@ -1,0 +1,393 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change at any time.
+"""Decide: which bitmaps of a chain can be made valid, or removed, and what each image must have for that.
+
+Pure. mend.py acts on the plan. An overlay differs from the image below only where it holds something itself. So where a
+bitmap is valid in the image below, down to the bottom, all that changed in the overlay since is what the overlay
+holds, whatever became of its own bitmap::
+
+    TOP      rebuilt: what it holds, and what its own bitmap marks, if it has one
+    layer    first bad one, from the bottom: rebuilt from what it holds
+    lowest   the lowest image that has the bitmap: recording, not inconsistent
+
+Above the first bad one a bitmap of the name may be a later one, so all from there to the top are rebuilt.
+
+Images are written from the top downwards. A QEMU that is killed while it opens an image with bitmaps can lose all of
+them, names included, and a chain without them may look valid. So
+
+1) before an image below the topmost one is written, the bitmaps of the topmost one take in all bits below, and
+2) an image is barred if the chain would, without its bitmaps, look valid for one that is not.
+"""
+
+from __future__ import annotations
+
+import typing as t
+
+from .._base.errors import Refusal, printable
+from .._qcow2.bitmaps import Bitmap
+from .bitmap_rules import Checkpoint, LayerBitmaps, carries_over, judge, judge_all
+from .fates import Named
+from .vault import MARK
+from .verdict import FAILED, Need, problem_fields
+
+VALID = "valid"
+ABSENT = "absent"
+REBUILT = "rebuilt"
+REMOVED = "removed"
+
+_FULL = "Make a full backup with a new checkpoint, and remove this one with state=absent."
+
+
+class HealRequest(t.NamedTuple):
+    """The bitmaps of one disk, as they are asked for."""
+
+    path: str
+    names: tuple[str, ...] | None = None  # None means all that the chain has
+    state: str = VALID
+    assume_not_emptied: bool = False
+    cumulative: bool = False
+
+    @property
+    def vm(self) -> str:
+        """Each disk has its turn by itself."""
+        return self.path
+
+
+class Standing(t.NamedTuple):
+    """An image of the chain, as it stands there."""
+
+    path: str
+    virtual_size: int  # bytes
+    bitmaps: Named  # those that are put back are told as the vault has them
+    put_back: frozenset[str] = frozenset()  # that a killed run has lost, and that its vault has
+    lost_bitmaps: int = 0
+    is_empty: bool = False  # an overlay without bitmaps that holds nothing
+    fault: Refusal | None = None  # why its bitmaps cannot be written
+    others: tuple[str, ...] = ()  # paths of the images on top of it that are not in this chain
+
+
+class Want(t.NamedTuple):
+    """A bitmap that an image is to have. An inconsistent one only stays."""
+
+    bitmap: Bitmap
+    own: bool = True  # what it marks now goes in
+    held: bool = False  # all goes in that the image holds itself
+    below: tuple[int, ...] = ()  # the places of the images whose bitmaps of this name go in
+
+
+class Found(t.NamedTuple):
+    """What was found of one bitmap that is asked for."""
+
+    name: str
+    image: str | None  # path of the image that it is about
+    problem: Refusal | None = None
+
+
+Wants = t.Mapping[int, t.Mapping[str, Want]]  # by place and name
+
+
+class Plan(t.NamedTuple):
+    """What is to be done with one disk."""
+
+    wants: Wants  # all bitmaps that each image is to have, by its place in the chain
+    written: tuple[int, ...]  # the places of those that may have to be written
+    found: tuple[Found, ...]  # of each bitmap that is asked for
+    checkpoints: tuple[Checkpoint, ...]  # afterwards
+    barred: t.Mapping[int, Refusal]  # why an image must not be written, by its place
+
+
+class Item(t.NamedTuple):
+    """What is to become, or became, of a bitmap in one image."""
+
+    name: str
+    image: str | None
+    state: str
+    before: int | None = None  # bytes that it marks
+    after: int | None = None
+    problem: Refusal | None = None
+
+    def as_result(self) -> dict[str, t.Any]:
+        """Return it in the form in which the module returns it."""
+        return {
+            "name": printable(self.name),
+            "image": printable(self.image) if self.image else None,
+            "state": self.state,
+            "dirty_bytes_before": self.before,
+            "dirty_bytes_after": self.after,
+            **(problem_fields([self.problem]) if self.problem else {}),
+        }
+
+
+class HealVerdict(t.NamedTuple):
+    """What is to become, or became, of the bitmaps of one disk."""
+
+    request: HealRequest
+    refusals: tuple[Refusal, ...] = ()  # why nothing of the disk is done
+    warnings: tuple[str, ...] = ()
+    items: tuple[Item, ...] = ()
+    checkpoints: tuple[t.Mapping[str, t.Any], ...] = ()  # afterwards, as qcow2_info tells them
+    chain: tuple[str, ...] = ()  # paths of its images, topmost first
+    written: tuple[int, ...] = ()  # places of those that are to be written
+    vaults: tuple[str, ...] = ()  # paths of those that killed runs have left
+    need: Need | None = None
+
+    @property
+    def state(self) -> str:
+        """The word for it while it is worked on: a bitmap that cannot be healed keeps no other from it."""
+        return FAILED if self.refusals else self.result_state
+
+    @property
+    def result_state(self) -> str:
+        """The word for it in the end."""
+        states = {item.state for item in self.items}
+        if self.refusals or FAILED in states:
+            return FAILED
+        whole = VALID if self.request.state == VALID else ABSENT
+        return next((state for state in (REMOVED, REBUILT) if state in states), whole)
+
+    @property
+    def problems(self) -> tuple[Refusal, ...]:
+        """Why the disk, or a bitmap of it, failed."""
+        return (*self.refusals, *(item.problem for item in self.items if item.problem))
+
+    @property
+    def changed(self) -> bool:
+        """Whether something is to be done, or was done."""
+        return not self.refusals and bool(self.written or self.vaults)
+
+    def failed(self, *problems: Refusal) -> HealVerdict:
+        """Return this verdict as a failure, with these problems beside those that it has."""
+        return HealVerdict(self.request, (*self.refusals, *problems), self.warnings, chain=self.chain)
+
+    def as_result(self) -> dict[str, t.Any]:
+        """Return the verdict in the form in which the module returns it."""
+        return {
+            "path": printable(self.request.path),
+            "state": self.result_state,
+            "bitmaps": [item.as_result() for item in self.items],
+            "checkpoints": list(self.checkpoints),
+            **problem_fields(self.problems),
+        }
+
+    def as_diff(self) -> tuple[t.Any, t.Any]:
+        """Return what a diff shows: the bytes that each bitmap which is written marks, before and after."""
+        changed = [(f"{item.name} in {item.image}", item) for item in self.items if item.state in (REBUILT, REMOVED)]
+        before = {printable(key): {"dirty_bytes": item.before} for key, item in changed}
+        after = {printable(key): {"dirty_bytes": item.after} for key, item in changed if item.state == REBUILT}
+        return before, after
+
+
+def decide(request: HealRequest, chain: t.Sequence[Standing]) -> Plan:
+    """Return what is to be done with the bitmaps of a chain, topmost image first.
+
+    An image to be written can be barred all the same: what a killed run has begun cannot be left as it is, and what the
+    topmost one would have to take in may be there already.
+    """
+    barred = _barred(chain)
+    while True:
+        plan = _Draft(request, chain, barred).plan()
+        unsafe = {place: why for place, why in _unsafe(plan, chain).items() if place not in barred}
+        if not unsafe:
+            return plan
+        barred.update(unsafe)
+
+
+def _barred(chain: t.Sequence[Standing]) -> dict[int, Refusal]:
+    """Return why an image must not be written, by its place."""
+    if chain[0].fault is not None:  # it must be written before any other
+        return dict.fromkeys(range(len(chain)), chain[0].fault)
+    barred = {place: image.fault for place, image in enumerate(chain) if image.fault is not None}
+    shared = next((place for place, image in enumerate(chain) if image.others), len(chain))
+    for place in range(shared, len(chain)):  # what is on top of one is on top of all below it
+        barred[place] = _stood_on(chain[place].path, chain[shared].others[0])
+    return barred
+
+
+def _stood_on(path: str, other: str) -> Refusal:
+    why = f"is below {other} too, whose backups would be judged by other bitmaps"
+    remedy = "Give the topmost image of the disk. If that one is of no use, remove it; a template stays as it is."
+    return Refusal("stood_on", path, why, remedy)
+
+
+def names_asked(request: HealRequest, chain: t.Sequence[Standing]) -> list[str]:
+    """Return the bitmaps that are asked for. By default those of a template are left alone where they would go."""
+    if request.names is not None:
+        return list(dict.fromkeys(request.names))
+    shared = next((place for place, image in enumerate(chain) if image.others), len(chain))
+    looked_at = chain if request.state == VALID else chain[:shared]
+    return sorted({name for one in looked_at for name in one.bitmaps if not name.startswith(MARK)})
+
+
+class _Draft:
+    """A plan in the making, for which no more images have to be barred."""
+
+    def __init__(self, request: HealRequest, chain: t.Sequence[Standing], barred: t.Mapping[int, Refusal]) -> None:
+        self._request = request
+        self._chain = chain
+        self._barred = barred
+        self._wants = [_as_it_is(image) for image in chain]
+        self._written = {place for place, image in enumerate(chain) if image.put_back}
+
+    def plan(self) -> Plan:
+        """Return the plan."""
+        asked = names_asked(self._request, self._chain)
+        act = self._heal if self._request.state == VALID else self._remove
+        found = [one for name in asked for one in act(name)]
+        self._take_in(asked)
+        checkpoints = judge_all(_layers(self._chain, self._wants, self._written), complete=True)
+        checkpoints.sort(key=lambda one: one.name)  # the order in an image changes when it is written
+        wants = dict(enumerate(self._wants))
+        return Plan(wants, tuple(sorted(self._written)), tuple(found), tuple(checkpoints), self._barred)
+
+    def _heal(self, name: str) -> list[Found]:
+        """Add what makes a bitmap valid; return what was found of it."""
+        chain = self._chain
+        if judge(name, _layers(chain, self._wants, ())).valid:
+            return [Found(name, chain[0].path)]
+        places = [place for place, image in enumerate(chain) if name in image.bitmaps]
+        problem = _why_not(name, self._request, chain, places)
+        if problem is not None:
+            return [Found(name, problem.subject if places else None, problem)]
+        lowest = places[-1]
+        bad = [place for place in range(lowest) if not _records(chain[place], name)]
+        rebuilt = range(max(bad, default=0) + 1)  # the topmost one has the lowest bitmap itself where none is bad
+        blocked = next((self._barred[place] for place in rebuilt if place in self._barred), None)
+        if blocked is not None:
+            return [Found(name, blocked.subject, blocked)]
+        begun = chain[min(len(rebuilt), lowest)].bitmaps[name]
+        for place in rebuilt:
+            bitmap = begun._replace(recording=True, inconsistent=False)
+            self._wants[place][name] = Want(bitmap, own=_records(chain[place], name), held=True)
+            self._written.add(place)
+        return [Found(name, chain[place].path) for place in rebuilt]
+
+    def _remove(self, name: str) -> list[Found]:
+        """Take a bitmap away from the top downwards: while any image has it, the topmost one does not."""
+        found = []
+        problem = None
+        for place, image in enumerate(self._chain):
+            if name not in image.bitmaps:
+                continue
+            problem = problem or self._barred.get(place)
+            if problem is not None and problem.code == "stood_on" and place > 0 and self._request.names is None:
+                break  # what a template has is meant only by its name
+            if problem is None:
+                del self._wants[place][name]
+                self._written.add(place)
+            found.append(Found(name, image.path, problem))
+        return found or [Found(name, None)]
+
+    def _take_in(self, asked: t.Sequence[str]) -> None:
+        """Have the topmost image's bitmaps take in the bits below, where they are in danger or where that is asked."""
+        chain, wants = self._chain, self._wants
+        right = {one.name for one in judge_all(_layers(chain, wants, ()), complete=True) if one.valid}
+        lower = [place for place in self._written if place > 0]
+        in_danger = {name for place in lower for name in (*chain[place].bitmaps, *wants[place])}
+        is_cumulative = self._request.cumulative and self._request.state == VALID
+        for name in sorted(right & (in_danger | set(asked if is_cumulative else ()))):
+            below = tuple(place for place in range(1, len(chain)) if name in wants[place])
+            if below:
+                wants[0][name] = wants[0][name]._replace(below=below)
+                self._written.add(0)
+
+
+def _as_it_is(image: Standing) -> dict[str, Want]:
+    return {name: Want(bitmap, held=name in image.put_back) for name, bitmap in image.bitmaps.items()}
+
+
+def _records(image: Standing, name: str) -> bool:
+    return name in image.bitmaps and carries_over(image.bitmaps[name])
+
+
+def _layers(
+    chain: t.Sequence[Standing], wants: t.Sequence[t.Mapping[str, Want]], written: t.Collection[int]
+) -> list[LayerBitmaps]:
+    """Return what the rules about checkpoints need of a chain that has what is wanted."""
+    return [
+        LayerBitmaps(
+            path=image.path,
+            virtual_size=image.virtual_size,
+            bitmaps={name: want.bitmap for name, want in wants[place].items()},
+            lost_bitmaps=0 if place in written else image.lost_bitmaps,
+            is_empty=image.is_empty and not wants[place],
+        )
+        for place, image in enumerate(chain)
+    ]
+
+
+def _why_not(name: str, request: HealRequest, chain: t.Sequence[Standing], places: t.Sequence[int]) -> Refusal | None:
+    """Return why a bitmap cannot be made valid rightly; None if it can. `places` are those of the images with it."""
+    if not places:
+        remedy = "Make a full backup with it."
+        return Refusal("no_checkpoint", chain[0].path, f"no image of its chain has the bitmap {name!r}", remedy)
+    lowest = chain[places[-1]]
+    if lowest.bitmaps[name].inconsistent:
+        return _why_not_from(name, request, chain, places[-1])
+    for image in (chain[place] for place in places):
+        bitmap = image.bitmaps[name]
+        if not bitmap.recording and not bitmap.inconsistent:
+            why = f"its bitmap {name!r} is disabled, so somebody has ended its recording on purpose"
+            return _not_healable(image, why)
+    return _why_not_in_chain(name, chain, places[-1])
+
+
+def _why_not_from(name: str, request: HealRequest, chain: t.Sequence[Standing], lowest: int) -> Refusal | None:
+    """Return why a bitmap that is inconsistent in the lowest image with it cannot be rebuilt."""
+    image = chain[lowest]
+    if lowest > 0:
+        why = f"its bitmap {name!r} is inconsistent, and no image below has it, so nobody knows what changed since"
+        return _not_healable(image, why)
+    problem = _why_not_in_chain(name, chain, lowest)
+    if problem is None and not request.assume_not_emptied:
+        why = (
+            f"its bitmap {name!r} is inconsistent, and no image below has it. It can be rebuilt from what the image "
+            "holds, unless the image was emptied since the bitmap was made, which cannot be seen"
+        )
+        remedy = (
+            "If nobody has run 'qemu-img commit' without -d on it since that checkpoint, use assume_not_emptied=true. "
+            f"Else: {_FULL}"
+        )
+        return Refusal("may_be_emptied", image.path, why, remedy)
+    return problem
+
+
+def _why_not_in_chain(name: str, chain: t.Sequence[Standing], lowest: int) -> Refusal | None:
+    """Return what the images around the lowest one with the bitmap have against rebuilding it."""
+    sizes = [image for image in chain[: lowest + 1] if image.virtual_size != chain[lowest].virtual_size]
+    if sizes:
+        why = (
+            f"has {sizes[-1].virtual_size} bytes and the image below it with the bitmap {name!r} "
+            f"{chain[lowest].virtual_size}; QEMU cannot merge bitmaps of different sizes"
+        )
+        return _not_healable(sizes[-1], why)
+    lost = next((image for image in chain[lowest + 1 :] if image.lost_bitmaps), None)
+    if lost is not None:
+        why = (
+            "its bitmaps are lost, because a program that does not know bitmaps has written to it, and "
+            f"{name!r} may have been among them"
+        )
+        return _not_healable(lost, why)
+    return None
+
+
+def _not_healable(image: Standing, why: str) -> Refusal:
+    return Refusal("not_healable", image.path, why, _FULL)
+
+
+def _unsafe(plan: Plan, chain: t.Sequence[Standing]) -> dict[int, Refusal]:
+    """Return the images whose bitmaps, if they were lost, would make the chain look valid for one that is not."""
+    right = {one.name for one in plan.checkpoints if one.valid}
+    now, then = [_as_it_is(image) for image in chain], [plan.wants[place] for place in range(len(chain))]
+    unsafe = {}
+    for place in (place for place in plan.written if place > 0):
+        without = judge_all(_layers(chain, [*then[:place], {}, *now[place + 1 :]], ()), complete=True)
+        wrong = next((one.name for one in without if one.valid and one.name not in right), None)
+        if wrong is not None:
+            why = (
+                "cannot be written safely: if QEMU were killed while it opens it, the bitmap "
+                f"{wrong!r} would look valid, and is not"
+            )
+            unsafe[place] = Refusal("closes_gap", chain[place].path, why, "Heal that one too, or remove it first.")
+    return unsafe

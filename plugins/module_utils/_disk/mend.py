@@ -1,0 +1,257 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change at any time.
+"""Act: write the bitmaps of a chain as heal.py has decided. The operation qcow2_bitmap is made of.
+
+::
+
+    keep       beside each image to be written, a vault of its bitmaps
+    write      the images, from the top downwards
+    publish    remove the vaults
+
+A run that finds a vault beside an image whose bitmaps are lost puts them back: what the vault has, and all that the
+image holds, since a VM may have run on it since.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import secrets
+import typing as t
+
+from .._base.errors import QemuError, Refusal
+from .._qcow2.bitmaps import Bitmap
+from . import heal
+from .carry import Place, Wanted, bring
+from .cumulative import most_bytes
+from .diagnose import Bits, Patient, bits_to_be, changed_bitmaps, counted, look_at_chain, with_others
+from .heal import HealRequest, HealVerdict, Item, Plan
+from .overlay import path_problems
+from .publish import StagedFile, publish_over
+from .session import Held, Images
+from .unfinished import healing_vault
+from .vault import Content, holds, read_vault, remove_vault, write_vault
+from .verdict import FAILED, Need
+
+_FOR_VAULT = 1 << 20  # bytes that a vault takes, beside bits
+_GOES_ON = "The same call again goes on; nothing is lost, since the bitmaps that were in order are in a vault."
+
+
+class _Work(t.NamedTuple):
+    """What is to be done, with all that is open for it."""
+
+    patients: list[Patient]
+    plan: Plan
+    bits: list[Bits]  # as they are to be, by place and name
+    changed: dict[int, list[str]]  # names, by the place of an image that is to be written
+
+
+class MendBitmaps:
+    """States valid and absent of bitmaps. An Operation."""
+
+    def __init__(self) -> None:
+        self._works: dict[str, _Work] = {}  # of the last look at each disk; what is open there is open during its turn
+
+    def problems(self, request: HealRequest) -> list[Refusal]:
+        """Return what is wrong with a request whatever the host looks like."""
+        return path_problems("path", request.path)
+
+    def conflicts(self, requests: t.Sequence[HealRequest]) -> list[Refusal | None]:
+        """Return for each request of a call what is wrong with it beside the others."""
+        paths = [os.path.realpath(request.path) for request in requests]
+        times = collections.Counter(paths)
+        why = "is asked for more than once in this call, perhaps through a symlink"
+        return [
+            Refusal("repeated", request.path, why, "Name it once.") if times[path] > 1 else None
+            for request, path in zip(requests, paths)
+        ]
+
+    def folders(self, request: HealRequest) -> t.Sequence[str]:
+        """Return the folder of the topmost image, where a killed run can have left a vault that was not finished."""
+        return [os.path.dirname(request.path)]
+
+    def refused(self, request: HealRequest, problems: t.Sequence[Refusal]) -> HealVerdict:
+        """Return the verdict on a request that is refused without a look."""
+        return HealVerdict(request, tuple(problems))
+
+    def judge(self, request: HealRequest, held: Held) -> HealVerdict:
+        """Look at the chain, and decide."""
+        patients = look_at_chain(request.path, held)
+        standing = [one.standing for one in patients]
+        plan = heal.decide(request, standing)
+        if plan.written or request.state == heal.ABSENT:  # to look through whole folders takes its time
+            plan = heal.decide(request, with_others(patients))
+        bits = bits_to_be(patients, plan, held)
+        changed = {
+            place: names
+            for place in plan.written
+            if (names := changed_bitmaps(patients[place], plan.wants[place], bits[place]))
+        }
+        barred = [plan.barred[place] for place in changed if place in plan.barred]
+        if barred:
+            return self.refused(request, barred)
+        for place in changed:
+            held.alone(patients[place].layer.path)
+        self._works[request.path] = work = _Work(patients, plan, bits, changed)
+        return _promise(request, work)
+
+    def images(self, verdict: HealVerdict) -> Images:
+        """Return the whole chain, topmost first."""
+        return Images(verdict.chain, frozenset(verdict.chain))
+
+    def rehearse(self, verdict: HealVerdict, _held: Held) -> HealVerdict:
+        """Nothing beside the look can be rehearsed without writing."""
+        return verdict
+
+    def phases(self) -> t.Sequence[t.Callable[[HealVerdict, Held], HealVerdict]]:
+        """Keep the bitmaps of all images first, then write."""
+        return [self.keep, self.write]
+
+    def keep(self, verdict: HealVerdict, held: Held) -> HealVerdict:
+        """Put the bitmaps that are in order, or were when a killed run began, into vaults."""
+        work = self._works[verdict.request.path]
+        for place in verdict.written:
+            _keep(place, work, held)
+        return verdict
+
+    def write(self, verdict: HealVerdict, held: Held) -> HealVerdict:
+        """Give the images their bitmaps, topmost first, and read them back."""
+        work = self._works[verdict.request.path]
+        for place in verdict.written:
+            patient, wants = work.patients[place], work.plan.wants[place]
+            data_file = patient.image.data_file
+            wanted = [Wanted(w.bitmap, _maps(work.bits[place], name)) for name, w in wants.items()]
+            to_be = Place(patient.file, held.image(data_file) if data_file else None, patient.layer.virtual_size)
+            try:
+                bring(to_be, wanted, held.monitor, {})
+            except QemuError as exc:
+                raise exc.about(patient.layer.path).with_note(_GOES_ON) from exc
+            except Refusal as exc:
+                raise exc.with_note(_GOES_ON) from exc
+        return verdict
+
+    def publish(self, verdicts: t.Sequence[HealVerdict], _held: Held, switch: t.Callable[[], None]) -> None:
+        """Remove the vaults."""
+        switch()
+        for verdict in verdicts:
+            work = self._works[verdict.request.path]
+            kept = [healing_vault(work.patients[place].layer, work.patients[0].layer) for place in verdict.written]
+            for path in dict.fromkeys([*filter(None, kept), *verdict.vaults]):
+                if os.path.lexists(path):
+                    remove_vault(path)
+
+
+def _maps(bits: Bits, name: str) -> list[t.Any]:
+    return [bits[name]] if name in bits else []
+
+
+def _keep(place: int, work: _Work, held: Held) -> None:
+    """Put a vault beside an image that is to be written, in the place of an older one; none if it has nothing."""
+    patient, wants, top = work.patients[place], work.plan.wants[place], work.patients[0]
+    path = healing_vault(patient.layer, top.layer)
+    below = [(b, maps) for b, maps in _in_order(patient) if b.name in wants]
+    if not below or path is None:
+        return
+    content = Content(
+        token=secrets.token_hex(8),
+        top=patient.file,
+        others=[top.file] if place else [],
+        below=below,
+        above=(),
+        dead={},
+        virtual_size=patient.layer.virtual_size,
+    )
+    staged = held.enter(StagedFile(path, os.path.dirname(path)))
+    write_vault(staged.file.fd, content)
+    os.fsync(staged.file.fd)
+    if not holds(read_vault(staged.file), content):
+        raise Refusal("not_verified", path, "the vault is not what was written")
+    publish_over(staged)
+
+
+def _in_order(patient: Patient) -> t.Iterator[tuple[Bitmap, list[t.Any]]]:
+    """Yield the bitmaps of an image that are in order, or were when a killed run began, with their maps."""
+    for name, bitmap in patient.standing.bitmaps.items():
+        if not bitmap.inconsistent:
+            yield bitmap, patient.sources(name, heal.Want(bitmap, held=name in patient.standing.put_back))
+
+
+def _promise(request: HealRequest, work: _Work) -> HealVerdict:
+    """Return the verdict for the case that all goes well."""
+    return HealVerdict(
+        request=request,
+        items=tuple(_items(request, work)),
+        checkpoints=tuple(_checkpoints(work)),
+        chain=tuple(one.layer.path for one in work.patients),
+        written=tuple(sorted(work.changed)),
+        vaults=tuple(one.vault.path for one in work.patients if one.vault is not None),
+        need=_need(work),
+    )
+
+
+def _items(request: HealRequest, work: _Work) -> t.Iterator[Item]:
+    """Yield what becomes of each bitmap that is asked for, then of the others that are written."""
+    changed = {(work.patients[place].layer.path, name): place for place in work.changed for name in work.changed[place]}
+    for name, image, problem in work.plan.found:
+        place = changed.pop((image or "", name), None)
+        if problem is not None:
+            yield Item(name, image, FAILED, problem=problem)
+        elif place is not None:
+            yield _written(name, place, work)
+        elif request.state == heal.ABSENT:
+            yield Item(name, image, heal.ABSENT)
+        else:
+            dirty = _dirty_bytes(name, image, work)
+            yield Item(name, image, heal.VALID, dirty, dirty)
+    for (_path, name), place in changed.items():
+        yield _written(name, place, work)
+
+
+def _dirty_bytes(name: str, path: str | None, work: _Work) -> int | None:
+    """Return what the bitmap of an image that is not written marks."""
+    found = (one for one in work.patients if one.layer.path == path and name in one.own)
+    return next((counted([one.own[name]], one.layer.virtual_size) for one in found), None)
+
+
+def _written(name: str, place: int, work: _Work) -> Item:
+    """Return what becomes of a bitmap of an image that is written."""
+    patient, bits = work.patients[place], work.bits[place]
+    size = patient.layer.virtual_size
+    before = counted([patient.own[name]], size) if name in patient.own else None
+    after = counted([bits[name]], size) if name in bits else None
+    state = heal.REBUILT if name in work.plan.wants[place] else heal.REMOVED
+    return Item(name, patient.layer.path, state, before, after)
+
+
+def _checkpoints(work: _Work) -> t.Iterator[dict[str, t.Any]]:
+    """Yield all checkpoints of the chain as they are afterwards."""
+    for one in work.plan.checkpoints:
+        maps = [bits[one.name] for bits in work.bits if one.name in bits] if one.valid else []
+        size = work.patients[0].layer.virtual_size
+        whole = counted(maps, size)
+        top = counted(maps[:1], size) if whole is not None else None
+        alone = None if whole is None else whole == top
+        yield {**one.as_result(), "dirty_bytes": whole, "dirty_bytes_top": top, "top_alone": alone}
+
+
+def _need(work: _Work) -> Need | None:
+    """Return the space that the vaults and the bitmaps take in the folder of the topmost image that is written."""
+    files = [(place, work.patients[place]) for place in work.changed if not work.patients[place].layer.is_device]
+    if not files:
+        return None
+    folder = os.path.dirname(files[0][1].layer.real_path)
+    device = os.stat(folder).st_dev
+    here = [(place, one) for place, one in files if one.file.status().st_dev == device]
+    bits = sum(_bit_bytes(place, work) for place, _one in here)
+    space = os.statvfs(folder)
+    free = (space.f_bfree if os.geteuid() == 0 else space.f_bavail) * space.f_frsize
+    return Need(device, folder, 2 * bits + _FOR_VAULT * len(here), free) if space.f_blocks else None
+
+
+def _bit_bytes(place: int, work: _Work) -> int:
+    patient, bits = work.patients[place], work.bits[place]
+    bitmaps = [want.bitmap for name, want in work.plan.wants[place].items() if name in bits]
+    maps = {name: [one] for name, one in bits.items()}
+    return most_bytes(maps, bitmaps, patient.image.cluster_size, patient.layer.virtual_size)

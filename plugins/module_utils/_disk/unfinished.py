@@ -1,0 +1,117 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change at any time.
+"""Read: work on the images of a chain that a killed run has left unfinished, and which call completes it."""
+
+from __future__ import annotations
+
+import os
+import typing as t
+
+from .._base.errors import Refusal
+from .._base.files import Identity
+from .._qcow2.bitmaps import Bitmap
+from .._qcow2.chain import Layer
+from .vault import MARK, Vault, find_vault, healing_place, open_vault, place_of, read_vault
+
+COMMIT = "commit"
+HEALING = "healing"
+
+
+class Unfinished(t.NamedTuple):
+    """Work that was begun on an image and is not done."""
+
+    kind: str
+    path: str  # of the image
+    what: str  # without full stop
+    remedy: str
+    is_in_the_way: bool = True  # of other work on the chain
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.what}. {self.remedy}"
+
+    def as_refusal(self) -> Refusal:
+        """Return the refusal of other work on the chain."""
+        return Refusal("unfinished", self.path, self.what, self.remedy)
+
+
+def unfinished_work(chain: t.Sequence[Layer], top_bitmaps: t.Iterable[Bitmap]) -> list[Unfinished]:
+    """Return what is unfinished in a chain, topmost image first."""
+    found = [_mark(chain[0].path, bitmap.name) for bitmap in top_bitmaps if bitmap.name.startswith(MARK)]
+    for place, layer in enumerate(chain):
+        found += [_commit(layer, path, chain) for path in _commit_vaults(layer, chain[:place])]
+        path = healing_vault(layer, chain[0])
+        healing = _healing(layer, path, chain[0]) if path is not None and os.path.lexists(path) else None
+        found += [healing] if healing is not None else []
+    return found
+
+
+def why_in_the_way(
+    chain: t.Sequence[Layer], top_bitmaps: t.Iterable[Bitmap], kinds: t.Container[str] = (COMMIT, HEALING)
+) -> Refusal | None:
+    """Return why other work must wait for the end of this kind of work; None if it need not."""
+    found = (one for one in unfinished_work(chain, top_bitmaps) if one.is_in_the_way and one.kind in kinds)
+    return next((one.as_refusal() for one in found), None)
+
+
+def healing_vault(layer: Layer, top: Layer) -> str | None:
+    """Return where the vault of an image is whose bitmaps are healed; None if there is no folder that stays."""
+    if not layer.is_device:
+        return healing_place(layer.real_path, os.path.dirname(layer.real_path))
+    return None if top.is_device else healing_place(layer.real_path, os.path.dirname(top.real_path))
+
+
+def _commit_vaults(layer: Layer, above: t.Sequence[Layer]) -> list[str]:
+    """Return the paths of the vaults of commits into this image."""
+    tops = [one.real_path for one in above if not one.is_device] if layer.is_device else [layer.real_path]
+    places = dict.fromkeys(place_of(layer.real_path, layer.is_device, top) for top in tops)
+    return [path for path in map(find_vault, places) if path is not None]
+
+
+def _mark(path: str, name: str) -> Unfinished:
+    what = f"its commit is unfinished: it has the mark {name!r}"
+    remedy = (
+        "Complete it with the same call again (kvmfleet.qcow2.qcow2_overlay or kvmfleet.qcow2.domain_overlay with "
+        "state=committed). If it was committed before and is only kept, nothing is to be done with it."
+    )
+    return Unfinished(COMMIT, path, what, remedy)
+
+
+def _commit(layer: Layer, path: str, chain: t.Sequence[Layer]) -> Unfinished:
+    vault = _read(path)
+    if isinstance(vault, Refusal):
+        return Unfinished(COMMIT, layer.path, f"the vault {path} {vault.why}", vault.remedy)
+    top = vault.top_path or "the overlay"
+    call = (
+        f"Complete it with kvmfleet.qcow2.qcow2_overlay, state=committed, path={top}, backing_file={layer.path} (or "
+        "with the same call of kvmfleet.qcow2.domain_overlay)."
+    )
+    if not vault.is_given:
+        return Unfinished(COMMIT, layer.path, f"the commit of {top} into it is unfinished (vault {path})", call)
+    what = f"of the commit of {top} into it only the end is missing: what went in is to be retired (vault {path})"
+    return Unfinished(COMMIT, layer.path, what, call, _is_part(vault.top, chain))
+
+
+def _is_part(identity: Identity, chain: t.Sequence[Layer]) -> bool:
+    return any(layer.identity == identity for layer in chain)
+
+
+def _healing(layer: Layer, path: str, top: Layer) -> Unfinished | None:
+    """Return that the healing of an image is unfinished; None if the vault is of another image that had its name."""
+    vault = _read(path)
+    if isinstance(vault, Refusal):
+        return Unfinished(HEALING, layer.path, f"the vault {path} {vault.why}", vault.remedy)
+    if vault.top != layer.identity:
+        return None
+    what = f"work on its bitmaps is unfinished (vault {path})"
+    remedy = f"Complete it with the same call of kvmfleet.qcow2.qcow2_bitmap again, with path={top.path}."
+    return Unfinished(HEALING, layer.path, what, remedy)
+
+
+def _read(path: str) -> Vault | Refusal:
+    try:
+        with open_vault(path) as file:
+            return read_vault(file)
+    except Refusal as exc:
+        return exc

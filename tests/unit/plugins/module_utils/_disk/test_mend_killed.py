@@ -1,0 +1,214 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Healing that is killed: nothing looks valid that is not, and the same call completes it."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import mend as mend_module
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.heal import HealRequest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.mend import MendBitmaps
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu.monitor import Monitor
+
+from .. import qemu
+from .healing import (
+    MONDAY,
+    SIZE,
+    TUESDAY,
+    bits_of,
+    changed_bits,
+    checkpoints,
+    content,
+    corruptions,
+    crash,
+    guest_writes,
+    lose,
+    mend,
+    recording_overlay,
+)
+from .overlays import SETTINGS
+
+WEDNESDAY = Bitmap("wednesday", 65536, True, False)  # begins in the image in the middle
+NAMES = ("monday", "tuesday", "wednesday")
+
+
+@pytest.fixture(name="broken", scope="module")
+def fixture_broken(tmp_path_factory):
+    """A chain of three whose middle has lost one bitmap, and has another one that no image below has."""
+    folder = tmp_path_factory.mktemp("broken")
+    base = qemu.create(folder / "base.qcow2", SIZE)
+    guest_writes(base, random.Random(1))
+    qemu.add_bitmaps(base, [MONDAY, TUESDAY])
+    then = dict.fromkeys(("monday", "tuesday"), content(base))
+    guest_writes(base, random.Random(2))
+    recording_overlay(folder / "middle.qcow2", base)
+    guest_writes(folder / "middle.qcow2", random.Random(3))
+    qemu.add_bitmaps(folder / "middle.qcow2", [WEDNESDAY])
+    then["wednesday"] = content(folder / "middle.qcow2")
+    guest_writes(folder / "middle.qcow2", random.Random(4))
+    recording_overlay(folder / "top.qcow2", folder / "middle.qcow2")
+    guest_writes(folder / "top.qcow2", random.Random(5))
+    qemu.qemu_img("bitmap", "--remove", str(folder / "middle.qcow2"), "tuesday")
+    return folder, then
+
+
+class Case:
+    """A copy of the chain, and what its checkpoints were made of."""
+
+    def __init__(self, folder, broken):
+        self.folder, self.then = folder, broken[1]
+        for name in ("base", "middle", "top"):
+            shutil.copy(broken[0] / f"{name}.qcow2", folder / f"{name}.qcow2")
+            qemu.qemu_img("rebase", "-u", *self._below(name), str(folder / f"{name}.qcow2"))
+        self.top = str(folder / "top.qcow2")
+
+    def _below(self, name):
+        below = {"top": "middle", "middle": "base"}.get(name)
+        return ("-b", str(self.folder / f"{below}.qcow2"), "-F", "qcow2") if below else ("-b", "")
+
+    def short(self):
+        """Return the checkpoints that look valid and lack what really changed."""
+        now = content(self.top)
+        return {
+            name
+            for name in checkpoints(self.top)
+            if changed_bits(self.then[name], now) & ~bits_of(self.folder.glob("*.qcow2"), name)
+        }
+
+
+@pytest.fixture(name="case")
+def fixture_case(tmp_path, broken):
+    return Case(tmp_path, broken)
+
+
+STEPS = [(Monitor, "send"), (os, "fsync"), (os, "rename"), (os, "unlink")]
+
+
+def killed(case, step, pause=0.0, **options):
+    """Run in a child that kills itself before, or some time after, this step; return whether it came so far."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    with contextlib.suppress(BaseException):
+        counter = itertools.count()
+        for owner, name in STEPS:
+            setattr(owner, name, counted(getattr(owner, name), counter, step, pause))
+        run(MendBitmaps(), [HealRequest(case.top, **options)], SETTINGS)
+    os._exit(0)
+
+
+def counted(real, counter, step, pause):
+    """Return the call, which kills this process if it is its turn."""
+
+    def calling(*args, **kwargs):
+        is_it = next(counter) == step
+        if is_it and pause:
+            answer = real(*args, **kwargs)
+            time.sleep(pause)
+        if is_it:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return answer if is_it else real(*args, **kwargs)
+
+    return calling
+
+
+def vm_runs(case):
+    guest_writes(case.top, random.Random(6))
+
+
+def vm_crashes(case):
+    guest_writes(case.top, random.Random(6))
+    crash(case.top)
+
+
+def nothing(_case):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("options", "pause", "meanwhile"),
+    [
+        ({}, 0.0, vm_crashes),
+        ({"state": "absent", "names": ("tuesday",)}, 0.0004, vm_runs),
+    ],
+)
+def test_a_kill_at_any_step_is_completed_by_the_same_call(tmp_path, broken, options, pause, meanwhile):
+    for step in range(200):
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        case = Case(folder, broken)
+        if not killed(case, step, pause, **options):
+            break
+        assert not case.short(), step
+        meanwhile(case)
+        assert not case.short(), step
+        disk, _changed = mend(case.top, **options)
+        assert disk["state"] != "failed", (step, disk)
+        if options:
+            mend(case.top, names=("monday", "wednesday"))  # which a VM that died has broken
+        assert checkpoints(case.top) == {name for name in NAMES if not options or name != "tuesday"}, (step, disk)
+        assert not case.short(), step
+        assert sorted(os.listdir(folder)) == ["base.qcow2", "middle.qcow2", "top.qcow2"], step
+        assert not any(map(corruptions, folder.glob("*.qcow2")))
+        shutil.rmtree(folder)
+    assert step > 12
+
+
+@pytest.mark.parametrize("meanwhile", [nothing, vm_runs, vm_crashes])
+def test_if_qemu_dies_while_it_opens_the_middle_the_top_alone_is_right_and_the_vault_puts_back_all(case, meanwhile):
+    kill_after_top_was_written(case)
+    drop_all_bitmaps(case.folder / "middle.qcow2")
+    assert checkpoints(case.top) == {"wednesday"}  # which no image below has, so nobody can see that it is lost
+    assert not case.short()
+    meanwhile(case)
+    assert not case.short()
+    disk, _changed = mend(case.top)
+    assert checkpoints(case.top) == set(NAMES), disk
+    assert not case.short()
+
+
+def kill_after_top_was_written(case):
+    """Kill a run once the topmost image has all that is below, and the vaults of both images are there."""
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            mend_module.bring = dying_at_the_second(mend_module.bring)
+            run(MendBitmaps(), [HealRequest(case.top)], SETTINGS)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert sorted(name for name in os.listdir(case.folder) if name.startswith(".")) == [
+        ".middle.qcow2.kvmfleet-healing",
+        ".top.qcow2.kvmfleet-healing",
+    ]
+
+
+def dying_at_the_second(real):
+    """Return the call, which kills this process the second time."""
+    counter = itertools.count()
+
+    def calling(*args):
+        if next(counter):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args)
+
+    return calling
+
+
+def drop_all_bitmaps(path):
+    """Leave an image as a QEMU does that is killed while it opens it, and another one that opens it then."""
+    lose(path)
+    with qemu.storage_daemon() as monitor:
+        qemu._open(monitor, path)
+        monitor.command("blockdev-del", {"node-name": "image"})
+    assert not qemu.bitmaps_of(path)
