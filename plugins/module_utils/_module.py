@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import typing as t
 
 from ansible.module_utils.basic import AnsibleModule, missing_required_lib
@@ -62,3 +63,31 @@ def require(module: AnsibleModule, library: str, import_error: str | None) -> No
     """End the module if a Python library is missing on the managed host."""
     if import_error is not None:
         module.fail_json(msg=missing_required_lib(library), code="no_library", exception=import_error)
+
+
+def real_list(option: str, value: t.Any, kind: str, example: str, remedy: str = "") -> list[str]:
+    """Return the list of texts that an option has, or that its text is in JSON; Refusal for anything else.
+
+    An option of the type list would split a text at commas, which names may contain.
+    """
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as exc:
+            raise Refusal(
+                "bad_option", option, f"begins like a list in JSON, but is none: {exc}", "Correct it."
+            ) from exc
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        why = (
+            f"must be a list of {kind}, or such a list in JSON, as in {option}='[\"{example}\"]'. A text is not split at "
+            "commas, since names may contain them"
+        )
+        raise Refusal("bad_option", f"{option}={value}", why, remedy)
+    return value
+
+
+def image_paths(params: dict[str, t.Any]) -> list[str]:
+    """Return the topmost images that a task asks for by `path` or `paths`; Refusal if their list is none."""
+    if params["path"] is not None:
+        return [params["path"]]
+    return real_list("paths", params["paths"], "absolute paths", "/srv/a.qcow2", "For one image use path.")

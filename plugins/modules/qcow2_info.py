@@ -312,36 +312,13 @@ code:
   sample: not_valid
 """
 
-import json
 import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils._base.errors import Refusal, printable
 from ..module_utils._disk.examine import ExaminedChain, examine_chain
-from ..module_utils._module import Report, run
-
-
-def wanted_paths(params: dict[str, t.Any]) -> list[str]:
-    """Return the topmost images that the task asks for; Refusal if their list is none."""
-    if params["path"] is not None:
-        return [params["path"]]
-    paths = params["paths"]
-    if isinstance(paths, str) and paths.lstrip().startswith("["):
-        try:
-            paths = json.loads(paths)
-        except (ValueError, RecursionError) as exc:
-            why = f"begins like a list in JSON, but is none: {exc}"
-            raise Refusal("bad_option", "paths", why, "Correct it.") from exc
-    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-        raise Refusal(
-            "bad_option",
-            f"paths={paths}",
-            "must be a list of absolute paths, or such a list in JSON, as in paths='[\"/srv/a.qcow2\"]'. A text is not "
-            "split at commas, since file names may contain them",
-            "For one image use path.",
-        )
-    return paths
+from ..module_utils._module import Report, image_paths, run
 
 
 def failures(disks: t.Sequence[ExaminedChain], fail_on: str, checkpoint: str | None) -> list[Refusal]:
@@ -355,7 +332,7 @@ def failures(disks: t.Sequence[ExaminedChain], fail_on: str, checkpoint: str | N
 def work(module: AnsibleModule) -> Report:
     """Examine the disks."""
     params = module.params
-    disks = [examine_chain(path, follow=params["chain"], count=params["dirty_bytes"]) for path in wanted_paths(params)]
+    disks = [examine_chain(path, follow=params["chain"], count=params["dirty_bytes"]) for path in image_paths(params)]
     return Report(
         result={"changed": False, "disks": [disk.as_result() for disk in disks]},
         failures=failures(disks, params["fail_on"], params["checkpoint"]),
