@@ -79,8 +79,8 @@ def real_list(option: str, value: t.Any, kind: str, example: str, remedy: str = 
             ) from exc
     if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
         why = (
-            f"must be a list of {kind}, or such a list in JSON, as in {option}='[\"{example}\"]'. A text is not split at "
-            "commas, since names may contain them"
+            f"must be a list of {kind}, or such a list in JSON, as in {option}='[\"{example}\"]'. A text is not split "
+            "at commas, since names may contain them"
         )
         raise Refusal("bad_option", f"{option}={value}", why, remedy)
     return value

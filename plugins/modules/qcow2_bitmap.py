@@ -13,9 +13,9 @@ version_added: 0.2.0
 description:
   - Heals the dirty bitmaps in the backing chain of a disk of a VM that is shut off, so that the next incremental backup
     is possible. Crashes leave bitmaps inconsistent, and C(qemu-img create) and offline snapshots drop them.
-  - An overlay differs from the image below only where it holds something itself. So where a bitmap is valid in the image
-    below, it is rebuilt in the overlay from what the overlay holds. It then marks at least what has changed, whatever
-    became of the bitmap in the meantime. What is written a second time, or discarded, is no loss but a larger increment.
+  - An overlay differs from the image below only where it holds something itself. So where a bitmap is valid in the
+    image below, it is rebuilt in the overlay from what the overlay holds. It then marks at least what has changed,
+    whatever became of the bitmap in the meantime.
   - A bitmap is only ever made valid where that is right. Else it stays broken, and the result says why.
   - No data of the guest is read or written. What the bitmaps say is kept beside each image in a small file, the vault,
     before the image is written to. After a kill or a power loss the same call goes on.
@@ -42,20 +42,20 @@ options:
   state:
     description:
       - V(valid) means that an incremental backup since each of the bitmaps is possible. A bitmap that is missing or
-        inconsistent in overlays is rebuilt in them, in the granularity of the image below. Above the lowest such overlay
-        it is rebuilt in all, since there it may be a later one of the same name.
-      - Of V(valid) a bitmap has failed that is disabled, that is inconsistent in the lowest image that has it, or that no
-        image has; whose images have different sizes; or below which an image has lost its bitmaps.
-      - V(absent) means that no image of the chain has the bitmaps. They are removed from the top downwards. An image that
-        others stand on, such as a template, is never written to. A bitmap in O(names) that such an image has has failed.
+        inconsistent in overlays is rebuilt in them, in the granularity of the image below. Above the lowest such
+        overlay it is rebuilt in all, since there it may be a later one of the same name.
+      - Cannot be made valid: a bitmap that is disabled, that is inconsistent in the lowest image with it, or that no
+        image has; one whose images have different sizes, or below which an image has lost its bitmaps.
+      - V(absent) means that no image of the chain has the bitmaps. They are removed from the top downwards. An image
+        that others stand on, such as a template, is never written to. If it has a bitmap of O(names), that one fails.
       - The bitmaps that are not asked for stay as they are.
     type: str
     choices: [valid, absent]
     default: valid
   assume_not_emptied:
     description:
-      - Rebuild a bitmap, too, that is inconsistent in the topmost image and that no image below has. It was made in that
-        image, so what the image holds tells all changes since, unless the image was emptied since by
+      - Rebuild a bitmap, too, that is inconsistent in the topmost image and that no image below has. It was made in
+        that image, so what the image holds tells all changes since, unless the image was emptied meanwhile by
         C(qemu-img commit) without C(-d). That cannot be seen.
       - Give your word that this did not happen since the checkpoint.
     type: bool
@@ -149,8 +149,8 @@ disks:
       sample: rebuilt
     bitmaps:
       description:
-        - What became of each bitmap, once for each image in which it was written. Those that were not asked for are told
-          as well if they were written.
+        - What became of each bitmap, once for each image in which it was written. Those that were not asked for are
+          told as well if they were written.
         - Empty if the whole disk failed.
       type: list
       elements: dict

@@ -32,15 +32,24 @@ DIFFERENT_SIZE = "different_size"
 IN_USE = "in_use"
 INCOMPLETE = "incomplete"
 
+# Why a bitmap that is not valid cannot be made so, beside those.
+LOST = "lost"
+EMPTIED = "emptied"
+
 MAX_BITMAPS_CARRIED = 4096  # of one ACTIVE; QEMU's time grows with the square of them
 MAX_ALL_BITMAP_DATA = 4 * 1024 * 1024 * 1024  # bytes of memory that QEMU needs to have all bitmaps of ACTIVE open
 _SHOWN = 5  # bitmaps that a message names
 
 _FULL = "Make a full backup with a new checkpoint, and delete this checkpoint."
-_REMAKE = (
-    "It holds no data yet. With the VM shut off, remove it and make it again at the same path with "
-    "kvmfleet.qcow2.qcow2_overlay. Else: "
+_HEAL = (
+    "With the VM shut off, kvmfleet.qcow2.qcow2_bitmap makes it valid again, from what the images above the lowest one "
+    "with the bitmap hold themselves."
 )
+_HEAL_BY_WORD = (
+    "With the VM shut off, kvmfleet.qcow2.qcow2_bitmap can make it valid again, from what the image holds, if you know "
+    "that the image was not emptied since (assume_not_emptied). Else: "
+)
+_NO_HEALING = "It cannot be made valid again. "
 _ASK_LIBVIRT = (
     "A process has the image open for writing, most likely the running VM, so what is stored tells nothing. libvirt "
     "knows more while the VM runs; or look again when it is shut off."
@@ -56,7 +65,6 @@ class LayerBitmaps(t.NamedTuple):
     bitmaps: t.Mapping[str, Bitmap]  # by name
     is_open_for_writing: bool = False  # so what is stored tells nothing about its bitmaps
     lost_bitmaps: int = 0  # made worthless by a program that does not know them
-    is_empty: bool = False  # an overlay without bitmaps to which nobody has written yet
 
 
 class Checkpoint(t.NamedTuple):
@@ -86,9 +94,10 @@ def judge_all(chain: t.Sequence[LayerBitmaps], *, complete: bool) -> list[Checkp
 
 def judge(name: str, chain: t.Sequence[LayerBitmaps], *, complete: bool = True) -> Checkpoint:
     """Return whether this checkpoint can be used, judged from the top of the chain downwards."""
-    top = chain[0]
+    top, way_out = chain[0], _way_out(name, chain, complete)
     if not top.is_open_for_writing and name not in top.bitmaps:  # rule 1
-        return _without(name, NOT_IN_TOP, top, next((layer for layer in chain if name in layer.bitmaps), None))
+        below = next((layer for layer in chain if name in layer.bitmaps), None)
+        return _without(name, NOT_IN_TOP, top, below, way_out)
     missing: LayerBitmaps | None = None  # the uppermost image that lacks the bitmap
     unknown: LayerBitmaps | None = None
     above: LayerBitmaps | None = None  # the image with the bitmap just above
@@ -99,9 +108,9 @@ def judge(name: str, chain: t.Sequence[LayerBitmaps], *, complete: bool = True) 
         elif bitmap is None:
             missing = missing or layer
         elif missing is not None:  # rule 2
-            return _without(name, GAP, missing, layer)
+            return _without(name, GAP, missing, layer, way_out)
         else:
-            fault = _fault(bitmap, layer, above)
+            fault = _fault(bitmap, layer, above, way_out)
             if fault is not None:
                 return fault
             above = layer
@@ -112,7 +121,43 @@ def judge(name: str, chain: t.Sequence[LayerBitmaps], *, complete: bool = True) 
     return Checkpoint(name, True)
 
 
-def _without(name: str, problem: str, missing: LayerBitmaps, below: LayerBitmaps | None) -> Checkpoint:
+def why_not_provable(name: str, chain: t.Sequence[LayerBitmaps]) -> tuple[str, LayerBitmaps] | None:
+    """Return the rule because of which nobody can tell what changed since a bitmap began, and the image; None if none.
+
+    `name` is in the chain. Above the lowest image with it, what changed is what the images hold. In that one it must
+    be in order, unless it is the topmost one, of which EMPTIED says that it may have been emptied.
+    """
+    places = [place for place, layer in enumerate(chain) if name in layer.bitmaps]
+    lowest = chain[places[-1]]
+    if lowest.bitmaps[name].inconsistent and places[-1] > 0:
+        return INCONSISTENT, lowest
+    for layer in (chain[place] for place in places):
+        if not layer.bitmaps[name].recording and not layer.bitmaps[name].inconsistent:
+            return NOT_RECORDING, layer
+    other = next((one for one in chain[places[-1] :: -1] if one.virtual_size != lowest.virtual_size), None)
+    if other is not None:
+        return DIFFERENT_SIZE, other
+    lost = next((one for one in chain[places[-1] + 1 :] if one.lost_bitmaps), None)
+    if lost is not None:
+        return LOST, lost
+    return (EMPTIED, lowest) if lowest.bitmaps[name].inconsistent else None
+
+
+def _way_out(name: str, chain: t.Sequence[LayerBitmaps], complete: bool) -> str:
+    """Return what to do about a bitmap that is not valid."""
+    if (
+        not complete
+        or any(layer.is_open_for_writing for layer in chain)
+        or not any(name in one.bitmaps for one in chain)
+    ):
+        return _FULL
+    why = why_not_provable(name, chain)
+    if why is None:
+        return _HEAL
+    return (_HEAL_BY_WORD if why[0] == EMPTIED else _NO_HEALING) + _FULL
+
+
+def _without(name: str, problem: str, missing: LayerBitmaps, below: LayerBitmaps | None, way_out: str) -> Checkpoint:
     """Return that an image lacks the bitmap, while one below has it, or none."""
     has = f", while {below.path} below has it" if below is not None else ""
     if missing.lost_bitmaps:
@@ -124,12 +169,11 @@ def _without(name: str, problem: str, missing: LayerBitmaps, below: LayerBitmaps
         )
     else:
         cause = "It was most likely made with qemu-img or by an offline snapshot, which drop the bitmaps. "
-        cause += _REMAKE if problem == NOT_IN_TOP and missing.is_empty else ""
-    advice = f"This image lacks the bitmap{has}, so changes were not recorded. {cause}{_FULL}"
+    advice = f"This image lacks the bitmap{has}, so changes were not recorded. {cause}{way_out}"
     return Checkpoint(name, False, problem, missing.path, advice)
 
 
-def _fault(bitmap: Bitmap, layer: LayerBitmaps, above: LayerBitmaps | None) -> Checkpoint | None:
+def _fault(bitmap: Bitmap, layer: LayerBitmaps, above: LayerBitmaps | None, way_out: str) -> Checkpoint | None:
     """Return what is wrong with the bitmap of one image."""
     problem: str | None = None
     if bitmap.inconsistent:  # rule 4, before rule 3: an inconsistent bitmap never records, whatever its flag says
@@ -146,7 +190,7 @@ def _fault(bitmap: Bitmap, layer: LayerBitmaps, above: LayerBitmaps | None) -> C
         )
     if problem is None:
         return None
-    return Checkpoint(bitmap.name, False, problem, layer.path, f"{why} {_FULL}")
+    return Checkpoint(bitmap.name, False, problem, layer.path, f"{why} {way_out}")
 
 
 def bitmap_problems(path: str, image: Image) -> list[Refusal]:

@@ -14,7 +14,7 @@ from .._base.errors import Refusal
 from .._base.files import OpenImage
 from .._qcow2.chain import Layer, relative_data_file, why_unusable
 from .._qcow2.dirty import DirtyBits, DirtyMap, counting_cost, dirty_bytes, is_union, maps_of, united
-from .._qcow2.extents import AllocationMap, has_allocated_extents
+from .._qcow2.extents import AllocationMap
 from .._qcow2.image import Image, read_image
 from .._qcow2.scratch import write_scratch
 from .._qemu import locks
@@ -101,7 +101,6 @@ def _look(layer: Layer, top: Layer, held: Held) -> Patient:
         bitmaps={**named, **restored},
         put_back=put_back,
         lost_bitmaps=image.lost_bitmaps,
-        is_empty=image.backing_file is not None and not image.bitmaps and not has_allocated_extents(file),
         fault=_fault(layer, top, file, image),
     )
     return Patient(layer, file, maps_of(file, image), vault, standing)

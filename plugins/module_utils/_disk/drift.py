@@ -35,9 +35,9 @@ _LEFT_OVER = (
     "or remove it if nobody needs that; or give the overlay another name or folder."
 )
 _EMPTY = "It holds no data. If no VM has it as its disk, here or on another host, remove it and run this again."
-_EMPTY_DISK = (
-    "It holds no data yet. With the VM shut off, remove it and make it again with kvmfleet.qcow2.qcow2_overlay at the "
-    "same path. If a VM is running on it: make a full backup with a new checkpoint."
+_HEAL = (
+    "With the VM shut off, kvmfleet.qcow2.qcow2_bitmap makes it valid again where that is right, from what the overlay "
+    "holds. Else make a full backup with a new checkpoint."
 )
 _FULL = "What a VM has written to it is not recorded there. Make a full backup with a new checkpoint."
 
@@ -146,6 +146,6 @@ def _differences_in_bitmaps(
 ) -> t.Iterator[_Difference]:
     """Yield which bitmaps do not record. One cannot be added later: what was written before would be missing in it."""
     is_empty = not (target.has_data or image.bitmaps or image.lost_bitmaps)
-    advice = (_EMPTY if request.must_be_fresh else _EMPTY_DISK) if is_empty else _FULL
+    advice = (_EMPTY if is_empty else _FULL) if request.must_be_fresh else _HEAL
     for what in bitmap_drift(active.image, image, is_open=target.is_open_for_writing or target.is_in_work):
         yield _Difference(what, advice)

@@ -15,7 +15,6 @@ from .._base.files import OpenImage, open_image, owning
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer, relative_data_file, walk_chain, why_unusable
 from .._qcow2.dirty import DirtyMap, counting_cost, dirty_bytes, maps_of
-from .._qcow2.extents import has_allocated_extents
 from .._qcow2.formats import PLAIN
 from .._qcow2.header import SECTOR
 from .._qcow2.image import Image
@@ -35,7 +34,6 @@ class ExaminedLayer(t.NamedTuple):
     layer: Layer
     image: Image | None  # with its bitmaps; None if it is not qcow2
     is_open_for_writing: bool
-    is_empty: bool  # an overlay without bitmaps to which nobody has written yet
     actual_size: int  # bytes on its file system
     dirty: t.Mapping[str, int]  # bytes by the name of the bitmap, as far as they were counted
 
@@ -47,7 +45,6 @@ class ExaminedLayer(t.NamedTuple):
             bitmaps={bitmap.name: bitmap for bitmap in self.image.bitmaps} if self.image else {},
             is_open_for_writing=self.is_open_for_writing,
             lost_bitmaps=self.image.lost_bitmaps if self.image else 0,
-            is_empty=self.is_empty,
         )
 
     def as_result(self) -> dict[str, t.Any]:
@@ -177,7 +174,6 @@ class _OpenLayer:
         self.layer = layer
         self.file = file
         self.image, self.is_open_for_writing = self._look()
-        self.is_empty = self._holds_nothing()
         self.actual_size = file.status().st_blocks * SECTOR
         self.maps: dict[str, DirtyMap] = {}  # by the name of the bitmap; of those that hold what is stored
         self.dirty: dict[str, int] = {}  # bytes by the name of the bitmap
@@ -187,14 +183,6 @@ class _OpenLayer:
             return None, is_open_for_writing(self.file)
         settled = read_settled(self.file)
         return settled.image, settled.is_open_for_writing or is_open_for_writing(self.file)
-
-    def _holds_nothing(self) -> bool:
-        image = self.image
-        if image is None or image.backing_file is None or image.bitmaps or self.is_open_for_writing:
-            return False
-        with contextlib.suppress(Refusal):  # of a table that is cut off others will tell
-            return not has_allocated_extents(self.file)
-        return False
 
     def is_unchanged(self) -> bool:
         """Whether the image still is as it was read."""
@@ -211,7 +199,6 @@ class _OpenLayer:
             layer=self.layer,
             image=self.image,
             is_open_for_writing=self.is_open_for_writing,
-            is_empty=self.is_empty,
             actual_size=self.actual_size,
             dirty=self.dirty if with_figures else {},
         )

@@ -27,7 +27,19 @@ import typing as t
 
 from .._base.errors import Refusal, printable
 from .._qcow2.bitmaps import Bitmap
-from .bitmap_rules import Checkpoint, LayerBitmaps, carries_over, judge, judge_all
+from .bitmap_rules import (
+    DIFFERENT_SIZE,
+    EMPTIED,
+    INCONSISTENT,
+    LOST,
+    NOT_RECORDING,
+    Checkpoint,
+    LayerBitmaps,
+    carries_over,
+    judge,
+    judge_all,
+    why_not_provable,
+)
 from .fates import Named
 from .vault import MARK
 from .verdict import FAILED, Need, problem_fields
@@ -63,7 +75,6 @@ class Standing(t.NamedTuple):
     bitmaps: Named  # those that are put back are told as the vault has them
     put_back: frozenset[str] = frozenset()  # that a killed run has lost, and that its vault has
     lost_bitmaps: int = 0
-    is_empty: bool = False  # an overlay without bitmaps that holds nothing
     fault: Refusal | None = None  # why its bitmaps cannot be written
     others: tuple[str, ...] = ()  # paths of the images on top of it that are not in this chain
 
@@ -243,14 +254,13 @@ class _Draft:
 
     def _heal(self, name: str) -> list[Found]:
         """Add what makes a bitmap valid; return what was found of it."""
-        chain = self._chain
-        if judge(name, _layers(chain, self._wants, ())).valid:
+        chain, layers = self._chain, _layers(self._chain, self._wants, ())
+        if judge(name, layers).valid:
             return [Found(name, chain[0].path)]
-        places = [place for place, image in enumerate(chain) if name in image.bitmaps]
-        problem = _why_not(name, self._request, chain, places)
+        problem = _why_not(name, self._request, layers)
         if problem is not None:
-            return [Found(name, problem.subject if places else None, problem)]
-        lowest = places[-1]
+            return [Found(name, None if problem.code == "no_checkpoint" else problem.subject, problem)]
+        lowest = max(place for place, image in enumerate(chain) if name in image.bitmaps)
         bad = [place for place in range(lowest) if not _records(chain[place], name)]
         rebuilt = range(max(bad, default=0) + 1)  # the topmost one has the lowest bitmap itself where none is bad
         blocked = next((self._barred[place] for place in rebuilt if place in self._barred), None)
@@ -311,69 +321,34 @@ def _layers(
             virtual_size=image.virtual_size,
             bitmaps={name: want.bitmap for name, want in wants[place].items()},
             lost_bitmaps=0 if place in written else image.lost_bitmaps,
-            is_empty=image.is_empty and not wants[place],
         )
         for place, image in enumerate(chain)
     ]
 
 
-def _why_not(name: str, request: HealRequest, chain: t.Sequence[Standing], places: t.Sequence[int]) -> Refusal | None:
-    """Return why a bitmap cannot be made valid rightly; None if it can. `places` are those of the images with it."""
-    if not places:
-        remedy = "Make a full backup with it."
-        return Refusal("no_checkpoint", chain[0].path, f"no image of its chain has the bitmap {name!r}", remedy)
-    lowest = chain[places[-1]]
-    if lowest.bitmaps[name].inconsistent:
-        return _why_not_from(name, request, chain, places[-1])
-    for image in (chain[place] for place in places):
-        bitmap = image.bitmaps[name]
-        if not bitmap.recording and not bitmap.inconsistent:
-            why = f"its bitmap {name!r} is disabled, so somebody has ended its recording on purpose"
-            return _not_healable(image, why)
-    return _why_not_in_chain(name, chain, places[-1])
+_WHY = {
+    INCONSISTENT: "its bitmap {} is inconsistent, and no image below has it, so nobody knows what changed since",
+    NOT_RECORDING: "its bitmap {} is disabled, so somebody has ended its recording on purpose",
+    DIFFERENT_SIZE: "has another virtual size than the image below it with the bitmap {}; QEMU merges no such bitmaps",
+    LOST: "has lost its bitmaps, because a program that does not know them has written to it, and {} may have been one",
+    EMPTIED: "its bitmap {} is inconsistent, and no image below has it. It can be rebuilt from what the image holds, "
+    "unless the image was emptied since the bitmap was made, which cannot be seen",
+}
 
 
-def _why_not_from(name: str, request: HealRequest, chain: t.Sequence[Standing], lowest: int) -> Refusal | None:
-    """Return why a bitmap that is inconsistent in the lowest image with it cannot be rebuilt."""
-    image = chain[lowest]
-    if lowest > 0:
-        why = f"its bitmap {name!r} is inconsistent, and no image below has it, so nobody knows what changed since"
-        return _not_healable(image, why)
-    problem = _why_not_in_chain(name, chain, lowest)
-    if problem is None and not request.assume_not_emptied:
-        why = (
-            f"its bitmap {name!r} is inconsistent, and no image below has it. It can be rebuilt from what the image "
-            "holds, unless the image was emptied since the bitmap was made, which cannot be seen"
-        )
-        remedy = (
-            "If nobody has run 'qemu-img commit' without -d on it since that checkpoint, use assume_not_emptied=true. "
-            f"Else: {_FULL}"
-        )
-        return Refusal("may_be_emptied", image.path, why, remedy)
-    return problem
-
-
-def _why_not_in_chain(name: str, chain: t.Sequence[Standing], lowest: int) -> Refusal | None:
-    """Return what the images around the lowest one with the bitmap have against rebuilding it."""
-    sizes = [image for image in chain[: lowest + 1] if image.virtual_size != chain[lowest].virtual_size]
-    if sizes:
-        why = (
-            f"has {sizes[-1].virtual_size} bytes and the image below it with the bitmap {name!r} "
-            f"{chain[lowest].virtual_size}; QEMU cannot merge bitmaps of different sizes"
-        )
-        return _not_healable(sizes[-1], why)
-    lost = next((image for image in chain[lowest + 1 :] if image.lost_bitmaps), None)
-    if lost is not None:
-        why = (
-            "its bitmaps are lost, because a program that does not know bitmaps has written to it, and "
-            f"{name!r} may have been among them"
-        )
-        return _not_healable(lost, why)
-    return None
-
-
-def _not_healable(image: Standing, why: str) -> Refusal:
-    return Refusal("not_healable", image.path, why, _FULL)
+def _why_not(name: str, request: HealRequest, layers: t.Sequence[LayerBitmaps]) -> Refusal | None:
+    """Return why a bitmap that is not valid cannot be made so rightly; None if it can."""
+    if all(name not in layer.bitmaps for layer in layers):
+        why = f"no image of its chain has the bitmap {name!r}"
+        return Refusal("no_checkpoint", layers[0].path, why, "Make a full backup with it.")
+    found = why_not_provable(name, layers)
+    if found is None or (found[0] == EMPTIED and request.assume_not_emptied):
+        return None
+    why = _WHY[found[0]].format(repr(name))
+    if found[0] != EMPTIED:
+        return Refusal("not_healable", found[1].path, why, _FULL)
+    remedy = "If nobody has run 'qemu-img commit' without -d on it since that checkpoint, use assume_not_emptied=true."
+    return Refusal("may_be_emptied", found[1].path, why, f"{remedy} Else: {_FULL}")
 
 
 def _unsafe(plan: Plan, chain: t.Sequence[Standing]) -> dict[int, Refusal]:

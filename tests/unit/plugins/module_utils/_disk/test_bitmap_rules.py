@@ -9,6 +9,7 @@ import itertools
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.bitmap_rules import LayerBitmaps, judge, judge_all
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.heal import HealRequest, Standing, decide
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
 
 # One letter for each image, top to base: has the bitmap and it is (g)ood, (d)isabled, (i)nconsistent, both (b), good in
@@ -123,15 +124,34 @@ def test_advice_names_the_images_and_the_cause():
     advice = judge("x", [LayerBitmaps("/top", 1, {}), LayerBitmaps("/base", 1, good)]).advice
     assert "/base below has it" in advice
     assert "qemu-img" in advice
-    assert "full backup" in advice
-    assert "remove" not in advice
-    empty = LayerBitmaps("/top", 1, {}, is_empty=True)
-    assert "remove it and make it again" in judge("x", [empty, LayerBitmaps("/base", 1, good)]).advice
-    advice = judge("x", [empty, LayerBitmaps("/base", 1, {})]).advice
+    assert "kvmfleet.qcow2.qcow2_bitmap makes it valid again" in advice
+    advice = judge("x", [LayerBitmaps("/top", 1, {}), LayerBitmaps("/base", 1, {})]).advice
     assert "put back to an image below the one that has it" in advice
-    assert "remove it" not in advice
+    assert "full backup" in advice
+    assert "valid again" not in advice
     advice = judge("x", [LayerBitmaps("/top", 1, {}, lost_bitmaps=2), LayerBitmaps("/base", 1, good)]).advice
     assert "does not know bitmaps" in advice
     assert "qemu-img" not in advice
     advice = judge("x", [LayerBitmaps("/top", 2048, good), LayerBitmaps("/base", 1024, good)]).advice
     assert "1024 bytes and the one above it 2048" in advice
+
+
+@pytest.mark.parametrize("length", range(1, 6))
+def test_the_advice_is_what_the_healing_does(length):
+    healed = 0
+    for letters in map("".join, itertools.product("gdibs-", repeat=length)):
+        chain = [link(letter, number) for number, letter in enumerate(letters)]
+        verdict = judge("x", chain)
+        if verdict.valid or not letters.strip("-"):
+            continue
+        standing = [Standing(one.path, one.virtual_size, one.bitmaps) for one in chain]
+        plan = decide(HealRequest("/0", ("x",)), standing)
+        by_word = decide(HealRequest("/0", ("x",), assume_not_emptied=True), standing)
+        can = plan.found[0].problem is None
+        assert can == ("kvmfleet.qcow2.qcow2_bitmap makes it valid again" in verdict.advice), letters
+        can_by_word = not can and by_word.found[0].problem is None
+        assert can_by_word == ("assume_not_emptied" in verdict.advice), letters
+        assert ("cannot be made valid again" in verdict.advice) == (not can and not can_by_word), letters
+        assert ([one.valid for one in plan.checkpoints] == [True]) == can, letters
+        healed += can
+    assert healed or length == 1

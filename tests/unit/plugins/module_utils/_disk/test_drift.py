@@ -105,14 +105,14 @@ def test_a_backing_file_that_is_gone_is_to_be_put_back(wanted, tmp_path):
     assert "Do not remove it" in problem.remedy
 
 
-def test_an_empty_overlay_that_lacks_the_bitmaps_can_be_made_again(wanted, disk):
+def test_an_empty_overlay_that_lacks_the_bitmaps_can_be_made_again_and_a_disk_is_healed(wanted, disk):
     by_qemu_img(wanted, disk)
     assert "remove it and run this again" in advice(wanted)
     on_it = wanted._replace(must_be_fresh=False)
-    assert "holds no data yet" in advice(on_it)
-    assert "make it again" in advice(on_it)
+    assert "kvmfleet.qcow2.qcow2_bitmap" in advice(on_it)
     write(wanted.path)
-    assert "Make a full backup" in advice(on_it)
+    assert "kvmfleet.qcow2.qcow2_bitmap" in advice(on_it)
+    assert "kvmfleet.qcow2.qcow2_bitmap" not in advice(wanted)
     assert "remove" not in advice(on_it)
     assert "remove" not in advice(wanted)
 
