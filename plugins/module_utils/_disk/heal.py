@@ -219,7 +219,7 @@ def _barred(chain: t.Sequence[Standing]) -> dict[int, Refusal]:
 def _stood_on(path: str, other: str) -> Refusal:
     why = f"is below {other} too, whose backups would be judged by other bitmaps"
     remedy = "Give the topmost image of the disk. If that one is of no use, remove it; a template stays as it is."
-    return Refusal("stood_on", path, why, remedy)
+    return Refusal("has_overlay", path, why, remedy)
 
 
 def names_asked(request: HealRequest, chain: t.Sequence[Standing]) -> list[str]:
@@ -281,7 +281,7 @@ class _Draft:
             if name not in image.bitmaps:
                 continue
             problem = problem or self._barred.get(place)
-            if problem is not None and problem.code == "stood_on" and place > 0 and self._request.names is None:
+            if problem is not None and problem.code == "has_overlay" and place > 0 and self._request.names is None:
                 break  # what a template has is meant only by its name
             if problem is None:
                 del self._wants[place][name]

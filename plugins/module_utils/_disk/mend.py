@@ -28,7 +28,7 @@ from .carry import Place, Wanted, bring
 from .cumulative import most_bytes
 from .diagnose import Bits, Patient, bits_to_be, changed_bitmaps, counted, look_at_chain, with_others
 from .heal import HealRequest, HealVerdict, Item, Plan
-from .overlay import path_problems
+from .overlay import name_problems
 from .publish import StagedFile, publish_over
 from .session import Held, Images
 from .unfinished import healing_vault
@@ -56,7 +56,7 @@ class MendBitmaps:
 
     def problems(self, request: HealRequest) -> list[Refusal]:
         """Return what is wrong with a request whatever the host looks like."""
-        return path_problems("path", request.path)
+        return name_problems(path=request.path)
 
     def conflicts(self, requests: t.Sequence[HealRequest]) -> list[Refusal | None]:
         """Return for each request of a call what is wrong with it beside the others."""
@@ -132,7 +132,9 @@ class MendBitmaps:
                 raise exc.with_note(_GOES_ON) from exc
         return verdict
 
-    def publish(self, verdicts: t.Sequence[HealVerdict], _held: Held, switch: t.Callable[[], None]) -> None:
+    def publish(
+        self, verdicts: t.Sequence[HealVerdict], _held: Held, switch: t.Callable[[], None]
+    ) -> t.Sequence[HealVerdict]:
         """Remove the vaults."""
         switch()
         for verdict in verdicts:
@@ -141,6 +143,7 @@ class MendBitmaps:
             for path in dict.fromkeys([*filter(None, kept), *verdict.vaults]):
                 if os.path.lexists(path):
                     remove_vault(path)
+        return verdicts
 
 
 def _maps(bits: Bits, name: str) -> list[t.Any]:
