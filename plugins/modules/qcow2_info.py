@@ -70,6 +70,7 @@ notes:
     one disk have to be looked at; beyond that they are null, with a warning.
 seealso:
   - module: kvmfleet.qcow2.qcow2_overlay
+  - module: kvmfleet.qcow2.qcow2_bitmap
   - name: Incremental backup internals of libvirt
     description: The rules by which a checkpoint is valid.
     link: https://libvirt.org/kbase/internals/incremental-backup.html
@@ -296,6 +297,13 @@ disks:
             - Null if RV(disks[].checkpoints[].dirty_bytes) is.
           type: bool
           sample: false
+    unfinished:
+      description:
+        - What runs that were killed have left unfinished on images of the chain, and which call completes it. A commit
+          or the healing of bitmaps leaves such traces.
+        - Null if nothing is unfinished.
+      type: str
+      sample: null
     msg:
       description: Why not everything could be read, or why no VM could start on it.
       returned: when there is such a reason

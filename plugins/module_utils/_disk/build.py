@@ -40,6 +40,7 @@ from .observe import observe_chain, observe_target
 from .overlay import BuildSpec, OverlayRequest, OverlayVerdict
 from .publish import StagedFile, publish_together
 from .session import Held, Images, failed_by
+from .unfinished import why_in_the_way
 from .verdict import FAILED, PRESENT
 
 if t.TYPE_CHECKING:
@@ -77,6 +78,9 @@ class MakeOverlays:
         verdict = overlay.decide(request, active, target)
         if verdict.state == FAILED:
             return verdict
+        unfinished = why_in_the_way(active.layers, active.image.bitmaps if active.image else ())
+        if verdict.changed and unfinished is not None:
+            return verdict.failed(unfinished)
         maps: Maps = {}
         if request.bitmap_content == overlay.CUMULATIVE and (verdict.changed or request.must_be_fresh):
             maps = map_chain(active, file, held.unwritten)

@@ -24,7 +24,7 @@ from .examine import MAX_COUNTED_BITS
 from .heal import Plan, Standing, Want
 from .observe import observe_chain, why_not_writable
 from .session import Held
-from .siblings import overlays_in
+from .siblings import all_standing_on
 from .unfinished import COMMIT, healing_vault, why_in_the_way
 from .vault import MAX_NAME, Vault, open_vault, read_vault
 
@@ -162,12 +162,9 @@ def with_others(patients: t.Sequence[Patient]) -> list[Standing]:
     """Return the images with those that stand on them and are in other chains, as the folders of this one show."""
     ours = {one.layer.identity for one in patients}
     folders = dict.fromkeys(os.path.dirname(one.layer.real_path) for one in patients if not one.layer.is_device)
-    strangers = [one for folder in folders for one in overlays_in(folder) if one.identity not in ours]
-    strangers = [one for one in strangers if not _KEPT.search(one.path)]
+    standing = all_standing_on(ours, folders, ours)
     return [
-        one.standing._replace(
-            others=tuple(other.path for other in strangers if other.backing_identity == one.layer.identity)
-        )
+        one.standing._replace(others=tuple(path for path in standing[one.layer.identity] if not _KEPT.search(path)))
         for one in patients
     ]
 

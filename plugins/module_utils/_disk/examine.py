@@ -21,6 +21,7 @@ from .._qcow2.image import Image
 from .._qemu.settled import is_open_for_writing, read_settled
 from .bitmap_rules import Checkpoint, LayerBitmaps, judge_all
 from .chain_size import ChainSize
+from .unfinished import Unfinished, unfinished_work
 
 MAX_COUNTED_BITS = 1 << 33  # of one chain; looking at more takes minutes
 _ATTEMPTS = 3  # at a chain that changes while its dirty bytes are counted
@@ -94,6 +95,7 @@ class ExaminedChain(t.NamedTuple):
     dirty_top: t.Mapping[str, int]  # of these what the topmost image's bitmap alone says
     problem: Refusal | None  # why not everything could be read
     warnings: tuple[str, ...]
+    unfinished: tuple[str, ...] = ()  # work of killed runs on its images, and which call completes it
 
     def bitmaps(self) -> list[LayerBitmaps]:
         """Return what the rules about checkpoints need, top to base."""
@@ -142,6 +144,7 @@ class ExaminedChain(t.NamedTuple):
             "in_use": self.layers[0].is_open_for_writing if self.layers else None,
             "images": [layer.as_result() for layer in self.layers],
             "checkpoints": [{**one.as_result(), **self._figures(one.name)} for one in self.checkpoints],
+            "unfinished": printable(" ".join(self.unfinished)) or None,
             **({"msg": str(self.problem), "code": self.problem.code} if self.problem else {}),
         }
 
@@ -313,4 +316,11 @@ class _Examination:
             dirty_top=self._layers[0].dirty if self._dirty and with_figures else {},
             problem=self._problem,
             warnings=(*self._warnings, *([] if with_figures else [changing])),
+            unfinished=tuple(map(str, self._unfinished())),
         )
+
+    def _unfinished(self) -> list[Unfinished]:
+        """Return what killed runs have left unfinished on the images that were read."""
+        top = self._layers[0].image if self._layers else None
+        layers = [one.layer for one in self._layers]
+        return unfinished_work(layers, top.bitmaps if top else ()) if layers else []

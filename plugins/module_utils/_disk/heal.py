@@ -147,16 +147,14 @@ class HealVerdict(t.NamedTuple):
     @property
     def state(self) -> str:
         """The word for it while it is worked on: a bitmap that cannot be healed keeps no other from it."""
-        return FAILED if self.refusals else self.result_state
+        states = {item.state for item in self.items}
+        whole = VALID if self.request.state == VALID else ABSENT
+        return FAILED if self.refusals else next((one for one in (REMOVED, REBUILT) if one in states), whole)
 
     @property
     def result_state(self) -> str:
         """The word for it in the end."""
-        states = {item.state for item in self.items}
-        if self.refusals or FAILED in states:
-            return FAILED
-        whole = VALID if self.request.state == VALID else ABSENT
-        return next((state for state in (REMOVED, REBUILT) if state in states), whole)
+        return FAILED if any(item.state == FAILED for item in self.items) else self.state
 
     @property
     def problems(self) -> tuple[Refusal, ...]:
@@ -212,11 +210,11 @@ def _barred(chain: t.Sequence[Standing]) -> dict[int, Refusal]:
     barred = {place: image.fault for place, image in enumerate(chain) if image.fault is not None}
     shared = next((place for place, image in enumerate(chain) if image.others), len(chain))
     for place in range(shared, len(chain)):  # what is on top of one is on top of all below it
-        barred[place] = _stood_on(chain[place].path, chain[shared].others[0])
+        barred[place] = _has_overlay(chain[place].path, chain[shared].others[0])
     return barred
 
 
-def _stood_on(path: str, other: str) -> Refusal:
+def _has_overlay(path: str, other: str) -> Refusal:
     why = f"is below {other} too, whose backups would be judged by other bitmaps"
     remedy = "Give the topmost image of the disk. If that one is of no use, remove it; a template stays as it is."
     return Refusal("has_overlay", path, why, remedy)

@@ -21,7 +21,7 @@ import os
 import secrets
 import typing as t
 
-from .._base.errors import QemuError, Refusal
+from .._base.errors import QemuError, Refusal, system_refusal
 from .._qcow2.bitmaps import Bitmap
 from . import heal
 from .carry import Place, Wanted, bring
@@ -137,13 +137,19 @@ class MendBitmaps:
     ) -> t.Sequence[HealVerdict]:
         """Remove the vaults."""
         switch()
-        for verdict in verdicts:
-            work = self._works[verdict.request.path]
-            kept = [healing_vault(work.patients[place].layer, work.patients[0].layer) for place in verdict.written]
+        return [self._without_vaults(verdict) for verdict in verdicts]
+
+    def _without_vaults(self, verdict: HealVerdict) -> HealVerdict:
+        work = self._works[verdict.request.path]
+        kept = [healing_vault(work.patients[place].layer, work.patients[0].layer) for place in verdict.written]
+        try:
             for path in dict.fromkeys([*filter(None, kept), *verdict.vaults]):
                 if os.path.lexists(path):
                     remove_vault(path)
-        return verdicts
+        except OSError as exc:
+            what = "its bitmaps are as they should be, but a vault could not be removed"
+            return verdict.failed(system_refusal(exc, verdict.request.path, what))
+        return verdict
 
 
 def _maps(bits: Bits, name: str) -> list[t.Any]:

@@ -42,6 +42,7 @@ from .survey import (
     vault_place,
     wanted_by,
 )
+from .unfinished import HEALING, why_in_the_way
 from .vault import (
     MARK,
     find_vault,
@@ -87,8 +88,9 @@ class MergeLayers:
         depth = next((number for number, layer in enumerate(chain) if layer.identity == base.identity), 0)
         above = read_above(request, held)
         wrong = commit.chain_problems(request, chain, depth, above)
-        if wrong:
-            return self.refused(request, wrong)
+        healing = why_in_the_way(chain[: depth + 1], (), (HEALING,))
+        if wrong or healing is not None:
+            return self.refused(request, [*wrong, *([healing] if healing is not None else [])])
         seen = see(request, chain, depth, above, held)
         stage = stages.stage_of(seen)
         if isinstance(stage, Refusal):

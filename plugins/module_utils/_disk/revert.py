@@ -32,6 +32,7 @@ from .retire import DELETE, KEEP, How, all_kept, kept_path, retire, why_not_reti
 from .revert_rules import ABSENT, Going, Observed, Retired, RevertRequest, RevertVerdict
 from .session import Held, Images
 from .siblings import all_standing_on
+from .unfinished import HEALING, why_in_the_way
 from .vault import SUFFIX
 from .verdict import FAILED
 
@@ -171,6 +172,9 @@ def _observe_overlay(request: RevertRequest, held: Held) -> Observed:
     layers = [layer for _place, layer in found]
     depth = next((depth for depth, layer in enumerate(layers) if layer.identity == below.identity), None)
     going = found[: 1 if depth is None else depth]
+    healing = why_in_the_way(layers[: len(going) + 1], (), (HEALING,))
+    if healing is not None:
+        raise healing
     return Observed(
         going=tuple(_going(going, request, held)),
         base=None if depth is None else layers[depth],

@@ -17,7 +17,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.mend import M
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay import EMPTY, OverlayRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.dirty import maps_of, union_bits
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.dirty import maps_of, united
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.extents import AllocationMap
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.image import read_image
 
@@ -63,18 +63,23 @@ def checkpoints(path):
     return {one.name for one in examine_chain(str(path), follow=True, count=False).checkpoints if one.valid}
 
 
+def as_bits(maps, granularity):
+    """Return the union of maps as a number, whose lowest bit is about the beginning of the disk."""
+    return sum(int.from_bytes(data, "little") << offset * 8 for offset, data in united(maps, granularity, SIZE))
+
+
 def bits_of(paths, name, granularity=512):
     """Return the bits of the bitmaps of this name in some images, together."""
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(open_image(str(path))) for path in paths]
         maps = [maps_of(file, read_image(file)) for file in files]
-        return union_bits([one[name] for one in maps if name in one], granularity, 0, SIZE)
+        return as_bits([one[name] for one in maps if name in one], granularity)
 
 
 def held_bits(path, granularity):
     """Return the bits of what an image holds itself."""
     with open_image(str(path)) as file:
-        return union_bits([AllocationMap(file)], granularity, 0, SIZE)
+        return as_bits([AllocationMap(file)], granularity)
 
 
 def content(path):

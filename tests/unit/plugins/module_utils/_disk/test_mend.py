@@ -5,10 +5,16 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 
 import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.heal import HealRequest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.mend import MendBitmaps
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu.monitor import Monitor
 
 from .. import qemu
 from .healing import (
@@ -30,7 +36,7 @@ from .healing import (
     told,
     union_of_granules,
 )
-from .overlays import digest
+from .overlays import SETTINGS, digest
 
 
 @pytest.fixture(name="base")
@@ -109,3 +115,191 @@ def test_healed_chains_mark_what_a_twin_has_recorded_and_what_really_changed(tmp
         assert not changed & ~healed
     for path in paths:
         assert not corruptions(path)
+
+
+def crashed(tmp_path, base):
+    """Return an overlay that records, and whose VM has died."""
+    recording_overlay(tmp_path / "top.qcow2", base)
+    guest_writes(tmp_path / "top.qcow2", random.Random(3))
+    crash(tmp_path / "top.qcow2")
+    guest_writes(tmp_path / "top.qcow2", random.Random(4))
+    return str(tmp_path / "top.qcow2")
+
+
+def test_a_vm_that_died_has_its_bitmaps_again(tmp_path, base):
+    top = crashed(tmp_path, base)
+    disk, _changed = mend(top)
+    assert told(disk) == [("monday", "top.qcow2", "rebuilt"), ("tuesday", "top.qcow2", "rebuilt")]
+    assert checkpoints(top) == {"monday", "tuesday"}
+
+
+def test_what_is_not_asked_for_stays_broken_and_what_nobody_has_is_told(tmp_path, base):
+    top = crashed(tmp_path, base)
+    disk, changed = mend(top, names=("tuesday", "friday"))
+    assert changed
+    assert told(disk) == [("tuesday", "top.qcow2", "rebuilt"), ("friday", None, "no_checkpoint")]
+    assert (disk["state"], disk["code"]) == ("failed", "no_checkpoint")
+    assert checkpoints(top) == {"tuesday"}
+    assert qemu.bitmaps_of(top) == {("monday", 65536, True, True), ("tuesday", 4096, True, False)}
+
+
+def test_only_your_word_heals_what_no_image_below_has(tmp_path):
+    top = qemu.create(tmp_path / "top.qcow2", SIZE)
+    guest_writes(top, random.Random(1))
+    qemu.add_bitmaps(top, [MONDAY])
+    guest_writes(top, random.Random(2))
+    crash(top)
+    before = digest(top)
+    disk, changed = mend(top)
+    assert (changed, told(disk), disk["code"]) == (False, [("monday", "top.qcow2", "may_be_emptied")], "may_be_emptied")
+    assert digest(top) == before
+    disk, changed = mend(top, assume_not_emptied=True)
+    assert (changed, checkpoints(top)) == (True, {"monday"})
+    assert bits_of([top], "monday") == union_of_granules(held_bits(top, 65536), 65536)
+
+
+def test_cumulative_has_the_topmost_image_tell_all(tmp_path, base):
+    middle, top = tmp_path / "middle.qcow2", tmp_path / "top.qcow2"
+    for path, below, seed in ((middle, base, 3), (top, middle, 4)):
+        recording_overlay(path, below)
+        guest_writes(path, random.Random(seed))
+    everything = bits_of([base, middle, top], "monday")
+    own = bits_of([top], "tuesday")
+    disk, changed = mend(top, names=("monday",), cumulative=True)
+    assert (changed, told(disk)) == (True, [("monday", "top.qcow2", "rebuilt")])
+    (monday,) = [one for one in disk["checkpoints"] if one["name"] == "monday"]
+    assert monday["top_alone"] is True
+    assert bits_of([top], "monday") == everything
+    assert bits_of([top], "tuesday") == own
+    assert disk["bitmaps"][0]["dirty_bytes_before"] < disk["bitmaps"][0]["dirty_bytes_after"]
+    assert disk["bitmaps"][0]["dirty_bytes_after"] == monday["dirty_bytes"]
+
+
+def test_removal_goes_through_the_chain_and_leaves_the_others(tmp_path, base):
+    recording_overlay(tmp_path / "top.qcow2", base)
+    top = str(tmp_path / "top.qcow2")
+    guest_writes(top, random.Random(3))
+    since_monday = bits_of([base, top], "monday")
+    disk, changed = mend(top, names=("tuesday",), state="absent")
+    assert (changed, disk["state"]) == (True, "removed")
+    assert told(disk) == [
+        ("tuesday", "top.qcow2", "removed"),
+        ("tuesday", "base.qcow2", "removed"),
+        ("monday", "top.qcow2", "rebuilt"),  # it tells all by itself now, while base.qcow2 was written
+    ]
+    assert qemu.bitmaps_of(base) == qemu.bitmaps_of(top) == {("monday", 65536, True, False)}
+    assert bits_of([base, top], "monday") == since_monday
+    disk, changed = mend(top, names=("tuesday",), state="absent")
+    assert (changed, told(disk)) == (False, [("tuesday", None, "absent")])
+    disk, changed = mend(top, state="absent")
+    assert qemu.bitmaps_of(base) == qemu.bitmaps_of(top) == set()
+
+
+def test_a_template_keeps_its_bitmaps(tmp_path, base):
+    recording_overlay(tmp_path / "top.qcow2", base)
+    overlay(tmp_path / "clone.qcow2", base)
+    top, before = str(tmp_path / "top.qcow2"), digest(base)
+    disk, _changed = mend(top, names=("monday",), state="absent")
+    assert told(disk) == [("monday", "top.qcow2", "removed"), ("monday", "base.qcow2", "has_overlay")]
+    disk, _changed = mend(top, state="absent")
+    assert told(disk) == [("tuesday", "top.qcow2", "removed")]
+    assert (digest(base), qemu.bitmaps_of(top)) == (before, set())
+    assert mend(top, names=("monday",))[0]["state"] == "rebuilt"
+    assert told(mend(base, names=("monday",), state="absent")[0]) == [("monday", "base.qcow2", "has_overlay")]
+    shutil.move(tmp_path / "clone.qcow2", tmp_path / "clone.qcow2.reverted")
+    assert mend(top, state="absent")[0]["state"] == "removed"
+
+
+def test_images_of_all_kinds(tmp_path, base):
+    options = [
+        ("-o", "cluster_size=4k"),
+        ("-o", "cluster_size=2M"),
+        ("-o", "extended_l2=on,cluster_size=128k"),
+        ("-o", f"data_file={tmp_path}/data,data_file_raw=off"),
+        ("-o", "lazy_refcounts=on"),
+    ]
+    for number, option in enumerate(options):
+        top = overlay(tmp_path / f"top{number}.qcow2", base, *option)
+        guest_writes(top, random.Random(number), 8)
+        before = content(top)
+        disk, _changed = mend(top)
+        assert disk["state"] == "rebuilt", disk
+        for bitmap in (MONDAY, TUESDAY):
+            held = held_bits(top, bitmap.granularity)
+            assert bits_of([top], bitmap.name) == union_of_granules(held, bitmap.granularity), option
+        assert content(top) == before
+        assert not corruptions(top)
+
+
+def in_version_2(top, base):
+    qemu.qemu_img("create", "-q", "-f", "qcow2", "-o", "compat=0.10", "-b", base, "-F", "qcow2", top)
+
+
+def corrupt(top, _base):
+    qemu.patch(top, 79, b"\x02")
+
+
+def with_vault(_top, base):
+    shutil.copy(base, f"{os.path.dirname(base)}/.base.qcow2.kvmfleet-vault")
+
+
+def with_mark(top, _base):
+    qemu.add_bitmaps(top, [Bitmap("kvmfleet-carried-0123", 65536, True, False)])
+
+
+REFUSED = [
+    (in_version_2, "unsupported"),
+    (corrupt, "corrupt"),
+    (with_vault, "unfinished"),
+    (with_mark, "unfinished"),
+]
+
+
+@pytest.mark.parametrize(("harm", "code"), REFUSED)
+def test_refused(tmp_path, base, harm, code):
+    top = overlay(tmp_path / "top.qcow2", base)
+    harm(top, base)
+    before = {path: digest(path) for path in (top, base)}
+    result = run(MendBitmaps(), [HealRequest(top)], SETTINGS).as_result("disks")
+    assert (result["changed"], result["disks"][0]["state"], result["disks"][0]["code"]) == (False, "failed", code)
+    assert {path: digest(path) for path in (top, base)} == before
+
+
+def test_what_is_in_use_is_refused(tmp_path, base):
+    top = overlay(tmp_path / "top.qcow2", base)
+    with qemu.opened_for_writing(top):
+        outcome = run(MendBitmaps(), [HealRequest(top)], SETTINGS)
+    assert [failure.code for failure in outcome.failures] == ["in_use"]
+
+
+def test_one_disk_keeps_no_other_from_its_turn(tmp_path, base):
+    top, broken = overlay(tmp_path / "top.qcow2", base), overlay(tmp_path / "broken.qcow2", base)
+    corrupt(broken, base)
+    paths = [broken, top, top.replace("top", "./top"), str(tmp_path / "none.qcow2")]
+    outcome = run(MendBitmaps(), [HealRequest(path) for path in (*paths[:2], paths[3])], SETTINGS)
+    assert [one["state"] for one in outcome.as_result("disks")["disks"]] == ["failed", "rebuilt", "failed"]
+    assert [failure.code for failure in outcome.failures] == ["corrupt", "no_such_file"]
+    outcome = run(MendBitmaps(), [HealRequest(path) for path in paths[1:3]], SETTINGS)
+    assert [failure.code for failure in outcome.failures] == ["repeated", "repeated"]
+
+
+def test_too_little_room_is_seen_beforehand(tmp_path, base, monkeypatch):
+    top = overlay(tmp_path / "top.qcow2", base)
+    guest_writes(top, random.Random(1))
+    real = os.statvfs
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result([*real(path)[:3], 1, 1, *real(path)[5:]]))
+    outcome = run(MendBitmaps(), [HealRequest(top)], SETTINGS)
+    assert [failure.code for failure in outcome.failures] == ["no_space"]
+
+
+def test_bits_that_cannot_be_stored_are_noticed(tmp_path, base, monkeypatch):
+    """As when the disk is full: QEMU says nothing."""
+    top = overlay(tmp_path / "top.qcow2", base)
+    guest_writes(top, random.Random(1))
+    real = Monitor.send
+    monkeypatch.setattr(
+        Monitor, "send", lambda self, name, *args: None if name == "transaction" else real(self, name, *args)
+    )
+    outcome = run(MendBitmaps(), [HealRequest(top)], SETTINGS)
+    assert [failure.code for failure in outcome.failures] == ["not_verified"]
+    assert "The same call again goes on" in outcome.failures[0].remedy

@@ -1,0 +1,212 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What becomes of the bitmaps of a chain: a table, and every kill in the healing of every short chain."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.bitmap_rules import LayerBitmaps, judge_all
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.heal import HealRequest, Standing, decide
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
+
+# One letter for each image, top to base: has the bitmap and it is (g)ood, (d)isabled, (i)nconsistent, good in an image
+# of another size (s), or it is absent (-), or absent in an image that has lost its bitmaps (l).
+STATES = {"g": (True, False), "s": (True, False), "d": (False, False), "i": (True, True)}
+ASKED = HealRequest("/0", ("x",))
+
+
+def bitmap(letter, name="x", granularity=65536):
+    return {name: Bitmap(name, granularity, *STATES[letter])} if letter in STATES else {}
+
+
+def standing(letters, **more):
+    return [
+        Standing(
+            path=f"/{place}",
+            virtual_size=512 if letter == "s" else 1024,
+            bitmaps=bitmap(letter),
+            lost_bitmaps=letter == "l",
+            **{name: value[place] for name, value in more.items() if place in value},
+        )
+        for place, letter in enumerate(letters)
+    ]
+
+
+TABLE = [
+    ("g", []),
+    ("ggg", []),
+    ("g--", []),
+    ("-g", [0]),
+    ("ig", [0]),
+    ("lg", [0]),
+    ("-ggg", [0]),
+    ("--g", [0, 1]),
+    ("il-g", [0, 1, 2]),
+    ("g-g", [0, 1]),
+    ("gg-g", [0, 1, 2]),
+    ("gigg-", [0, 1]),
+    ("i", "may_be_emptied"),
+    ("i--", "may_be_emptied"),
+    ("gi", "not_healable"),
+    ("-i", "not_healable"),
+    ("g-i", "not_healable"),
+    ("d", "not_healable"),
+    ("dg", "not_healable"),
+    ("g-d", "not_healable"),
+    ("gs", "not_healable"),
+    ("-s", "not_healable"),
+    ("s-g", "not_healable"),
+    ("-gl", "not_healable"),
+    ("il", "not_healable"),
+    ("---", "no_checkpoint"),
+]
+
+
+@pytest.mark.parametrize(("letters", "expected"), TABLE)
+def test_decision_table(letters, expected):
+    plan = decide(ASKED, standing(letters))
+    if isinstance(expected, str):
+        assert [one.problem.code for one in plan.found] == [expected]
+        assert plan.written == ()
+    else:
+        assert [one.problem for one in plan.found] == [None] * len(plan.found)
+        assert [place for place, want in plan.wants.items() for one in want.values() if one.held] == expected
+        assert set(expected) <= set(plan.written)
+        assert [one.valid for one in plan.checkpoints] == [True]
+
+
+@pytest.mark.parametrize("letters", ["i", "i-"])
+def test_the_word_of_the_user(letters):
+    plan = decide(ASKED._replace(assume_not_emptied=True), standing(letters))
+    assert plan.found[0].problem is None
+    assert plan.wants[0]["x"].held
+    assert [one.valid for one in plan.checkpoints] == [True]
+
+
+@pytest.mark.parametrize("letters", ["gi", "d", "il"])
+def test_the_word_of_the_user_helps_nowhere_else(letters):
+    plan = decide(ASKED._replace(assume_not_emptied=True), standing(letters))
+    assert plan.found[0].problem.code == "not_healable"
+
+
+def test_the_granularity_is_that_of_the_image_below():
+    chain = [Standing("/0", 1024, bitmap("g", granularity=4096)), Standing("/1", 1024, {})]
+    chain += [Standing("/2", 1024, bitmap("g", granularity=1 << 20)), Standing("/3", 1024, bitmap("g"))]
+    plan = decide(ASKED, chain)
+    assert [plan.wants[place]["x"].bitmap.granularity for place in range(4)] == [1 << 20, 1 << 20, 1 << 20, 65536]
+
+
+FAULT = Refusal("corrupt", "/1", "is marked corrupt")
+
+
+def test_an_image_that_cannot_be_written_keeps_others_from_nothing():
+    chain = [Standing("/0", 1024, {}), Standing("/1", 1024, {**bitmap("i"), **bitmap("g", "y")}, fault=FAULT)]
+    chain.append(Standing("/2", 1024, {**bitmap("g"), **bitmap("g", "y")}))
+    plan = decide(HealRequest("/0"), chain)
+    assert [(one.name, one.problem and one.problem.code) for one in plan.found] == [("x", "corrupt"), ("y", None)]
+    assert plan.written == (0,)
+
+
+def test_what_others_stand_on_is_not_written_and_nothing_below_it():
+    found = decide(ASKED, standing("--g", others={1: ("/clone",)})).found
+    assert [(one.image, one.problem.code) for one in found] == [("/1", "has_overlay")]
+    assert decide(ASKED, standing("-gg", others={1: ("/clone",)})).written == (0,)
+    assert decide(ASKED, standing("-g", others={0: ("/on top",)})).found[0].problem.code == "has_overlay"
+
+
+def test_removal_leaves_templates_alone():
+    chain = standing("gg-g", others={1: ("/clone",)})
+    by_name = decide(ASKED._replace(state="absent"), chain)
+    assert [(one.image, one.problem and one.problem.code) for one in by_name.found] == [
+        ("/0", None),
+        ("/1", "has_overlay"),
+        ("/3", "has_overlay"),
+    ]
+    assert by_name.written == (0,)
+    plan = decide(HealRequest("/0", state="absent"), chain)
+    assert [(one.image, one.problem) for one in plan.found] == [("/0", None)]
+    nothing = decide(HealRequest("/0", state="absent"), standing("-g", others={1: ("/clone",)}))
+    assert (nothing.found, nothing.written) == ((), ())
+
+
+def test_cumulative_takes_in_all_that_is_below():
+    plan = decide(ASKED._replace(cumulative=True), standing("ggg-"))
+    assert plan.wants[0]["x"].below == (1, 2)
+    assert decide(ASKED._replace(cumulative=True), standing("g-")).written == ()
+    assert decide(ASKED._replace(cumulative=True), standing("gi")).written == ()
+
+
+def test_a_mark_is_meant_only_by_its_name():
+    chain = [Standing("/0", 1024, bitmap("i", "kvmfleet-carried-0123"))]
+    assert decide(HealRequest("/0"), chain).found == ()
+
+
+def test_an_image_whose_loss_would_look_valid_is_not_written():
+    """The middle has a broken bitmap that the top has in order; without the middle nobody could see that."""
+    middle = {**bitmap("i"), **bitmap("i", "y")}
+    chain = [Standing("/0", 1024, {**bitmap("g"), **bitmap("g", "y")}), Standing("/1", 1024, middle)]
+    chain.append(Standing("/2", 1024, bitmap("g", "y")))
+    plan = decide(HealRequest("/0", ("y",)), chain)
+    assert [(one.image, one.problem.code) for one in plan.found] == [("/1", "closes_gap")]
+    assert plan.written == ()
+    removed = decide(HealRequest("/0", ("x", "y"), state="absent"), chain)
+    assert removed.written == (0, 1, 2)
+
+
+ALL = frozenset(range(3))
+NEVER = frozenset(["nobody knows"])
+
+
+def really_changed(letters):
+    """Return what has changed since a bitmap began: the data of each image down to the lowest that has it."""
+    having = letters.rstrip("-")
+    if "d" in having or having.endswith("i"):
+        return NEVER  # some of it is told nowhere
+    return frozenset(range(len(having)))
+
+
+def marked(letters, place):
+    """Return what a good bitmap marks: above an image that has not recorded it can be one that began a moment ago."""
+    having = letters.rstrip("-")
+    return frozenset([place]) if set(having[place:]) <= {"g"} else frozenset()
+
+
+def wanted_marks(plan, place, name, letters):
+    want = plan.wants[place][name]
+    marks = marked(letters, place) if want.own else frozenset()
+    marks |= frozenset([place]) if want.held else frozenset()
+    return marks.union(*(wanted_marks(plan, lower, name, letters) for lower in want.below))
+
+
+def short(chain):
+    """Return the bitmaps that look valid in a chain and lack what changed. An image is {name: (bitmap, marks)}."""
+    layers = [LayerBitmaps(str(place), 1024, {n: b for n, (b, _m) in one.items()}) for place, one in enumerate(chain)]
+    for one in judge_all(layers, complete=True):
+        if one.valid:
+            yield one.name, frozenset().union(*(image[one.name][1] for image in chain if one.name in image))
+
+
+@pytest.mark.parametrize(
+    "request_for", [{"names": ("x",)}, {}, {"names": ("x",), "state": "absent"}, {"state": "absent"}]
+)
+def test_no_kill_in_any_step_leaves_what_looks_valid_and_is_not(request_for):
+    written = 0
+    for x, y in itertools.product(map("".join, itertools.product("gdi-", repeat=3)), repeat=2):
+        letters = {"x": x, "y": y}
+        changed = {name: really_changed(one) for name, one in letters.items()}
+        chain = [Standing(f"/{p}", 1024, {**bitmap(x[p]), **bitmap(y[p], "y")}) for p in range(3)]
+        before = [{n: (b, marked(letters[n], p)) for n, b in chain[p].bitmaps.items()} for p in range(3)]
+        plan = decide(HealRequest("/0", **request_for), chain)
+        now = list(before)
+        for place in plan.written:
+            after = {n: (w.bitmap, wanted_marks(plan, place, n, letters[n])) for n, w in plan.wants[place].items()}
+            for state in ({}, after):  # killed while QEMU opens it, and done
+                now[place] = state
+                for name, marks in short(now):
+                    assert changed[name] <= marks, (x, y, place, name)
+        written += bool(plan.written)
+    assert written > 500

@@ -1,0 +1,136 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Unfinished work on a chain is told, with the call that completes it, and keeps other work off."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import mend as mend_module
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import merge as merge_module
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.examine import examine_chain
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.heal import HealRequest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.mend import MendBitmaps
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay import OverlayRequest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.revert import GoBack
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.revert_rules import RevertRequest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
+
+from .. import qemu
+from .commits import merge
+from .healing import MONDAY, SIZE, crash, mend, recording_overlay
+from .overlays import SETTINGS, make_overlays
+
+
+@pytest.fixture(name="chain")
+def fixture_chain(tmp_path):
+    """Paths of an overlay with broken bitmaps, and of its base."""
+    base = qemu.create(tmp_path / "base.qcow2", SIZE)
+    qemu.add_bitmaps(base, [MONDAY, Bitmap("tuesday", 65536, True, False)])
+    recording_overlay(tmp_path / "top.qcow2", base)
+    return str(tmp_path / "top.qcow2"), base
+
+
+def unfinished(path):
+    """Return what qcow2_info tells."""
+    return examine_chain(path, follow=True, count=False).as_result()["unfinished"]
+
+
+def broken_off(monkeypatch, module, name):
+    """Have a step fail, which leaves the files of a run that was killed just then."""
+
+    def failing(*_args):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(module, name, failing)
+
+
+@pytest.fixture(name="half_healed")
+def fixture_half_healed(chain, monkeypatch):
+    top, base = chain
+    qemu.qemu_img("bitmap", "--remove", top, "tuesday")
+    with monkeypatch.context() as patch:
+        broken_off(patch, mend_module, "remove_vault")
+        (failure,) = run(MendBitmaps(), [HealRequest(top)], SETTINGS).failures
+    assert (failure.code, "a vault could not be removed" in failure.why) == ("storage", True)
+    return top, base
+
+
+def test_nothing_is_unfinished_in_a_sound_chain(chain):
+    assert unfinished(chain[0]) is None
+
+
+def test_a_healing_is_told_and_the_same_call_completes_it(half_healed):
+    top, _base = half_healed
+    assert f"with path={top}" in unfinished(top)
+    assert "kvmfleet.qcow2.qcow2_bitmap" in unfinished(top)
+    crash(top)
+    disk, changed = mend(top)
+    assert (changed, disk["state"], unfinished(top)) == (True, "rebuilt", None)
+
+
+def test_a_healing_keeps_other_work_off(half_healed, tmp_path):
+    top, base = half_healed
+    outcomes = [
+        make_overlays([OverlayRequest(str(tmp_path / "next.qcow2"), top)], SETTINGS),
+        merge(top, base),
+        run(GoBack(), [RevertRequest(top, base)], SETTINGS),
+    ]
+    for outcome in outcomes:
+        assert [failure.code for failure in outcome.failures] == ["unfinished"]
+        assert "kvmfleet.qcow2.qcow2_bitmap" in outcome.failures[0].remedy
+    mend(top)
+    assert not make_overlays([OverlayRequest(str(tmp_path / "next.qcow2"), top)], SETTINGS).failures
+
+
+def test_a_vault_of_another_file_is_no_unfinished_work(half_healed):
+    top, base = half_healed
+    os.unlink(top)
+    qemu.create(top, SIZE)  # keeps the old inode from being given again
+    os.rename(top, f"{top}.other")
+    recording_overlay(top, base)
+    assert unfinished(top) is None
+    disk, changed = mend(top)
+    assert (changed, disk["state"]) == (True, "valid")  # the vault is gone
+
+
+def test_a_copy_does_not_get_what_a_vault_of_another_file_has(half_healed):
+    top, _base = half_healed
+    crash(top)
+    os.rename(top, f"{top}.other")
+    qemu.qemu_img("convert", "-O", "qcow2", f"{top}.other", top)
+    (failure,) = run(MendBitmaps(), [HealRequest(top)], SETTINGS).failures
+    assert (failure.code, "another file" in failure.why) == ("unfinished", True)
+
+
+@pytest.mark.parametrize("step", ["bring", "mark_given"])
+def test_a_commit_is_told_and_keeps_other_work_off(chain, tmp_path, monkeypatch, step):
+    top, base = chain
+    with monkeypatch.context() as patch:
+        broken_off(patch, merge_module, step)
+        assert merge(top, base).failures
+    told = unfinished(top)
+    assert f"state=committed, path={top}, backing_file={base}" in told
+    assert ("kvmfleet-carried-" in told) == (step == "mark_given")
+    for outcome in (
+        make_overlays([OverlayRequest(str(tmp_path / "next.qcow2"), top)], SETTINGS),
+        run(MendBitmaps(), [HealRequest(top)], SETTINGS),
+    ):
+        assert [failure.code for failure in outcome.failures] == ["unfinished"]
+    assert not merge(top, base).failures
+    assert unfinished(base) is None
+
+
+def test_the_end_of_a_commit_keeps_only_the_overlay_from_other_work(chain, tmp_path, monkeypatch):
+    top, base = chain
+    with monkeypatch.context() as patch:
+        broken_off(patch, merge_module, "retire")
+        assert merge(top, base).failures
+    assert "only the end is missing" in unfinished(base)
+    (failure,) = run(MendBitmaps(), [HealRequest(top)], SETTINGS).failures
+    assert failure.code == "unfinished"
+    assert not make_overlays([OverlayRequest(str(tmp_path / "next.qcow2"), base)], SETTINGS).failures
