@@ -36,6 +36,7 @@ class ExaminedLayer(t.NamedTuple):
     image: Image | None  # with its bitmaps; None if it is not qcow2
     is_open_for_writing: bool
     actual_size: int  # bytes on its file system
+    modified: int | None  # seconds since 1970, of the last write; None if that cannot be told, as of a block device
     dirty: t.Mapping[str, int]  # bytes by the name of the bitmap, as far as they were counted
 
     def bitmaps(self) -> LayerBitmaps:
@@ -177,7 +178,9 @@ class _OpenLayer:
         self.layer = layer
         self.file = file
         self.image, self.is_open_for_writing = self._look()
-        self.actual_size = file.status().st_blocks * SECTOR
+        status = file.status()
+        self.actual_size = status.st_blocks * SECTOR
+        self.modified = None if file.is_device else int(status.st_mtime)
         self.maps: dict[str, DirtyMap] = {}  # by the name of the bitmap; of those that hold what is stored
         self.dirty: dict[str, int] = {}  # bytes by the name of the bitmap
 
@@ -203,6 +206,7 @@ class _OpenLayer:
             image=self.image,
             is_open_for_writing=self.is_open_for_writing,
             actual_size=self.actual_size,
+            modified=self.modified,
             dirty=self.dirty if with_figures else {},
         )
 

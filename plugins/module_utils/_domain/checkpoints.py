@@ -52,15 +52,25 @@ def promised(path: str, virtual_size: int | None, bitmaps: t.Sequence[Bitmap]) -
 
 
 def _judge(known: KnownCheckpoint, chains: t.Mapping[str, Chain]) -> Checkpoint:
-    """Return the worst verdict of all disks of a checkpoint, since a backup needs all of them."""
+    """Return the verdict on a checkpoint by the chains of its disks."""
     verdicts = [
         judge(bitmap, chains[target].layers, complete=chains[target].is_complete)
         if chains[target].layers
-        else Checkpoint(
-            bitmap, None, INCOMPLETE, None, f"The image of the disk {target} cannot be read. Mend it first."
-        )
+        else unreadable_disk(bitmap, target)
         for target, bitmap in known.bitmaps.items()
         if target in chains  # the definition may have lost a disk since
     ]
+    return worst_of(known.name, verdicts)
+
+
+def unreadable_disk(bitmap: str, target: str) -> Checkpoint:
+    """Return the verdict on a bitmap of a disk of which nothing can be read."""
+    return Checkpoint(bitmap, None, INCOMPLETE, None, f"The image of the disk {target} cannot be read. Mend it first.")
+
+
+def worst_of(name: str, verdicts: t.Sequence[Checkpoint]) -> Checkpoint:
+    """Return the worst verdict of all disks of a checkpoint, since a backup needs all of them."""
     worst = min(verdicts, key=lambda verdict: {False: 0, None: 1, True: 2}[verdict.valid], default=None)
-    return worst._replace(name=known.name) if worst else Checkpoint(known.name, None)
+    if worst is None:
+        return Checkpoint(name, None, INCOMPLETE, None, "The domain has none of the disks of this checkpoint any more.")
+    return worst._replace(name=name)

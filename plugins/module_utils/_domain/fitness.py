@@ -13,7 +13,7 @@ from .._libvirt.definition import DomainDisk
 from .inventory import READ_ONLY, DiskFacts
 
 # A transient disk is written to, but the writes are thrown away when the domain is shut off.
-_KEEPS_NOTHING = (*READ_ONLY, "transient", "no source")
+KEEPS_NOTHING = (*READ_ONLY, "transient", "no source")
 
 
 class Fitness(t.NamedTuple):
@@ -28,7 +28,7 @@ def fitness_of(facts: DiskFacts, directory: str | None) -> Fitness:
     """Return whether a disk can take part, if overlays are made in `directory`, or beside each disk if that is None."""
     disk = facts.disk
     if disk.why_unfit is not None:
-        return Fitness(disk.why_unfit, disk.why_unfit not in _KEEPS_NOTHING)
+        return Fitness(disk.why_unfit, disk.why_unfit not in KEEPS_NOTHING)
     if facts.is_absent and disk.is_optional:
         why = "its file does not exist, and startupPolicy='optional' lets the domain start without it"
         return Fitness(why, is_missed=False, is_absent=True)

@@ -72,17 +72,15 @@ class Inventory:
 
     def facts(self, domain: Domain, disk: DomainDisk) -> DiskFacts:
         """Return what is known of a disk; nothing of its chain if it cannot take part anyway."""
+        known = facts_without_chain(disk)
         if disk.source is None or disk.why_unfit is not None:
-            return DiskFacts(disk, is_device=False)
+            return known
         chain = self._chain(disk.source, disk.format)
         # A template belongs to all its clones; its snapshots are not those of this disk.
         below = itertools.takewhile(
             lambda layer: self._users_of(layer) <= self._users_of(chain.layers[0]), chain.layers[1:]
         )
-        return DiskFacts(
-            disk=disk,
-            is_device=_is_device(disk.source),
-            is_absent=_is_absent(disk.source),
+        return known._replace(
             layers=chain.layers,
             own=(*chain.layers[:1], *below),
             lent=tuple(one for one in chain.layers[1:] if self._writers_of(one.real_path) - {domain.name}),
@@ -138,6 +136,13 @@ class Inventory:
         if (source, image_format) not in self._chains:
             self._chains[source, image_format] = _read(source, image_format)
         return self._chains[source, image_format]
+
+
+def facts_without_chain(disk: DomainDisk) -> DiskFacts:
+    """Return what is known of a disk without a look at its chain, or that of any other."""
+    if disk.source is None or disk.why_unfit is not None:
+        return DiskFacts(disk, is_device=False)
+    return DiskFacts(disk, is_device=_is_device(disk.source), is_absent=_is_absent(disk.source))
 
 
 def _read(source: str, image_format: str) -> _Chain:

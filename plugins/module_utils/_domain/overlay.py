@@ -101,7 +101,7 @@ def _plan_disk(domain: Domain, facts: DiskFacts, request: SnapshotRequest, kept:
     """Return what is to become of a disk that takes part."""
     disk, source = facts.disk, t.cast("str", facts.disk.source)
     mark = Mark(domain.uuid, disk.target, request.snapshot)
-    problems = [facts.problem] if facts.problem else _stated_problems(domain.name, disk, facts.layers)
+    problems = [facts.problem] if facts.problem else stated_problems(domain.name, disk, facts.layers)
     found = find_snapshot(facts, domain.name, mark, lambda: _remembered(kept))
     if found is not None:
         there = OverlayRequest(found.overlay.path, found.below.path, found.below.format or "qcow2", vm=domain.uuid)
@@ -143,7 +143,7 @@ def _remembered(kept: Kept) -> set[str]:
     return {os.path.realpath(path) for path in kept.images}
 
 
-def _stated_problems(name: str, disk: DomainDisk, layers: t.Sequence[Layer]) -> list[Refusal]:
+def stated_problems(name: str, disk: DomainDisk, layers: t.Sequence[Layer]) -> list[Refusal]:
     """Return how what the definition states, if it does, differs from what the images record."""
     stated = disk.stated_chain
     images = stated.images if stated is not None else ()

@@ -103,6 +103,10 @@ class CheckpointParts(t.NamedTuple):
     bitmaps: t.Mapping[str, str]  # by target
     images: frozenset[str]  # paths of the disks that the domain had, and could write to
     volumes: frozenset[Volume]  # those of them that were volumes
+    left_out: frozenset[str]  # targets of the other disks that the domain had
+    created: int  # seconds since 1970
+    parent: str | None  # name of the checkpoint before
+    sizes: t.Mapping[str, int]  # dirty bytes by target, of the disks of which libvirt tells them
 
 
 class Definition:
@@ -198,6 +202,8 @@ def checkpoint_from(text: str) -> CheckpointParts:
     root = _parse(text).documentElement
     disks = [disk for part in _children(root, "disks") for disk in _children(part, "disk")]
     with_bitmap = [disk for disk in disks if disk.getAttribute("checkpoint") == "bitmap"]
+    times = [_text_of(time) for time in _children(root, "creationTime")]
+    parents = [_text_of(name) for parent in _children(root, "parent") for name in _children(parent, "name")]
     had = [disk for domain in _children(root, "domain") for disk in _disks_of(domain) if _is_written(disk)]
     paths = [_source_of(disk, disk.getAttribute("type") or "file") for disk in had]
     sources = [source for disk in had for source in _children(disk, "source") if source.hasAttribute("volume")]
@@ -205,6 +211,10 @@ def checkpoint_from(text: str) -> CheckpointParts:
         {disk.getAttribute("name"): disk.getAttribute("bitmap") for disk in with_bitmap},
         frozenset(path for path in paths if path is not None),
         frozenset(_volume_from(source) for source in sources),
+        left_out=frozenset(disk.getAttribute("name") for disk in disks if disk not in with_bitmap),
+        created=int(times[0]) if times else 0,
+        parent=parents[0] if parents else None,
+        sizes={d.getAttribute("name"): int(d.getAttribute("size")) for d in with_bitmap if d.hasAttribute("size")},
     )
 
 

@@ -1,0 +1,146 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change at any time.
+"""Read: every domain with its disks, its chains and its checkpoints, and conclude."""
+
+from __future__ import annotations
+
+import typing as t
+
+from .._base.errors import Refusal, printable
+from .._disk.examine import ExaminedChain, ExaminedLayer, examine_chain
+from .._disk.unfinished import unfinished_work
+from .._disk.verdict import problem_fields
+from .._libvirt.connection import Domain, Kept, Libvirt, Unreadable
+from .._libvirt.definition import DomainDisk
+from .fitness import fitness_of
+from .inventory import Inventory, facts_without_chain
+from .overlay import stated_problems
+from .verdicts import UNKNOWN, DiskLook, DomainCheckpoint, NextBackup, judge_domain, next_backup, orphan_bitmaps
+
+SHUT_OFF = "shut off"
+
+
+class DomainLook(t.NamedTuple):
+    """What was read of one domain, and what follows from it."""
+
+    domain: Domain
+    kept: Kept
+    disks: tuple[DiskLook, ...]
+    checkpoints: tuple[DomainCheckpoint, ...]
+    next_backup: NextBackup
+
+    @property
+    def warnings(self) -> list[str]:
+        """What somebody should know of the images."""
+        return [warning for one in self.disks if one.chain for warning in one.chain.warnings]
+
+    def as_result(self) -> dict[str, t.Any]:
+        """Return the domain as the module returns it."""
+        definition = self.domain.running_definition or self.domain.definition
+        return {
+            "name": self.domain.name,
+            "uuid": self.domain.uuid,
+            "state": self.domain.state or SHUT_OFF,
+            "managed_save": self.domain.managed_save,
+            "nvram": definition.nvram,
+            "tpm": definition.has_tpm_state,
+            "libvirt_snapshots": [printable(name) for name in self.kept.snapshots],
+            "disks": [_disk_as_result(one, self.domain.uuid) for one in self.disks],
+            "checkpoints": [one.as_result() for one in self.checkpoints],
+            "orphan_bitmaps": orphan_bitmaps(self.kept.checkpoints, self.disks),
+            "unfinished": [
+                {
+                    "target": one.disk.target,
+                    "image": printable(left.path),
+                    "what": printable(left.what),
+                    "completed_by": printable(left.remedy),
+                }
+                for one in self.disks
+                for left in one.unfinished
+            ],
+            "next_backup": self.next_backup.kind,
+            "next_backup_since": self.next_backup.since and printable(self.next_backup.since),
+            "next_backup_reason": printable(self.next_backup.reason),
+        }
+
+
+def look(daemon: Libvirt, names: t.Sequence[str], *, counts: bool) -> tuple[list[DomainLook | Unreadable], list[str]]:
+    """Return what was read of the domains of these names and patterns, and warnings; with `counts` dirty bytes too."""
+    found, unmatched = Inventory(daemon.domains()).select(names)
+    looks = [one if isinstance(one, Unreadable) else _look_at(daemon, one, counts=counts) for one in found]
+    # A host without domains is fine, if nothing but all of them was asked for.
+    warnings = [f"{one}: no domain of this host matches it." for one in unmatched if one != "*"]
+    of_domains = [warning for one in looks if isinstance(one, DomainLook) for warning in one.warnings]
+    return looks, [*warnings, *dict.fromkeys(of_domains)]
+
+
+def unreadable_as_result(one: Unreadable) -> dict[str, t.Any]:
+    """Return a domain that cannot be looked at, with the same keys as any other."""
+    nothing = ("uuid", "state", "managed_save", "nvram", "tpm", "orphan_bitmaps", "next_backup_since")
+    return {
+        "name": one.name,
+        **dict.fromkeys(nothing),
+        **{name: [] for name in ("libvirt_snapshots", "disks", "checkpoints", "unfinished")},
+        "next_backup": UNKNOWN,
+        "next_backup_reason": str(one.problem),
+        **problem_fields([one.problem]),
+    }
+
+
+def _look_at(daemon: Libvirt, domain: Domain, *, counts: bool) -> DomainLook | Unreadable:
+    """Look at one domain."""
+    try:
+        kept = daemon.kept_now(domain)
+    except Refusal as exc:
+        return Unreadable(domain.name, exc)
+    # What it runs with is what its guest writes to, whatever the next start uses.
+    definition = domain.running_definition or domain.definition
+    disks = tuple(_look_at_disk(domain, one, counts=counts) for one in definition.disks)
+    checkpoints = tuple(judge_domain(kept.checkpoints, disks, counts=counts))
+    return DomainLook(domain, kept, disks, checkpoints, next_backup(checkpoints, disks))
+
+
+def _look_at_disk(domain: Domain, disk: DomainDisk, *, counts: bool) -> DiskLook:
+    """Look at one disk and at the images of its chain."""
+    unfit = fitness_of(facts_without_chain(disk), None).why_unfit
+    if unfit is None and disk.opted_out:
+        unfit = "excluded by snapshot='no' in the definition"
+    if disk.source is None:
+        return DiskLook(disk, unfit, None)
+    chain = examine_chain(disk.source, follow=True, count=counts, image_format=disk.format)
+    problem = chain.problem or _stated_problem(domain, disk, chain)
+    layers = [one.layer for one in chain.layers]
+    marks = chain.layers[0].image.bitmaps if chain.layers and chain.layers[0].image else ()
+    return DiskLook(disk, unfit, chain, problem, tuple(unfinished_work(layers, marks)) if layers else ())
+
+
+def _stated_problem(domain: Domain, disk: DomainDisk, chain: ExaminedChain) -> Refusal | None:
+    """Return how the definition states another chain than the images record; what runs always states one."""
+    if domain.state is not None or not chain.layers:
+        return None
+    return next(iter(stated_problems(domain.name, disk, [one.layer for one in chain.layers])), None)
+
+
+def _disk_as_result(one: DiskLook, uuid: str) -> dict[str, t.Any]:
+    """Return a disk in the form in which the module returns it."""
+    layers = one.chain.layers if one.chain else ()
+    return {
+        "target": one.disk.target,
+        "source": printable(one.disk.source) if one.disk.source else None,
+        "unfit": one.unfit,
+        "images": [_image_as_result(layer, uuid, one.disk.target) for layer in layers],
+        **problem_fields([one.problem] if one.problem else []),
+    }
+
+
+def _image_as_result(layer: ExaminedLayer, uuid: str, target: str) -> dict[str, t.Any]:
+    """Return an image as qcow2_info does, with what is known of it as an image of this disk."""
+    mark = layer.image.mark if layer.image else None
+    is_ours = mark is not None and (mark.vm, mark.target) == (uuid, target)
+    return {
+        **layer.as_result(),
+        "modified": layer.modified,
+        "snapshot": printable(mark.snapshot) if mark is not None and is_ours else None,
+    }
