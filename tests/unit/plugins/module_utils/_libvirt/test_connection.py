@@ -9,10 +9,11 @@ What its driver for QEMU does is in the integration target domain_overlay.
 from __future__ import annotations
 
 import collections
+import time
 
 import libvirt
 import pytest
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection import Libvirt
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection import Libvirt, LiveBitmaps
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import Place, Volume
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.pools import Pools
 
@@ -132,5 +133,33 @@ def test_a_checkpoint_remembers_disks_that_were_volumes_then(host):
     host.storagePoolLookupByName("others").destroy()
     daemon = Libvirt("test:///default")
     kept = daemon.kept(daemon.domains()["web"])
-    assert [tuple(one) for one in kept.checkpoints] == [("one", {"vda": "bone"}), ("two", {"vda": "btwo"})]
+    assert [one.bitmaps for one in kept.checkpoints] == [{"vda": "bone"}, {"vda": "btwo"}]
+    assert [one.left_out for one in kept.checkpoints] == [{"vdb", "vdc"}] * 2
+    assert [one.parent for one in kept.checkpoints] == [None, "one"]
+    assert all(abs(one.created - time.time()) < 60 for one in kept.checkpoints)
+    assert [one.live for one in kept.checkpoints] == [None, None]
     assert kept.images == {"/srv/images/web.qcow2", "/srv/data.qcow2"}
+    now = daemon.kept_now(daemon.domains()["web"])
+    assert [one._replace(live=None) for one in now.checkpoints] == list(kept.checkpoints)
+    assert [one.live for one in now.checkpoints] == [LiveBitmaps({}, None)] * 2  # this driver knows of no bitmaps
+    assert now.images == frozenset()
+
+
+def test_a_libvirt_that_knows_no_sizes_cannot_tell_of_live_bitmaps(host, monkeypatch):
+    host.createXML(
+        "<domain type='test'><name>web</name><memory>1024</memory><os><type>hvm</type></os><devices><disk type='file'>"
+        "<source file='/srv/web.qcow2'/><target dev='vda' bus='virtio'/></disk></devices></domain>",
+        0,
+    ).checkpointCreateXML("<domaincheckpoint><name>one</name></domaincheckpoint>")
+    real = libvirt.virDomainCheckpoint.getXMLDesc
+
+    def as_libvirt_5_6(checkpoint, flags=0):  # virCheckFlags() of qemuCheckpointGetXMLDesc() there
+        if flags & libvirt.VIR_DOMAIN_CHECKPOINT_XML_SIZE:
+            raise libvirt.libvirtError("unsupported flags (0x4)")
+        return real(checkpoint, flags)
+
+    monkeypatch.setattr(libvirt.virDomainCheckpoint, "getXMLDesc", as_libvirt_5_6)
+    daemon = Libvirt("test:///default")
+    (one,) = daemon.kept_now(daemon.domains()["web"]).checkpoints
+    assert (one.name, one.bitmaps, one.live.sizes) == ("one", {"vda": "one"}, {})
+    assert "unsupported flags" in one.live.problem

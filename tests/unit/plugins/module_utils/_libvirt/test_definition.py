@@ -293,7 +293,17 @@ def test_the_bitmaps_of_a_checkpoint():
       <disk name='vda' checkpoint='bitmap' bitmap='one'/><disk name='vdb' checkpoint='no'/>
       <disk name='vdc' checkpoint='bitmap' bitmap='other'/></disks><domain><devices><disk/></devices></domain>
       </domaincheckpoint>"""
-    assert checkpoint_from(text) == ({"vda": "one", "vdc": "other"}, frozenset(), frozenset())
+    parts = checkpoint_from(text)
+    assert (parts.bitmaps, parts.images, parts.volumes) == ({"vda": "one", "vdc": "other"}, frozenset(), frozenset())
+    assert (parts.left_out, parts.created, parts.parent, parts.sizes) == ({"vdb"}, 0, None, {})
+
+
+def test_a_checkpoint_has_its_time_the_one_before_and_sizes_of_disks_with_a_valid_chain():
+    text = """<domaincheckpoint><name>two</name><parent><name>one</name></parent><creationTime>1767225600</creationTime>
+      <disks><disk name='vda' checkpoint='bitmap' bitmap='two' size='0'/><disk name='vdb' checkpoint='bitmap'
+      bitmap='two' size='65536'/><disk name='vdc' checkpoint='bitmap' bitmap='two'/></disks></domaincheckpoint>"""
+    parts = checkpoint_from(text)
+    assert (parts.created, parts.parent, parts.sizes) == (1767225600, "one", {"vda": 0, "vdb": 65536})
 
 
 def test_the_images_that_a_domain_could_write_to_when_a_checkpoint_was_made():
