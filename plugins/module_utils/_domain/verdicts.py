@@ -32,8 +32,8 @@ UNKNOWN = "unknown"
 _SHOWN = 5  # names in a sentence
 
 _BROKEN_LIVE = (
-    "libvirt says that the bitmap is missing or broken somewhere in the chain of this running domain. Look again when "
-    "it is shut off to learn where, or make a full backup with a new checkpoint, and delete this checkpoint."
+    "libvirt says that the bitmap is missing or broken in the chain of the disk {}, and not in which image, since the "
+    "domain runs. Look again when it is shut off; or make a full backup with a new checkpoint, and delete this one."
 )
 
 
@@ -139,11 +139,10 @@ def _judge_disk(look: DiskLook, bitmap: str, live: LiveBitmaps | None) -> Checkp
         return Checkpoint(bitmap, True)
     if stored.valid is False:  # an image below the one that is written to
         return stored
-    image = look.disk.source
     if live.problem is None:
-        return Checkpoint(bitmap, False, BROKEN, image, _BROKEN_LIVE)
+        return Checkpoint(bitmap, False, BROKEN, None, _BROKEN_LIVE.format(look.disk.target))
     advice = f"The domain runs, and libvirt cannot tell: {live.problem}. libvirt 9.0 can; or look when it is shut off."
-    return Checkpoint(bitmap, None, IN_USE, image, advice)
+    return Checkpoint(bitmap, None, IN_USE, look.disk.source, advice)
 
 
 def _judge_stored(look: DiskLook, bitmap: str) -> Checkpoint:
