@@ -38,6 +38,45 @@ def test_checkpoints_are_returned_alike():
     assert {**of_domain, **{name: (kind, None, {}) for name, kind in counted.items()}} == of_disk
 
 
+def prose(documented, prefix):
+    """Return the whole documentation, with references to results as another module has them."""
+    return yaml.safe_load(yaml.safe_dump(documented, allow_unicode=True, width=10**6).replace(prefix, ""))
+
+
+def test_images_are_documented_word_by_word_alike():
+    of_disk = returned_by("qcow2_info")["disks"]["contains"]["images"]["contains"]
+    of_domain = returned_by("domain_info")["domains"]["contains"]["disks"]["contains"]["images"]["contains"]
+    own = {"modified", "snapshot"}
+    assert own <= set(of_domain)
+    without = {name: one for name, one in of_domain.items() if name not in own}
+    assert prose(without, "domains[].") == prose(of_disk, "domains[].")
+
+
+def test_checkpoints_of_domains_are_documented_as_those_of_disks():
+    of_disk = returned_by("qcow2_info")["disks"]["contains"]["checkpoints"]["contains"]
+    of_domain = returned_by("domain_info")["domains"]["contains"]["checkpoints"]["contains"]
+    own = {"created": "int", "parent": "str"}
+    of_one_disk = {"dirty_bytes_top": "int"}
+    assert {**shape(of_disk), **{name: (kind, None, {}) for name, kind in own.items()}} == {
+        **shape(of_domain),
+        **{name: (kind, None, {}) for name, kind in of_one_disk.items()},
+    }
+    for name in ("name", "valid", "advice"):
+        assert of_domain[name] == of_disk[name], name
+    # Of a domain that runs there is one more.
+    assert (
+        of_domain["problem"]["description"][: len(of_disk["problem"]["description"])]
+        == (of_disk["problem"]["description"])
+    )
+
+
+def test_what_both_modules_for_domains_return_is_documented_alike():
+    of_overlay = returned_by("domain_overlay")["domains"]["contains"]
+    of_info = returned_by("domain_info")["domains"]["contains"]
+    for name in ("name", "uuid", "nvram", "tpm", "libvirt_snapshots"):
+        assert of_info[name] == of_overlay[name], name
+
+
 def test_every_module_returns_a_code_beside_its_message():
-    for module in ("qcow2_overlay", "qcow2_info", "domain_overlay"):
+    for module in ("qcow2_overlay", "qcow2_info", "domain_overlay", "domain_info"):
         assert shape(returned_by(module))["code"] == ("str", None, {}), module
