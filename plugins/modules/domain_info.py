@@ -355,7 +355,9 @@ domains:
           elements: str
           sample: [forgotten]
     unfinished:
-      description: The commits (C(state=committed)) in the chains that were interrupted.
+      description:
+        - Work on the chains, commits (C(state=committed)) and healings (M(kvmfleet.qcow2.qcow2_bitmap)), that a killed
+          run has left unfinished.
       type: list
       elements: dict
       contains:
@@ -364,29 +366,17 @@ domains:
           type: str
           sample: vda
         image:
-          description: The image that all goes into; with V(no_vault) the one that was going into it.
+          description: The image that is worked on; of a commit the one that all goes into.
           type: str
           sample: /srv/web.qcow2
-        stage:
-          description:
-            - V(begun) if its data and bitmaps may be in part what they were before.
-            - V(merged) if all is in the image, and the rest, to retire the overlays, is to be done.
-            - V(no_vault) if the file that kept the bitmaps is gone.
-            - V(unreadable) if a file of that name is there but cannot be read, or is not trusted.
-          type: str
-          sample: begun
-        in_work:
-          description: Whether a run of this collection works on the image just now. Then there is nothing to be done.
-          type: bool
-          sample: false
         what:
-          description: What it is, in a sentence.
+          description: What it is.
           type: str
-          sample: The commit of /srv/b.qcow2 into it was interrupted. /srv/.a.qcow2.kvmfleet-vault keeps its bitmaps.
+          sample: the commit of /srv/b.qcow2 into it is unfinished (vault /srv/.a.qcow2.kvmfleet-vault)
         completed_by:
-          description: The call that completes it, once the domain is shut off; null if there is none.
+          description: What completes it, once the domain is shut off.
           type: str
-          sample: kvmfleet.qcow2.qcow2_overlay state=committed path=/srv/web.monday.qcow2 backing_file=/srv/web.qcow2
+          sample: Complete it with kvmfleet.qcow2.qcow2_overlay, state=committed, path=/srv/b.qcow2, …
     next_backup:
       description:
         - V(incremental) if an incremental backup of the domain is possible, V(full) if only a full one is, V(unknown)
