@@ -52,7 +52,7 @@ def layer(path, names="", *, is_open=False):
     bitmaps = [(name.rstrip("!"), "broken" if name.endswith("!") else "good") for name in names.split()]
     found = image(bitmaps)
     read = Layer(path, path, (1, hash(path)), "qcow2", "qcow2", SIZE, is_device=False, image=found)
-    return ExaminedLayer(read, found, is_open, is_empty=False, actual_size=0, modified=0, dirty={})
+    return ExaminedLayer(read, found, is_open, actual_size=0, modified=0, dirty={})
 
 
 def look(target="vda", *layers, dirty=None, top=None, problem=None, stated=None, why_unfit=None, image_format="qcow2"):
