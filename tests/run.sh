@@ -362,7 +362,7 @@ run() {  # run STEP
       done
       ;;
     prove)
-      for program in kills faults domains hostile; do
+      for program in kills faults commits domains hostile; do
         begin "prove-$program" "prove, $program" prove "$program"
         await
       done

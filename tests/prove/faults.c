@@ -305,6 +305,12 @@ int renameat2(int from, const char *name, int to, const char *place, unsigned in
     return real(from, name, to, place, flags);
 }
 
+int renameat(int from, const char *name, int to, const char *place) {
+    REAL(int, renameat, int, const char *, int, const char *)
+    JUDGE(is_ours(to, place), "renameat")
+    return real(from, name, to, place);
+}
+
 #define STAT(name, type) \
     int name(const char *path, type *status) { \
         REAL(int, name, const char *, type *) \
