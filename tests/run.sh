@@ -82,7 +82,7 @@ fall_back_on_system_python() {
 
 prepare() {
   install qemu-img=qemu-utils qemu-nbd=qemu-utils qemu-storage-daemon=qemu-system-common qemu-system-x86_64=qemu-system-x86 \
-    shellcheck=shellcheck ip=iproute2 jq=jq gcc=gcc mkfs.ext4=e2fsprogs setfacl=acl strace=strace mount.exfat-fuse=exfat-fuse mkfs.exfat=exfatprogs mkfs.btrfs=btrfs-progs \
+    shellcheck=shellcheck ip=iproute2 jq=jq gcc=gcc mkfs.ext4=e2fsprogs setfacl=acl strace=strace mount.exfat-fuse=exfat-fuse mkfs.exfat=exfatprogs mkfs.btrfs=btrfs-progs mkfs.xfs=xfsprogs \
     libvirtd=libvirt-daemon virsh=libvirt-clients virtnbdbackup=virtnbdbackup pkg-config=pkg-config /usr/include/libvirt/libvirt.h=libvirt-dev \
     "/usr/lib/$(uname -m)-linux-gnu/libvirt/connection-driver/libvirt_driver_qemu.so=libvirt-daemon-driver-qemu"
   python3 -c 'import ensurepip' 2> /dev/null || install no-ensurepip-yet=python3-venv
@@ -362,7 +362,7 @@ run() {  # run STEP
       done
       ;;
     prove)
-      for program in kills faults commits domains hostile; do
+      for program in kills faults commits powerloss domains hostile; do
         begin "prove-$program" "prove, $program" prove "$program"
         await
       done

@@ -207,8 +207,13 @@ class Stack(lab.Lab):
     def lay_out(self) -> None:
         """Have the images as they were in the beginning."""
         for entry in list(self.folder.iterdir()):
-            shutil.rmtree(entry)
+            if entry.name != "lost+found":
+                shutil.rmtree(entry)
         shutil.copytree(self.scenery.kept, self.folder, dirs_exist_ok=True)
+        self.begin()
+
+    def begin(self) -> None:
+        """Know of the disks what they were in the beginning."""
         self.has_run = self.may_refuse = self.may_differ = False
         for disk, (checkpoints, now, images) in zip(self.stacks, self.scenery.then):
             disk.checkpoints, disk.now, disk.images = dict(checkpoints), now, list(images)

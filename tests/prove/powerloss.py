@@ -1,0 +1,176 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Have the power go while overlays are merged down, at any write of the disk, with writes of the last moment lost.
+
+Run as root, with the Python of an environment that has ansible-core: python tests/prove/powerloss.py. Needs QEMU with
+FUSE exports, gcc, e2fsprogs, xfsprogs and btrfs-progs.
+
+A disk with a file system lies on a QEMU that logs what is written to it and when it is flushed. What was on the disk at
+a moment is made again from that log: all up to the last flush, and some of what came after it. The file system is
+mounted, the promise is judged there, and the next run completes the commit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import pathlib
+import random
+import struct
+import subprocess
+import sys
+import time
+import typing as t
+
+import commits
+import kinds
+import lab
+import rounds
+
+_SECTOR = 512  # bytes
+_SUPER = struct.Struct("<QQQI")  # of the log, as of dm-log-writes: magic, version, entries, bytes of a sector
+_ENTRY = struct.Struct("<QQQQ")  # sector, sectors, flags, bytes of data
+_FLUSH, _DISCARD = 1, 4
+FILE_SYSTEMS = {"ext4": 64 << 20, "xfs": 320 << 20, "btrfs": 128 << 20}  # bytes; they make no smaller ones
+
+
+class Write(t.NamedTuple):
+    """An entry of the log."""
+
+    offset: int  # bytes
+    length: int
+    is_flush: bool
+    data: bytes | None  # None if it was a discard
+
+
+class Recording(t.NamedTuple):
+    """A disk before a run, and what the run has written to it."""
+
+    before: pathlib.Path
+    writes: list[Write]
+
+
+class Mains(commits.Stack):
+    """A lab whose disk can lose its power."""
+
+    def recording(self, kind: kinds.Kind, system: str) -> Recording:
+        """Return the recording of a run on a file system, which is made once."""
+        known: dict[tuple[str, str], Recording] = self.__dict__.setdefault("_recordings", {})
+        if (kind.name, system) not in known:
+            known[kind.name, system] = self._record(system, self.papers / f"{kind.name}.{system}")
+        return known[kind.name, system]
+
+    def _record(self, system: str, before: pathlib.Path) -> Recording:
+        """Lay out the disks on a file system, then log what a run writes."""
+        before.touch()
+        os.truncate(before, FILE_SYSTEMS[system])
+        lab.quietly([f"mkfs.{system}", str(before)])
+        with mounted(before, self.folder):
+            self.lay_out()
+        disk, log = before.with_suffix(".disk"), before.with_suffix(".log")
+        _copy(before, disk)
+        log.touch()
+        os.truncate(log, 0)
+        with logged(disk, log) as place, mounted(place, self.folder):
+            run = self.run()
+            assert run.status == 0, run
+            lab.quietly(["sync", "--file-system", str(self.folder)])
+        writes = read_log(log)
+        disk.unlink()
+        log.unlink()
+        return Recording(before, writes)
+
+
+@contextlib.contextmanager
+def mounted(disk: pathlib.Path, place: pathlib.Path) -> t.Iterator[None]:
+    """Have a disk mounted."""
+    command = ["losetup", "--find", "--show", str(disk)]
+    device = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        lab.quietly(["mount", device, str(place)])
+        try:
+            yield
+        finally:
+            lab.quietly(["umount", str(place)])
+    finally:
+        lab.quietly(["losetup", "--detach", device])
+
+
+@contextlib.contextmanager
+def logged(disk: pathlib.Path, log: pathlib.Path) -> t.Iterator[pathlib.Path]:
+    """Have a file that is the disk, all writes to which go into the log."""
+    place = disk.with_suffix(".fuse")
+    place.touch()
+    command = ["qemu-storage-daemon", "--blockdev", f"driver=file,node-name=d,filename={disk}"]
+    command += ["--blockdev", f"driver=file,node-name=l,filename={log}"]
+    command += ["--blockdev", f"driver=blklogwrites,node-name=b,file=d,log=l,log-sector-size={_SECTOR}"]
+    command += ["--export", f"type=fuse,id=e,node-name=b,mountpoint={place},writable=on"]
+    with subprocess.Popen(command) as daemon:
+        try:
+            while place.stat().st_size == 0:
+                assert daemon.poll() is None, "the daemon has ended"
+                time.sleep(0.01)
+            yield place
+        finally:
+            daemon.terminate()
+
+
+def read_log(path: pathlib.Path) -> list[Write]:
+    """Return what a log has."""
+    writes = []
+    with open(path, "rb") as file:
+        _magic, _version, count, sector = _SUPER.unpack(file.read(_SUPER.size))
+        file.seek(sector)
+        for _number in range(count):
+            start, sectors, flags, _length = _ENTRY.unpack(file.read(sector)[: _ENTRY.size])
+            data = None if flags & _DISCARD else file.read(sectors * sector)
+            writes.append(Write(start * sector, sectors * sector, bool(flags & _FLUSH), data))
+    return writes
+
+
+def _copy(one: pathlib.Path, other: pathlib.Path) -> None:
+    """Copy a disk."""
+    lab.quietly(["cp", "--sparse=always", "--reflink=auto", str(one), str(other)])
+
+
+def survivors(writes: t.Sequence[Write], number: int, dice: random.Random) -> list[Write]:
+    """Return what is on the disk if the power goes after so many entries: a part of what came after the last flush."""
+    last = max((place + 1 for place in range(number) if writes[place].is_flush), default=0)
+    share = dice.choice((0.0, 0.3, 0.7, 1.0))
+    return [*writes[:last], *(write for write in writes[last:number] if dice.random() < share)]
+
+
+def power_goes(ground: Mains, kind: kinds.Kind, system: str, share: float, seed: str) -> rounds.Finding:
+    """Judge what is on the disk after the power went at this share of the log, and have the next run complete it."""
+    recording, dice = ground.recording(kind, system), random.Random(seed)
+    number = round(share * len(recording.writes))
+    disk = recording.before.with_suffix(".now")
+    _copy(recording.before, disk)
+    with open(disk, "r+b") as file:
+        for write in survivors(recording.writes, number, dice):
+            file.seek(write.offset)
+            file.write(bytes(write.length) if write.data is None else write.data)
+    ground.begin()
+    with mounted(disk, ground.folder):
+        outcome = ground.promise.outcome()
+        wrong = [f"entry {number} of {len(recording.writes)}: {what}" for what in ground.promise.images_wrong()]
+        return rounds.Finding(outcome, wrong + ground.promise.rerun_wrong())
+
+
+def jobs_for(_crew: rounds.Crew[Mains], asked: rounds.Choice) -> list[rounds.Job[Mains]]:
+    """Return all rounds."""
+    jobs = []
+    for kind in commits.SCENES:
+        for system in FILE_SYSTEMS:
+            for number in range(asked.rounds):
+                name = f"{kind.name}-{system}-{number}"
+                share = asked.randomness(name).random()
+                play = functools.partial(power_goes, kind=kind, system=system, share=share, seed=f"{asked.seed} {name}")
+                jobs.append(rounds.Job(f"{system}: the power goes", name, play, kind))
+    return rounds.sampled(jobs, asked)
+
+
+if __name__ == "__main__":
+    sys.exit(rounds.prove(str(__doc__), 10, jobs_for, functools.partial(Mains, make_promise=commits.Committed)))
