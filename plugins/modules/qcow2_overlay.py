@@ -188,6 +188,9 @@ notes:
   - If a commit fails or is killed, the VM can start on its overlay and go on with its backups. Do not start it on
     O(backing_file), and do not remove the file C(.NAME.kvmfleet-vault) beside it, before the same call has completed
     the commit. That a VM was started on O(backing_file) just then cannot always be seen.
+  - If a commit with O(above) is killed in the few milliseconds in which the bitmaps of the overlay are written, bitmaps
+    that O(backing_file) lacks can stay inconsistent in O(above). The next run warns of that. Their checkpoints need a
+    full backup.
   - A commit is refused if a process has one of the images open; if any image in their folders stands on one of them
     that does not take part; if an overlay is smaller than the image below it, has internal snapshots, an external data
     file, or is on a block device; if there is not enough room, which is computed beforehand. O(backing_file) may be a
