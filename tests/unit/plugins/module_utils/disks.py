@@ -42,13 +42,14 @@ class Disk:
         qemu.add_bitmaps(path, bitmaps)
         for bitmap in bitmaps:
             self.checkpoints.setdefault(bitmap.name, self.now)
-        self.write(writes, size)
+        self.write(writes, size, path)
         return path
 
     @property
     def top(self) -> str:
-        """The topmost image that exists, which the VM has."""
-        return next(path for path in self.images if os.path.exists(path))
+        """The image that the VM has: BASE once TOP, which goes first, is gone, unless there is one above."""
+        ends = (self.above, self.path, self.base)
+        return next(path for path in self.images if path in ends and os.path.exists(path))
 
     @property
     def vault(self) -> str | None:

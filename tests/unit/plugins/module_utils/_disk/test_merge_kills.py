@@ -123,7 +123,7 @@ def vm_dies_and_killed_again(disk: Disk) -> None:
 
 
 EVENTS = (*disks.EVENTS, killed_again, vm_dies_and_killed_again)
-MOST = int(os.environ.get("MERGE_KILLS", "3"))
+MOST = int(os.environ.get("MERGE_KILLS", "2"))
 
 
 class Stage:
