@@ -193,6 +193,7 @@ bench() {
   local core=${usable[-1]%% *}
   PYTHONPATH=$cache/collections "$cache/venv/core-$core/bin/python" tests/benchmarks/overlay.py
   PYTHONPATH=$cache/collections "$cache/venv/core-$core/bin/python" tests/benchmarks/info.py
+  PYTHONPATH=$cache/collections "$cache/venv/core-$core/bin/python" tests/benchmarks/heal.py
   make_venv prove "$(readlink -f "$cache/venv/core-$core/bin/python")" "ansible-core==$core.*" libvirt-python
   PYTHONPATH=$cache/collections "$cache/venv/prove/bin/python" tests/benchmarks/domains.py
 }
