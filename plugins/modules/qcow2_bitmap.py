@@ -110,7 +110,7 @@ EXAMPLES = r"""
 
 - name: Tell which checkpoints need a full backup
   ansible.builtin.debug:
-    msg: "{{ item.path }}: {{ item.bitmaps | selectattr('state', 'eq', 'failed') | map(attribute='msg') | join(' ') }}"
+    msg: "{{ item.msg }}"
   loop: "{{ healed.disks | selectattr('state', 'eq', 'failed') }}"
   loop_control:
     label: "{{ item.path }}"

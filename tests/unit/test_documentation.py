@@ -52,6 +52,11 @@ def test_images_are_documented_word_by_word_alike():
     assert prose(without, "domains[].") == prose(of_disk, "domains[].")
 
 
+def test_checkpoints_after_a_healing_are_documented_word_by_word_alike():
+    of_info = returned_by("qcow2_info")["disks"]["contains"]["checkpoints"]["contains"]
+    assert returned_by("qcow2_bitmap")["disks"]["contains"]["checkpoints"]["contains"] == of_info
+
+
 def test_checkpoints_of_domains_are_documented_as_those_of_disks():
     of_disk = returned_by("qcow2_info")["disks"]["contains"]["checkpoints"]["contains"]
     of_domain = returned_by("domain_info")["domains"]["contains"]["checkpoints"]["contains"]
@@ -78,5 +83,5 @@ def test_what_both_modules_for_domains_return_is_documented_alike():
 
 
 def test_every_module_returns_a_code_beside_its_message():
-    for module in ("qcow2_overlay", "qcow2_info", "domain_overlay", "domain_info"):
+    for module in ("qcow2_overlay", "qcow2_info", "qcow2_bitmap", "domain_overlay", "domain_info"):
         assert shape(returned_by(module))["code"] == ("str", None, {}), module

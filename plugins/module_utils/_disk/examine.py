@@ -18,10 +18,11 @@ from .._qcow2.dirty import DirtyMap, counting_cost, dirty_bytes, maps_of
 from .._qcow2.formats import PLAIN
 from .._qcow2.header import SECTOR
 from .._qcow2.image import Image
+from .._qemu import locks
 from .._qemu.settled import is_open_for_writing, read_settled
 from .bitmap_rules import Checkpoint, LayerBitmaps, judge_all
 from .chain_size import ChainSize
-from .unfinished import Unfinished, unfinished_work
+from .unfinished import unfinished_work
 
 MAX_COUNTED_BITS = 1 << 33  # of one chain; looking at more takes minutes
 _ATTEMPTS = 3  # at a chain that changes while its dirty bytes are counted
@@ -320,11 +321,14 @@ class _Examination:
             dirty_top=self._layers[0].dirty if self._dirty and with_figures else {},
             problem=self._problem,
             warnings=(*self._warnings, *([] if with_figures else [changing])),
-            unfinished=tuple(map(str, self._unfinished())),
+            unfinished=tuple(self._unfinished()),
         )
 
-    def _unfinished(self) -> list[Unfinished]:
-        """Return what killed runs have left unfinished on the images that were read."""
+    def _unfinished(self) -> t.Iterator[str]:
+        """Yield what is unfinished on the images that were read."""
         top = self._layers[0].image if self._layers else None
         layers = [one.layer for one in self._layers]
-        return unfinished_work(layers, top.bitmaps if top else ()) if layers else []
+        found = unfinished_work(layers, top.bitmaps if top else ()) if layers else []
+        yield from map(str, found)
+        if found and any(locks.is_locked(one.file, locks.OUR_TURN) for one in self._layers):
+            yield "But a run of this collection is working on the chain just now. Wait for its end."

@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 import typing as t
 
-from .._base.errors import Refusal
-from .._base.files import Identity
+from .._base.errors import Refusal, system_refusal
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer
 from .vault import MARK, Vault, find_vault, healing_place, open_vault, place_of, read_vault
@@ -38,13 +37,18 @@ class Unfinished(t.NamedTuple):
 
 def unfinished_work(chain: t.Sequence[Layer], top_bitmaps: t.Iterable[Bitmap]) -> list[Unfinished]:
     """Return what is unfinished in a chain, topmost image first."""
-    found = [_mark(chain[0].path, bitmap.name) for bitmap in top_bitmaps if bitmap.name.startswith(MARK)]
+    found, tokens = list[Unfinished](), set[str]()
     for place, layer in enumerate(chain):
-        found += [_commit(layer, path, chain) for path in _commit_vaults(layer, chain[:place])]
-        path = healing_vault(layer, chain[0])
-        healing = _healing(layer, path, chain[0]) if path is not None and os.path.lexists(path) else None
-        found += [healing] if healing is not None else []
-    return found
+        for path in _commit_vaults(layer, chain[:place]):
+            vault = _read(path)
+            tokens |= {vault.token} if isinstance(vault, Vault) else set()
+            found += [_commit(layer, path, vault, chain)] if vault is not None else []
+        kept = healing_vault(layer, chain[0])
+        vault = _read(kept) if kept is not None and os.path.lexists(kept) else None
+        if vault is not None and kept is not None and not (isinstance(vault, Vault) and vault.top != layer.identity):
+            found.append(_healing(layer, kept, vault, chain[0]))
+    marks = [bitmap.name for bitmap in top_bitmaps if bitmap.name.startswith(MARK)]
+    return [_mark(chain[0].path, name) for name in marks if name[len(MARK) :] not in tokens] + found
 
 
 def why_in_the_way(
@@ -78,40 +82,38 @@ def _mark(path: str, name: str) -> Unfinished:
     return Unfinished(COMMIT, path, what, remedy)
 
 
-def _commit(layer: Layer, path: str, chain: t.Sequence[Layer]) -> Unfinished:
-    vault = _read(path)
+def _commit(layer: Layer, path: str, vault: Vault | Refusal, chain: t.Sequence[Layer]) -> Unfinished:
     if isinstance(vault, Refusal):
         return Unfinished(COMMIT, layer.path, f"the vault {path} {vault.why}", vault.remedy)
-    top = vault.top_path or "the overlay"
+    place = next((place for place, one in enumerate(chain) if one.identity == vault.top), None)
+    top = chain[place].path if place is not None else vault.top_path or "the overlay"
+    options = [f"path={top}", f"backing_file={layer.path}"]
+    options += ["backing_format=raw"] if layer.image is None else []
+    options += [f"above={chain[place - 1].path}"] if place else []
     call = (
-        f"Complete it with kvmfleet.qcow2.qcow2_overlay, state=committed, path={top}, backing_file={layer.path} (or "
-        "with the same call of kvmfleet.qcow2.domain_overlay)."
+        f"Complete it with kvmfleet.qcow2.qcow2_overlay, state=committed, {', '.join(options)} (or with the same call "
+        "of kvmfleet.qcow2.domain_overlay)."
     )
     if not vault.is_given:
         return Unfinished(COMMIT, layer.path, f"the commit of {top} into it is unfinished (vault {path})", call)
     what = f"of the commit of {top} into it only the end is missing: what went in is to be retired (vault {path})"
-    return Unfinished(COMMIT, layer.path, what, call, _is_part(vault.top, chain))
+    return Unfinished(COMMIT, layer.path, what, call, is_in_the_way=place is not None)
 
 
-def _is_part(identity: Identity, chain: t.Sequence[Layer]) -> bool:
-    return any(layer.identity == identity for layer in chain)
-
-
-def _healing(layer: Layer, path: str, top: Layer) -> Unfinished | None:
-    """Return that the healing of an image is unfinished; None if the vault is of another image that had its name."""
-    vault = _read(path)
+def _healing(layer: Layer, path: str, vault: Vault | Refusal, top: Layer) -> Unfinished:
     if isinstance(vault, Refusal):
         return Unfinished(HEALING, layer.path, f"the vault {path} {vault.why}", vault.remedy)
-    if vault.top != layer.identity:
-        return None
     what = f"work on its bitmaps is unfinished (vault {path})"
     remedy = f"Complete it with the same call of kvmfleet.qcow2.qcow2_bitmap again, with path={top.path}."
     return Unfinished(HEALING, layer.path, what, remedy)
 
 
-def _read(path: str) -> Vault | Refusal:
+def _read(path: str) -> Vault | Refusal | None:
+    """Return what a vault holds, or why that cannot be told; None if it has gone meanwhile."""
     try:
         with open_vault(path) as file:
             return read_vault(file)
     except Refusal as exc:
-        return exc
+        return None if exc.code == "no_such_file" else exc
+    except OSError as exc:
+        return system_refusal(exc, path, "cannot be read")

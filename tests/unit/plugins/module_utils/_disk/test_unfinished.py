@@ -1,38 +1,142 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What interrupted commits leave in a chain, and which call completes them."""
+"""Unfinished work on a chain is told, with the call that completes it, and keeps other work off."""
 
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import mend as mend_module
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import merge as merge_module
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.examine import examine_chain
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.unfinished import find_unfinished
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.vault import (
-    MARK,
-    Content,
-    mark_given,
-    place_of,
-    write_vault,
-)
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.heal import HealRequest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.mend import MendBitmaps
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay import OverlayRequest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.revert import GoBack
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.revert_rules import RevertRequest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.vault import MARK, Content, place_of, write_vault
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu import locks
 
 from .. import qemu
-
-CALL = "kvmfleet.qcow2.qcow2_overlay state=committed"
+from .commits import merge
+from .healing import MONDAY, SIZE, crash, mend, recording_overlay
+from .overlays import SETTINGS, make_overlays
 
 
 @pytest.fixture(name="chain")
 def fixture_chain(tmp_path):
-    """Have the chain c > b > a, the topmost one first."""
-    paths = [qemu.create(tmp_path / "a", "1M")]
-    for name in "bc":
-        paths.insert(0, qemu.create(tmp_path / name, "1M", "-b", paths[0], "-F", "qcow2"))
-    return paths
+    """Paths of an overlay with broken bitmaps, and of its base."""
+    base = qemu.create(tmp_path / "base.qcow2", SIZE)
+    qemu.add_bitmaps(base, [MONDAY, Bitmap("tuesday", 65536, True, False)])
+    recording_overlay(tmp_path / "top.qcow2", base)
+    return str(tmp_path / "top.qcow2"), base
+
+
+def unfinished(path):
+    """Return what qcow2_info tells."""
+    return examine_chain(path, follow=True, count=False).as_result()["unfinished"]
+
+
+def broken_off(monkeypatch, module, name):
+    """Have a step fail, which leaves the files of a run that was killed just then."""
+
+    def failing(*_args):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(module, name, failing)
+
+
+@pytest.fixture(name="half_healed")
+def fixture_half_healed(chain, monkeypatch):
+    top, base = chain
+    qemu.qemu_img("bitmap", "--remove", top, "tuesday")
+    with monkeypatch.context() as patch:
+        broken_off(patch, mend_module, "remove_vault")
+        (failure,) = run(MendBitmaps(), [HealRequest(top)], SETTINGS).failures
+    assert (failure.code, "a vault could not be removed" in failure.why) == ("storage", True)
+    return top, base
+
+
+def test_nothing_is_unfinished_in_a_sound_chain(chain):
+    assert unfinished(chain[0]) is None
+
+
+def test_a_healing_is_told_and_the_same_call_completes_it(half_healed):
+    top, _base = half_healed
+    assert f"with path={top}" in unfinished(top)
+    assert "kvmfleet.qcow2.qcow2_bitmap" in unfinished(top)
+    crash(top)
+    disk, changed = mend(top)
+    assert (changed, disk["state"], unfinished(top)) == (True, "rebuilt", None)
+
+
+def test_a_healing_keeps_other_work_off(half_healed, tmp_path):
+    top, base = half_healed
+    outcomes = [
+        make_overlays([OverlayRequest(str(tmp_path / "next.qcow2"), top)], SETTINGS),
+        merge(top, base),
+        run(GoBack(), [RevertRequest(top, base)], SETTINGS),
+    ]
+    for outcome in outcomes:
+        assert [failure.code for failure in outcome.failures] == ["unfinished"]
+        assert "kvmfleet.qcow2.qcow2_bitmap" in outcome.failures[0].remedy
+    mend(top)
+    assert not make_overlays([OverlayRequest(str(tmp_path / "next.qcow2"), top)], SETTINGS).failures
+
+
+def test_a_vault_of_another_file_is_no_unfinished_work(half_healed):
+    top, base = half_healed
+    os.unlink(top)
+    qemu.create(top, SIZE)  # keeps the old inode from being given again
+    os.rename(top, f"{top}.other")
+    recording_overlay(top, base)
+    assert unfinished(top) is None
+    disk, changed = mend(top)
+    assert (changed, disk["state"]) == (True, "valid")  # the vault is gone
+
+
+def test_a_copy_does_not_get_what_a_vault_of_another_file_has(half_healed):
+    top, _base = half_healed
+    crash(top)
+    os.rename(top, f"{top}.other")
+    qemu.qemu_img("convert", "-O", "qcow2", f"{top}.other", top)
+    (failure,) = run(MendBitmaps(), [HealRequest(top)], SETTINGS).failures
+    assert (failure.code, "another file" in failure.why) == ("unfinished", True)
+
+
+@pytest.mark.parametrize("step", ["bring", "mark_given"])
+def test_a_commit_is_told_and_keeps_other_work_off(chain, tmp_path, monkeypatch, step):
+    top, base = chain
+    with monkeypatch.context() as patch:
+        broken_off(patch, merge_module, step)
+        assert merge(top, base).failures
+    told = unfinished(top)
+    assert f"state=committed, path={top}, backing_file={base}" in told
+    assert "kvmfleet-carried-" not in told  # of the mark nothing is to be told beside its vault
+    for outcome in (
+        make_overlays([OverlayRequest(str(tmp_path / "next.qcow2"), top)], SETTINGS),
+        run(MendBitmaps(), [HealRequest(top)], SETTINGS),
+    ):
+        assert [failure.code for failure in outcome.failures] == ["unfinished"]
+    assert not merge(top, base).failures
+    assert unfinished(base) is None
+
+
+def test_the_end_of_a_commit_keeps_only_the_overlay_from_other_work(chain, tmp_path, monkeypatch):
+    top, base = chain
+    with monkeypatch.context() as patch:
+        broken_off(patch, merge_module, "retire")
+        assert merge(top, base).failures
+    assert "only the end is missing" in unfinished(base)
+    (failure,) = run(MendBitmaps(), [HealRequest(top)], SETTINGS).failures
+    assert failure.code == "unfinished"
+    assert not make_overlays([OverlayRequest(str(tmp_path / "next.qcow2"), base)], SETTINGS).failures
 
 
 def keep(base, top):
@@ -43,82 +147,36 @@ def keep(base, top):
     return path
 
 
-def mark(path, token="0123"):
-    qemu.add_bitmaps(path, [Bitmap(MARK + token, 65536, recording=True, inconsistent=False)])
+def test_the_call_that_completes_a_commit_out_of_the_middle(chain, tmp_path):
+    top, base = chain
+    recording_overlay(tmp_path / "above.qcow2", top)
+    keep(base, top)
+    assert f"path={top}, backing_file={base}, above={tmp_path}/above.qcow2 (" in unfinished(f"{tmp_path}/above.qcow2")
 
 
-def found(path):
-    return find_unfinished(examine_chain(path, follow=True, count=False).layers)
-
-
-def test_nothing_is_left_in_a_chain_that_nobody_commits(chain):
-    assert found(chain[0]) == []
-
-
-def test_a_commit_of_the_topmost_image(chain):
-    vault = keep(chain[1], chain[0])
-    (left,) = found(chain[0])
-    assert (left.image, left.stage, left.is_in_work) == (chain[1], "begun", False)
-    assert vault in left.what
-    assert left.completed_by == f"{CALL} path={chain[0]} backing_file={chain[1]}"
-    mark(chain[0])  # of the same commit
-    assert found(chain[0]) == [left]
-
-
-def test_a_commit_of_an_image_in_the_middle_names_the_one_above(chain):
-    keep(chain[2], chain[1])
-    (left,) = found(chain[0])
-    assert left.completed_by == f"{CALL} path={chain[1]} backing_file={chain[2]} above={chain[0]}"
-
-
-def test_a_commit_whose_overlay_is_not_in_the_chain_any_more(chain):
-    keep(chain[2], chain[0])
-    (left,) = found(chain[2])
-    assert (left.image, left.stage) == (chain[2], "begun")
-    assert left.completed_by == f"{CALL} path={chain[0]} backing_file={chain[2]}"
-
-
-def test_a_commit_of_which_all_is_done_but_the_rest(chain):
-    vault = mark_given(keep(chain[2], chain[0]))
-    (left,) = found(chain[0])
-    assert (left.stage, left.image) == ("merged", chain[2])
-    assert "retire" in left.what
-    (left,) = found(chain[2])
-    assert left.stage == "merged"
-    assert vault in left.what
+def test_the_call_that_completes_a_commit_into_a_raw_image(tmp_path):
+    base = tmp_path / "raw"
+    base.write_bytes(bytes(1 << 20))
+    top = qemu.create(tmp_path / "top.qcow2", "1M", "-b", str(base), "-F", "raw")
+    keep(base, top)
+    assert f"path={top}, backing_file={base}, backing_format=raw (" in unfinished(top)
 
 
 def test_a_mark_without_its_vault(chain):
-    mark(chain[0])
-    (left,) = found(chain[0])
-    assert (left.image, left.stage) == (chain[0], "no_vault")
-    assert left.completed_by.startswith(f"{CALL} path={chain[0]}, with the backing_file")
-    keep(chain[2], chain[1])
-    mark(chain[1], "4567")  # and the vault that is there belongs to neither of the two, or to one
-    assert [one.stage for one in found(chain[0])] == ["begun", "no_vault"]
+    qemu.add_bitmaps(chain[0], [Bitmap(f"{MARK}4567", 65536, True, False)])
+    assert f"{MARK}4567" in unfinished(chain[0])
 
 
 def test_a_file_that_is_no_vault(chain):
-    path = place_of(os.path.realpath(chain[2]), False, "")
+    path = place_of(chain[1], False, "")
     with open(path, "wb") as file:
         file.write(b"mine")
-    (left,) = found(chain[0])
-    assert (left.image, left.stage, left.completed_by) == (chain[2], "unreadable", None)
-    assert path in left.what
+    assert path in unfinished(chain[0])
 
 
-def test_a_commit_that_is_going_on(chain):
+def test_a_run_that_is_going_on(chain):
     keep(chain[1], chain[0])
     with open_image(chain[1]) as file:
         locks.take_turn(file, 1.0)
-        assert [one.is_in_work for one in found(chain[0])] == [True]
-    assert [one.is_in_work for one in found(chain[0])] == [False]
-
-
-def test_a_base_on_raw(tmp_path):
-    base = tmp_path / "raw"
-    base.write_bytes(bytes(1 << 20))
-    top = qemu.create(tmp_path / "top", "1M", "-b", str(base), "-F", "raw")
-    keep(str(base), top)
-    (left,) = found(top)
-    assert left.completed_by == f"{CALL} path={top} backing_file={base} backing_format=raw"
+        assert "Wait for its end" in unfinished(chain[0])
+    assert "Wait for its end" not in unfinished(chain[0])
