@@ -141,12 +141,17 @@ def request_problems(request: CommitRequest) -> list[Refusal]:
     return name_problems(path=request.path, backing_file=request.backing_file, **above)
 
 
-def conflicts(requests: t.Sequence[CommitRequest], ends: t.Sequence[tuple[str, str]]) -> list[Refusal | None]:
-    """Return for each request of a call what is wrong with it beside the others; `ends` are resolved paths."""
-    times = collections.Counter(end for pair in ends for end in dict.fromkeys(pair))
+def conflicts(
+    requests: t.Sequence[CommitRequest], touched: t.Sequence[t.Mapping[t.Hashable, str]]
+) -> list[Refusal | None]:
+    """Return for each request of a call what is wrong with it beside the others.
+
+    `touched` has for each the paths of the images that it changes or retires, by what tells an image from all others.
+    """
+    times = collections.Counter(image for images in touched for image in images)
     problems: list[Refusal | None] = []
-    for request, pair in zip(requests, ends):
-        twice = next((end for end in pair if times[end] > 1), None)
+    for request, images in zip(requests, touched):
+        twice = next((path for image, path in images.items() if times[image] > 1), None)
         why = f"takes part in more than one commit of this call ({twice})"
         remedy = "Name the topmost and the lowest image once; all between them goes in. Or commit one after the other."
         problems.append(Refusal("repeated", request.path, why, remedy) if twice else None)

@@ -11,10 +11,11 @@ import os
 import typing as t
 
 from .._base.errors import QemuError, Refusal
-from .._base.files import Identity, open_image
+from .._base.files import Identity, identity_of, open_image
 from .._qcow2.backing import change_backing_file, why_not_changeable
 from .._qcow2.bitmaps import Bitmap
-from .._qcow2.chain import Layer
+from .._qcow2.chain import Layer, read_head, walk_chain
+from .._qcow2.formats import QCOW2
 from .._qcow2.image import read_image
 from .._qcow2.in_use import set_in_use
 from .._qemu import jobs
@@ -68,8 +69,7 @@ class MergeLayers:
 
     def conflicts(self, requests: t.Sequence[CommitRequest]) -> list[Refusal | None]:
         """Return for each request of a call what is wrong with it beside the others."""
-        ends = [(os.path.realpath(one.path), os.path.realpath(one.backing_file)) for one in requests]
-        return commit.conflicts(requests, ends)
+        return commit.conflicts(requests, [_touched(one) for one in requests])
 
     def folders(self, request: CommitRequest) -> t.Sequence[str]:
         """Return the folders of both ends, where a killed run can have left a vault that was not finished."""
@@ -188,6 +188,26 @@ class MergeLayers:
         """Put the VM, or the image above, onto BASE; then retire what went in, and the vault last."""
         switch()
         return [_finished(verdict, held) if verdict.changed else verdict for verdict in verdicts]
+
+
+def _touched(request: CommitRequest) -> dict[t.Hashable, str]:
+    """Return the paths of the images that a request changes or retires, each by its identity; and by its name.
+
+    Two requests that have none of their ends in common can share what is between them.
+    """
+    ends = [path for path in (request.path, request.backing_file, request.above) if path is not None]
+    found: dict[t.Hashable, str] = {os.path.realpath(path): path for path in ends}
+    for path in ends:
+        with contextlib.suppress(OSError, ValueError):
+            found[identity_of(os.stat(path))] = path
+    with contextlib.suppress(OSError, ValueError, Refusal), open_image(request.path) as file:  # the look at it will tell
+        base = identity_of(os.stat(request.backing_file))
+        between: dict[t.Hashable, str] = {}
+        for layer, _file in walk_chain(file, QCOW2, read_top=read_head):
+            if layer.identity == base:
+                return {**between, **found}
+            between[layer.identity] = layer.path
+    return found
 
 
 def _telling_that_it_goes_on(
