@@ -253,7 +253,7 @@ def problems_of(seen: Seen, stage: Stage, request: CommitRequest, outcome: Outco
     problems += [_stood_on(seen, path) for path in seen.others]
     problems += [one for layer in seen.chain for one in _opening_problems(seen, layer)]
     problems += [one for layer in seen.part for one in _layer_problems(seen, layer)]
-    problems += _size_problems(seen)
+    problems += _size_problems(seen, stage)
     lost = [bitmap for bitmap in seen.top.bitmaps if not bitmap.name.startswith(MARK) and not bitmap.inconsistent]
     if not seen.holds_bitmaps and lost and not request.accept_lost_bitmaps:
         kind = "raw" if seen.base.image is None else "an image of version 2 (compat 0.10)"
@@ -354,8 +354,11 @@ def _layer_problems(seen: Seen, layer: Layer) -> list[Refusal]:
     return problems
 
 
-def _size_problems(seen: Seen) -> list[Refusal]:
+def _size_problems(seen: Seen, stage: Stage) -> list[Refusal]:
     """Return where an image is smaller than the one below it, of which it hides the end."""
+    has_begun = stage.name in (CARRIED, REBUILT, GIVEN)
+    if has_begun and seen.base.virtual_size == seen.chain[0].virtual_size:
+        return []  # it was judged before the first run gave BASE the size of TOP
     pairs = zip(seen.chain[: seen.depth], seen.chain[1 : seen.depth + 1])
     return [
         Refusal(
@@ -367,7 +370,23 @@ def _size_problems(seen: Seen) -> list[Refusal]:
         )
         for upper, lower in pairs
         if upper.virtual_size < lower.virtual_size
-    ]
+    ] + _hidden_ends(seen)
+
+
+def _hidden_ends(seen: Seen) -> list[Refusal]:
+    """Return that BASE cannot grow, since it hides the end of an image below.
+
+    QEMU would zero that, but it can be killed when BASE is longer already and the zeroes are not in the file yet.
+    """
+    size = seen.base.virtual_size
+    longer = [layer for layer in seen.chain[seen.depth + 1 :] if layer.virtual_size > size]
+    if not longer or size >= seen.chain[0].virtual_size:
+        return []
+    why = (
+        f"is smaller ({size} bytes) than {seen.chain[0].path}, so it would have to grow, and hides the end of "
+        f"{longer[0].path} ({longer[0].virtual_size} bytes), which could become visible again"
+    )
+    return [Refusal("unsupported", seen.base.path, why, "Copy the disk ('qemu-img convert').")]
 
 
 def _name_problems(seen: Seen, outcome: Outcome) -> list[Refusal]:

@@ -6,6 +6,9 @@
 from __future__ import annotations
 
 import os
+import typing as t
+
+import pytest
 
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import CommitRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.merge import MergeLayers
@@ -37,3 +40,44 @@ def test_two_merges_of_a_call_have_no_image_in_common(tmp_path):
     outcome = run(MergeLayers(), [CommitRequest(s3, base), CommitRequest(clone, str(other))], SETTINGS)
     assert [one.problems[0].code for one in outcome.verdicts] == ["repeated", "repeated"]
     assert commits.content(s3) == before
+
+
+def test_a_base_that_hides_the_end_of_an_image_below_does_not_grow(tmp_path):
+    """The guest would read that end in place of zeroes."""
+    bottom = qemu.create(tmp_path / "bottom", "8M")
+    commits.write(bottom, "write -P 9 6M 1M")
+    base = commits.overlay(tmp_path / "base", bottom, size="4M")
+    top = commits.overlay(tmp_path / "top", base, size="8M")
+    before = commits.content(top)
+    refused = commits.refusal(top, base)
+    assert (refused.code, refused.subject) == ("unsupported", base)
+    assert bottom in refused.why
+    assert commits.content(top) == before
+    same = commits.overlay(tmp_path / "same", base)  # nothing has to grow
+    commits.write(same, "write -P 1 0 1M")
+    os.unlink(top)
+    before = commits.content(same)
+    commits.merged(same, base)
+    assert commits.content(base) == before
+
+
+def test_a_merge_goes_on_when_base_has_grown_beyond_a_layer_between(tmp_path, monkeypatch):
+    base = qemu.create(tmp_path / "base", "4M")
+    middle = commits.overlay(tmp_path / "middle", base)
+    top = commits.overlay(tmp_path / "top", middle, size="8M")
+    commits.write(middle, "write -P 1 0 4M")
+    commits.write(top, "write -P 2 7M 1M")
+    before = commits.content(top)
+    for phase in ("give", "publish"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(MergeLayers, phase, killed)
+            commits.merge(top, base)
+        assert qemu.info(base)["virtual-size"] == 8 << 20
+        assert commits.content(top) == before
+    commits.merged(top, base)
+    assert commits.content(base) == before
+    assert sorted(os.listdir(tmp_path)) == ["base"]
+
+
+def killed(*_args: t.Any) -> None:
+    raise KeyboardInterrupt
