@@ -200,7 +200,10 @@ def _touched(request: CommitRequest) -> dict[t.Hashable, str]:
     for path in ends:
         with contextlib.suppress(OSError, ValueError):
             found[identity_of(os.stat(path))] = path
-    with contextlib.suppress(OSError, ValueError, Refusal), open_image(request.path) as file:  # the look at it will tell
+    with (
+        contextlib.suppress(OSError, ValueError, Refusal),
+        open_image(request.path) as file,
+    ):  # the look at it will tell
         base = identity_of(os.stat(request.backing_file))
         between: dict[t.Hashable, str] = {}
         for layer, _file in walk_chain(file, QCOW2, read_top=read_head):

@@ -56,6 +56,7 @@ class Seen(t.NamedTuple):
     vault: Vault | None
     mark_is_empty: bool | None  # None if TOP has no mark, or an inconsistent one
     base_is_as_kept: bool  # just as the vault says
+    top_has_all: bool  # TOP's bitmaps mark all that those of BASE, and of the vault, of the same names mark
     top_changed: int  # ns since 1970
     base_changed: int | None  # None if that cannot be told, as of a block device
     above: Layer | None
@@ -82,7 +83,13 @@ class Seen(t.NamedTuple):
     @property
     def mark(self) -> Bitmap | None:
         """The bitmap by which TOP says that it carries BASE's bits."""
-        return next((bitmap for bitmap in self.top.bitmaps if bitmap.name.startswith(MARK)), None)
+        return next(filter(_is_mark, self.top.bitmaps), None)
+
+    @property
+    def is_the_one_kept(self) -> bool:
+        """Whether TOP is the very file that the vault is of, and bears its mark."""
+        vault, mark = self.vault, self.mark
+        return bool(vault and mark and mark.name == MARK + vault.token and vault.top == self.top_identity)
 
     @property
     def base_bitmaps(self) -> tuple[Bitmap, ...]:
@@ -119,6 +126,9 @@ class Stage(t.NamedTuple):
 
 def stage_of(seen: Seen) -> Stage | Refusal:
     """Return how far the commit is; a Refusal if that cannot be told, or if somebody has come between."""
+    copied = _why_copied(seen)
+    if copied is not None:
+        return copied
     if seen.vault is None:
         return Stage(WHOLE) if seen.mark is None else _stage_without_vault(seen)
     if seen.vault.is_given:
@@ -138,6 +148,33 @@ def stage_of(seen: Seen) -> Stage | Refusal:
         "BASE is not as the vault beside it says: it was written to since, or its bitmaps are in another overlay",
         "If a VM ran on BASE since, what it wrote and what the overlay holds exclude each other: keep one of the two, "
         "remove the vault, and make a full backup. Else finish the commit of the other overlay first.",
+    )
+
+
+def _why_copied(seen: Seen) -> Refusal | None:
+    """Return why TOP's mark, or one further down, may be a copy: it says that TOP has all bits, and it has not.
+
+    A snapshot, or 'virsh blockcommit', copies bitmaps to another image, the mark among them.
+    """
+    for layer in seen.part[1:]:
+        marks = [bitmap.name for bitmap in (layer.image.bitmaps if layer.image else ()) if _is_mark(bitmap)]
+        if marks:
+            return _unfinished(
+                seen,
+                f"{layer.path}, which takes part below it, has the mark of another one",
+                "If a commit of that image into one below it was interrupted, complete that first, with the image on "
+                f"top of it as above. If the mark is a copy that a snapshot or 'virsh blockcommit' has made, remove it: "
+                f"the bitmap {marks[0]!r}, with 'qemu-img bitmap --remove'.",
+            )
+    if seen.mark is None or seen.is_the_one_kept or seen.top_has_all:
+        return None
+    again = f", and {seen.vault.path}, run this again, and make a full backup" if seen.vault else ", and run this again"
+    return _unfinished(
+        seen,
+        "it has a mark, but not all that the bitmaps below it mark. So a snapshot has copied the mark from an image "
+        "that has gone in since, or a VM ran on BASE since",
+        "If a VM ran on BASE since, keep one of the two, and make a full backup. If none did, remove the mark, the "
+        f"bitmap {seen.mark.name!r}, with 'qemu-img bitmap --remove'{again}.",
     )
 
 
@@ -180,7 +217,9 @@ def _stage_when_given(seen: Seen, vault: Vault) -> Stage | Refusal:
         has_run = seen.top_changed > vault.given_at
     if not has_run:
         return Stage(GIVEN)
-    if seen.base_changed is not None and seen.base_changed > vault.given_at:
+    # Of a block device only the bits tell whether it was written to.
+    has_base_run = not seen.top_has_all if seen.base_changed is None else seen.base_changed > vault.given_at
+    if has_base_run:
         return _unfinished(
             seen,
             "after it was committed a VM has written to the overlay, and another one to BASE",
@@ -190,6 +229,10 @@ def _stage_when_given(seen: Seen, vault: Vault) -> Stage | Refusal:
     if not is_marked:  # BASE has all bits; the vault lacks those of the old overlay, and this may be a new one
         return Stage(WHOLE, stale_vault=True)
     return Stage(CARRIED if _is_sound(seen) else REBUILT, not_given=True)
+
+
+def _is_mark(bitmap: Bitmap) -> bool:
+    return bitmap.name.startswith(MARK)
 
 
 def _is_stripped(seen: Seen) -> bool:

@@ -13,7 +13,7 @@ import secrets
 from .._base.errors import Refusal
 from .._base.files import OpenImage, open_image
 from .._qcow2.chain import Layer, read_head
-from .._qcow2.dirty import DirtyBits, dirty_bytes, maps_of
+from .._qcow2.dirty import DirtyBits, dirty_bytes, is_union, maps_of
 from .._qcow2.extents import AllocationMap
 from .._qcow2.image import Image, read_image
 from .._qemu import locks
@@ -86,6 +86,8 @@ def see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, above: Lay
         vault=vault,
         mark_is_empty=_mark_is_empty(files[0], top) if top else None,
         base_is_as_kept=vault is not None and _is_as_kept(vault, files[depth], base),
+        top_has_all=top is None
+        or _has_all(files[0], top, _bits_below(vault, files[depth], base), chain[0].virtual_size),
         top_changed=files[0].status().st_mtime_ns,
         base_changed=None if base.is_device else files[depth].status().st_mtime_ns,
         above=above,
@@ -119,6 +121,19 @@ def _is_as_kept(vault: Vault, file: OpenImage, base: Layer) -> bool:
         return not vault.below
     own = {bitmap.name: bitmap for bitmap in base.image.bitmaps}
     return not base.image.lost_bitmaps and is_as_kept(vault, own, maps_of(file, base.image), base.virtual_size)
+
+
+def _bits_below(vault: Vault | None, file: OpenImage, base: Layer) -> list[tuple[str, DirtyBits]]:
+    """Return the bits, each with its name, that TOP has all once it carries BASE's."""
+    kept = [(name, one.bits) for name, one in vault.below.items()] if vault else []
+    own = maps_of(file, base.image) if base.image else {}
+    return [*kept, *own.items()]
+
+
+def _has_all(file: OpenImage, image: Image, below: list[tuple[str, DirtyBits]], size: int) -> bool:
+    """Whether the bitmaps of an image mark all these bits, as far as it has bitmaps of these names."""
+    own = maps_of(file, image)
+    return all(is_union(own[name], [own[name], bits], size) for name, bits in below if name in own)
 
 
 def token_of(seen: Seen) -> str:

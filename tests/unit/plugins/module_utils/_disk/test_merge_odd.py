@@ -10,9 +10,12 @@ import typing as t
 
 import pytest
 
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import merge
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import CommitRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.merge import MergeLayers
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.vault import MARK
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
 
 from .. import qemu
 from . import commits
@@ -69,9 +72,7 @@ def test_a_merge_goes_on_when_base_has_grown_beyond_a_layer_between(tmp_path, mo
     commits.write(top, "write -P 2 7M 1M")
     before = commits.content(top)
     for phase in ("give", "publish"):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(MergeLayers, phase, killed)
-            commits.merge(top, base)
+        interrupt(monkeypatch, phase, top, base)
         assert qemu.info(base)["virtual-size"] == 8 << 20
         assert commits.content(top) == before
     commits.merged(top, base)
@@ -79,5 +80,66 @@ def test_a_merge_goes_on_when_base_has_grown_beyond_a_layer_between(tmp_path, mo
     assert sorted(os.listdir(tmp_path)) == ["base"]
 
 
-def killed(*_args: t.Any) -> None:
-    raise KeyboardInterrupt
+def interrupt(monkeypatch: pytest.MonkeyPatch, phase: str, top: str, base: str, **options: t.Any) -> None:
+    """Have a merge end before a phase, and leave everything as it is then."""
+
+    def end(*_args: t.Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MergeLayers, phase, end)
+        commits.merge(top, base, **options)
+
+
+def snapshot(path: t.Any, below: str) -> str:
+    """Make an overlay as libvirt does for a snapshot: it has all bitmaps of the image below, empty."""
+    commits.overlay(path, below)
+    qemu.add_bitmaps(path, [Bitmap(name, size, True, False) for name, size, _r, _i in qemu.bitmaps_of(below)])
+    return str(path)
+
+
+def dirty(folder: t.Any, path: str) -> commits.Extents:
+    return commits.bits_of(folder, [path])[0]["a"].extents
+
+
+MiB = 1 << 20
+
+
+def half_committed(folder: t.Any, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str, str]:
+    """Return BASE and TOP of a merge that was interrupted, and a snapshot that was taken since."""
+    base = qemu.create(folder / "base")
+    qemu.add_bitmaps(base, [Bitmap("a", 65536, True, False)])
+    commits.write(base, "write -P 1 0 1M")
+    top = snapshot(folder / "top", base)
+    commits.write(top, "write -P 2 1M 1M")
+    interrupt(monkeypatch, "give", top, base)
+    above = snapshot(folder / "above", top)
+    assert any(name.startswith(MARK) for name, *_others in qemu.bitmaps_of(above))
+    commits.write(above, "write -P 3 4M 1M")
+    return base, top, above
+
+
+def test_a_snapshot_that_has_copied_the_mark_does_not_carry_what_the_mark_says(tmp_path, monkeypatch):
+    base, top, above = half_committed(tmp_path, monkeypatch)
+    for below in (base, top):
+        refused = commits.refusal(above, below)
+        assert refused.code == "unfinished"
+        assert f"{top}, which takes part below it, has the mark" in refused.why
+    commits.merged(top, base, above=above)
+    # Nothing tells now that the mark is a copy, but for the bits.
+    refused = commits.refusal(above, base)
+    assert refused.code == "unfinished"
+    (mark,) = (name for name, *_others in qemu.bitmaps_of(above) if name.startswith(MARK))
+    assert mark in refused.remedy
+    qemu.qemu_img("bitmap", "--remove", above, mark)
+    commits.merged(above, base)
+    assert dirty(tmp_path, base) == [(0, 2 * MiB), (4 * MiB, MiB)]
+
+
+def test_a_snapshot_with_a_copied_mark_while_the_vault_that_says_given_is_still_there(tmp_path, monkeypatch):
+    base, top, above = half_committed(tmp_path, monkeypatch)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(merge, "remove_vault", lambda _path: (_ for _ in ()).throw(KeyboardInterrupt))
+        commits.merge(top, base, above=above)
+    assert commits.refusal(above, base).code == "unfinished"
+    assert dirty(tmp_path, base) == [(0, 2 * MiB)]
