@@ -28,6 +28,7 @@ from .checkpoints import chain_of
 from .fitness import fitness_of
 from .inventory import DiskFacts
 from .names import Found, find_snapshot, flattened, flattened_one
+from .overlay import stated_problems
 from .plan import DiskPlan, DomainPlan, SkippedDisk, not_shut_off
 
 _NOT_ON_IT = "is not on the snapshot"
@@ -123,8 +124,8 @@ def _commit_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark)
         retire=retire,
         speed=request.speed,
     )
-    problems = _shared(domain, facts, mark, [*facts.layers[: place + 2]]) + _uncertain(domain, found, mark)
-    return DiskPlan(mark.target, merge, None if above else _source(found.below), tuple(problems))
+    source = _source(found.below) if above is None else _unstated(facts)
+    return DiskPlan(mark.target, merge, source, tuple(_chain_problems(domain, facts, found, mark)))
 
 
 def _revert_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark) -> DiskPlan | None:
@@ -151,13 +152,27 @@ def _revert_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark)
         vm=domain.uuid,
         retire=retire,
     )
-    problems = _shared(domain, facts, mark, [*facts.layers[: place + 2]]) + _uncertain(domain, found, mark)
-    return DiskPlan(mark.target, back, _source(found.below), tuple(problems))
+    return DiskPlan(mark.target, back, _source(found.below), tuple(_chain_problems(domain, facts, found, mark)))
 
 
 def _source(layer: Layer) -> Source:
     """Return how a definition names an image that becomes the topmost one."""
     return Source(layer.path, layer.format or layer.format_found, "block" if layer.is_device else "file")
+
+
+def _unstated(facts: DiskFacts) -> Source | None:
+    """Return the disk's own image if the definition states what is below it: that has an image in it that goes."""
+    return None if facts.disk.stated_chain is None else _source(facts.layers[0])
+
+
+def _chain_problems(domain: Domain, facts: DiskFacts, found: Found, mark: Mark) -> list[Refusal]:
+    """Return why the images below the disk must not be touched."""
+    part = facts.layers[: facts.layers.index(found.overlay) + 2]
+    return [
+        *stated_problems(domain.name, facts.disk, facts.layers),
+        *_shared(domain, facts, mark, part),
+        *_uncertain(domain, found, mark),
+    ]
 
 
 def _shared(domain: Domain, facts: DiskFacts, mark: Mark, part: t.Sequence[Layer]) -> list[Refusal]:
