@@ -74,14 +74,14 @@ EXAMPLES = r"""
   ansible.builtin.assert:
     that: host.domains | rejectattr('next_backup', 'eq', 'incremental') | length == 0
     fail_msg: "{{ host.domains | rejectattr('next_backup', 'eq', 'incremental')
-      | items2dict('name', 'next_backup_reason') }}"
+      | items2dict('name', 'next_backup_reason') | to_nice_yaml }}"
 
 - name: Show how much the next increment of each domain copies
   ansible.builtin.debug:
-    msg: "{{ item.name }}: {{ size | human_readable if size is number else 'not known' }}"
+    msg: "{{ item.name }}: {{ sizes | map('human_readable') | first | default('not counted') }}"
   vars:
-    size: "{{ item.checkpoints | selectattr('name', 'eq', item.next_backup_since)
-      | map(attribute='dirty_bytes') | first }}"
+    sizes: "{{ item.checkpoints | selectattr('name', 'eq', item.next_backup_since)
+      | map(attribute='dirty_bytes') | select('number') | list }}"
   loop: "{{ host.domains | selectattr('next_backup_since') }}"
   loop_control:
     label: "{{ item.name }}"
