@@ -193,7 +193,8 @@ def next_backup(checkpoints: t.Sequence[DomainCheckpoint], disks: t.Sequence[Dis
     if unknown is not None:
         return NextBackup(UNKNOWN, None, unknown)
     if not checkpoints:
-        return NextBackup(FULL, None, "libvirt knows no checkpoint of the domain.")
+        why = "" if targets else " It could have none, since it writes to no qcow2 disk."
+        return NextBackup(FULL, None, f"libvirt knows no checkpoint of the domain.{why}")
     return NextBackup(FULL, None, newer[0] + (" Nor does an older one allow it." if len(newer) > 1 else ""))
 
 

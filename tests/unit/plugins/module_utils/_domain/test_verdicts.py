@@ -220,7 +220,8 @@ def next_of(names, *disks, **more):
 
 
 def test_without_a_checkpoint_the_next_backup_is_a_full_one():
-    assert next_of("", look("vda", layer("/a", "one")))[:2] == ("full", None)
+    assert next_of("", look("vda", layer("/a", "one"))) == ("full", None, "libvirt knows no checkpoint of the domain.")
+    assert next_of("", look("vda", layer("/a"), image_format="raw")).reason.endswith("it writes to no qcow2 disk.")
 
 
 def test_the_next_backup_is_since_the_newest_checkpoint():
