@@ -41,7 +41,8 @@ notes:
   - Of a domain that is B(not shut off) what is stored in its images tells nothing about its checkpoints, since the
     bitmaps are in the memory of its QEMU. libvirt is asked instead, which does not taint the domain (as C(virsh
     checkpoint-dumpxml --size) does). It tells whether a checkpoint is valid, and how much is dirty, and not which image
-    is at fault. It has to wait for other work on the domain, such as a migration.
+    is at fault. It waits for other work on the domain, such as a migration. After 10 seconds it is left at that, and
+    nothing is told about the checkpoints of this domain.
   - Of a domain that runs, the disks are those that it runs with. The next start may use others.
   - Whether a checkpoint of a domain that is shut off is valid is told by the images, as M(kvmfleet.qcow2.qcow2_info)
     does. If the definition states another backing chain than the images record, nothing can be told.

@@ -141,7 +141,7 @@ def _judge_disk(look: DiskLook, bitmap: str, live: LiveBitmaps | None) -> Checkp
         return stored
     if live.problem is None:
         return Checkpoint(bitmap, False, BROKEN, None, _BROKEN_LIVE.format(look.disk.target))
-    advice = f"The domain runs, and libvirt cannot tell: {live.problem}. libvirt 9.0 can; or look when it is shut off."
+    advice = f"The domain runs, and libvirt cannot tell: {live.problem}. Look again, or when it is shut off."
     return Checkpoint(bitmap, None, IN_USE, look.disk.source, advice)
 
 

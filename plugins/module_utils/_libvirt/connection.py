@@ -12,6 +12,8 @@ XMLDesc, isActive, storageVolLookupByName, refresh of a storage pool; path, info
 
 from __future__ import annotations
 
+import functools
+import threading
 import typing as t
 
 from .._base.errors import Refusal
@@ -19,6 +21,8 @@ from .bindings import LibvirtError, known, libvirt, words_of
 from .definition import CheckpointParts, Definition, checkpoint_from
 from .pools import Pools
 
+_PATIENCE = 10.0  # seconds for an answer of QEMU; a sound one takes milliseconds
+_NO_ANSWER = f"its QEMU has not answered within {_PATIENCE:.0f} seconds"
 # virDomainState
 _STATES = {1: "running", 2: "blocked", 3: "paused", 4: "shutting down", 6: "crashed", 7: "suspended"}
 
@@ -126,8 +130,9 @@ class Libvirt:
         """
         try:
             handle = self.connection.lookupByUUIDString(domain.uuid)
-            checkpoints = tuple(_look_at(one, is_live=domain.state is not None) for one in _checkpoints(handle))
-            return Kept(checkpoints, _snapshots(handle))
+            checkpoints = _checkpoints(handle)
+            known_now = _known_live(checkpoints) if domain.state else [_known_stored(one) for one in checkpoints]
+            return Kept(tuple(known_now), _snapshots(handle))
         except LibvirtError as exc:
             raise unreadable(domain.name, exc) from exc
 
@@ -144,21 +149,59 @@ def _known(name: str, parts: CheckpointParts, live: LiveBitmaps | None = None) -
     return KnownCheckpoint(name, parts.bitmaps, parts.left_out, parts.created, parts.parent, live)
 
 
-def _look_at(checkpoint: t.Any, *, is_live: bool) -> KnownCheckpoint:
-    """Return what libvirt says of a checkpoint; with `is_live` of its bitmaps in the memory of the domain's QEMU, too.
-
-    That it asks QEMU for them does not taint the domain, as a monitor command of ours would.
-    """
-    problem = None
-    if is_live:
-        try:
-            flags = libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN | libvirt.VIR_DOMAIN_CHECKPOINT_XML_SIZE
-            parts = checkpoint_from(checkpoint.getXMLDesc(flags))
-            return _known(checkpoint.getName(), parts, LiveBitmaps(parts.sizes))
-        except LibvirtError as exc:  # such as one that is shut off just now, and that this libvirt has no such flag
-            problem = words_of(exc)
+def _known_stored(checkpoint: t.Any, live: LiveBitmaps | None = None) -> KnownCheckpoint:
+    """Return what libvirt keeps of a checkpoint."""
     parts = checkpoint_from(checkpoint.getXMLDesc(libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN))
-    return _known(checkpoint.getName(), parts, LiveBitmaps(problem=problem) if is_live else None)
+    return _known(checkpoint.getName(), parts, live)
+
+
+def _known_live(checkpoints: t.Sequence[t.Any]) -> list[KnownCheckpoint]:
+    """Return what libvirt keeps of the checkpoints of a domain that runs, and what its QEMU says of their bitmaps.
+
+    That libvirt asks QEMU for them does not taint the domain, as a monitor command of ours would. Do not ask a QEMU
+    again that does not answer.
+    """
+    found: list[KnownCheckpoint] = []
+    flags = libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN | libvirt.VIR_DOMAIN_CHECKPOINT_XML_SIZE
+    problem = None
+    for one in checkpoints:
+        if problem != _NO_ANSWER:
+            try:
+                parts = checkpoint_from(_in_time(functools.partial(one.getXMLDesc, flags)))
+                found.append(_known(one.getName(), parts, LiveBitmaps(parts.sizes)))
+                continue
+            except TimeoutError:
+                problem = _NO_ANSWER
+            except LibvirtError as exc:  # such as one that is shut off just now
+                is_old = exc.get_error_code() == libvirt.VIR_ERR_INVALID_ARG  # it does not know the flag
+                problem = words_of(exc) + (" (libvirt 9.0 can)" if is_old else "")
+        found.append(_known_stored(one, LiveBitmaps(problem=problem)))
+    return found
+
+
+def _in_time(call: t.Callable[[], str]) -> str:
+    """Return what a call that asks QEMU returns; TimeoutError if it takes longer than _PATIENCE.
+
+    libvirt itself waits for ever. The thread that goes on waiting ends with the module, and other calls do not wait
+    for it.
+    """
+    answers: list[str] = []
+    errors: list[t.Any] = []
+
+    def ask() -> None:
+        try:
+            answers.append(call())
+        except LibvirtError as exc:
+            errors.append(exc)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_PATIENCE)
+    if errors:
+        raise errors[0]
+    if not answers:
+        raise TimeoutError
+    return answers[0]
 
 
 def _read(handle: t.Any, name: str) -> Domain | Unreadable:

@@ -9,10 +9,12 @@ What its driver for QEMU does is in the integration target domain_overlay.
 from __future__ import annotations
 
 import collections
+import threading
 import time
 
 import libvirt
 import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt import connection
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection import Libvirt, LiveBitmaps
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import Place, Volume
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.pools import Pools
@@ -145,21 +147,56 @@ def test_a_checkpoint_remembers_disks_that_were_volumes_then(host):
     assert now.images == frozenset()
 
 
-def test_a_libvirt_that_knows_no_sizes_cannot_tell_of_live_bitmaps(host, monkeypatch):
-    host.createXML(
+@pytest.fixture(name="with_sizes")
+def fixture_with_sizes(host, monkeypatch):
+    """Have a domain with the checkpoints one and two, and what is called when their sizes are asked for."""
+    domain = host.createXML(
         "<domain type='test'><name>web</name><memory>1024</memory><os><type>hvm</type></os><devices><disk type='file'>"
         "<source file='/srv/web.qcow2'/><target dev='vda' bus='virtio'/></disk></devices></domain>",
         0,
-    ).checkpointCreateXML("<domaincheckpoint><name>one</name></domaincheckpoint>")
+    )
+    for name in ("one", "two"):
+        domain.checkpointCreateXML(f"<domaincheckpoint><name>{name}</name></domaincheckpoint>")
     real = libvirt.virDomainCheckpoint.getXMLDesc
 
-    def as_libvirt_5_6(checkpoint, flags=0):  # virCheckFlags() of qemuCheckpointGetXMLDesc() there
-        if flags & libvirt.VIR_DOMAIN_CHECKPOINT_XML_SIZE:
-            raise libvirt.libvirtError("unsupported flags (0x4)")
-        return real(checkpoint, flags)
+    def install(answer):
+        def asked(checkpoint, flags=0):
+            if flags & libvirt.VIR_DOMAIN_CHECKPOINT_XML_SIZE:
+                answer()
+            return real(checkpoint, flags)
 
-    monkeypatch.setattr(libvirt.virDomainCheckpoint, "getXMLDesc", as_libvirt_5_6)
-    daemon = Libvirt("test:///default")
-    (one,) = daemon.kept_now(daemon.domains()["web"]).checkpoints
+        monkeypatch.setattr(libvirt.virDomainCheckpoint, "getXMLDesc", asked)
+        daemon = Libvirt("test:///default")
+        return daemon.kept_now(daemon.domains()["web"]).checkpoints
+
+    return install
+
+
+def test_a_libvirt_that_knows_no_sizes_cannot_tell_of_live_bitmaps(with_sizes):
+    def as_libvirt_5_6():  # virCheckFlags() of qemuCheckpointGetXMLDesc() there
+        error = libvirt.libvirtError("")
+        words = "unsupported flags (0x4) in function qemuCheckpointGetXMLDesc"
+        error.err = (libvirt.VIR_ERR_INVALID_ARG, 10, words, 2, words, None, None, -1, -1)
+        raise error
+
+    one, two = with_sizes(as_libvirt_5_6)
     assert (one.name, one.bitmaps, one.live.sizes) == ("one", {"vda": "one"}, {})
-    assert "unsupported flags" in one.live.problem
+    assert one.live.problem.startswith("unsupported flags (0x4)")
+    assert one.live.problem.endswith("(libvirt 9.0 can)")
+    assert two.live == one.live
+
+
+def test_a_qemu_that_does_not_answer_is_asked_once(with_sizes, monkeypatch):
+    monkeypatch.setattr(connection, "_PATIENCE", 0.1)
+    asked, ended = [], threading.Event()
+
+    def hang():
+        asked.append(1)
+        ended.wait(30)
+
+    one, two = with_sizes(hang)
+    ended.set()
+    assert [one.bitmaps, two.bitmaps] == [{"vda": "one"}, {"vda": "two"}]
+    assert "has not answered" in one.live.problem
+    assert two.live == one.live
+    assert asked == [1]
