@@ -180,8 +180,11 @@ def chain_problems(request: CommitRequest, chain: t.Sequence[Layer], depth: int,
     return problems
 
 
-def why_gone(request: CommitRequest, vault: Vault) -> Refusal | None:
+def why_gone(request: CommitRequest, vault: Vault, *, is_top_there: bool) -> Refusal | None:
     """Return what is wrong where the overlay is gone and a vault is there; None if all but the vault is done."""
+    if is_top_there:
+        why = f"does not exist. What has gone, or is to go, into {request.backing_file} is {vault.top_path}"
+        return Refusal("unfinished", request.path, why, "Complete that commit: give its path.")
     if vault.is_given:
         return None
     why = f"is gone, but its commit into {request.backing_file} was not finished: the vault {vault.path} is there"

@@ -23,10 +23,10 @@ from .._qemu.jobs import Opened
 from . import commit, stages
 from .carry import Place, Wanted, bring, wrong_bitmaps
 from .commit import CommitRequest, CommitVerdict, Work
-from .observe import observe_chain, stands
+from .observe import observe_chain
 from .progress import telling
 from .publish import StagedFile, publish_at_once
-from .retire import retire, why_not_retired
+from .retire import retire, stands, why_not_retired
 from .revert_rules import Retired
 from .session import Held, Images, failed_by
 from .stages import Seen

@@ -103,19 +103,6 @@ def _read_settled(file: OpenImage) -> Image:
     return read_settled(file).image
 
 
-def stands(path: str) -> bool:
-    """Whether something stands there, and be it a symlink that leads nowhere."""
-    try:
-        os.lstat(path)
-    except FileNotFoundError as exc:
-        folder = os.path.dirname(path)
-        if not os.path.isdir(folder):  # of storage that is not mounted nothing can be said to be gone
-            why = f"its folder {folder} does not exist, so nobody can tell whether it is gone"
-            raise Refusal("no_folder", path, why, "Mount its storage, or correct the path.") from exc
-        return False
-    return True
-
-
 def observe_target(path: str) -> Target:
     """Return what stands at the place for an overlay; what is wrong there is in the answer."""
     try:

@@ -60,6 +60,19 @@ def _remove_link(path: str, real: str) -> None:
         close(folder_fd)
 
 
+def stands(path: str) -> bool:
+    """Whether something stands there, and be it a symlink that leads nowhere."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError as exc:
+        folder = os.path.dirname(path)
+        if not os.path.isdir(folder):  # of storage that is not mounted nothing can be said to be gone
+            why = f"its folder {folder} does not exist, so nobody can tell whether it is gone"
+            raise Refusal("no_folder", path, why, "Mount its storage, or correct the path.") from exc
+        return False
+    return True
+
+
 def kept_path(path: str, suffix: str) -> str:
     """Return the path that the image at `path` would be kept as."""
     real = os.path.realpath(path)

@@ -27,8 +27,7 @@ from .._qcow2.image import Image
 from .._qemu import locks
 from .._qemu.settled import is_open_for_writing, read_settled
 from . import revert_rules
-from .observe import stands
-from .retire import DELETE, KEEP, How, all_kept, kept_path, retire, why_not_retired
+from .retire import DELETE, KEEP, How, all_kept, kept_path, retire, stands, why_not_retired
 from .revert_rules import ABSENT, Going, Observed, Retired, RevertRequest, RevertVerdict
 from .session import Held, Images
 from .siblings import all_standing_on

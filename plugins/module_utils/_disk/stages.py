@@ -163,7 +163,7 @@ def _why_copied(seen: Seen) -> Refusal | None:
                 seen,
                 f"{layer.path}, which takes part below it, has the mark of another one",
                 "If a commit of that image into one below it was interrupted, complete that first, with the image on "
-                f"top of it as above. If the mark is a copy that a snapshot or 'virsh blockcommit' has made, remove it: "
+                f"top of it as above. If the mark is a copy that a snapshot or 'virsh blockcommit' made, remove it: "
                 f"the bitmap {marks[0]!r}, with 'qemu-img bitmap --remove'.",
             )
     if seen.mark is None or seen.is_the_one_kept or seen.top_has_all:

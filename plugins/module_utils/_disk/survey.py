@@ -11,7 +11,7 @@ import os
 import secrets
 
 from .._base.errors import Refusal
-from .._base.files import OpenImage, open_image
+from .._base.files import OpenImage, identity_of, open_image
 from .._qcow2.chain import Layer, read_head
 from .._qcow2.dirty import DirtyBits, dirty_bytes, is_union, maps_of
 from .._qcow2.extents import AllocationMap
@@ -47,10 +47,17 @@ def judge_gone(request: CommitRequest, base: OpenImage, held: Held) -> CommitVer
     if path is None:
         return CommitVerdict(request, commit.ABSENT, virtual_size=_virtual_size(request, base))
     vault = read_vault(held.enter(open_vault(path)))
-    problem = commit.why_gone(request, vault)
+    problem = commit.why_gone(request, vault, is_top_there=_is_still_there(vault))
     if problem is not None:
         return CommitVerdict(request, FAILED, (problem,))
     return CommitVerdict(request, commit.COMMITTED, virtual_size=_virtual_size(request, base), finished=vault)
+
+
+def _is_still_there(vault: Vault) -> bool:
+    """Whether the overlay that the vault is of stands where it stood."""
+    with contextlib.suppress(OSError, ValueError):
+        return vault.top_path is not None and identity_of(os.stat(vault.top_path)) == vault.top
+    return False
 
 
 def _virtual_size(request: CommitRequest, base: OpenImage) -> int:

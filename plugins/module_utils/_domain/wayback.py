@@ -110,8 +110,8 @@ def _commit_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark)
         left = _half_committed(facts, mark)
         if left is None:
             return None
-        source, image_format = facts.disk.source or "", facts.disk.format
-        finish = CommitRequest(left.path, source, image_format, domain.uuid, retire=retire, speed=request.speed)
+        base, image_format = facts.disk.source or "", facts.disk.format
+        finish = CommitRequest(left.path, base, image_format, domain.uuid, retire=retire, speed=request.speed)
         return DiskPlan(mark.target, finish, None)
     place = facts.layers.index(found.overlay)
     above = facts.layers[place - 1].path if place else None
@@ -142,9 +142,8 @@ def _revert_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark)
         left = _left_over(facts, mark)
         if left is None:
             return None
-        source = facts.disk.source or ""
-        return DiskPlan(mark.target, RevertRequest(left.path, source, facts.disk.format, domain.uuid, retire), None)
-    place = facts.layers.index(found.overlay)
+        base = facts.disk.source or ""
+        return DiskPlan(mark.target, RevertRequest(left.path, base, facts.disk.format, domain.uuid, retire), None)
     back = RevertRequest(
         path=facts.layers[0].path,
         backing_file=found.below.path,

@@ -9,7 +9,6 @@ import os
 import typing as t
 
 import pytest
-
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import merge
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import CommitRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.merge import MergeLayers
@@ -86,9 +85,10 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, phase: str, top: str, base: str, 
     def end(*_args: t.Any) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(MergeLayers, phase, end)
-        commits.merge(top, base, **options)
+        with pytest.raises(KeyboardInterrupt):
+            commits.merge(top, base, **options)
 
 
 def snapshot(path: t.Any, below: str) -> str:
@@ -138,8 +138,36 @@ def test_a_snapshot_that_has_copied_the_mark_does_not_carry_what_the_mark_says(t
 
 def test_a_snapshot_with_a_copied_mark_while_the_vault_that_says_given_is_still_there(tmp_path, monkeypatch):
     base, top, above = half_committed(tmp_path, monkeypatch)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(merge, "remove_vault", lambda _path: (_ for _ in ()).throw(KeyboardInterrupt))
-        commits.merge(top, base, above=above)
+        with pytest.raises(KeyboardInterrupt):
+            commits.merge(top, base, above=above)
     assert commits.refusal(above, base).code == "unfinished"
     assert dirty(tmp_path, base) == [(0, 2 * MiB)]
+
+
+@pytest.mark.parametrize("phase", ["move", "publish"])
+def test_the_vault_of_another_overlay_that_is_still_there_stays(tmp_path, monkeypatch, phase):
+    base = qemu.create(tmp_path / "base")
+    qemu.add_bitmaps(base, [Bitmap("a", 65536, True, False)])
+    top = snapshot(tmp_path / "top", base)
+    interrupt(monkeypatch, phase, top, base)
+    before = sorted(os.listdir(tmp_path))
+    refused = commits.refusal(tmp_path / "typo", base)
+    assert refused.code == "unfinished"
+    assert top in refused.why
+    assert "full backup" not in refused.remedy  # nothing is lost
+    assert sorted(os.listdir(tmp_path)) == before
+    commits.merged(top, base)
+    assert sorted(os.listdir(tmp_path)) == ["base"]
+
+
+def test_an_overlay_on_storage_that_is_not_mounted_is_not_gone(tmp_path, monkeypatch):
+    (tmp_path / "store").mkdir()
+    base = qemu.create(tmp_path / "base")
+    top = snapshot(tmp_path / "store" / "top", base)
+    for _number in range(2):
+        (tmp_path / "store").rename(tmp_path / "away")
+        assert commits.refusal(top, base).code == "no_folder"
+        (tmp_path / "away").rename(tmp_path / "store")
+        interrupt(monkeypatch, "publish", top, base)
