@@ -44,8 +44,8 @@ options:
       - V(valid) means that an incremental backup since each of the bitmaps is possible. A bitmap that is missing or
         inconsistent in overlays is rebuilt in them, in the granularity of the image below. Above the lowest such
         overlay it is rebuilt in all, since there it may be a later one of the same name.
-      - Cannot be made valid: a bitmap that is disabled, that is inconsistent in the lowest image with it, or that no
-        image has; one whose images have different sizes, or below which an image has lost its bitmaps.
+      - A bitmap cannot be made valid that is disabled, that is inconsistent in the lowest image with it, or that no
+        image has; nor one whose images have different sizes, or below which an image has lost its bitmaps.
       - V(absent) means that no image of the chain has the bitmaps. They are removed from the top downwards. An image
         that others stand on, such as a template, is never written to. If it has a bitmap of O(names), that one fails.
       - The bitmaps that are not asked for stay as they are.
