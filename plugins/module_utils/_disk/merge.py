@@ -11,7 +11,7 @@ import os
 import typing as t
 
 from .._base.errors import QemuError, Refusal
-from .._base.files import Identity, identity_of, open_image
+from .._base.files import identity_of, open_image
 from .._qcow2.backing import change_backing_file, why_not_changeable
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer, read_head, walk_chain
@@ -46,6 +46,7 @@ from .survey import (
 from .unfinished import HEALING, why_in_the_way
 from .vault import (
     MARK,
+    Vault,
     find_vault,
     holds,
     mark_given,
@@ -338,18 +339,19 @@ def _retire_all(verdict: CommitVerdict, held: Held) -> t.Iterator[Retired]:
         vault_path = find_vault(work.vault_place)
     else:
         sync_folder_of(os.path.realpath(request.path))  # TOP is gone, as far as the kernel knows
-        for identity, path in vault.others if vault else ():
-            yield from _retire_left_over(path, identity, request)
-        vault_path = vault.path if vault else None
+        if vault is not None:
+            for _identity, path in vault.others:
+                yield from _retire_left_over(path, vault, request)
+        vault_path = vault.path if vault is not None else None
     if vault_path is not None:
         remove_vault(vault_path)
 
 
-def _retire_left_over(path: str, identity: Identity, request: CommitRequest) -> t.Iterator[Retired]:
+def _retire_left_over(path: str, vault: Vault, request: CommitRequest) -> t.Iterator[Retired]:
     """Retire an image that went in, and that a killed run has left; nothing if another one has its name now."""
     try:
         with open_image(path) as file:
-            if file.identity == identity:
+            if vault.took_in(file.identity, path):
                 yield Retired(path, retire(path, file, request.retire, KEPT_AS))
     except Refusal as exc:
         if exc.code != "no_such_file":

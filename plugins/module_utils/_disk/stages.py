@@ -32,7 +32,6 @@ from __future__ import annotations
 import typing as t
 
 from .._base.errors import Refusal
-from .._base.files import Identity
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer
 from .._qcow2.image import Image
@@ -52,7 +51,8 @@ class Seen(t.NamedTuple):
 
     chain: tuple[Layer, ...]  # from TOP down to the bottom
     depth: int  # of BASE in it
-    top_identity: Identity
+    is_top_of_vault: bool  # whether the vault was made for TOP
+    went_in_below_another: bool  # whether the vault says that TOP was between its topmost image and BASE
     vault: Vault | None
     mark_is_empty: bool | None  # None if TOP has no mark, or an inconsistent one
     base_is_as_kept: bool  # just as the vault says
@@ -89,7 +89,7 @@ class Seen(t.NamedTuple):
     def is_the_one_kept(self) -> bool:
         """Whether TOP is the very file that the vault is of, and bears its mark."""
         vault, mark = self.vault, self.mark
-        return bool(vault and mark and mark.name == MARK + vault.token and vault.top == self.top_identity)
+        return bool(vault and mark and mark.name == MARK + vault.token and self.is_top_of_vault)
 
     @property
     def base_bitmaps(self) -> tuple[Bitmap, ...]:
@@ -137,7 +137,7 @@ def stage_of(seen: Seen) -> Stage | Refusal:
         if seen.mark.name != MARK + seen.vault.token:
             return _unfinished(seen, "the vault beside BASE is of another commit", "Finish that one first.")
         return Stage(CARRIED if _is_sound(seen) else REBUILT)
-    is_same = seen.vault.top == seen.top_identity
+    is_same = seen.is_top_of_vault
     if is_same and _has_lost_bitmaps(seen, seen.vault):
         if seen.base_is_as_kept or _is_stripped(seen):
             return Stage(REBUILT)
@@ -202,14 +202,14 @@ def _stage_without_vault(seen: Seen) -> Stage | Refusal:
 
 def _stage_when_given(seen: Seen, vault: Vault) -> Stage | Refusal:
     """Return the stage where a vault says that all work on the bitmaps is done."""
-    if seen.top_identity in {identity for identity, _path in vault.others}:
+    if seen.went_in_below_another:
         return _unfinished(
             seen,
             "it went into BASE already, together with the overlay on top of it",
             f"Run that commit again, with path={vault.top_path}. If this overlay was made since, remove {vault.path}.",
         )
     is_marked = seen.mark is not None and seen.mark.name == MARK + vault.token
-    if not is_marked and (vault.top != seen.top_identity or (seen.top.bitmaps and _is_sound(seen))):
+    if not is_marked and (not seen.is_top_of_vault or (seen.top.bitmaps and _is_sound(seen))):
         return Stage(WHOLE, stale_vault=True)  # of an overlay that went in and is gone; its number may be given anew
     if seen.top.version == 3:
         has_run = not (is_marked and _is_sound(seen) and seen.mark_is_empty)

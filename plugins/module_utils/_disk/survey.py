@@ -56,7 +56,7 @@ def judge_gone(request: CommitRequest, base: OpenImage, held: Held) -> CommitVer
 def _is_still_there(vault: Vault) -> bool:
     """Whether the overlay that the vault is of stands where it stood."""
     with contextlib.suppress(OSError, ValueError):
-        return vault.top_path is not None and identity_of(os.stat(vault.top_path)) == vault.top
+        return vault.top_path is not None and vault.is_of(identity_of(os.stat(vault.top_path)), vault.top_path)
     return False
 
 
@@ -89,7 +89,8 @@ def see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, above: Lay
     return Seen(
         chain=chain,
         depth=depth,
-        top_identity=files[0].identity,
+        is_top_of_vault=vault is not None and vault.is_of(files[0].identity, files[0].path),
+        went_in_below_another=vault is not None and vault.took_in(files[0].identity, files[0].path),
         vault=vault,
         mark_is_empty=_mark_is_empty(files[0], top) if top else None,
         base_is_as_kept=vault is not None and _is_as_kept(vault, files[depth], base),

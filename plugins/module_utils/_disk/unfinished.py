@@ -45,7 +45,8 @@ def unfinished_work(chain: t.Sequence[Layer], top_bitmaps: t.Iterable[Bitmap]) -
             found += [_commit(layer, path, vault, chain)] if vault is not None else []
         kept = healing_vault(layer, chain[0])
         vault = _read(kept) if kept is not None and os.path.lexists(kept) else None
-        if vault is not None and kept is not None and not (isinstance(vault, Vault) and vault.top != layer.identity):
+        is_other = isinstance(vault, Vault) and not vault.is_of(layer.identity, layer.path)
+        if vault is not None and kept is not None and not is_other:
             found.append(_healing(layer, kept, vault, chain[0]))
     marks = [bitmap.name for bitmap in top_bitmaps if bitmap.name.startswith(MARK)]
     return [_mark(chain[0].path, name) for name in marks if name[len(MARK) :] not in tokens] + found
@@ -85,7 +86,7 @@ def _mark(path: str, name: str) -> Unfinished:
 def _commit(layer: Layer, path: str, vault: Vault | Refusal, chain: t.Sequence[Layer]) -> Unfinished:
     if isinstance(vault, Refusal):
         return Unfinished(COMMIT, layer.path, f"the vault {path} {vault.why}", vault.remedy)
-    place = next((place for place, one in enumerate(chain) if one.identity == vault.top), None)
+    place = next((place for place, one in enumerate(chain) if vault.is_of(one.identity, one.path)), None)
     top = chain[place].path if place is not None else vault.top_path or "the overlay"
     options = [f"path={top}", f"backing_file={layer.path}"]
     options += ["backing_format=raw"] if layer.image is None else []

@@ -66,10 +66,25 @@ class Vault(t.NamedTuple):
     is_given: bool  # whether all work on the bitmaps is done
     given_at: int  # ns since 1970; when it was renamed last
 
+    def is_of(self, identity: Identity, path: str) -> bool:
+        """Whether this file is the topmost image that takes part."""
+        return _is_same(identity, path, self.top, self.top_path)
+
+    def took_in(self, identity: Identity, path: str) -> bool:
+        """Whether this file is an image between the two."""
+        return any(_is_same(identity, path, *other) for other in self.others)
+
     @property
     def place(self) -> str:
         """The path of a vault of unfinished work."""
         return self.path[: -len(_GIVEN)] if self.is_given else self.path
+
+
+def _is_same(identity: Identity, path: str, kept: Identity, kept_path: str | None) -> bool:
+    """Whether a file is one that was kept in mind. Devices can have other numbers once the host was started anew."""
+    if identity == kept:
+        return True
+    return identity[1] == kept[1] and kept_path is not None and os.path.realpath(path) == os.path.realpath(kept_path)
 
 
 def place_of(real_path: str, is_device: bool, top_real_path: str) -> str:

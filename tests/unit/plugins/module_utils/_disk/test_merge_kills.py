@@ -363,6 +363,37 @@ def test_another_overlay_whose_file_got_the_number_of_one_that_is_gone(tmp_path,
         assert not os.path.exists(disk.path)
 
 
+def other_device(path):
+    """Have a vault tell of another device, as after a new start of the host."""
+    with open(path, "r+b") as file:
+        data = file.read()
+        for device, inode in {(s.st_dev, s.st_ino) for s in map(os.stat, os.scandir(os.path.dirname(path)))}:
+            word = f"/{device}:{inode}".encode()
+            data = data.replace(word, word.replace(b"/" + str(device)[:1].encode(), b"/9", 1))
+        file.seek(0)
+        file.write(data)
+
+
+@pytest.mark.parametrize(("scene", "phase"), [(disks.plain, "carry"), (disks.two, "publish"), (disks.old, "publish")])
+def test_devices_may_have_other_numbers_when_a_commit_goes_on(tmp_path, scene, phase):
+    disk = Disk(tmp_path)
+    scene(disk)
+    names = chains.usable(disk.top).keys()
+    assert merge(disk, phase) is None
+    vault = disk.vault
+    other_device(vault)
+    if phase == "carry":
+        disk.crash(writes=0)  # as a kill in the carry does
+    if phase == "publish" and scene is disks.two:
+        os.unlink(disk.path)
+    if phase == "publish" and scene is disks.old:
+        disk.images = [disk.base]
+        disk.write(60, path=disk.base)
+    completed(disk)
+    assert names <= chains.usable(disk.base).keys()
+    assert os.listdir(disk.folder) == ["base"]
+
+
 def test_an_overlay_that_a_killed_run_has_left_does_not_go_in_again(tmp_path):
     """What it holds is old once BASE has run."""
     disk = played(tmp_path, disks.two, "publish")
