@@ -153,9 +153,13 @@ def power_goes(ground: Mains, kind: kinds.Kind, system: str, share: float, seed:
             file.seek(write.offset)
             file.write(bytes(write.length) if write.data is None else write.data)
     ground.begin()
+    was = {path: identity[0] for path, identity in ground.promise.before.items()}
     with mounted(disk, ground.folder):
+        ground.promise.prepare()  # files have other numbers and times there
         outcome = ground.promise.outcome()
-        wrong = [f"entry {number} of {len(recording.writes)}: {what}" for what in ground.promise.images_wrong()]
+        found = [f"{path} was changed" for path, now in ground.promise.before.items() if now[0] != was[path]]
+        found += ground.promise.images_wrong()
+        wrong = [f"entry {number} of {len(recording.writes)}: {what}" for what in found]
         return rounds.Finding(outcome, wrong + ground.promise.rerun_wrong())
 
 
