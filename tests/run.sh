@@ -186,7 +186,7 @@ prove() {  # prove PROGRAM
   read -ra options <<< "${PROVE:-}"
   local core=${usable[-1]%% *}
   make_venv prove "$(readlink -f "$cache/venv/core-$core/bin/python")" "ansible-core==$core.*" libvirt-python
-  "${own_world[@]}" "$cache/venv/prove/bin/python" "$copy/tests/prove/$1.py" "${options[@]}"
+  PYTHONPATH=$cache/collections "${own_world[@]}" "$cache/venv/prove/bin/python" "$copy/tests/prove/$1.py" "${options[@]}"
 }
 
 bench() {
@@ -194,6 +194,7 @@ bench() {
   PYTHONPATH=$cache/collections "$cache/venv/core-$core/bin/python" tests/benchmarks/overlay.py
   PYTHONPATH=$cache/collections "$cache/venv/core-$core/bin/python" tests/benchmarks/info.py
   PYTHONPATH=$cache/collections "$cache/venv/core-$core/bin/python" tests/benchmarks/heal.py
+  PYTHONPATH=$cache/collections "$cache/venv/core-$core/bin/python" tests/benchmarks/merge.py
   make_venv prove "$(readlink -f "$cache/venv/core-$core/bin/python")" "ansible-core==$core.*" libvirt-python
   PYTHONPATH=$cache/collections "$cache/venv/prove/bin/python" tests/benchmarks/domains.py
 }
@@ -363,7 +364,7 @@ run() {  # run STEP
       done
       ;;
     prove)
-      for program in kills faults commits powerloss domains hostile; do
+      for program in kills faults commits powerloss domains hostile storage; do
         begin "prove-$program" "prove, $program" prove "$program"
         await
       done

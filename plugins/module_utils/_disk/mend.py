@@ -28,6 +28,7 @@ from .carry import Place, Wanted, bring
 from .cumulative import most_bytes
 from .diagnose import Bits, Patient, bits_to_be, changed_bitmaps, counted, look_at_chain, with_others
 from .heal import HealRequest, HealVerdict, Item, Plan
+from .observe import free_bytes
 from .overlay import name_problems
 from .publish import StagedFile, publish_over
 from .session import Held, Images
@@ -254,9 +255,8 @@ def _need(work: _Work) -> Need | None:
     device = os.stat(folder).st_dev
     here = [(place, one) for place, one in files if one.file.status().st_dev == device]
     bits = sum(_bit_bytes(place, work) for place, _one in here)
-    space = os.statvfs(folder)
-    free = (space.f_bfree if os.geteuid() == 0 else space.f_bavail) * space.f_frsize
-    return Need(device, folder, 2 * bits + _FOR_VAULT * len(here), free) if space.f_blocks else None
+    free = free_bytes(folder)
+    return None if free is None else Need(device, folder, 2 * bits + _FOR_VAULT * len(here), free)
 
 
 def _bit_bytes(place: int, work: _Work) -> int:

@@ -30,6 +30,10 @@ OTHER_FILE = "other file"  # or a pipe, a socket, …
 FOLDER = "folder"
 DEVICE = "device"
 
+# What ext4 keeps back (fs/ext4/super.c, ext4_calculate_resv_clusters).
+_KEPT_BACK = 50  # one block of so many …
+_MOST_KEPT_BACK = 4096  # … and no more
+
 
 class ObservedChain(t.NamedTuple):
     """ACTIVE, and the chain below it, as they were read."""
@@ -166,10 +170,16 @@ def _with_space(target: Target, status: os.stat_result) -> Target:
     problem = why_not_writable(target.folder, target.path)
     if problem is not None:
         raise problem
-    space = os.statvfs(target.folder)
-    blocks = space.f_bfree if os.geteuid() == 0 else space.f_bavail
-    free = blocks * space.f_frsize if space.f_blocks else None
-    return target._replace(device=status.st_dev, free_bytes=free)
+    return target._replace(device=status.st_dev, free_bytes=free_bytes(target.folder))
+
+
+def free_bytes(folder: str) -> int | None:
+    """Return what this process can still take of the folder's file system; None if that cannot be told."""
+    space = os.statvfs(folder)
+    blocks = space.f_bavail
+    if os.geteuid() == 0:  # what is reserved for root counts, but ext4 keeps some back even from root
+        blocks = max(blocks, space.f_bfree - min(space.f_blocks // _KEPT_BACK, _MOST_KEPT_BACK))
+    return blocks * space.f_frsize if space.f_blocks else None
 
 
 def _observe_occupied(target: Target, status: os.stat_result, path: str) -> Target:

@@ -26,6 +26,7 @@ from .._qcow2.scratch import CLUSTER
 from . import commit
 from .carry import Wanted
 from .cumulative import most_bytes
+from .observe import free_bytes
 from .session import Held
 from .share import shares_extents
 from .stages import Seen
@@ -115,9 +116,8 @@ def _bitmap_clusters(wanted: t.Sequence[Wanted], cluster_size: int, seen: Seen) 
 def _add(needs: dict[int, Need], file: OpenImage, more: int) -> None:
     """Add what a file takes to what is needed in its file system, if that tells how much is free."""
     device, folder = file.status().st_dev, os.path.dirname(os.path.realpath(file.path))
-    space = os.statvfs(folder)
-    if not space.f_blocks:
+    free = free_bytes(folder)
+    if free is None:
         return
-    free = (space.f_bfree if os.geteuid() == 0 else space.f_bavail) * space.f_frsize
     before = needs.get(device, Need(device, folder, 0, free))
     needs[device] = before._replace(bytes=before.bytes + more)

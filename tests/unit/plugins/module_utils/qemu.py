@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import shutil
+import stat
 import struct
 import subprocess
 import typing as t
@@ -125,7 +127,8 @@ def exporting(folder: t.Any) -> t.Iterator[Monitor]:
 
 def open_bitmaps(monitor: Monitor, node: str, path: t.Any) -> None:
     """Open an image without its chain and read-only."""
-    file = {"driver": "file", "filename": str(path)}
+    driver = "host_device" if stat.S_ISBLK(os.stat(path).st_mode) else "file"
+    file = {"driver": driver, "filename": str(path)}
     options = {"driver": "qcow2", "node-name": node, "file": file, "backing": None, "read-only": True}
     monitor.command("blockdev-add", options)
 

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import subprocess
+import tempfile
 import typing as t
 
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
@@ -48,13 +49,11 @@ def refusal(top: t.Any, base: t.Any, **options: t.Any) -> Refusal:
 
 def content(path: t.Any, *options: str) -> str:
     """Return a digest of what a guest reads, as QEMU converts it; options are arguments of qemu-img convert."""
-    raw = f"{path}.raw"
-    qemu.qemu_img("convert", "-O", "raw", *options, str(path), raw)
     digest = hashlib.sha256()
-    with open(raw, "rb") as file:
-        while piece := file.read(1 << 20):
+    with tempfile.NamedTemporaryFile() as raw:  # not beside the image, where there may be no room
+        qemu.qemu_img("convert", "-O", "raw", *options, str(path), raw.name)
+        while piece := os.read(raw.fileno(), 1 << 20):
             digest.update(piece)
-    os.unlink(raw)
     return digest.hexdigest()
 
 
