@@ -99,7 +99,8 @@ def a_chain(folder: pathlib.Path, dice: random.Random) -> Judged:
         commits.random_writes(base, dice, size, 5, 0, "qcow2")
     for number in range(dice.randint(1, 3)):
         least = max(of_base, 65536)
-        cluster_size = dice.choice((least, least, min(2 * least, 2 * MiB), 2 * MiB, *([4096] * (dice.random() < 0.3))))
+        # One as small as these two holds whole units of 64 KiB, or whole clusters of BASE, only by chance.
+        cluster_size = dice.choice((least, least, least, min(2 * least, 2 * MiB), 2 * MiB, 65536, 4096))
         path = commits.overlay(folder / f"over{number}", paths[0], "-o", f"cluster_size={cluster_size}")
         qemu.add_bitmaps(path, [commits.bitmap("x", "recording", granularity)])
         compressed = cluster_size if dice.random() < 0.1 else 0
