@@ -37,6 +37,7 @@ from .._qcow2.chain import Layer
 from .._qcow2.image import Image
 from .bitmap_rules import carries_over
 from .fates import Named
+from .retire import is_kept
 from .vault import MARK, Vault
 
 WHOLE = "whole"
@@ -180,6 +181,13 @@ def _why_copied(seen: Seen) -> Refusal | None:
 
 def _stage_without_vault(seen: Seen) -> Stage | Refusal:
     """Return the stage of a commit whose vault is gone: TOP's bitmaps alone tell."""
+    if is_kept(seen.chain[0].real_path):
+        return _unfinished(
+            seen,
+            "it has the name of an image that a commit has kept when all of it was in the image below, on which a VM "
+            "may have run since",
+            "Leave it alone, or remove it if nobody needs it. If its commit was not complete, give it its old name.",
+        )
     if not _is_sound(seen):
         return _unfinished(
             seen,
@@ -212,7 +220,8 @@ def _stage_when_given(seen: Seen, vault: Vault) -> Stage | Refusal:
     if not is_marked and (not seen.is_top_of_vault or (seen.top.bitmaps and _is_sound(seen))):
         return Stage(WHOLE, stale_vault=True)  # of an overlay that went in and is gone; its number may be given anew
     if seen.top.version == 3:
-        has_run = not (is_marked and _is_sound(seen) and seen.mark_is_empty)
+        has_grown = seen.chain[0].virtual_size > seen.base.virtual_size
+        has_run = has_grown or not (is_marked and _is_sound(seen) and seen.mark_is_empty)
     else:
         has_run = seen.top_changed > vault.given_at
     if not has_run:

@@ -115,17 +115,20 @@ def open_vault(path: str) -> OpenImage:
 
 def read_vault(file: OpenImage) -> Vault:
     """Return what the open vault holds; Refusal if that is not what a vault holds. `file` must stay open."""
-    image = read_image(file)
-    maps = maps_of(file, image)
+    try:
+        image = read_image(file)
+        maps = maps_of(file, image)
+    except Refusal as exc:
+        raise _no_vault(file.path) from exc
     named = {kind: {n[len(kind) :]: b for n, b in _by_name(image).items() if n.startswith(kind)} for kind in _KINDS}
     try:
         token = next(iter(named["t/"]))
         top = _identity(*next(iter(named["i/"])).split(":"))
         others = [_named_file(*word.split(":", 2)) for word in named["l/"]]
     except (StopIteration, ValueError, TypeError) as exc:
-        remedy = "If no commit and no healing was interrupted here, move it away; else make a full backup after that."
-        why = "has the name of a vault of this collection but is none"
-        raise Refusal("unfinished", file.path, why, remedy) from exc
+        raise _no_vault(file.path) from exc
+    if image.lost_bitmaps or any(bitmap.inconsistent for bitmap in image.bitmaps):
+        raise _no_vault(file.path)  # somebody has opened it for writing
     return Vault(
         path=file.path,
         token=token,
@@ -138,6 +141,12 @@ def read_vault(file: OpenImage) -> Vault:
         is_given=file.path.endswith(SUFFIX + _GIVEN),
         given_at=file.status().st_ctime_ns,
     )
+
+
+def _no_vault(path: str) -> Refusal:
+    remedy = "If no commit and no healing was interrupted here, move it away; else make a full backup after that."
+    why = "has the name of a vault of this collection but is none"
+    return Refusal("unfinished", path, why, remedy)
 
 
 _KINDS = ("b/", "o/", "t/", "i/", "p/", "l/", *_DEAD.values())

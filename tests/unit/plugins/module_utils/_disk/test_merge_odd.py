@@ -171,3 +171,50 @@ def test_an_overlay_on_storage_that_is_not_mounted_is_not_gone(tmp_path, monkeyp
         assert commits.refusal(top, base).code == "no_folder"
         (tmp_path / "away").rename(tmp_path / "store")
         interrupt(monkeypatch, "publish", top, base)
+
+
+def test_an_overlay_that_was_enlarged_after_all_was_given_goes_in_again(tmp_path, monkeypatch):
+    """Nothing was written to it, so its mark is empty; but its guest has a larger disk."""
+    base = qemu.create(tmp_path / "base", "4M")
+    qemu.add_bitmaps(base, [Bitmap("a", 65536, True, False)])
+    top = snapshot(tmp_path / "top", base)
+    interrupt(monkeypatch, "publish", top, base)
+    qemu.qemu_img("resize", "-q", "-f", "qcow2", top, "8M")
+    before = commits.content(top)
+    commits.merged(top, base)
+    assert commits.content(base) == before
+
+
+def test_an_image_that_was_kept_never_goes_in_again(tmp_path):
+    """Once its bitmaps are removed, BASE looks as it does in the middle of a commit."""
+    base = qemu.create(tmp_path / "base")
+    qemu.add_bitmaps(base, [Bitmap("a", 65536, True, False)])
+    top = snapshot(tmp_path / "top", base)
+    commits.write(top, "write -P 1 0 1M")
+    kept = commits.merged(top, base, retire="keep")["kept_as"]
+    qemu.qemu_img("bitmap", "--remove", base, "a")
+    commits.write(base, "write -P 2 0 1M")
+    before = commits.content(base)
+    refused = commits.refusal(kept, base)
+    assert refused.code == "unfinished"
+    assert commits.content(base) == before
+
+
+@pytest.mark.parametrize("is_emptied", [False, True])
+def test_a_vault_that_somebody_has_written_to_is_none(tmp_path, monkeypatch, is_emptied):
+    base = qemu.create(tmp_path / "base")
+    qemu.add_bitmaps(base, [Bitmap("a", 65536, True, False)])
+    top = snapshot(tmp_path / "top", base)
+    interrupt(monkeypatch, "carry", top, base)
+    (vault,) = tmp_path.glob(".*")
+    if is_emptied:
+        vault.write_bytes(b"")
+    else:
+        qemu.qemu_img("bitmap", "--add", vault, "more")
+        offset, _length = qemu.directory_of(vault)
+        qemu.patch(vault, offset + 15, b"\1")  # in use
+    refused = commits.refusal(top, base)
+    assert (refused.code, refused.subject) == ("unfinished", str(vault))
+    assert "move it away" in refused.remedy
+    vault.unlink()
+    commits.merged(top, base)
