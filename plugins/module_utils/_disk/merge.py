@@ -14,7 +14,7 @@ from .._base.errors import QemuError, Refusal
 from .._base.files import identity_of, open_image
 from .._qcow2.backing import change_backing_file, why_not_changeable
 from .._qcow2.bitmaps import Bitmap
-from .._qcow2.chain import Layer, read_head, walk_chain
+from .._qcow2.chain import Layer, read_head, resolve_name, walk_chain
 from .._qcow2.formats import QCOW2
 from .._qcow2.image import read_image
 from .._qcow2.in_use import set_in_use
@@ -302,11 +302,21 @@ def _put_onto_base(verdict: CommitVerdict, held: Held) -> None:
 
 
 def name_for_above(request: CommitRequest, seen: Seen) -> str:
-    """Return the name under which the image above records BASE: relative if that is how it records the other one."""
+    """Return the name under which the image above records BASE: relative if that is how it records the other one.
+
+    A relative name counts from the folder by which the VM has the image above, which a symlink can make another one
+    than it is in, and `..` in it from where that folder really is.
+    """
     recorded = seen.above.image.backing_file if seen.above and seen.above.image else None
     if recorded is None or os.path.isabs(recorded):
         return request.backing_file
-    return os.path.relpath(seen.base.real_path, os.path.dirname(os.path.realpath(str(request.above))))
+    above = str(request.above)
+    for path, place in ((seen.base.real_path, os.path.realpath(above)), (seen.base.path, above)):
+        name = os.path.relpath(path, os.path.dirname(place))
+        with contextlib.suppress(OSError):
+            if identity_of(os.stat(resolve_name(above, name))) == seen.base.identity:
+                return name
+    return request.backing_file
 
 
 def _problems_in_the_end(seen: Seen, request: CommitRequest, held: Held) -> list[Refusal]:

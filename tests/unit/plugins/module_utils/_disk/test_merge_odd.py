@@ -218,3 +218,23 @@ def test_a_vault_that_somebody_has_written_to_is_none(tmp_path, monkeypatch, is_
     assert "move it away" in refused.remedy
     vault.unlink()
     commits.merged(top, base)
+
+
+@pytest.mark.parametrize("has_base", [False, True])
+def test_an_image_above_that_the_vm_has_by_a_symlink_finds_base_by_a_relative_name(tmp_path, has_base):
+    """Relative names count from the symlink, not from the file."""
+    pool, vms = tmp_path / "pool", tmp_path / "vms"
+    pool.mkdir()
+    vms.mkdir()
+    base = qemu.create(pool / "base")
+    middle = commits.overlay(pool / "middle", base)
+    commits.overlay(pool / "top", middle)
+    qemu.qemu_img("rebase", "-u", "-f", "qcow2", "-b", "middle", "-F", "qcow2", str(pool / "top"))
+    for name in ("middle", "top"):
+        (vms / name).symlink_to(pool / name)
+    if has_base:  # of another VM
+        qemu.create(vms / "base")
+    commits.write(middle, "write -P 1 0 1M")
+    before = commits.content(vms / "top")
+    commits.merged(vms / "middle", base, above=str(vms / "top"))
+    assert commits.content(vms / "top") == before
