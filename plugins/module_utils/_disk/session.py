@@ -243,7 +243,11 @@ class Session(t.Generic[V]):
     def run(self, verdicts: t.Sequence[V]) -> list[V]:
         """Do what the verdicts say, under locks, and return what became of them."""
         with Held(self._settings, self._engine, locking=not self._settings.check_mode) as held:
-            return self._run(list(verdicts), held)
+            try:
+                return self._run(list(verdicts), held)
+            except BaseException:
+                self._engine.stop()  # as long as the locks are held: it may be writing
+                raise
 
     def _run(self, verdicts: list[V], held: Held) -> list[V]:
         images = self._images(verdicts)

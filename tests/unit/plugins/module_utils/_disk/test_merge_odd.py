@@ -5,16 +5,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import typing as t
 
 import pytest
+
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.signals import ending_cleanly
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import merge
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import CommitRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.merge import MergeLayers
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.vault import MARK
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu import locks
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu.monitor import Monitor
 
 from .. import qemu
 from . import commits
@@ -238,3 +245,30 @@ def test_an_image_above_that_the_vm_has_by_a_symlink_finds_base_by_a_relative_na
     before = commits.content(vms / "top")
     commits.merged(vms / "middle", base, above=str(vms / "top"))
     assert commits.content(vms / "top") == before
+
+
+def test_a_run_that_is_told_to_end_stops_qemu_before_it_gives_up_the_locks(tmp_path, monkeypatch):
+    """It is in the midst of writing."""
+    base = qemu.create(tmp_path / "base")
+    top = commits.overlay(tmp_path / "top", base)
+    commits.write(top, "write -P 1 0 32M")
+    seen = []
+
+    def told(monitor: Monitor) -> None:
+        with open_image(base) as file:
+            seen.append(locks.is_locked(file, locks.OUR_TURN))
+        end(monitor)
+
+    end = Monitor.close
+    monkeypatch.setattr(Monitor, "close", told)
+    monkeypatch.setattr(merge, "telling", lambda _request: contextlib.nullcontext(tell_to_end))
+    with ending_cleanly():
+        outcome = commits.merge(top, base, speed=1 << 20)
+    assert [failure.code for failure in outcome.failures] == ["interrupted"]
+    assert seen == [True]
+    monkeypatch.undo()
+    commits.merged(top, base)
+
+
+def tell_to_end(_done: int, _total: int) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
