@@ -17,7 +17,7 @@ from .._qemu.locks import below_running_vm, in_use
 from .bitmap_rules import bitmap_problems, carries_over, names_of
 from .fates import DISABLED, INCONSISTENT, Fate, Named, fates, fault_below, wrongly_mended
 from .overlay import name_problems
-from .retire import DELETE, How
+from .retire import DELETE, How, is_kept
 from .revert_rules import Retired
 from .stages import CARRIED, GIVEN, REBUILT, Seen, Stage, named
 from .vault import MARK, MAX_NAME, Vault
@@ -319,10 +319,13 @@ def warnings_of(seen: Seen, outcome: Outcome) -> tuple[str, ...]:
 
 def _stood_on(seen: Seen, path: str) -> Refusal:
     why = f"is the backing file of {path}, or an image that takes part below it is, whose data would change"
-    remedy = (
-        "If an earlier commit has kept it, remove it. Else commit it first, or give it as above if it is on top of the "
-        "image that is committed."
-    )
+    if is_kept(path):
+        remedy = (
+            "By its name it was kept when it was merged down, or when its VM went back: what it holds is no part of any "
+            "disk any more. Remove it, or move it to another folder; never merge it."
+        )
+    else:
+        remedy = "Commit it first, or give it as above if it is on top of the image that is committed."
     return Refusal("has_overlay", seen.chain[0].path, why, remedy)
 
 

@@ -24,7 +24,7 @@ from .carry import Wanted
 from .commit import CommitRequest, CommitVerdict, Work
 from .fates import DISABLED, REASONS
 from .observe import observe_chain
-from .retire import KEEP, kept_path
+from .retire import KEEP, is_kept, kept_path
 from .revert_rules import Retired
 from .room import can_share, need_of
 from .session import Held
@@ -111,7 +111,12 @@ def see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, above: Lay
 
 
 def _has_gone_in(path: str, vault: Vault | None) -> bool:
-    """Whether an image was committed before and is only kept: it has a mark, and no vault waits for it."""
+    """Whether an image was committed before and is only kept: it has a mark, and no vault waits for it.
+
+    Its name tells, too: a snapshot copies the mark to an image that a VM has.
+    """
+    if not is_kept(path):
+        return False
     with contextlib.suppress(Refusal, OSError), open_image(path) as file:
         marks = [bitmap.name for bitmap in read_image(file).bitmaps if bitmap.name.startswith(MARK)]
         return bool(marks) and (vault is None or MARK + vault.token not in marks)

@@ -17,6 +17,8 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.signals impor
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import merge
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import CommitRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.merge import MergeLayers
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.revert import GoBack
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.revert_rules import RevertRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.vault import MARK
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
@@ -267,6 +269,39 @@ def test_a_run_that_is_told_to_end_stops_qemu_before_it_gives_up_the_locks(tmp_p
     assert [failure.code for failure in outcome.failures] == ["interrupted"]
     assert seen == [True]
     monkeypatch.undo()
+    commits.merged(top, base)
+
+
+def test_an_overlay_with_a_copied_mark_is_not_taken_for_one_that_was_kept(tmp_path, monkeypatch):
+    """It is the disk of a VM, which would see the data of the other one."""
+    base, top, above = half_committed(tmp_path, monkeypatch)
+    commits.merged(top, base, above=above)
+    clone = commits.overlay(tmp_path / "clone", base)
+    commits.write(clone, "write -P 9 0 1M")
+    before = commits.content(above)
+    refused = commits.refusal(clone, base)
+    assert refused.code == "has_overlay"
+    assert above in refused.why
+    assert commits.content(above) == before
+
+
+@pytest.mark.parametrize("way", ["merged down", "back"])
+def test_an_image_that_was_kept_is_never_to_be_merged(tmp_path, way):
+    base = qemu.create(tmp_path / "base")
+    middle, top = tmp_path / "middle", tmp_path / "top"
+    for number in range(2):
+        commits.overlay(middle, base)
+        commits.overlay(top, middle)
+        if number == 0 and way == "back":
+            run(GoBack(), [RevertRequest(str(top), base)], SETTINGS)
+        elif number == 0:
+            commits.merged(top, base, retire="keep")
+    failures = commits.merge(top, base).failures
+    assert {failure.code for failure in failures} == {"has_overlay"}
+    assert any(f"{middle}." in failure.why for failure in failures)
+    assert all("never merge it" in failure.remedy for failure in failures)
+    for kept in tmp_path.glob("*.*ed"):
+        kept.unlink()
     commits.merged(top, base)
 
 
