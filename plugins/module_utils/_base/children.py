@@ -41,8 +41,15 @@ class _Child(t.NamedTuple):
     said: bytearray  # of its answer
 
 
-def side_by_side(tasks: t.Sequence[t.Callable[[], T]], at_a_time: int, done: t.Callable[[int, T], None]) -> None:
+def side_by_side(
+    tasks: t.Sequence[t.Callable[[], T]],
+    at_a_time: int,
+    done: t.Callable[[int, T], None],
+    lost: t.Callable[[int, str], None],
+) -> None:
     """Do the tasks, so many at a time; call `done` with the number of each that came to its end, and its result.
+
+    Call `lost` with the number of each whose process was killed, as for a lack of memory, and by what; others go on.
 
     Interrupted if the run was told to end: then those that run are told, too, and are waited for; no other is begun.
     Raise what a task raised, once the others have ended.
@@ -66,7 +73,7 @@ def side_by_side(tasks: t.Sequence[t.Callable[[], T]], at_a_time: int, done: t.C
             for key, _events in ready:
                 if _hear(key.fd, key.data):
                     running.unregister(key.fd)
-                    _end(key.fd, key.data, done, failure)
+                    _end(key.fd, key.data, done, lost, failure)
     if failure:
         raise failure[0]
 
@@ -104,10 +111,19 @@ def _hear(fd: int, child: _Child) -> bool:
     return not piece
 
 
-def _end(fd: int, child: _Child, done: t.Callable[[int, T], None], failure: list[BaseException]) -> None:
+def _end(
+    fd: int,
+    child: _Child,
+    done: t.Callable[[int, T], None],
+    lost: t.Callable[[int, str], None],
+    failure: list[BaseException],
+) -> None:
     """Take the answer of a process that has ended."""
     os.close(fd)
-    os.waitpid(child.pid, 0)
+    _pid, status = os.waitpid(child.pid, 0)
+    if os.WIFSIGNALED(status):
+        lost(child.number, signal.Signals(os.WTERMSIG(status)).name)
+        return
     if not child.said:
         failure.append(RuntimeError(f"process {child.pid} ended without an answer"))
         return

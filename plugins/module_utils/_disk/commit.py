@@ -321,8 +321,8 @@ def _stood_on(seen: Seen, path: str) -> Refusal:
     why = f"is the backing file of {path}, or an image that takes part below it is, whose data would change"
     if is_kept(path):
         remedy = (
-            "By its name it was kept when it was merged down, or when its VM went back: what it holds is no part of any "
-            "disk any more. Remove it, or move it to another folder; never merge it."
+            "By its name it was kept when it was merged down, or when its VM went back: what it holds is no part of "
+            "any disk any more. Remove it, or move it to another folder; never merge it."
         )
     else:
         remedy = "Commit it first, or give it as above if it is on top of the image that is committed."

@@ -113,7 +113,10 @@ def _run_side_by_side(to_do: list[tuple[Group[R, V], Session[V]]], at_a_time: in
         begun[index][0].verdicts = verdicts
         to_do.remove(begun[index])
 
-    side_by_side([functools.partial(session.run, group.verdicts) for group, session in begun], at_a_time, done)
+    def lost(index: int, by: str) -> None:
+        done(index, [_killed(verdict, by) for verdict in begun[index][0].verdicts])
+
+    side_by_side([functools.partial(session.run, group.verdicts) for group, session in begun], at_a_time, done, lost)
 
 
 def _allow_many_open_files() -> None:
@@ -176,3 +179,12 @@ def _interrupted(verdict: V, exc: Interrupted) -> V:
         return verdict
     why = f"is not done, because the run was ended by {exc}"
     return verdict.failed(Refusal("interrupted", verdict.request.path, why, "Run this again."))
+
+
+def _killed(verdict: V, by: str) -> V:
+    """Return the verdict on a request whose process was killed."""
+    if not verdict.changed:
+        return verdict
+    why = f"is not done, because its process was ended by {by}"
+    remedy = "If the kernel's log tells of a lack of memory, use a smaller parallel. Run this again."
+    return verdict.failed(Refusal("interrupted", verdict.request.path, why, remedy))

@@ -28,7 +28,7 @@ from .retire import KEEP, is_kept, kept_path
 from .revert_rules import Retired
 from .room import can_share, need_of
 from .session import Held
-from .siblings import standing_on
+from .siblings import all_standing_on
 from .stages import Seen
 from .vault import MARK, Content, Vault, find_vault, is_as_kept, open_vault, place_of, read_vault
 from .verdict import FAILED
@@ -86,6 +86,7 @@ def see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, above: Lay
     base, top = part[depth], part[0].image
     ours = [*([held.image(request.above).identity] if request.above else []), *(layer.identity for layer in part)]
     folders = [os.path.dirname(layer.real_path) for layer in part if not layer.is_device]
+    standing = all_standing_on([layer.identity for layer in part], folders, ours)
     return Seen(
         chain=chain,
         depth=depth,
@@ -101,12 +102,7 @@ def see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, above: Lay
         above=above,
         open_for_writing=tuple(file.path for file in files if is_open_for_writing(file)),
         below_running=tuple(file.path for file in files if locks.is_locked_by_qemu(file, locks.WRITE_UNSHARED)),
-        others=tuple(
-            path
-            for layer in part
-            for path in standing_on(layer.identity, folders, ours)
-            if not _has_gone_in(path, vault)
-        ),
+        others=tuple(path for layer in part for path in standing[layer.identity] if not _has_gone_in(path, vault)),
     )
 
 

@@ -30,7 +30,7 @@ REFUSALS = [
 
 def results_of(tasks, at_a_time):
     found = {}
-    side_by_side(tasks, at_a_time, found.__setitem__)
+    side_by_side(tasks, at_a_time, found.__setitem__, print)
     return found
 
 
@@ -67,13 +67,20 @@ def test_what_a_task_raises_is_raised_when_the_others_have_ended(refusal):
 
     found = {}
     with pytest.raises(type(refusal)) as caught:
-        side_by_side([fail, lambda: time.sleep(0.1)], 2, found.__setitem__)
+        side_by_side([fail, lambda: time.sleep(0.1)], 2, found.__setitem__, print)
     assert (caught.value, str(caught.value), found) == (refusal, str(refusal), {1: None})
 
 
-def test_a_process_that_dies_is_a_failure():
+def test_a_process_that_is_killed_is_told_and_the_others_go_on():
+    found, lost = {}, {}
+    tasks = [lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: "done"]
+    side_by_side(tasks, 1, found.__setitem__, lost.__setitem__)
+    assert (found, lost) == ({1: "done"}, {0: "SIGKILL"})
+
+
+def test_a_process_that_ends_without_an_answer_is_a_failure():
     with pytest.raises(RuntimeError, match="without an answer"):
-        side_by_side([lambda: os.kill(os.getpid(), signal.SIGKILL)], 1, print)
+        side_by_side([lambda: os._exit(0)], 1, print, print)
 
 
 def wait_until_told():
@@ -89,7 +96,7 @@ def test_a_run_that_is_told_to_end_tells_its_processes_and_waits_for_them():
     found, begun = {}, time.monotonic()
     tasks = [lambda: os.kill(os.getppid(), signal.SIGTERM), wait_until_told, lambda: "never begun"]
     with ending_cleanly(), pytest.raises(Interrupted):
-        side_by_side(tasks, 2, found.__setitem__)
+        side_by_side(tasks, 2, found.__setitem__, print)
     assert (found, time.monotonic() - begun < 10) == ({0: None, 1: "told"}, True)
 
 
@@ -98,7 +105,7 @@ def test_processes_die_with_the_one_that_began_them(tmp_path):
         "import os, time\n"
         "from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.children import side_by_side\n"
         f"def task():\n    open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n    time.sleep(60)\n"
-        "side_by_side([task], 1, print)\n"
+        "side_by_side([task], 1, print, print)\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -11,10 +11,9 @@ import signal
 import typing as t
 
 import pytest
-
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.signals import ending_cleanly
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import merge
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import merge, siblings
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import CommitRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.merge import MergeLayers
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.revert import GoBack
@@ -303,6 +302,38 @@ def test_an_image_that_was_kept_is_never_to_be_merged(tmp_path, way):
     for kept in tmp_path.glob("*.*ed"):
         kept.unlink()
     commits.merged(top, base)
+
+
+def test_a_process_that_is_killed_fails_its_vm_only(tmp_path, monkeypatch):
+    requests = []
+    for number in range(3):
+        base = qemu.create(tmp_path / f"base{number}")
+        top = commits.overlay(tmp_path / f"top{number}", base)
+        requests.append(CommitRequest(top, base, vm=f"vm{number}"))
+    move = MergeLayers.move
+
+    def moved(operation: t.Any, verdict: t.Any, *args: t.Any) -> t.Any:
+        if verdict.request.vm == "vm0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return move(operation, verdict, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MergeLayers, "move", moved)
+        outcome = run(MergeLayers(), requests, SETTINGS._replace(parallel=2))
+    assert [one.state for one in outcome.verdicts] == ["failed", "committed", "committed"]
+    assert [failure.code for failure in outcome.failures] == ["interrupted"]
+    assert run(MergeLayers(), requests, SETTINGS).verdicts[0].state == "committed"
+
+
+def test_a_folder_is_looked_through_once_for_all_images_of_a_chain(tmp_path, monkeypatch):
+    below = qemu.create(tmp_path / "0")
+    for number in range(1, 5):
+        below = commits.overlay(tmp_path / str(number), below)
+    looked = []
+    look = siblings.overlays_in
+    monkeypatch.setattr(siblings, "overlays_in", lambda folder: looked.append(folder) or look(folder))
+    commits.merged(below, tmp_path / "0")
+    assert looked == [str(tmp_path)] * 2  # before the locks, and under them
 
 
 def tell_to_end(_done: int, _total: int) -> None:
