@@ -57,7 +57,8 @@ from .header import (
 )
 
 _PIECE = 1 << 19  # bits of the finest layer that are looked at together
-_LEAST_COPIED, _MOST_COPIED = 4096, 65536  # bytes; the job's unit is a cluster of the base, within these bounds
+_LEAST_COPIED = 4096  # bytes; the job's unit is a cluster of the base, within these bounds
+_MOST_COPIED = 65536
 _WINDOW = 10 << 20  # bytes that the job looks at together; QEMU's DEFAULT_MIRROR_BUF_SIZE
 _MOST_ALLOCATED = 1 << 20  # bytes that it writes, and so allocates, together; QEMU's MAX_IO_BYTES
 _OFFSET = 0xFFFFFFFFFFFFFE00  # of an entry of the refcount table
