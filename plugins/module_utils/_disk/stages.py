@@ -169,13 +169,13 @@ def _why_copied(seen: Seen) -> Refusal | None:
             )
     if seen.mark is None or seen.is_the_one_kept or seen.top_has_all:
         return None
-    again = f", and {seen.vault.path}, run this again, and make a full backup" if seen.vault else ", and run this again"
+    again = f", and {seen.vault.path}, make a full backup," if seen.vault else ""
     return _unfinished(
         seen,
         "it has a mark, but not all that the bitmaps below it mark. So a snapshot has copied the mark from an image "
         "that has gone in since, or a VM ran on BASE since",
         "If a VM ran on BASE since, keep one of the two, and make a full backup. If none did, remove the mark, the "
-        f"bitmap {seen.mark.name!r}, with 'qemu-img bitmap --remove'{again}.",
+        f"bitmap {seen.mark.name!r}, with 'qemu-img bitmap --remove'{again} and run this again.",
     )
 
 

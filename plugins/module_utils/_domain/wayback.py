@@ -107,12 +107,11 @@ def _commit_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark)
         if flat is not None:
             gone = CommitRequest(flat.path, flat.path, vm=domain.uuid)
             return DiskPlan(mark.target, gone, None, (flattened(domain.name, flat, mark),))
-        left = _half_committed(facts, mark)
-        if left is None:
-            return None
-        base, image_format = facts.disk.source or "", facts.disk.format
-        finish = CommitRequest(left.path, base, image_format, domain.uuid, retire=retire, speed=request.speed)
-        return DiskPlan(mark.target, finish, None)
+        try:
+            finish = _half_committed(facts, request, domain, mark)
+        except Refusal as exc:  # of a vault that cannot be read
+            return DiskPlan(mark.target, CommitRequest("", "", vm=domain.uuid), None, (exc,))
+        return None if finish is None else DiskPlan(mark.target, finish, None)
     place = facts.layers.index(found.overlay)
     above = facts.layers[place - 1].path if place else None
     merge = CommitRequest(
@@ -142,8 +141,8 @@ def _revert_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark)
         left = _left_over(facts, mark)
         if left is None:
             return None
-        base = facts.disk.source or ""
-        return DiskPlan(mark.target, RevertRequest(left.path, base, facts.disk.format, domain.uuid, retire), None)
+        source = facts.disk.source or ""
+        return DiskPlan(mark.target, RevertRequest(left.path, source, facts.disk.format, domain.uuid, retire), None)
     back = RevertRequest(
         path=facts.layers[0].path,
         backing_file=found.below.path,
@@ -197,9 +196,25 @@ def _uncertain(domain: Domain, found: Found, mark: Mark) -> list[Refusal]:
     return [Refusal("ambiguous", domain.name, why, remedy)]
 
 
-def _half_committed(facts: DiskFacts, mark: Mark) -> _Left | None:
-    """Return the snapshot that has gone into the disk's image already, if a run was killed before it was retired."""
-    base = facts.layers[0]
+def _half_committed(facts: DiskFacts, request: WayBack, domain: Domain, mark: Mark) -> CommitRequest | None:
+    """Return the merge of a snapshot that is in the image below already, if a run was killed before it was retired."""
+    for place, base in enumerate(facts.layers):
+        left = _left_by_commit(base, mark) if base in facts.own else None
+        if left is not None:
+            return CommitRequest(
+                path=left.path,
+                backing_file=base.path if place else facts.disk.source or "",
+                backing_format=(base.format or base.format_found) if place else facts.disk.format,
+                vm=domain.uuid,
+                above=facts.layers[place - 1].path if place else None,
+                retire=request.retire or DELETE,
+                speed=request.speed,
+            )
+    return None
+
+
+def _left_by_commit(base: Layer, mark: Mark) -> _Left | None:
+    """Return the snapshot that has gone into this image, if the vault of that is still there."""
     # Of a block device the vault is beside the overlay, which nobody knows any more; it is in nobody's way there.
     path = None if base.is_device else find_vault(place_of(base.real_path, base.is_device, ""))
     if path is None:

@@ -9,6 +9,7 @@ import os
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import merge
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.merge import MergeLayers
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.revert import GoBack
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
@@ -147,6 +148,23 @@ def test_a_run_that_dies_between_switch_and_end_of_a_merge_is_completed(host):
     assert host.commit("web", "wed")[0] == ["committed"] * 2
     assert not [name for name in host.files() if "vault" in name or "wed" in name]
     assert host.commit("web", "wed")[0] == []
+
+
+def test_a_run_that_dies_when_the_image_above_is_on_base_is_completed(host, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(merge, "retire", lambda *_args: (_ for _ in ()).throw(DIES))
+        assert host.commit("web", "tue")[0] == ["failed"] * 2
+    assert qemu.info(host.folder / "web-a.wed.qcow2")["backing-filename"] == str(host.folder / "web-a.mon.qcow2")
+    assert [name for name in host.files() if "tue" in name]
+    assert host.commit("web", "tue") == (["committed"] * 2, ["web-a.wed.qcow2", "web-b.wed.qcow2"])
+    assert host.files() == [f"web-{disk}{layer}.qcow2" for disk in "ab" for layer in (".mon", "", ".wed")]
+    assert host.commit("web", "tue")[0] == []
+
+
+def test_a_vault_that_is_none_fails_its_domain_only(host):
+    """A call plans all domains before it does anything."""
+    (host.folder / ".web-a.wed.qcow2.kvmfleet-vault").write_bytes(b"")
+    assert host.commit("web", "sun") == ["unfinished"]
 
 
 def test_a_run_that_dies_between_switch_and_end_of_going_back_is_completed(host):
