@@ -5,7 +5,7 @@ demo:
 	tests/demo.sh
 
 test:
-	PROVE="$${PROVE:---rounds 4 --seed 1}" tests/run.sh build galaxy lint sanity units integration fleet prove
+	PROVE="$${PROVE:---rounds 3 --seed 1}" tests/run.sh build galaxy lint sanity units integration fleet prove
 
 test-between:
 	tests/run.sh between
