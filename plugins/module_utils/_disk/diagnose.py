@@ -45,8 +45,7 @@ class Patient(t.NamedTuple):
     @property
     def image(self) -> Image:
         """Its header and bitmaps; only of qcow2."""
-        assert self.layer.image is not None
-        return self.layer.image
+        return t.cast("Image", self.layer.image)
 
     def sources(self, name: str, want: Want) -> list[DirtyBits]:
         """Return the maps, as far as they are this image's, whose union the bitmap is to be."""

@@ -68,8 +68,7 @@ class Seen(t.NamedTuple):
     @property
     def top(self) -> Image:
         """TOP's header and bitmaps."""
-        assert self.chain[0].image is not None
-        return self.chain[0].image
+        return t.cast("Image", self.chain[0].image)
 
     @property
     def part(self) -> tuple[Layer, ...]:

@@ -9,6 +9,7 @@ import contextlib
 import os
 import signal
 import typing as t
+import unittest.mock
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
@@ -147,7 +148,7 @@ def test_a_snapshot_that_has_copied_the_mark_does_not_carry_what_the_mark_says(t
 def test_a_snapshot_with_a_copied_mark_while_the_vault_that_says_given_is_still_there(tmp_path, monkeypatch):
     base, top, above = half_committed(tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
-        patch.setattr(merge, "remove_vault", lambda _path: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(merge, "remove_vault", unittest.mock.Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             commits.merge(top, base, above=above)
     assert commits.refusal(above, base).code == "unfinished"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import unittest.mock
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
@@ -152,7 +153,7 @@ def test_a_run_that_dies_between_switch_and_end_of_a_merge_is_completed(host):
 
 def test_a_run_that_dies_when_the_image_above_is_on_base_is_completed(host, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(merge, "retire", lambda *_args: (_ for _ in ()).throw(DIES))
+        patch.setattr(merge, "retire", unittest.mock.Mock(side_effect=DIES))
         assert host.commit("web", "tue")[0] == ["failed"] * 2
     assert qemu.info(host.folder / "web-a.wed.qcow2")["backing-filename"] == str(host.folder / "web-a.mon.qcow2")
     assert [name for name in host.files() if "tue" in name]
