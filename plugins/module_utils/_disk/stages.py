@@ -236,7 +236,16 @@ def _stage_when_given(seen: Seen, vault: Vault) -> Stage | Refusal:
         )
     if not is_marked:  # BASE has all bits; the vault lacks those of the old overlay, and this may be a new one
         return Stage(WHOLE, stale_vault=True)
-    return Stage(CARRIED if _is_sound(seen) else REBUILT, not_given=True)
+    if _is_sound(seen):
+        return Stage(CARRIED, not_given=True)
+    if vault.top != seen.top_identity:  # the vault lacks what the old overlay has recorded since, and BASE was given
+        return _unfinished(
+            seen,
+            f"its bitmaps are broken, and the vault {vault.path} is of another file",
+            f"Remove {vault.path}, and the bitmaps of the overlay with 'qemu-img bitmap --remove', and run this again. "
+            "BASE has what it needs, unless the overlay is a copy of the old one: then make a full backup.",
+        )
+    return Stage(REBUILT, not_given=True)
 
 
 def _is_mark(bitmap: Bitmap) -> bool:

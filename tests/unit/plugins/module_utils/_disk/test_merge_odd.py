@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import struct
 import typing as t
 import unittest.mock
 
@@ -151,6 +152,18 @@ def test_a_snapshot_with_a_copied_mark_while_the_vault_that_says_given_is_still_
         patch.setattr(merge, "remove_vault", unittest.mock.Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             commits.merge(top, base, above=above)
+    assert commits.refusal(above, base).code == "unfinished"
+    assert dirty(tmp_path, base) == [(0, 2 * MiB)]
+    # What its VM leaves that was killed is not made again from a vault that is older than what BASE has.
+    offset, length = qemu.directory_of(above)
+    with open(above, "rb") as file:
+        file.seek(offset)
+        directory = file.read(length)
+    at = 0
+    while at < length:
+        qemu.patch(above, offset + at + 15, bytes([directory[at + 15] | 1]))  # in use
+        _offset, _entries, _flags, _type, _bits, name, extra = struct.unpack_from(">QIIBBHI", directory, at)
+        at += -(-(24 + name + extra) // 8) * 8
     assert commits.refusal(above, base).code == "unfinished"
     assert dirty(tmp_path, base) == [(0, 2 * MiB)]
 
