@@ -238,7 +238,7 @@ def _stage_when_given(seen: Seen, vault: Vault) -> Stage | Refusal:
         return Stage(WHOLE, stale_vault=True)
     if _is_sound(seen):
         return Stage(CARRIED, not_given=True)
-    if vault.top != seen.top_identity:  # the vault lacks what the old overlay has recorded since, and BASE was given
+    if not seen.is_top_of_vault:  # the vault lacks what the old overlay has recorded since, and BASE was given
         return _unfinished(
             seen,
             f"its bitmaps are broken, and the vault {vault.path} is of another file",
