@@ -201,10 +201,8 @@ def _touched(request: CommitRequest) -> dict[t.Hashable, str]:
     for path in ends:
         with contextlib.suppress(OSError, ValueError):
             found[identity_of(os.stat(path))] = path
-    with (
-        contextlib.suppress(OSError, ValueError, Refusal),
-        open_image(request.path) as file,
-    ):  # the look at it will tell
+    # The look at them will tell what is wrong with them.
+    with contextlib.suppress(OSError, ValueError, Refusal), open_image(request.path) as file:
         base = identity_of(os.stat(request.backing_file))
         between: dict[t.Hashable, str] = {}
         for layer, _file in walk_chain(file, QCOW2, read_top=read_head):
