@@ -55,9 +55,11 @@ def switch(daemon: Libvirt, domain: Domain, sources: t.Mapping[str, Source], new
 
 def forget(daemon: Libvirt, domain: Domain, checkpoints: t.Sequence[str]) -> None:
     """Have libvirt forget these checkpoints of a domain; no bitmap is touched. Those that are gone are fine."""
+    if not checkpoints:  # nor ask libvirt, which could fail, while the domain is switched already
+        return
     try:
         handle = daemon.connection.lookupByUUIDString(domain.uuid)
-        for checkpoint in known(handle.listAllCheckpoints) if checkpoints else ():
+        for checkpoint in known(handle.listAllCheckpoints):
             if checkpoint.getName() in checkpoints:
                 checkpoint.delete(libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
     except LibvirtError as exc:
