@@ -19,7 +19,7 @@ import typing as t
 
 from .._base.errors import Refusal
 from .._base.files import OpenImage
-from .._qcow2.dirty import DirtyBits, united
+from .._qcow2.dirty import DirtyBits, count_bits, united
 from .._qcow2.extents import AllocationMap, has_compressed_clusters
 from .._qcow2.growth import most_growth, most_growth_raw, used_bytes
 from .._qcow2.scratch import CLUSTER
@@ -97,7 +97,7 @@ def _growth_of_data_file(file: OpenImage, seen: Seen, layers: t.Sequence[OpenIma
     own = seen.base.image.cluster_size if seen.base.image else 0  # of raw ones there is no data file
     unit, size = max(own, _MOST_COPIED), seen.chain[0].virtual_size
     maps: list[DirtyBits] = [AllocationMap(layer) for layer in layers]
-    written = sum(bin(int.from_bytes(bits, "little")).count("1") for _at, bits in united(maps, unit, size)) * unit
+    written = sum(count_bits(int.from_bytes(bits, "little")) for _at, bits in united(maps, unit, size)) * unit
     return min(written, max(0, -(-size // unit) * unit - file.status().st_blocks * 512))
 
 

@@ -145,13 +145,13 @@ def dirty_bytes(maps: t.Sequence[DirtyBits], virtual_size: int) -> int:
     for start in range(0, virtual_size, length):
         here = min(length, virtual_size - start)  # bytes of the disk
         bits = _union(maps, granularity, start, here)
-        dirty += _set_bits(bits) * granularity
+        dirty += count_bits(bits) * granularity
         if bits >> (-(-here // granularity) - 1):  # the last granule may reach beyond the end of the disk
             dirty -= -here % granularity
     return dirty
 
 
-def _set_bits(bits: int) -> int:
+def count_bits(bits: int) -> int:
     """Return how many bits are set."""
     if sys.version_info >= (3, 10):  # some hundred times as fast
         return bits.bit_count()

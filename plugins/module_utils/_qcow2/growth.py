@@ -26,7 +26,7 @@ import sys
 import typing as t
 
 from .._base.files import OpenImage
-from .dirty import rescaled
+from .dirty import count_bits, rescaled
 from .extents import (
     COMPRESSED,
     COPIED,
@@ -142,8 +142,8 @@ def most_growth_raw(base: OpenImage, layers: t.Sequence[OpenImage]) -> int:
     for start, here, data, _touched in _pieces(merge, _MOST_COPIED):
         holes = list(_holes(base.fd, start, min(start + here, length)))
         seen += sum(end - begin for begin, end in holes)
-        in_holes += _count(data & _marked(holes, start, here, merge.unit))
-        added += _count(data & _marked([(length, merge.virtual_size)], start, here, merge.unit))
+        in_holes += count_bits(data & _marked(holes, start, here, merge.unit))
+        added += count_bits(data & _marked([(length, merge.virtual_size)], start, here, merge.unit))
     # Space that is reserved looks like a hole; some file systems tell of no hole at all.
     missing = _bytes_of_holes(base)
     return added * merge.unit + min(missing, in_holes * merge.unit + max(0, missing - seen))
@@ -269,15 +269,15 @@ def _written_clusters(base: OpenImage, header: Header, merge: _Merge) -> tuple[i
         clusters = rescaled(data | _marked(head, start, here, merge.unit), merge.unit, size)
         clusters &= (1 << -(-here // size)) - 1  # a unit may reach beyond the end of the disk
         own = own_map.bits(start, here)
-        allocated += _count(clusters & ~own)
-        rewritten += _count(clusters & own)
+        allocated += count_bits(clusters & ~own)
+        rewritten += count_bits(clusters & own)
         linked = touched | _marked(grown, start, here, merge.unit)
         tables |= rescaled(linked, merge.unit, span) << start // span
     if header.incompatible & INCOMPATIBLE_DATA_FILE:  # there the data is
         allocated = rewritten = 0
     l1 = read_l1(base, header)[::L1_ENTRY_SIZE].translate(_OWN)
     own_tables = int.from_bytes(packed(l1.ljust(-(-len(l1) // 8) * 8, b"\0")), "little")
-    return allocated, _count(tables & ~own_tables), rewritten
+    return allocated, count_bits(tables & ~own_tables), rewritten
 
 
 def _own_clusters(table: bytes, entry_size: int) -> bytes:
@@ -371,7 +371,3 @@ def _marked(extents: t.Sequence[Extent], start: int, length: int, unit: int) -> 
         if first < last:
             flags[first:last] = b"\1" * (last - first)
     return int.from_bytes(packed(bytes(flags)), "little")
-
-
-def _count(bits: int) -> int:
-    return bin(bits).count("1")
