@@ -16,7 +16,7 @@ from .._qcow2.chain import Layer, relative_data_file, resolve_name, why_unusable
 from .._qemu.locks import below_running_vm, in_use
 from .bitmap_rules import bitmap_problems, carries_over, names_of
 from .fates import DISABLED, INCONSISTENT, Fate, Named, fates, fault_below, wrongly_mended
-from .overlay import name_problems
+from .overlay import SkippedBitmap, name_problems
 from .retire import DELETE, How, is_kept
 from .revert_rules import Retired
 from .stages import CARRIED, GIVEN, REBUILT, Seen, Stage, named
@@ -45,14 +45,6 @@ class CommitRequest(t.NamedTuple):
     retire: How = DELETE
     speed: int = 0  # bytes per second; 0 is no limit
     accept_lost_bitmaps: bool = False
-
-
-class SkippedBitmap(t.NamedTuple):
-    """A bitmap that no backup can use afterwards."""
-
-    name: str
-    granularity: int  # bytes
-    reason: str  # disabled, inconsistent or gap
 
 
 class Outcome(t.NamedTuple):

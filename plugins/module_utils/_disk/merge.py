@@ -151,7 +151,7 @@ class MergeLayers:
         mark = Wanted(Bitmap(MARK + work.token, _MARK_GRANULARITY, recording=True, inconsistent=False), ())
         images = {held.image(layer.path): layer.image for layer in work.seen.part if layer.image}
         place = Place(top, None, work.seen.chain[0].virtual_size)
-        with _held_back(verdict.request, work, held, any(wrong_bitmaps(place, [*wanted, mark]))):
+        with _held_back(verdict.request, work, held, lambda: bool(wrong_bitmaps(place, [*wanted, mark]))):
             bring(place, [*wanted, mark], held.monitor, images)
         return verdict
 
@@ -234,14 +234,16 @@ _GOES_ON = "Until then the VM can go on with its overlay, and with its increment
 
 
 @contextlib.contextmanager
-def _held_back(request: CommitRequest, work: Work, held: Held, is_written: bool) -> t.Iterator[None]:
+def _held_back(
+    request: CommitRequest, work: Work, held: Held, is_to_be_written: t.Callable[[], bool]
+) -> t.Iterator[None]:
     """Have no backup use what TOP's bitmaps alone protect, while it is open for writing.
 
     A kill as QEMU opens TOP takes all its bitmaps away, names included. Of a bitmap that only TOP and the image above
     it have, nothing would tell that the bits of TOP are missing.
     """
-    names = stages.told_by_top_alone(work.seen) if request.above is not None and is_written else []
-    if request.above is None or not names:
+    names = stages.told_by_top_alone(work.seen)
+    if request.above is None or not names or not is_to_be_written():  # the last one reads all bits
         yield
         return
     above, top = held.image(request.above), held.image(request.path)

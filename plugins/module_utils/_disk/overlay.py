@@ -75,11 +75,11 @@ class OverlayRequest(t.NamedTuple):
 
 
 class SkippedBitmap(t.NamedTuple):
-    """A bitmap of ACTIVE that the overlay does not go on recording."""
+    """A bitmap that no backup can use afterwards: of ACTIVE, that its overlay does not go on recording; of BASE."""
 
     name: str
     granularity: int  # bytes
-    reason: str  # disabled or inconsistent
+    reason: str  # disabled or inconsistent; in a commit also gap or raw
 
 
 class BuildSpec(t.NamedTuple):

@@ -212,17 +212,14 @@ def is_as_kept(vault: Vault, bitmaps: t.Mapping[str, Bitmap], maps: t.Mapping[st
     return kept == consistent and all(is_union(maps[name], [vault.below[name].bits], size) for name in kept)
 
 
-def mark_given(vault_path: str) -> str:
-    """Say beside the image that all work on its bitmaps is done; return the new path of the vault."""
+def mark_given(vault_path: str) -> None:
+    """Say beside the image that all work on its bitmaps is done, in the vault's name."""
     _rename(vault_path, vault_path + _GIVEN)
-    return vault_path + _GIVEN
 
 
-def take_back(vault_path: str) -> str:
+def take_back(vault_path: str) -> None:
     """Say that the work is unfinished again, because the topmost image was written to since."""
-    place = vault_path[: -len(_GIVEN)]
-    _rename(vault_path, place)
-    return place
+    _rename(vault_path, vault_path[: -len(_GIVEN)])
 
 
 def _rename(path: str, new: str) -> None:
