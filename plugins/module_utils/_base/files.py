@@ -104,6 +104,13 @@ def owning(path: str, fd: int) -> OpenImage:
         raise
 
 
+def write_all(fd: int, data: bytes, offset: int) -> None:
+    """Write all of the data at this offset; the system may take it in parts."""
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
+
+
 def close(fd: int) -> None:
     """Close a descriptor whose close error cannot mean lost data: read-only, or fsynced."""
     with contextlib.suppress(OSError):  # network file systems tell of old failures here; the descriptor is gone anyway

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 
 from .._base.errors import CHECK_STORAGE, Refusal
-from .._base.files import OpenImage, close
+from .._base.files import OpenImage, close, write_all
 from .chain import has_protocol
 from .extensions import end_of_extensions, read_extensions
 from .header import (
@@ -71,7 +71,7 @@ def change_backing_file(file: OpenImage, name: str, backing_format: str) -> None
         return
     fd = os.open(f"/proc/self/fd/{file.fd}", os.O_WRONLY | os.O_CLOEXEC)
     try:
-        _write_all(fd, data, place)
+        write_all(fd, data, place)
         os.fsync(fd)  # or the power could go when the first sector is on the disk and the name is not
         pointer = BACKING_FILE.pack(place, len(data))
         if os.pwrite(fd, pointer, BACKING_FILE_AT) != len(pointer):
@@ -82,13 +82,6 @@ def change_backing_file(file: OpenImage, name: str, backing_format: str) -> None
     if _place_for(file, name, backing_format)[0] is not None:
         why = f"was to have {name} as its backing file, but does not say so when it is read back"
         raise Refusal("not_verified", file.path, why, CHECK_STORAGE)
-
-
-def _write_all(fd: int, data: bytes, offset: int) -> None:
-    """Write all of the data; the system may take it in parts."""
-    while data:
-        written = os.pwrite(fd, data, offset)
-        data, offset = data[written:], offset + written
 
 
 def _place_for(file: OpenImage, name: str, backing_format: str) -> tuple[int | None, bytes]:

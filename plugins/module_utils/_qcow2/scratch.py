@@ -17,6 +17,7 @@ import os
 import struct
 import typing as t
 
+from .._base.files import write_all
 from .bitmaps import (
     BITMAP_ENTRY,
     BITMAPS_EXTENSION,
@@ -83,9 +84,7 @@ class _Writer:
 
     def write(self, offset: int, data: bytes) -> None:
         """Write all of the data at this offset."""
-        while data:
-            written = os.pwrite(self._fd, data, offset)
-            data, offset = data[written:], offset + written
+        write_all(self._fd, data, offset)
 
     def append(self, data: bytes, length: int = 0) -> int:
         """Append the data, with zeroes up to `length` and to the end of its last cluster; return its offset."""
