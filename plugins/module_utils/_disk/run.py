@@ -63,12 +63,48 @@ class Group(t.Generic[R, V]):
         return any(session.is_pending(verdict) for verdict in self.verdicts)
 
 
+class Batch(t.Generic[R, V]):
+    """Requests of a call that are for one operation. A VM has all of its requests in one batch."""
+
+    def __init__(self, operation: Operation[R, V], requests: t.Sequence[R]) -> None:
+        self.operation = operation
+        self.requests = requests
+        self.groups: list[Group[R, V]] = _groups(requests)
+        self.warnings: list[str] = []
+
+    def look(self, settings: Settings, engine: Engine, free: dict[int, int]) -> None:
+        """Judge everything without any lock; `free` has the bytes that are left for all, by device."""
+        operation = self.operation
+        wrong = {index: problems for index, one in enumerate(self.requests) if (problems := operation.problems(one))}
+        sound = {index: one for index, one in enumerate(self.requests) if index not in wrong}
+        self.warnings = _leftovers(operation, sound.values(), settings)
+        for index, conflict in zip(sound, operation.conflicts(list(sound.values()))):
+            if conflict is not None:
+                wrong[index] = [conflict]
+        _first_look(operation, self.groups, wrong, lambda: Held(settings, engine, locking=False), free)
+
+    def outcome(self) -> Outcome[V]:
+        """Return what became of the requests."""
+        verdicts = dict(pair for group in self.groups for pair in zip(group.indexes, group.verdicts))
+        in_order = [verdicts[index] for index in range(len(self.requests))]
+        return Outcome(in_order, [*self.warnings, *printable_warnings(in_order)])
+
+
 def run(
     operation: Operation[R, V],
     requests: t.Sequence[R],
     settings: Settings,
     vms: t.Mapping[str | None, Vm] | None = None,
 ) -> Outcome[V]:
+    """Do what is asked for by one operation, as run_all() does it."""
+    batch = Batch(operation, requests)
+    run_all([batch], settings, vms)
+    return batch.outcome()
+
+
+def run_all(
+    batches: t.Sequence[Batch[t.Any, t.Any]], settings: Settings, vms: t.Mapping[str | None, Vm] | None
+) -> None:
     """Do what is asked for, VM by VM; in check mode only find out what a run would do.
 
     `vms` has what is known of a VM by its name. Such a VM is switched once everything of it is in place, new and old,
@@ -77,15 +113,14 @@ def run(
     vms = vms or {}
     _allow_many_open_files()
     engine = Engine(settings)
-    groups: list[Group[R, V]] = _groups(requests)
-    wrong = {index: problems for index, one in enumerate(requests) if (problems := operation.problems(one))}
-    sound = {index: one for index, one in enumerate(requests) if index not in wrong}
-    warnings = _leftovers(operation, sound.values(), settings)
-    for index, conflict in zip(sound, operation.conflicts(list(sound.values()))):
-        if conflict is not None:
-            wrong[index] = [conflict]
-    _first_look(operation, groups, wrong, lambda: Held(settings, engine, locking=False))
-    sessions = [(group, Session(operation, settings, engine, vms.get(group.vm))) for group in groups]
+    free: dict[int, int] = {}
+    for batch in batches:
+        batch.look(settings, engine, free)
+    sessions = [
+        (group, Session(batch.operation, settings, engine, vms.get(group.vm)))
+        for batch in batches
+        for group in batch.groups
+    ]
     to_do = [(group, session) for group, session in sessions if group.is_pending(session)]
     try:
         if settings.parallel > 1 and not settings.check_mode:
@@ -100,9 +135,6 @@ def run(
             group.verdicts = [_interrupted(verdict, exc) for verdict in group.verdicts]
     finally:
         engine.stop()
-    verdicts = dict(pair for group in groups for pair in zip(group.indexes, group.verdicts))
-    in_order = [verdicts[index] for index in range(len(requests))]
-    return Outcome(in_order, [*warnings, *printable_warnings(in_order)])
 
 
 def _run_side_by_side(to_do: list[tuple[Group[R, V], Session[V]]], at_a_time: int) -> None:
@@ -152,9 +184,9 @@ def _first_look(
     groups: t.Sequence[Group[R, V]],
     wrong: t.Mapping[int, t.Sequence[Refusal]],
     hold: t.Callable[[], Held],
+    free: dict[int, int],
 ) -> None:
     """Judge everything without any lock, but for the requests that are `wrong` by themselves."""
-    free: dict[int, int] = {}
     for group in groups:
         for index, request in zip(group.indexes, group.requests):
             if index in wrong:
