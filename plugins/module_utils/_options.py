@@ -64,7 +64,7 @@ def merging_spec() -> dict[str, t.Any]:
 
 def refuse_given(params: dict[str, t.Any], options: t.Iterable[str], where: str) -> None:
     """Refuse options that have no meaning `where` they are given, if they have another value than their default."""
-    of_domains = {"libvirt_snapshots": "fail", "unfit_disks": "fail", "confirm_all": False}
+    of_domains = {"libvirt_snapshots": "fail", "unfit_disks": "fail", "confirm_all": False, "quiesce": False}
     defaults = {**Creation()._asdict(), "bitmap_content": CUMULATIVE, "relative": False, **MERGING, **of_domains}
     for name in options:
         if params[name] != defaults.get(name):

@@ -2,7 +2,7 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Put libvirt domains that are shut off on overlays, merge these down, or go back, with usable checkpoints."""
+"""Put libvirt domains on overlays, merge these down, or go back, with usable checkpoints."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ options:
       - V(reverted) discards the snapshot O(snapshot) and all above it, on every disk that has it.
       - A domain that is not on the snapshot is left as it is.
       - Options about new overlays must be left out, or have their defaults, unless it is V(present). These are
-        O(directory), O(libvirt_snapshots), O(unfit_disks), O(bitmap_content), O(relative), O(cluster_size),
+        O(quiesce), O(directory), O(libvirt_snapshots), O(unfit_disks), O(bitmap_content), O(relative), O(cluster_size),
         O(extended_l2), O(lazy_refcounts), O(refcount_bits), O(compression_type), O(owner), O(group), O(mode),
         O(seuser), O(serole), O(setype) and O(selevel).
     type: str
@@ -94,9 +94,22 @@ options:
     description:
       - What becomes of a domain that is running or paused, and not on the snapshot yet.
       - V(fail) makes it a failure. V(skip) leaves it out, for a run over everything that happens to be shut off.
+      - V(live) has libvirt work on it while it runs, with the same names, marks and results. With O(state=present) by
+        its disk-only snapshot, of all disks in one moment. With O(state=committed) by its block commit, one disk after
+        the other. O(state=reverted) stays a failure. Domains that are shut off are worked on as always.
+      - With V(live), libvirt makes the bitmaps of new overlays. They begin empty, whatever O(bitmap_content) says, so a
+        tool that reads the topmost image alone misses what was written before (C(top_alone) is false). A warning tells
+        so.
     type: str
-    choices: [fail, skip]
+    choices: [fail, skip, live]
     default: fail
+  quiesce:
+    description:
+      - With O(running=live) and O(state=present), have the guest agent hold the guest's writes while the snapshot is
+        taken, so that its file systems are clean. The guest is thawed whatever happens.
+      - A domain that is paused, or whose agent does not answer, is a failure, and nothing is made.
+    type: bool
+    default: false
   libvirt_snapshots:
     description:
       - What becomes of a domain of which libvirt has snapshots of its own (C(virsh snapshot-list)), internal ones or
@@ -125,9 +138,9 @@ requirements:
   - python3-libvirt (libvirt-python) on the managed host
 notes:
   - Besides python3-libvirt it needs what M(kvmfleet.qcow2.qcow2_overlay) needs, and refuses what that refuses.
-  - A domain is refused if it is running, paused or suspended (see O(running)), if it is transient, if it has a managed
-    save (whose restore would write below the overlays), or if its definition states another backing chain than the
-    images record. A domain that fails does not stop the others; the task fails at the end, with every result.
+  - A domain is refused if it is running, paused or suspended (but see O(running)), if it is transient, if it has a
+    managed save (whose restore would write below the overlays), or if its definition states another backing chain than
+    the images record. A domain that fails does not stop the others; the task fails at the end, with every result.
   - These can take no part, and are returned with the reason. CD-ROM and floppy drives; disks that are read-only,
     shareable, transient, encrypted or on the network; volumes of a pool that is not active, or that is neither of files
     nor of block devices; block devices, unless O(directory) is given; disks whose C(<source>) has what an overlay
@@ -137,8 +150,10 @@ notes:
     RV(domains[].nvram)); the state of a TPM in software (see RV(domains[].tpm)); the memory of the domain; files that
     C(virsh save) has written. Never restore such a file once the domain is on overlays, since that writes to the images
     below them. A domain with a managed save is refused; other files of C(virsh save) cannot be known.
-  - For a B(running) domain libvirt itself is the better way. C(virsh snapshot-create-as --disk-only --no-metadata)
-    makes the overlays, and lets the bitmaps go on, without any help.
+  - A running domain is touched by libvirt only, and only with O(running=live). It needs libvirt 6.6 or newer. A merge
+    of it that is ended by a signal, or makes no progress for O(timeout) seconds, is given up, and the domain goes on
+    with its overlay; one that goes on after a run was killed is followed by the next run. An overlay that such a run
+    has left, and that no disk has any more, is renamed and never deleted.
   - Of a domain that is shut off libvirt alone can do it too, by starting it paused, taking a live snapshot, and
     destroying it. That needs the memory, the network and all devices of the domain, takes seconds for each domain, and
     skips bitmaps that are not valid without a word. It is the better way if this collection cannot be used on the host.
@@ -158,8 +173,9 @@ notes:
   - If the host dies between making the overlays and switching the definition, the next run finds the overlays and
     completes the switch. An image of the same name that does not bear the mark, or on which a VM has run, is never
     taken for one of them.
-  - The O(timeout) does not cover the libvirt daemon. If somebody else changes the definition in the very moment of the
-    switch, that change may be lost. libvirt has no way to prevent that.
+  - The O(timeout) does not cover the libvirt daemon, but for the progress of merges with O(running=live). If somebody
+    else changes the definition in the very moment of the switch, that change may be lost. libvirt has no way to
+    prevent that.
 seealso:
   - module: kvmfleet.qcow2.qcow2_overlay
   - module: kvmfleet.qcow2.qcow2_info
@@ -184,6 +200,21 @@ EXAMPLES = r"""
     name: ["*"]
     snapshot: sunday
     running: skip
+
+- name: Snapshot all application servers, those that run with clean file systems, by their guest agents
+  kvmfleet.qcow2.domain_overlay:
+    name: ["app*"]
+    snapshot: before-upgrade
+    running: live
+    quiesce: true
+
+- name: Merge it down while the domains run, with at most 100 MiB per second
+  kvmfleet.qcow2.domain_overlay:
+    name: ["app*"]
+    snapshot: before-upgrade
+    state: committed
+    running: live
+    speed: 100M
 
 - name: Snapshot one disk of a domain, on faster storage
   kvmfleet.qcow2.domain_overlay:
@@ -307,13 +338,15 @@ domains:
           type: bool
           sample: true
         committed_bytes:
-          description: Bytes of the disk that the images held which went in, zeroes included. Null if nothing was done.
+          description: Bytes of the disk that the images held which went in, zeroes included. Null if nothing was done,
+            or if the domain runs.
           returned: when O(state=committed)
           type: int
           sample: 2147483648
         bitmaps:
           description:
-            - With O(state=present), the bitmaps that go on recording in the overlay.
+            - With O(state=present), the bitmaps that go on recording in the overlay. Of a running domain those of
+              checkpoints that libvirt can use.
             - With O(state=committed), the bitmaps of the image below afterwards that a backup can use.
           returned: when O(state=present) or O(state=committed)
           type: list
@@ -344,9 +377,9 @@ domains:
               type: int
               sample: 65536
             reason:
-              description: V(disabled) if it is not recording, V(inconsistent) if it was not saved properly. With
-                O(state=committed) also V(gap) if an image lacks it below one that has it, and V(raw) if the image below
-                can hold no bitmaps.
+              description: V(disabled) if it is not recording, V(inconsistent) if it was not saved properly, V(broken)
+                if libvirt says so of a running domain. With O(state=committed) also V(gap) if an image lacks it below
+                one that has it, and V(raw) if the image below can hold no bitmaps.
               type: str
               sample: inconsistent
         topmost:
@@ -393,17 +426,23 @@ domains:
           type: bool
           sample: true
         problem:
-          description: Which rule is broken; null if it is valid.
+          description: Which rule is broken; null if it is valid. V(broken) if libvirt says so of a running domain.
           type: str
           sample: null
         image:
-          description: The image at fault; null if it is valid.
+          description: The image at fault; null if it is valid, or if that is not known.
           type: str
           sample: null
         advice:
           description: What it means and what to do; null if it is valid.
           type: str
           sample: null
+        verified:
+          description:
+            - Whether libvirt itself has said so, as of domains that run. In check mode it is what libvirt says now.
+              Else it is judged by what the images store.
+          type: bool
+          sample: false
     unfit_disks:
       description:
         - Targets of the disks that the domain writes to, that cannot take part, and that nobody has excluded. The
@@ -460,6 +499,7 @@ from ..module_utils._base.signals import ending_cleanly
 from ..module_utils._disk.retire import DELETE, KEEP
 from ..module_utils._disk.verdict import root_causes
 from ..module_utils._domain.aims import GoBackTo, MergeDown, PutOnOverlays
+from ..module_utils._domain.live import Live, MergeRunningDown, PutRunningOn
 from ..module_utils._domain.plan import SnapshotRequest
 from ..module_utils._domain.run import Aim, Call
 from ..module_utils._domain.wayback import WayBack
@@ -488,7 +528,8 @@ def argument_spec() -> dict[str, t.Any]:
         "snapshot": {"type": "str", "required": True},
         "disks": {"type": "list", "elements": "str"},
         "directory": {"type": "str"},
-        "running": {"type": "str", "choices": ["fail", "skip"], "default": "fail"},
+        "running": {"type": "str", "choices": ["fail", "skip", "live"], "default": "fail"},
+        "quiesce": {"type": "bool", "default": False},
         "libvirt_snapshots": {"type": "str", "choices": ["fail", "ignore"], "default": "fail"},
         "unfit_disks": {"type": "str", "choices": ["fail", "skip"], "default": "fail"},
         "uri": {"type": "str", "default": "qemu:///system"},
@@ -498,22 +539,24 @@ def argument_spec() -> dict[str, t.Any]:
     }
 
 
-def _put_on(params: dict[str, t.Any]) -> PutOnOverlays:
-    return PutOnOverlays(request_from(params), attributes_from(params))
+def _put_on(params: dict[str, t.Any], live: Live | None) -> list[Aim]:
+    request, attributes = request_from(params), attributes_from(params)
+    return [PutRunningOn(request, attributes, live), PutOnOverlays(request, attributes)]
 
 
-def _merge_down(params: dict[str, t.Any]) -> MergeDown:
-    return MergeDown(_way_back(params))
+def _merge_down(params: dict[str, t.Any], live: Live | None) -> list[Aim]:
+    request = _way_back(params)
+    return [*([MergeRunningDown(request, live)] if live is not None else []), MergeDown(request)]
 
 
-def _go_back(params: dict[str, t.Any]) -> GoBackTo:
+def _go_back(params: dict[str, t.Any], _live: Live | None) -> list[Aim]:
     everything = [name for name in params["name"] if name and not name.strip("*?")]
     if everything and not params["confirm_all"]:
         why = (
             f"state=reverted with the pattern {everything[0]!r} would discard what every domain of the host has written"
         )
         raise Refusal("bad_option", "confirm_all", why, "Name the domains, or set confirm_all=true if that is meant.")
-    return GoBackTo(_way_back(params))
+    return [GoBackTo(_way_back(params))]
 
 
 def _way_back(params: dict[str, t.Any]) -> WayBack:
@@ -526,8 +569,15 @@ def _way_back(params: dict[str, t.Any]) -> WayBack:
     )
 
 
-OF_NEW_FILES = ("directory", "libvirt_snapshots", "unfit_disks", *creation_spec(defaults=True), *ownership_spec())
-AIMS: dict[str, tuple[t.Callable[[dict[str, t.Any]], Aim], t.Sequence[str]]] = {
+OF_NEW_FILES = (
+    "quiesce",
+    "directory",
+    "libvirt_snapshots",
+    "unfit_disks",
+    *creation_spec(defaults=True),
+    *ownership_spec(),
+)
+AIMS: dict[str, tuple[t.Callable[[dict[str, t.Any], Live | None], list[Aim]], t.Sequence[str]]] = {
     # What it is to do, and the options that have no meaning then.
     "present": (_put_on, ["retire", "speed", "confirm_all"]),
     "committed": (_merge_down, [*OF_NEW_FILES, "confirm_all"]),
@@ -570,9 +620,14 @@ def request_from(params: dict[str, t.Any]) -> SnapshotRequest:
 def work(module: AnsibleModule) -> Report:
     """Find the domains and do what the state asks for."""
     settings = settings_from(module)
-    make_aim, without = AIMS[module.params["state"]]
-    refuse_given(module.params, without, f"state={module.params['state']}")
-    call = Call(Libvirt(module.params["uri"]), module.params["name"], make_aim(module.params), settings)
+    params = module.params
+    make_aims, without = AIMS[params["state"]]
+    refuse_given(params, without, f"state={params['state']}")
+    is_live = params["running"] == "live"
+    refuse_given(params, [] if is_live else ["quiesce"], f"running={params['running']}")
+    daemon = Libvirt(params["uri"])
+    live = Live(daemon.version, quiesce=params["quiesce"]) if is_live else None
+    call = Call(daemon, params["name"], make_aims(params, live), settings)
     domains, warnings = call.run()
     result = {
         "changed": any(domain.changed for domain in domains),

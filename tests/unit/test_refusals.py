@@ -24,7 +24,7 @@ def literals(folder):
     found = set()
     for path in folder.rglob("*.py"):
         for statement in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(statement, ast.Assign) and getattr(statement.targets[0], "id", None) in ("Code", "ReportCode"):
+            if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) in ("Code", "ReportCode"):
                 continue
             for node in ast.walk(statement):
                 if isinstance(node, ast.Call) and getattr(node.func, "id", None) in RAISED and node.args:

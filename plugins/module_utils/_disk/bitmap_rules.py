@@ -29,6 +29,7 @@ GAP = "gap"
 NOT_RECORDING = "not_recording"
 INCONSISTENT = "inconsistent"
 DIFFERENT_SIZE = "different_size"
+BROKEN = "broken"  # libvirt says so of a running domain, and not which rule
 IN_USE = "in_use"
 INCOMPLETE = "incomplete"
 

@@ -19,7 +19,7 @@ import typing as t
 
 from .._base.attributes import AttributeOptions, apply_attributes, attributes_for
 from .._base.errors import CHECK_STORAGE, Refusal
-from .._base.files import open_image
+from .._base.files import OpenImage, open_image
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.image import read_image
 from .._qcow2.mark import write_mark
@@ -36,7 +36,7 @@ from .._qemu.nodes import (
 )
 from . import overlay
 from .cumulative import Maps, has_bits, lower_bits, map_chain, most_bytes, read_all, wrong_bits
-from .observe import observe_chain, observe_target
+from .observe import ObservedChain, observe_chain, observe_target
 from .overlay import BuildSpec, OverlayRequest, OverlayVerdict
 from .publish import StagedFile, publish_together
 from .session import Held, Images, failed_by
@@ -73,7 +73,7 @@ class MakeOverlays:
     def judge(self, request: OverlayRequest, held: Held) -> OverlayVerdict:
         """Look at ACTIVE and at the place, and decide."""
         file = held.image(request.backing_file)
-        active = observe_chain(file, request.backing_format, relative=request.relative)
+        active = self.observe(request, file)
         target = observe_target(request.path)
         verdict = overlay.decide(request, active, target)
         if verdict.state == FAILED:
@@ -99,6 +99,10 @@ class MakeOverlays:
             need=overlay.need(verdict, target, bit_bytes),
             spec=BuildSpec(target, backing_file, attributes, active.image, maps, bit_bytes),
         )
+
+    def observe(self, request: OverlayRequest, file: OpenImage) -> ObservedChain:
+        """Return what the open ACTIVE and the chain below it are."""
+        return observe_chain(file, request.backing_format, relative=request.relative)
 
     def images(self, verdict: OverlayVerdict) -> Images:
         """Return ACTIVE, and before it an overlay that is there: its VM may be on it, or not yet."""

@@ -245,10 +245,7 @@ def problems_of(seen: Seen, stage: Stage, request: CommitRequest, outcome: Outco
     """Return why nothing may be merged."""
     # A VM has all of them open, and one reason is enough.
     problems = [in_use(path) for path in seen.open_for_writing] or [below_running_vm(p) for p in seen.below_running]
-    problems += [_stood_on(seen, path) for path in seen.others]
-    problems += [one for layer in seen.chain for one in _opening_problems(seen, layer)]
-    problems += [one for layer in seen.part for one in _layer_problems(seen, layer)]
-    problems += _size_problems(seen, stage)
+    problems += [*image_problems(seen), *_size_problems(seen, stage)]
     lost = [bitmap for bitmap in seen.top.bitmaps if not bitmap.name.startswith(MARK) and not bitmap.inconsistent]
     if not seen.holds_bitmaps and lost and not request.accept_lost_bitmaps:
         kind = "raw" if seen.base.image is None else "an image of version 2 (compat 0.10)"
@@ -261,13 +258,26 @@ def problems_of(seen: Seen, stage: Stage, request: CommitRequest, outcome: Outco
             part = {name for layer in seen.part for name in named(layer.image)}
             wrong = [name for name, bitmap in named(seen.above.image).items() if carries_over(bitmap) and name in part]
         if wrong:
-            shown = names_of([bitmap for bitmap in seen.above.image.bitmaps if bitmap.name in wrong])
-            why = f"its bitmap {shown} would look valid after the merge, in which what it lacks is lost"
-            remedy = "Heal it first, or remove it, with kvmfleet.qcow2.qcow2_bitmap."
-            problems.append(Refusal("closes_gap", seen.above.path, why, remedy))
+            shown = [bitmap for bitmap in seen.above.image.bitmaps if bitmap.name in wrong]
+            problems.append(closes_gap(seen.above.path, shown))
     if seen.top.version == 2 and not request.accept_lost_bitmaps:
         problems += _lost_by_version(seen)
     return problems + _name_problems(seen, outcome)
+
+
+def closes_gap(above: str, bitmaps: t.Sequence[Bitmap]) -> Refusal:
+    """Return the refusal of a merge after which bitmaps of the image above would be wrong, and look right."""
+    why = f"its bitmap {names_of(bitmaps)} would look valid after the merge, in which what it lacks is lost"
+    return Refusal("closes_gap", above, why, "Heal it first, or remove it, with kvmfleet.qcow2.qcow2_bitmap.")
+
+
+def image_problems(seen: Seen) -> list[Refusal]:
+    """Return why the images cannot be merged, whatever bitmaps and sizes they have."""
+    return [
+        *(_stood_on(seen, path) for path in seen.others),
+        *(problem for layer in seen.chain for problem in _opening_problems(seen, layer)),
+        *(problem for layer in seen.part for problem in _layer_problems(seen, layer)),
+    ]
 
 
 def _lost_by_version(seen: Seen) -> list[Refusal]:
@@ -357,6 +367,11 @@ def _size_problems(seen: Seen, stage: Stage) -> list[Refusal]:
     has_begun = stage.name in (CARRIED, REBUILT, GIVEN)
     if has_begun and seen.base.virtual_size == seen.chain[0].virtual_size:
         return []  # it was judged before the first run gave BASE the size of TOP
+    return size_problems(seen) + _hidden_ends(seen)
+
+
+def size_problems(seen: Seen) -> list[Refusal]:
+    """Return where an image is smaller than the one below it, of which it hides the end."""
     pairs = zip(seen.chain[: seen.depth], seen.chain[1 : seen.depth + 1])
     return [
         Refusal(
@@ -368,7 +383,7 @@ def _size_problems(seen: Seen, stage: Stage) -> list[Refusal]:
         )
         for upper, lower in pairs
         if upper.virtual_size < lower.virtual_size
-    ] + _hidden_ends(seen)
+    ]
 
 
 def _hidden_ends(seen: Seen) -> list[Refusal]:

@@ -170,6 +170,11 @@ def publish_together(staged: t.Sequence[StagedFile], switch: t.Callable[[], None
         # No VM may start on the first one while the second can still fail.
         locks.hold_off_writers(staged_file.file)
         locks.hold_off_everybody(staged_file.file)
+    publish_unlocked(staged, switch)
+
+
+def publish_unlocked(staged: t.Sequence[StagedFile], switch: t.Callable[[], None]) -> None:
+    """Publish all of these files or none, without locks: it is `switch` that has a VM open them."""
     begun = []
     try:
         for staged_file in staged:

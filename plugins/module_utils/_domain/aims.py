@@ -17,17 +17,34 @@ from .._disk.overlay import OverlayVerdict
 from .._disk.revert import GoBack
 from .._disk.revert_rules import REVERTED, RevertVerdict
 from .._disk.verdict import CREATED, PRESENT
-from .._libvirt.connection import Domain, Kept
+from .._libvirt.connection import Domain, Kept, Libvirt
 from .._libvirt.definition import DomainDisk
+from .._libvirt.switch import switch
 from .checkpoints import Chain, chain_of, promised
-from .inventory import DiskFacts
+from .inventory import DiskFacts, first_image
 from .names import same_names
 from .overlay import plan_domain
 from .plan import DomainPlan, SnapshotRequest
 from .wayback import WayBack, lost_checkpoints, plan_commit, plan_revert
 
 
-class PutOnOverlays:
+class OfShutOff:
+    """What holds for every aim for domains that are shut off: they are kept from starting, then defined anew."""
+
+    def takes(self, _domain: Domain) -> bool:
+        """Take every domain. One that is not shut off fails, or is left out, unless nothing is to be done."""
+        return True
+
+    def guarded_image(self, domain: Domain) -> str | None:
+        """Return the image that the domain opens first when it starts."""
+        return first_image(domain)
+
+    def switch(self, daemon: Libvirt, plan: DomainPlan, seconds: float) -> None:
+        """Give the domain its new definition."""
+        switch(daemon, plan.domain, plan.sources, plan.definition, seconds)
+
+
+class PutOnOverlays(OfShutOff):
     """State present: every domain has the overlays of the snapshot. An Aim."""
 
     words = (CREATED, PRESENT)
@@ -38,7 +55,7 @@ class PutOnOverlays:
         self.targets = request.targets
         self.skips_running = request.skips_running
 
-    def operation(self) -> MakeOverlays:
+    def operation(self, _daemon: Libvirt, _domains: t.Sequence[Domain]) -> MakeOverlays:
         """Return what is done to the images."""
         return MakeOverlays(self._attributes)
 
@@ -63,7 +80,7 @@ class PutOnOverlays:
         return ()
 
 
-class MergeDown:
+class MergeDown(OfShutOff):
     """State committed: no domain is on the snapshot any more, and all that it held is below. An Aim."""
 
     words = (COMMITTED, ABSENT)
@@ -73,7 +90,7 @@ class MergeDown:
         self.targets = request.targets
         self.skips_running = request.skips_running
 
-    def operation(self) -> MergeLayers:
+    def operation(self, _daemon: Libvirt, _domains: t.Sequence[Domain]) -> MergeLayers:
         """Return what is done to the images."""
         return MergeLayers()
 
@@ -100,7 +117,7 @@ class MergeDown:
         return ()
 
 
-class GoBackTo:
+class GoBackTo(OfShutOff):
     """State reverted: every domain is as it was at the snapshot. An Aim."""
 
     words = (REVERTED, ABSENT)
@@ -110,7 +127,7 @@ class GoBackTo:
         self.targets = request.targets
         self.skips_running = request.skips_running
 
-    def operation(self) -> GoBack:
+    def operation(self, _daemon: Libvirt, _domains: t.Sequence[Domain]) -> GoBack:
         """Return what is done to the images."""
         return GoBack()
 

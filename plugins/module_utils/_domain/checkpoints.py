@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import typing as t
 
-from .._disk.bitmap_rules import INCOMPLETE, Checkpoint, LayerBitmaps, judge
+from .._disk.bitmap_rules import BROKEN, IN_USE, INCOMPLETE, Checkpoint, LayerBitmaps, judge
 from .._disk.examine import examine_chain
-from .._libvirt.connection import KnownCheckpoint
+from .._libvirt.connection import KnownCheckpoint, LiveBitmaps
 from .._libvirt.definition import DomainDisk
 from .._qcow2.bitmaps import Bitmap
+
+_BROKEN_LIVE = (
+    "libvirt says that the bitmap is missing or broken in the chain of the disk {}, and not in which image, since the "
+    "domain runs. Look again when it is shut off; or make a full backup with a new checkpoint, and delete this one."
+)
 
 
 class Chain(t.NamedTuple):
@@ -32,11 +37,12 @@ def judge_checkpoints(
 ) -> tuple[Checkpoint, ...]:
     """Return for each checkpoint whether it can be used after the run.
 
-    `chain_after` returns the chain that a disk has then. Only chains of disks that have a checkpoint are read.
+    `chain_after` returns the chain that a disk has then. Only chains of disks are read that have a checkpoint of which
+    libvirt does not say that it can be used.
     """
-    targets = {target for one in known for target in one.bitmaps}
-    chains = {disk.target: chain_after(disk) for disk in disks if disk.target in targets}
-    return tuple(_judge(one, chains) for one in known)
+    unsure = {target for one in known for target in one.bitmaps if one.live is None or target not in one.live.sizes}
+    chains = {disk.target: chain_after(disk) for disk in disks if disk.target in unsure}
+    return tuple(_judge(one, {disk.target: disk for disk in disks}, chains) for one in known)
 
 
 def chain_of(path: str | None, image_format: str) -> Chain:
@@ -51,16 +57,36 @@ def promised(path: str, virtual_size: int | None, bitmaps: t.Sequence[Bitmap]) -
     return LayerBitmaps(path, virtual_size or 0, own)
 
 
-def _judge(known: KnownCheckpoint, chains: t.Mapping[str, Chain]) -> Checkpoint:
-    """Return the verdict on a checkpoint by the chains of its disks."""
+def _judge(known: KnownCheckpoint, disks: t.Mapping[str, DomainDisk], chains: t.Mapping[str, Chain]) -> Checkpoint:
+    """Return the verdict on a checkpoint by the chains of its disks, or by what libvirt says of them."""
     verdicts = [
-        judge(bitmap, chains[target].layers, complete=chains[target].is_complete)
-        if chains[target].layers
-        else unreadable_disk(bitmap, target)
+        judge_live(bitmap, disks[target], known.live, _judge_stored(bitmap, target, chains))
         for target, bitmap in known.bitmaps.items()
-        if target in chains  # the definition may have lost a disk since
+        if target in disks  # the definition may have lost a disk since
     ]
     return worst_of(known.name, verdicts)
+
+
+def _judge_stored(bitmap: str, target: str, chains: t.Mapping[str, Chain]) -> Checkpoint:
+    """Return the verdict by what is stored in the images."""
+    chain = chains.get(target)
+    if chain is None or not chain.layers:
+        return unreadable_disk(bitmap, target)
+    return judge(bitmap, chain.layers, complete=chain.is_complete)
+
+
+def judge_live(bitmap: str, disk: DomainDisk, live: LiveBitmaps | None, stored: Checkpoint) -> Checkpoint:
+    """Return the verdict for one disk by what libvirt says of it, if it was asked; `stored` is that by the images."""
+    if live is None:
+        return stored
+    if live.problem is None and disk.target in live.sizes:
+        return Checkpoint(bitmap, True)
+    if stored.valid is False:  # an image below the one that is written to
+        return stored
+    if live.problem is None:
+        return Checkpoint(bitmap, False, BROKEN, None, _BROKEN_LIVE.format(disk.target))
+    advice = f"The domain runs, and libvirt cannot tell: {live.problem}. Look again, or when it is shut off."
+    return Checkpoint(bitmap, None, IN_USE, disk.source, advice)
 
 
 def unreadable_disk(bitmap: str, target: str) -> Checkpoint:

@@ -22,14 +22,23 @@ from .._qcow2.mark import Mark
 from .fitness import Fitness, fitness_of, missed_refusal
 from .inventory import DiskFacts
 from .names import ambiguous, find_snapshot, flattened, flattened_one, new_path
-from .plan import DiskPlan, DomainPlan, SkippedDisk, SnapshotRequest, state_problems
+from .plan import DiskPlan, DomainPlan, NotReady, SkippedDisk, SnapshotRequest, state_problems
 
 _NOT_ASKED_FOR = "not asked for"
 _SHOWN = 5  # snapshots that a message names
 
 
-def plan_domain(domain: Domain, facts: t.Sequence[DiskFacts], request: SnapshotRequest, kept: Kept) -> DomainPlan:
-    """Return what is to become of a domain, as far as that can be said without its images' bitmaps."""
+def plan_domain(
+    domain: Domain,
+    facts: t.Sequence[DiskFacts],
+    request: SnapshotRequest,
+    kept: Kept,
+    not_ready: NotReady = state_problems,
+) -> DomainPlan:
+    """Return what is to become of a domain, as far as that can be said without its images' bitmaps.
+
+    `not_ready` returns why it cannot be put on overlays in the state that it is in.
+    """
     fitness = {one.disk.target: fitness_of(one, request.directory) for one in facts}
     reasons = {one.disk.target: _reason_to_skip(one, fitness[one.disk.target], request) for one in facts}
     # Those that are named and cannot take part are told by name below.
@@ -44,7 +53,7 @@ def plan_domain(domain: Domain, facts: t.Sequence[DiskFacts], request: SnapshotR
     if not disks and not problems:
         listed = ", ".join(f"{disk.target}: {disk.reason}" for disk in skipped) or "it has no disks"
         problems.append(Refusal("no_disk", domain.name, f"none of its disks can take part ({listed})"))
-    problems += state_problems(domain, disks)
+    problems += not_ready(domain, disks)
     if kept.snapshots and not request.allows_snapshots and any(disk.source for disk in disks):
         problems.append(_snapshots_problem(domain, kept.snapshots))
     plan = DomainPlan(

@@ -92,6 +92,7 @@ class DomainOutcome(t.NamedTuple):
     overlays: tuple[tuple[str, t.Any], ...] = ()  # verdicts on images, with the target
     skipped: tuple[SkippedDisk, ...] = ()
     checkpoints: tuple[Checkpoint, ...] = ()
+    verified: frozenset[str] = frozenset()  # names of those of which libvirt itself has said whether they can be used
     snapshots: tuple[str, ...] = ()  # names of libvirt's own
     missed: tuple[str, ...] = ()  # as DomainPlan has it
     warnings: t.Sequence[str] = ()
@@ -121,11 +122,14 @@ class DomainOutcome(t.NamedTuple):
             # What no snapshot of disks has.
             "nvram": self.definition.nvram if self.definition else None,
             "tpm": self.definition.has_tpm_state if self.definition else None,
-            "checkpoints": [checkpoint.as_result() for checkpoint in self.checkpoints],
+            "checkpoints": [{**one.as_result(), "verified": one.name in self.verified} for one in self.checkpoints],
             "libvirt_snapshots": [printable(name) for name in self.snapshots],
             "lost_checkpoints": [printable(name) for name in self.lost],
             **problem_fields(self.problems),
         }
+
+
+NotReady = t.Callable[[Domain, t.Sequence[DiskPlan]], t.Sequence[Refusal]]  # why a domain is in no state for its plan
 
 
 def failed_outcome(unreadable: Unreadable) -> DomainOutcome:
@@ -137,7 +141,7 @@ def state_problems(domain: Domain, disks: t.Sequence[DiskPlan]) -> list[Refusal]
     """Return why the domain cannot be switched as it is just now."""
     if not any(disk.source for disk in disks):
         return running_elsewhere(domain, disks)
-    live = "for a running domain, 'virsh snapshot-create-as --disk-only' does it all, bitmaps included."
+    live = "or use running=live, which takes the snapshot while it runs."
     return not_shut_off(domain, live, "has a managed save, which would go on writing to the images below the overlays")
 
 

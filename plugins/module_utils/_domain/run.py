@@ -10,19 +10,19 @@ import os
 import typing as t
 
 from .._base.errors import Refusal, printable
-from .._disk.run import run
+from .._disk.run import Batch, run_all
 from .._disk.session import Operation, Settings, Vm
 from .._disk.verdict import FAILED, SKIPPED, root_causes
-from .._libvirt.connection import Domain, Kept, Libvirt, Unreadable
+from .._libvirt.connection import Domain, Kept, Libvirt, LiveBitmaps, Unreadable
 from .._libvirt.definition import DomainDisk
-from .._libvirt.switch import forget, switch
+from .._libvirt.switch import forget
 from .checkpoints import Chain, chain_of, judge_checkpoints
-from .inventory import DiskFacts, Inventory, first_image
+from .inventory import DiskFacts, Inventory
 from .plan import DiskPlan, DomainOutcome, DomainPlan, SkippedDisk, failed_outcome
 
 
 class Aim(t.Protocol):
-    """What a call does to domains: the rules that differ from one state to another."""
+    """What a call does to domains: the rules that differ from one state to another, and from one kind of domain."""
 
     @property
     def words(self) -> tuple[str, str]:
@@ -36,8 +36,11 @@ class Aim(t.Protocol):
     def skips_running(self) -> bool:
         """Return whether domains that are not shut off are left out, instead of a failure."""
 
-    def operation(self) -> Operation[t.Any, t.Any]:
-        """Return what is done to the images."""
+    def takes(self, domain: Domain) -> bool:
+        """Return whether it is the aim for this domain, unless one before it is."""
+
+    def operation(self, daemon: Libvirt, domains: t.Sequence[Domain]) -> Operation[t.Any, t.Any]:
+        """Return what is done to the images of these domains."""
 
     def plan(self, domain: Domain, facts: t.Sequence[DiskFacts], kept: Kept) -> DomainPlan:
         """Return what is to become of a domain, as far as that can be said without its images' bitmaps."""
@@ -51,25 +54,33 @@ class Aim(t.Protocol):
     def lost_checkpoints(self, plan: DomainPlan, kept: Kept) -> tuple[str, ...]:
         """Return the names of the checkpoints that libvirt is to forget once the domain is switched."""
 
+    def guarded_image(self, domain: Domain) -> str | None:
+        """Return the image by whose lock the domain is kept from starting meanwhile; None if it is not."""
+
+    def switch(self, daemon: Libvirt, plan: DomainPlan, seconds: float) -> None:
+        """Have the domain on the images of its plan; as _libvirt/switch.py says."""
+
 
 class Call:
     """One call for domains: what is known of each, and what became of it."""
 
-    def __init__(self, daemon: Libvirt, names: t.Sequence[str], aim: Aim, settings: Settings) -> None:
-        """Select the domains and plan what is to become of each."""
+    def __init__(self, daemon: Libvirt, names: t.Sequence[str], aims: t.Sequence[Aim], settings: Settings) -> None:
+        """Select the domains, and plan what is to become of each by the first aim that takes it."""
         self._daemon = daemon
         self._names = names
-        self._aim = aim
         self._settings = settings
         inventory = Inventory(daemon.domains())
         found, self._unmatched = inventory.select(names)
         self._found = [self._with_kept(one) for one in found]
+        domains = [(one, kept) for one, kept in self._found if isinstance(one, Domain)]
+        self._aims = {one.name: next(aim for aim in aims if aim.takes(one)) for one, _kept in domains}
         self._plans = {
-            one.name: aim.plan(one, [inventory.facts(one, disk) for disk in one.definition.disks], kept)
-            for one, kept in self._found
-            if isinstance(one, Domain)
+            one.name: self._aims[one.name].plan(one, [inventory.facts(one, d) for d in one.definition.disks], kept)
+            for one, kept in domains
         }
-        for name, problems in aim.conflicts([p for p in self._plans.values() if not self._is_left_out(p)]).items():
+        taking_part = [plan for plan in self._plans.values() if not self._is_left_out(plan)]
+        # The last one takes every domain, so its rule holds for all of them.
+        for name, problems in aims[-1].conflicts(taking_part).items():
             self._plans[name] = self._plans[name].failed(problems)
 
     def _with_kept(self, one: Domain | Unreadable) -> tuple[Domain | Unreadable, Kept]:
@@ -77,31 +88,69 @@ class Call:
         if isinstance(one, Unreadable):
             return one, Kept()
         try:
-            return one, self._daemon.kept(one)
+            kept = self._daemon.kept(one)
+            # What is stored tells nothing of bitmaps that are in the memory of a QEMU.
+            return one, kept if one.state is None else self._with_live_bitmaps(one, kept)
         except Refusal as exc:
             return Unreadable(one.name, exc), Kept()
+
+    def _with_live_bitmaps(self, domain: Domain, kept: Kept) -> Kept:
+        return kept._replace(checkpoints=self._daemon.kept_now(domain).checkpoints)
 
     def run(self) -> tuple[list[DomainOutcome], list[str]]:
         """Do it, each domain all or none; return what became of them, and warnings."""
         sound = [plan for plan in self._plans.values() if not plan.problems and not self._is_left_out(plan)]
-        kept_of = {one.name: kept for one, kept in self._found}
-        lost = {plan.domain.uuid: self._aim.lost_checkpoints(plan, kept_of[plan.domain.name]) for plan in sound}
-        switches = {
-            plan.domain.uuid: _Switch(self._daemon, plan, lost[plan.domain.uuid], self._settings)
-            for plan in sound
-            if plan.sources or lost[plan.domain.uuid]
-        }
-        requests = [disk.request for plan in sound for disk in plan.disks]
+        switches = {plan.domain.uuid: one for plan in sound if (one := self._switch(plan)) is not None}
         # Its first image is locked too where only images further down change: see Held.lock().
-        at_work = [plan.domain for plan in sound if plan.has_work]
-        vms: dict[str | None, Vm] = {one.uuid: Vm(_nothing_to_switch, first_image(one)) for one in at_work}
-        vms.update((uuid, Vm(one.run, first_image(one.domain))) for uuid, one in switches.items())
-        outcome = run(self._aim.operation(), requests, self._settings, vms)
-        verdicts = {(verdict.request.vm, verdict.request.path): verdict for verdict in outcome.verdicts}
-        results = [self._outcome(one, kept, verdicts, switches) for one, kept in self._found]
+        vms: dict[str | None, Vm] = {
+            plan.domain.uuid: Vm(
+                switches[plan.domain.uuid].run if plan.domain.uuid in switches else _nothing_to_switch,
+                self._aims[plan.domain.name].guarded_image(plan.domain),
+            )
+            for plan in sound
+            if plan.has_work or plan.domain.uuid in switches
+        }
+        batches = [
+            Batch(
+                aim.operation(self._daemon, [plan.domain for plan in plans]),
+                [disk.request for plan in plans for disk in plan.disks],
+            )
+            for aim, plans in self._by_aim(sound)
+        ]
+        run_all(batches, self._settings, vms)
+        outcomes = [batch.outcome() for batch in batches]
+        all_verdicts = [verdict for outcome in outcomes for verdict in outcome.verdicts]
+        verdicts = {(verdict.request.vm, verdict.request.path): verdict for verdict in all_verdicts}
+        results = [self._outcome(one, self._kept_after(one, kept), verdicts, switches) for one, kept in self._found]
         unmatched = (f"{one}: no domain of this host matches it." for one in self._unmatched)
         of_domains = (warning for result in results for warning in result.warnings)
-        return results, [*unmatched, *of_domains, *outcome.warnings, *self._refresh_pools(outcome.verdicts)]
+        of_images = (warning for outcome in outcomes for warning in outcome.warnings)
+        warnings = [*unmatched, *of_domains, *of_images, *self._refresh_pools(all_verdicts)]
+        return results, list(dict.fromkeys(warnings))
+
+    def _switch(self, plan: DomainPlan) -> _Switch | None:
+        """Return the last step for a domain; None if it is on its images already and loses no checkpoint."""
+        aim = self._aims[plan.domain.name]
+        kept = next(kept for one, kept in self._found if one.name == plan.domain.name)
+        lost = aim.lost_checkpoints(plan, kept)
+        return _Switch(self._daemon, plan, lost, aim, self._settings) if plan.sources or lost else None
+
+    def _by_aim(self, plans: t.Sequence[DomainPlan]) -> list[tuple[Aim, list[DomainPlan]]]:
+        """Return the plans by their aims."""
+        own: dict[Aim, list[DomainPlan]] = {}
+        for plan in plans:
+            own.setdefault(self._aims[plan.domain.name], []).append(plan)
+        return list(own.items())
+
+    def _kept_after(self, one: Domain | Unreadable, kept: Kept) -> Kept:
+        """Return what libvirt says of the checkpoints now; as long as they lie in images, what it said before."""
+        if isinstance(one, Unreadable) or all(checkpoint.live is None for checkpoint in kept.checkpoints):
+            return kept
+        try:
+            return self._with_live_bitmaps(one, kept)
+        except Refusal as exc:
+            unknown = LiveBitmaps(problem=exc.why)
+            return kept._replace(checkpoints=tuple(known._replace(live=unknown) for known in kept.checkpoints))
 
     def _refresh_pools(self, verdicts: t.Sequence[t.Any]) -> list[str]:
         """Have libvirt see the new files; return as warnings where it cannot."""
@@ -110,10 +159,11 @@ class Call:
 
     def _is_left_out(self, plan: DomainPlan) -> bool:
         """Whether it is skipped: by request since it runs, or since only a pattern names it and no disk fits."""
-        skips_it = self._aim.skips_running and plan.domain.state is not None
+        aim = self._aims[plan.domain.name]
+        skips_it = aim.skips_running and plan.domain.state is not None
         if plan.has_work or (skips_it and plan.missed and not plan.disks):
             return skips_it
-        is_named = self._aim.targets is not None or plan.domain.name in self._names
+        is_named = aim.targets is not None or plan.domain.name in self._names
         return not is_named and not plan.disks and {problem.code for problem in plan.problems} == {"no_disk"}
 
     def _outcome(
@@ -139,6 +189,7 @@ class Call:
         switched: _Switch | None,
     ) -> DomainOutcome:
         """Return what became of a domain that was not left out."""
+        aim = self._aims[plan.domain.name]
         own = [(disk.target, verdicts.get((plan.domain.uuid, disk.request.path))) for disk in plan.disks]
         overlays = {target: verdict for target, verdict in own if verdict is not None}
         problems = [*plan.problems, *(problem for verdict in overlays.values() for problem in verdict.problems)]
@@ -151,15 +202,17 @@ class Call:
         return DomainOutcome(
             name=plan.domain.name,
             uuid=plan.domain.uuid,
-            state=FAILED if problems else self._aim.words[not changed],
-            changed=changed and not problems,
+            state=FAILED if problems else aim.words[not changed],
+            # Of a domain that failed some disks may be done.
+            changed=any(verdict.changed for verdict in overlays.values()) or (changed and not problems),
             overlays=tuple(overlays.items()),
             skipped=plan.skipped,
             checkpoints=judge_checkpoints(
                 [one for one in kept.checkpoints if one.name not in lost],
                 plan.domain.definition.disks,
-                lambda disk: self._aim.chain_after(disk, made.get(disk.target)),
+                lambda disk: aim.chain_after(disk, made.get(disk.target)),
             ),
+            verified=_verified(kept),
             lost=lost,
             snapshots=kept.snapshots,
             missed=plan.missed,
@@ -186,18 +239,14 @@ class _Switch:
     `lost` are the names of the checkpoints that libvirt is to forget then.
     """
 
-    def __init__(self, daemon: Libvirt, plan: DomainPlan, lost: tuple[str, ...], settings: Settings) -> None:
+    def __init__(self, daemon: Libvirt, plan: DomainPlan, lost: tuple[str, ...], aim: Aim, settings: Settings) -> None:
         self._daemon = daemon
         self._plan = plan
+        self._aim = aim
         self.lost = lost
         self._seconds = settings.seconds
         self._problem: Refusal | None = None
         self._is_done = False
-
-    @property
-    def domain(self) -> Domain:
-        """The domain."""
-        return self._plan.domain
 
     def run(self) -> None:
         """Switch the domain to its new images; Refusal if that fails."""
@@ -207,8 +256,8 @@ class _Switch:
             if gone:
                 raise Refusal("changed_meanwhile", gone[0], "was removed meanwhile", "Run this again.")
             if sources:
-                switch(self._daemon, self.domain, sources, self._plan.definition, self._seconds)
-            forget(self._daemon, self.domain, self.lost)
+                self._aim.switch(self._daemon, self._plan, self._seconds)
+            forget(self._daemon, self._plan.domain, self.lost)
         except Refusal as exc:
             self._problem = exc
             raise
@@ -222,7 +271,7 @@ class _Switch:
             return []
         # Its turn did not come, although its images were ready already: then no image tells of the signal.
         why = "was not switched, because the run was ended"
-        return [Refusal("interrupted", self.domain.name, why, "Run this again.")]
+        return [Refusal("interrupted", self._plan.domain.name, why, "Run this again.")]
 
 
 def _left_out(plan: DomainPlan, kept: Kept) -> DomainOutcome:
@@ -236,12 +285,18 @@ def _left_out(plan: DomainPlan, kept: Kept) -> DomainOutcome:
         checkpoints=judge_checkpoints(
             kept.checkpoints, plan.domain.definition.disks, lambda disk: chain_of(disk.source, disk.format)
         ),
+        verified=_verified(kept),
         snapshots=kept.snapshots,
         # Of one that runs nothing was made, so nothing is missed.
         missed=() if plan.domain.state is not None else plan.missed,
         warnings=[] if plan.domain.state is not None else plan.warnings,
         definition=plan.domain.definition,
     )
+
+
+def _verified(kept: Kept) -> frozenset[str]:
+    """Return the names of the checkpoints of which libvirt itself has said whether they can be used."""
+    return frozenset(one.name for one in kept.checkpoints if one.live is not None and one.live.problem is None)
 
 
 def _parts(plan: DomainPlan, verdicts: t.Mapping[str, t.Any], *, before: bool) -> str:

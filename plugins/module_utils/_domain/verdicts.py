@@ -21,20 +21,14 @@ from .._disk.vault import MARK
 from .._libvirt.connection import KnownCheckpoint, LiveBitmaps
 from .._libvirt.definition import DomainDisk
 from .._qcow2.formats import QCOW2
-from .checkpoints import unreadable_disk, worst_of
+from .checkpoints import judge_live, unreadable_disk, worst_of
 from .fitness import KEEPS_NOTHING
 from .inventory import READ_ONLY
 
-BROKEN = "broken"  # libvirt says so of a running domain, and not which rule
 INCREMENTAL = "incremental"
 FULL = "full"
 UNKNOWN = "unknown"
 _SHOWN = 5  # names in a sentence
-
-_BROKEN_LIVE = (
-    "libvirt says that the bitmap is missing or broken in the chain of the disk {}, and not in which image, since the "
-    "domain runs. Look again when it is shut off; or make a full backup with a new checkpoint, and delete this one."
-)
 
 
 class DiskLook(t.NamedTuple):
@@ -132,17 +126,7 @@ def _figure(look: DiskLook, bitmap: str, *, is_top: bool) -> int | None:
 
 def _judge_disk(look: DiskLook, bitmap: str, live: LiveBitmaps | None) -> Checkpoint:
     """Return the verdict on the checkpoint for one disk."""
-    stored = _judge_stored(look, bitmap)
-    if live is None:
-        return stored
-    if live.problem is None and look.disk.target in live.sizes:
-        return Checkpoint(bitmap, True)
-    if stored.valid is False:  # an image below the one that is written to
-        return stored
-    if live.problem is None:
-        return Checkpoint(bitmap, False, BROKEN, None, _BROKEN_LIVE.format(look.disk.target))
-    advice = f"The domain runs, and libvirt cannot tell: {live.problem}. Look again, or when it is shut off."
-    return Checkpoint(bitmap, None, IN_USE, look.disk.source, advice)
+    return judge_live(bitmap, look.disk, live, _judge_stored(look, bitmap))
 
 
 def _judge_stored(look: DiskLook, bitmap: str) -> Checkpoint:

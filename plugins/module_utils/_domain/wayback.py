@@ -29,8 +29,9 @@ from .fitness import fitness_of
 from .inventory import DiskFacts
 from .names import Found, find_snapshot, flattened, flattened_one
 from .overlay import stated_problems
-from .plan import DiskPlan, DomainPlan, SkippedDisk, not_shut_off
+from .plan import DiskPlan, DomainPlan, NotReady, SkippedDisk, not_shut_off
 
+WHY_SAVED = "has a managed save, which would go on with the images that are there now"
 _NOT_ON_IT = "is not on the snapshot"
 
 
@@ -44,27 +45,36 @@ class WayBack(t.NamedTuple):
     skips_running: bool = False
 
 
-class _Left(t.NamedTuple):
+class Left(t.NamedTuple):
     """A snapshot that is not in the chain of its disk any more, but is there, or a vault of it."""
 
     path: str
 
 
+PlanDisk = t.Callable[[Domain, DiskFacts, WayBack, Mark], t.Optional[DiskPlan]]
+
+
 def plan_commit(domain: Domain, facts: t.Sequence[DiskFacts], request: WayBack) -> DomainPlan:
     """Return what is to become of a domain whose snapshot is to be merged down."""
-    live = "a running domain is merged down by 'virsh blockcommit --active --pivot'."
-    return _plan(domain, facts, request, _commit_disk, live)
+
+    def not_ready(domain: Domain, _disks: t.Sequence[DiskPlan]) -> list[Refusal]:
+        return not_shut_off(domain, "or use running=live, which merges it down while it runs.", WHY_SAVED)
+
+    return plan_way_back(domain, facts, request, _commit_disk, not_ready)
 
 
 def plan_revert(domain: Domain, facts: t.Sequence[DiskFacts], request: WayBack) -> DomainPlan:
     """Return what is to become of a domain that is to go back to what it was at the snapshot."""
-    return _plan(domain, facts, request, _revert_disk, "nobody can go back while it runs.")
+
+    def not_ready(domain: Domain, _disks: t.Sequence[DiskPlan]) -> list[Refusal]:
+        return not_shut_off(domain, "nobody can go back while it runs.", WHY_SAVED)
+
+    return plan_way_back(domain, facts, request, _revert_disk, not_ready)
 
 
-PlanDisk = t.Callable[[Domain, DiskFacts, WayBack, Mark], t.Optional[DiskPlan]]
-
-
-def _plan(domain: Domain, facts: t.Sequence[DiskFacts], request: WayBack, plan_disk: PlanDisk, live: str) -> DomainPlan:
+def plan_way_back(
+    domain: Domain, facts: t.Sequence[DiskFacts], request: WayBack, plan_disk: PlanDisk, not_ready: NotReady
+) -> DomainPlan:
     """Return the plan for a domain. A disk that is not on the snapshot takes no part."""
     disks, skipped = [], []
     for one in facts:
@@ -81,9 +91,7 @@ def _plan(domain: Domain, facts: t.Sequence[DiskFacts], request: WayBack, plan_d
             skipped.append(SkippedDisk(target, unfit or _NOT_ON_IT))
     problems = [problem for disk in disks for problem in disk.problems]
     if disks:
-        problems += not_shut_off(
-            domain, live, "has a managed save, which would go on with the images that are there now"
-        )
+        problems += not_ready(domain, disks)
     known = {one.disk.target for one in facts}
     problems += [_no_such_disk(domain, target) for target in request.targets or () if target not in known]
     plan = DomainPlan(domain, tuple(disks), tuple(skipped), tuple(problems), domain.definition)
@@ -99,19 +107,38 @@ def _no_such_disk(domain: Domain, target: str) -> Refusal:
 def _commit_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark) -> DiskPlan | None:
     """Return what is to become of a disk whose snapshot is to be merged down; None if it has none."""
     if facts.problem is not None:
-        return DiskPlan(mark.target, CommitRequest("", "", vm=domain.uuid), None, (facts.problem,))
+        return unreadable_disk(domain, facts.problem, mark)
     found = find_snapshot(facts, domain.name, mark, frozenset)
-    retire = request.retire or DELETE
-    if found is None:
-        flat = flattened_one(facts, mark)
-        if flat is not None:
-            gone = CommitRequest(flat.path, flat.path, vm=domain.uuid)
-            return DiskPlan(mark.target, gone, None, (flattened(domain.name, flat, mark),))
-        try:
-            finish = _half_committed(facts, request, domain, mark)
-        except Refusal as exc:  # of a vault that cannot be read
-            return DiskPlan(mark.target, CommitRequest("", "", vm=domain.uuid), None, (exc,))
-        return None if finish is None else DiskPlan(mark.target, finish, None)
+    if found is not None:
+        return plan_merge(domain, facts, request, mark, found)
+    return flat_disk(domain, facts, mark) or half_committed_disk(domain, facts, request, mark)
+
+
+def unreadable_disk(domain: Domain, problem: Refusal, mark: Mark) -> DiskPlan:
+    """Return the plan for a disk of which the chain cannot be read."""
+    return DiskPlan(mark.target, CommitRequest("", "", vm=domain.uuid), None, (problem,))
+
+
+def flat_disk(domain: Domain, facts: DiskFacts, mark: Mark) -> DiskPlan | None:
+    """Return the plan for a disk whose snapshot has no image below any more; None if it is no such disk."""
+    flat = flattened_one(facts, mark)
+    if flat is None:
+        return None
+    gone = CommitRequest(flat.path, flat.path, vm=domain.uuid)
+    return DiskPlan(mark.target, gone, None, (flattened(domain.name, flat, mark),))
+
+
+def half_committed_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark) -> DiskPlan | None:
+    """Return the plan for a disk whose snapshot is below already, but not retired; None if it is no such disk."""
+    try:
+        finish = _half_committed(facts, request, domain, mark)
+    except Refusal as exc:  # of a vault that cannot be read
+        return unreadable_disk(domain, exc, mark)
+    return None if finish is None else DiskPlan(mark.target, finish, None)
+
+
+def plan_merge(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark, found: Found) -> DiskPlan:
+    """Return the plan for a disk that is on the snapshot."""
     place = facts.layers.index(found.overlay)
     above = facts.layers[place - 1].path if place else None
     merge = CommitRequest(
@@ -120,7 +147,7 @@ def _commit_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark)
         backing_format=found.below.format or found.below.format_found,
         vm=domain.uuid,
         above=above,
-        retire=retire,
+        retire=request.retire or DELETE,
         speed=request.speed,
     )
     source = _source(found.below) if above is None else _unstated(facts)
@@ -138,7 +165,7 @@ def _revert_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark)
         if flat is not None:
             gone = RevertRequest(flat.path, flat.path, vm=domain.uuid)
             return DiskPlan(mark.target, gone, None, (flattened(domain.name, flat, mark),))
-        left = _left_over(facts, mark)
+        left = left_over(facts, mark)
         if left is None:
             return None
         source = facts.disk.source or ""
@@ -213,7 +240,7 @@ def _half_committed(facts: DiskFacts, request: WayBack, domain: Domain, mark: Ma
     return None
 
 
-def _left_by_commit(base: Layer, mark: Mark) -> _Left | None:
+def _left_by_commit(base: Layer, mark: Mark) -> Left | None:
     """Return the snapshot that has gone into this image, if the vault of that is still there."""
     # Of a block device the vault is beside the overlay, which nobody knows any more; it is in nobody's way there.
     path = None if base.is_device else find_vault(place_of(base.real_path, base.is_device, ""))
@@ -224,22 +251,22 @@ def _left_by_commit(base: Layer, mark: Mark) -> _Left | None:
     top = vault.top_path
     if top is None or not vault.is_given:
         return None
-    is_it = _bears(top, mark) if os.path.lexists(top) else top.endswith(f".{mark.snapshot}.qcow2")
-    return _Left(top) if is_it else None
+    is_it = bears(top, mark) if os.path.lexists(top) else top.endswith(f".{mark.snapshot}.qcow2")
+    return Left(top) if is_it else None
 
 
-def _bears(path: str, mark: Mark) -> bool:
+def bears(path: str, mark: Mark) -> bool:
     """Whether an image bears the mark; not if it cannot be read."""
     with contextlib.suppress(Refusal, OSError), open_image(path) as file:
         return read_head(file).mark == mark
     return False
 
 
-def _left_over(facts: DiskFacts, mark: Mark) -> _Left | None:
+def left_over(facts: DiskFacts, mark: Mark) -> Left | None:
     """Return the snapshot that stands on the disk's image, if a run was killed before it was retired."""
     base = facts.layers[0]
     standing = [one for one in overlays_in(os.path.dirname(base.real_path)) if one.backing_identity == base.identity]
-    return next((_Left(one.path) for one in standing if not is_kept(one.path) and _bears(one.path, mark)), None)
+    return next((Left(one.path) for one in standing if not is_kept(one.path) and bears(one.path, mark)), None)
 
 
 def lost_checkpoints(plan: DomainPlan, kept: Kept) -> tuple[str, ...]:

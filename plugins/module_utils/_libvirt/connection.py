@@ -4,10 +4,11 @@
 # PRIVATE to this collection: may change at any time.
 """Read: the libvirt daemon of this host, by its Python bindings.
 
-The calls that are made, here, in switch.py and in pools.py: open; listAllDomains, lookupByUUIDString, defineXML,
-listAllStoragePools of the connection; name, UUIDString, isActive, state, isPersistent, hasManagedSaveImage, XMLDesc,
-listAllCheckpoints, listAllSnapshots of a domain; getName, getXMLDesc of a checkpoint; getName of a snapshot; name,
-XMLDesc, isActive, storageVolLookupByName, refresh of a storage pool; path, info of a volume.
+The calls that are made in this room: open; listAllDomains, lookupByUUIDString, defineXML, listAllStoragePools,
+getLibVersion of the connection; name, UUIDString, isActive, state, isPersistent, hasManagedSaveImage, XMLDesc,
+listAllCheckpoints, listAllSnapshots, snapshotCreateXML, fsThaw, blockCommit, blockJobInfo, blockJobAbort of a domain;
+getName, getXMLDesc, delete of a checkpoint; getName of a snapshot; name, XMLDesc, isActive, storageVolLookupByName,
+refresh of a storage pool; path, info of a volume. Never a monitor command: it taints the domain.
 """
 
 from __future__ import annotations
@@ -85,6 +86,12 @@ class Libvirt:
             remedy = "See that its daemon runs and that this user may use it: run with become, or give another uri."
             raise Refusal("libvirt_unreachable", uri, why, remedy) from exc
         self.pools = Pools(self.connection)
+
+    @property
+    def version(self) -> tuple[int, int, int]:
+        """The version of the daemon."""
+        number = self.connection.getLibVersion()
+        return number // 1_000_000, number // 1000 % 1000, number % 1000
 
     def domains(self) -> dict[str, Domain | Unreadable]:
         """Return all domains of the host by name."""

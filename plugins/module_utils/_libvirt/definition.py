@@ -164,6 +164,12 @@ class Definition:
         """The path of the topmost image of each disk that has one, by target."""
         return {disk.target: disk.source for disk in self.disks if disk.source is not None}
 
+    @property
+    def paths(self) -> list[str]:
+        """The paths of all images that it names, those that it states to be below others included."""
+        stated = (image.path for disk in self.disks if disk.stated_chain for image in disk.stated_chain.images)
+        return [*self.tops.values(), *stated]
+
     def with_sources(self, sources: t.Mapping[str, Source]) -> Definition:
         """Return the definition with these targets switched to these images.
 

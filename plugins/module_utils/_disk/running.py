@@ -1,0 +1,337 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change at any time.
+"""Act: operations on the images of a VM that runs. Its hypervisor does what touches images that the VM has open.
+
+No image of the VM is locked here: QEMU has them. What QEMU has in memory, above all the bitmaps, no image tells, so the
+hypervisor is asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import typing as t
+
+from .._base.attributes import AttributeOptions
+from .._base.errors import Refusal
+from .._base.files import OpenImage
+from .._base.signals import Interrupted
+from .._qcow2.bitmaps import Bitmap
+from .._qcow2.chain import Layer
+from .._qcow2.growth import most_growth
+from . import commit
+from .bitmap_rules import BROKEN, names_of
+from .build import MakeOverlays
+from .commit import CommitRequest, CommitVerdict
+from .fates import wrongly_mended
+from .merge import MergeLayers
+from .observe import ObservedChain, observe_chain
+from .overlay import CUMULATIVE, OverlayRequest, OverlayVerdict, SkippedBitmap
+from .progress import telling
+from .publish import publish_unlocked
+from .retire import DELETE, KEEP, How, is_kept, kept_path, retire, why_not_retired
+from .revert_rules import Retired
+from .session import Held, Images, failed_by
+from .siblings import standing_on
+from .stages import Seen, named
+from .survey import KEPT_AS, vault_place
+from .vault import find_vault
+from .verdict import FAILED, PRESENT, Need
+
+_LEAST_GRANULARITY = 4096  # bytes; between this and the next QEMU takes the size of a cluster
+_MOST_GRANULARITY = 65536
+_LET_GO = 10.0  # seconds in which QEMU closes an image that it does not need any more
+_PAUSE = 0.05  # seconds between two looks whether it has
+
+_BEGIN_EMPTY = (
+    "Of domains that run, libvirt begins the bitmaps of new overlays empty. Backups by libvirt itself are right. A "
+    "tool that reads the topmost image alone misses what was written before (top_alone is false)."
+)
+
+
+class Known(t.NamedTuple):
+    """The names of the bitmaps of a disk that the hypervisor knows."""
+
+    usable: tuple[str, ...] = ()  # by an incremental backup
+    unusable: tuple[str, ...] = ()
+
+
+class Hypervisor(t.Protocol):
+    """What has the VMs' images open."""
+
+    def known(self, vm: str | None, paths: t.Sequence[str]) -> Known:
+        """Return the bitmaps of the disk that has the first of these images that any disk has in its chain."""
+
+    def has(self, request: CommitRequest) -> bool:
+        """Return whether the VM has the image that is to be merged in the chain of a disk, or is defined with it."""
+
+    def merge(
+        self, request: CommitRequest, watch: t.Callable[[int, int], None], seconds: float, *, relative: bool
+    ) -> None:
+        """Merge the image into the one below it while the VM runs; return when the VM does not need it any more."""
+
+
+class MakeForRunning(MakeOverlays):
+    """State present: every overlay is there, and the VM writes to it. An Operation.
+
+    The overlay has no bitmaps when it is published; the hypervisor adds them in the moment in which it opens it.
+    """
+
+    def __init__(self, attributes: AttributeOptions, hypervisor: Hypervisor) -> None:
+        super().__init__(attributes)
+        self._hypervisor = hypervisor
+
+    def observe(self, request: OverlayRequest, file: OpenImage) -> ObservedChain:
+        """Return what the chain is, without what only the hypervisor knows."""
+        seen = observe_chain(file, request.backing_format, relative=request.relative)
+        top = seen.layers[0]
+        image = top.image and top.image._replace(bitmaps=(), bitmap_tables=(), lost_bitmaps=0)
+        layers = (top._replace(image=image), *seen.layers[1:])
+        return seen._replace(layers=layers, is_open_for_writing=False, below_running_vm=False)
+
+    def judge(self, request: OverlayRequest, held: Held) -> OverlayVerdict:
+        """Look at ACTIVE and at the place, and decide."""
+        verdict = super().judge(request, held)
+        if verdict.state == PRESENT and not request.must_be_fresh:
+            return self._foretold(verdict, held)
+        if verdict.spec is not None:  # of ACTIVE's bitmaps QEMU could witness nothing
+            verdict = verdict._replace(spec=verdict.spec._replace(active=None))
+        return verdict
+
+    def images(self, _verdict: OverlayVerdict) -> Images:
+        """Return none: the VM has them."""
+        return Images(())
+
+    def rehearse(self, verdict: OverlayVerdict, held: Held) -> OverlayVerdict:
+        """Say which bitmaps the overlay would have."""
+        held.monitor()  # a host without QEMU is refused
+        return self._foretold(verdict, held)
+
+    def publish(
+        self, verdicts: t.Sequence[OverlayVerdict], held: Held, switch: t.Callable[[], None]
+    ) -> t.Sequence[OverlayVerdict]:
+        """Put all new overlays into place, and have the VM write to them, or none."""
+        after = [self._foretold(verdict, held) for verdict in verdicts]
+        publish_unlocked(held.staged, switch)
+        return after
+
+    def _foretold(self, verdict: OverlayVerdict, held: Held) -> OverlayVerdict:
+        """Return the verdict with the bitmaps that the hypervisor gives the overlay, which are those in order below."""
+        request = verdict.request
+        known = self._hypervisor.known(request.vm, [request.path, request.backing_file])
+        layers = observe_chain(held.image(request.backing_file), request.backing_format, relative=False).layers
+        begins_empty = verdict.changed and known.usable and request.bitmap_content == CUMULATIVE
+        return verdict._replace(
+            bitmaps=bitmaps_of(known.usable, layers),
+            skipped=tuple(SkippedBitmap(b.name, b.granularity, BROKEN) for b in bitmaps_of(known.unusable, layers)),
+            warnings=(*verdict.warnings, *([_BEGIN_EMPTY] if begins_empty else [])),
+        )
+
+
+def bitmaps_of(names: t.Iterable[str], layers: t.Sequence[Layer]) -> tuple[Bitmap, ...]:
+    """Return the bitmaps of these names; what no image stores has the granularity that QEMU gives by default."""
+    stored = {b.name: b.granularity for layer in reversed(layers) if layer.image for b in layer.image.bitmaps}
+    cluster_size = layers[0].image.cluster_size if layers[0].image else _MOST_GRANULARITY
+    default = max(_LEAST_GRANULARITY, min(_MOST_GRANULARITY, cluster_size))
+    return tuple(Bitmap(name, stored.get(name, default), recording=True, inconsistent=False) for name in names)
+
+
+class MergeRunning(MergeLayers):
+    """State committed: the image has gone into the one below, by the hypervisor, and is retired. An Operation.
+
+    An image that the VM does not have any more, and that stands on an image of it, is left over from a run that was
+    ended; or somebody has put the VM back to the image below. Which of both nobody can tell, so it is kept.
+    """
+
+    def __init__(self, hypervisor: Hypervisor) -> None:
+        self._hypervisor = hypervisor
+        self._ended: Interrupted | None = None
+
+    def judge(self, request: CommitRequest, held: Held) -> CommitVerdict:
+        """Look at the chain, and decide."""
+        base = held.image(request.backing_file)
+        if not os.path.lexists(request.path):
+            return CommitVerdict(request, commit.ABSENT)
+        chain = observe_chain(held.image(request.path), "qcow2", relative=False).layers
+        depth = next((number for number, layer in enumerate(chain) if layer.identity == base.identity), 0)
+        wrong = commit.chain_problems(request, chain, depth, _above(request, held))
+        if wrong:
+            return self.refused(request, wrong)
+        known = self._hypervisor.known(request.vm, [request.path, request.backing_file])
+        seen = _see(request, chain, depth, held)
+        problems = [*commit.image_problems(seen), *commit.size_problems(seen), *_problems(request, seen, known, held)]
+        return self.refused(request, problems) if problems else self._promise(request, seen, known, held)
+
+    def _promise(self, request: CommitRequest, seen: Seen, known: Known, held: Held) -> CommitVerdict:
+        """Return the verdict for the case that nothing is wrong."""
+        is_left_over = not self._hypervisor.has(request)
+        mark = seen.top.mark
+        how: How = DELETE if not is_left_over and mark is not None and mark.vm == request.vm else KEEP
+        kept = kept_path(request.path, KEPT_AS) if KEEP in (how, request.retire) else None
+        layers = seen.chain[seen.depth :: -1]  # what BASE has stored of a bitmap counts
+        return CommitVerdict(
+            request=request,
+            state=commit.COMMITTED,
+            warnings=(_left_over(request, kept),) if is_left_over else (),
+            virtual_size=seen.chain[0].virtual_size,
+            bitmaps=bitmaps_of(known.usable, layers),
+            skipped=tuple(
+                commit.SkippedBitmap(b.name, b.granularity, BROKEN) for b in bitmaps_of(known.unusable, layers)
+            ),
+            is_exact=None if is_left_over else True,
+            method=None if is_left_over else commit.COPIED,
+            retired=(Retired(request.path, kept),),
+            need=None if is_left_over else _need(seen, held),
+        )
+
+    def images(self, _verdict: CommitVerdict) -> Images:
+        """Return none: the VM has them."""
+        return Images(())
+
+    def phases(self) -> t.Sequence[t.Callable[[CommitVerdict, Held], CommitVerdict]]:
+        """Do nothing that could be undone: a disk whose merge is complete stays so."""
+        return []
+
+    def publish(
+        self, verdicts: t.Sequence[CommitVerdict], held: Held, switch: t.Callable[[], None]
+    ) -> t.Sequence[CommitVerdict]:
+        """Merge the disks one after the other, until one fails; what is done is done."""
+        if self._ended is not None:
+            raise self._ended
+        done: list[CommitVerdict] = []
+        for verdict in verdicts:
+            failed = next((one for one in done if one.state == FAILED), None)
+            if not verdict.changed:
+                done.append(verdict)
+            elif failed is not None:
+                why = f"is not merged down, because the merge of {failed.request.path} failed before"
+                done.append(verdict.failed(Refusal("group_failed", verdict.request.path, why)))
+            else:
+                done.append(self._attempt(verdict, held))
+        if all(verdict.state != FAILED for verdict in done):
+            switch()
+        return done
+
+    def _attempt(self, verdict: CommitVerdict, held: Held) -> CommitVerdict:
+        try:
+            return self._merge(verdict, held)
+        except Interrupted as exc:
+            self._ended = exc  # for the VMs whose turn is still to come
+            why = f"its merge was given up, because the run was ended by {exc}; the VM goes on with it"
+            return verdict.failed(Refusal("interrupted", verdict.request.path, why, "Run this again."))
+        except (Refusal, OSError) as exc:
+            return failed_by(verdict, exc)
+
+    def _merge(self, verdict: CommitVerdict, held: Held) -> CommitVerdict:
+        """Have one image merged down, and retire it."""
+        request = verdict.request
+        if self._hypervisor.has(request):
+            with telling(request) as tell:
+                self._hypervisor.merge(request, tell, held.seconds, relative=_is_relative(request, held))
+        if self._hypervisor.has(request):
+            why = "is merged down, but the definition of its VM still has it, so it is left in place"
+            raise Refusal(
+                "not_switched", request.path, why, "Look at 'virsh domblklist --inactive', then run this again."
+            )
+        os.fsync(held.image(request.backing_file).fd)  # before the only other copy of the data goes
+        how: How = DELETE if verdict.retired[0].kept_as is None else KEEP
+        kept_as = retire(request.path, _alone(request.path, held), how, KEPT_AS)
+        return verdict._replace(retired=(Retired(request.path, kept_as),))
+
+
+def _above(request: CommitRequest, held: Held) -> Layer | None:
+    if request.above is None:
+        return None
+    return observe_chain(held.image(request.above), "qcow2", relative=False).layers[0]
+
+
+def _is_relative(request: CommitRequest, held: Held) -> bool:
+    """Whether the images record those below by relative names, as the one above is to go on doing."""
+    above = _above(request, held)
+    layers = [above, *observe_chain(held.image(request.path), "qcow2", relative=False).layers[:1]]
+    names = [layer.image.backing_file for layer in layers if layer is not None and layer.image is not None]
+    return above is not None and all(name is not None and not os.path.isabs(name) for name in names)
+
+
+def _see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, held: Held) -> Seen:
+    """Return what stands there. Of the bitmaps it tells nothing."""
+    ours = [*([held.image(request.above).identity] if request.above else []), *(one.identity for one in chain)]
+    folders = [os.path.dirname(layer.real_path) for layer in chain[: depth + 1] if not layer.is_device]
+    standing = [path for layer in chain[: depth + 1] for path in standing_on(layer.identity, folders, ours)]
+    return Seen(
+        chain=chain,
+        depth=depth,
+        is_top_of_vault=False,
+        went_in_below_another=False,
+        vault=None,
+        top_has_all=False,
+        mark_is_empty=None,
+        base_is_as_kept=False,
+        top_changed=0,
+        base_changed=None,
+        above=_above(request, held),
+        open_for_writing=(),
+        below_running=(),
+        others=tuple(path for path in standing if not (is_kept(path) and f".{KEPT_AS}" in path)),
+    )
+
+
+def _problems(request: CommitRequest, seen: Seen, known: Known, held: Held) -> t.Iterator[Refusal]:
+    """Yield why the image cannot be merged down while the VM runs."""
+    vault = find_vault(vault_place(request, held.image(request.backing_file)))
+    if vault is not None:
+        why = f"its merge was begun while its VM was shut off, and is not complete: {vault} is there"
+        yield Refusal("unfinished", request.path, why, "Shut the VM down and run this again.")
+    if not seen.holds_bitmaps and known.usable:
+        kind = "raw" if seen.base.image is None else "an image of version 2 (compat 0.10)"
+        lost = names_of(bitmaps_of(known.usable, seen.chain))
+        why = f"is {kind}, which holds no bitmaps, so {lost} of {request.path} would be lost"
+        yield Refusal(
+            "lost_bitmaps", request.backing_file, why, "Delete these checkpoints first, if no backup needs them."
+        )
+    if seen.above is not None:
+        # QEMU may be writing to the image above: then what is stored of its bitmaps is that they are in use.
+        above = {bitmap.name: bitmap for bitmap in bitmaps_of(named(seen.above.image), [seen.above])}
+        wrong = wrongly_mended(above, [named(layer.image) for layer in seen.chain], seen.depth)
+        if wrong:
+            yield commit.closes_gap(seen.above.path, [above[name] for name in wrong])
+    problem = why_not_retired(request.path, held.image(request.path), request.retire, KEPT_AS)
+    if problem is not None:
+        yield problem
+
+
+def _need(seen: Seen, held: Held) -> Need | None:
+    """Return the space that BASE takes beside what it has, as far as that can be told while the VM writes."""
+    base = seen.base
+    if base.image is None or base.is_device:
+        return None
+    with contextlib.suppress(Refusal):  # a table that is just being written
+        growth = most_growth(held.image(base.path), [held.image(seen.chain[0].path)], 0, shares_data=False)
+        folder = os.path.dirname(base.real_path)
+        space = os.statvfs(folder)
+        free = (space.f_bfree if os.geteuid() == 0 else space.f_bavail) * space.f_frsize
+        return Need(held.image(base.path).status().st_dev, folder, growth, free) if space.f_blocks else None
+    return None
+
+
+def _left_over(request: CommitRequest, kept: str | None) -> str:
+    return (
+        f"{request.path}: stands on {request.backing_file}, and its VM does not have it any more. Most likely its "
+        f"merge was complete when an earlier run was ended. If somebody has put the VM back to {request.backing_file}, "
+        f"its data is in it alone. So it is kept, as {kept}."
+    )
+
+
+def _alone(path: str, held: Held) -> OpenImage:
+    """Return the open image that nobody has any more; wait for QEMU to close it."""
+    deadline = time.monotonic() + _LET_GO
+    while True:
+        try:
+            return held.alone(path)
+        except Refusal:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_PAUSE)

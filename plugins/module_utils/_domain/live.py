@@ -1,0 +1,242 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change at any time.
+"""What can be done to domains that run, by libvirt: the aims that run.py is given for them.
+
+The rules are those of aims.py; what differs is in which state a domain must be, and who touches its images.
+"""
+
+from __future__ import annotations
+
+import os
+import typing as t
+
+from .._base.attributes import AttributeOptions
+from .._base.errors import Refusal
+from .._disk.commit import CommitRequest
+from .._disk.retire import KEEP, is_kept
+from .._disk.running import Known, MakeForRunning, MergeRunning
+from .._disk.siblings import overlays_in
+from .._libvirt.connection import Domain, Kept, Libvirt
+from .._libvirt.definition import Definition, DomainDisk
+from .._libvirt.jobs import Merge, merge_down
+from .._libvirt.running import RunningDisk, why_not_quiesced
+from .._libvirt.snapshots import check_switched, defined_now, disks_now, look_up, take_snapshot
+from .._qcow2.mark import Mark
+from .aims import MergeDown, PutOnOverlays
+from .checkpoints import Chain
+from .inventory import READ_ONLY, DiskFacts
+from .names import find_snapshot
+from .overlay import plan_domain
+from .plan import DiskPlan, DomainPlan, SnapshotRequest, running_elsewhere
+from .wayback import (
+    WHY_SAVED,
+    WayBack,
+    bears,
+    flat_disk,
+    half_committed_disk,
+    plan_merge,
+    plan_way_back,
+    unreadable_disk,
+)
+
+OLDEST = (6, 6, 0)  # of libvirt that has bitmaps go on over live snapshots and merges
+
+
+class Live(t.NamedTuple):
+    """That domains are worked on while they run."""
+
+    version: tuple[int, int, int]  # of libvirt
+    quiesce: bool = False
+
+
+class _OfRunning:
+    """What holds for every aim for domains that run: nothing keeps them from anything."""
+
+    def takes(self, domain: Domain) -> bool:
+        """Take every domain that is not shut off."""
+        return domain.state is not None
+
+    def guarded_image(self, _domain: Domain) -> str | None:
+        """Return none: the domain has them all."""
+        return None
+
+    def chain_after(self, _disk: DomainDisk, _verdict: t.Any | None) -> Chain:
+        """Return nothing: what images store while the domain runs tells nothing."""
+        return Chain((), is_complete=False)
+
+
+class PutRunningOn(_OfRunning, PutOnOverlays):
+    """State present for domains that run. Without `live` only those succeed that are on the snapshot. An Aim."""
+
+    def __init__(self, request: SnapshotRequest, attributes: AttributeOptions, live: Live | None) -> None:
+        super().__init__(request, attributes)
+        self._live = live
+
+    def operation(self, daemon: Libvirt, domains: t.Sequence[Domain]) -> MakeForRunning:
+        """Return what is done to the images."""
+        return MakeForRunning(self._attributes, RunningDomains(daemon, domains))
+
+    def plan(self, domain: Domain, facts: t.Sequence[DiskFacts], kept: Kept) -> DomainPlan:
+        """Return what is to become of a domain, as far as that can be said without its images' bitmaps."""
+        live = self._live
+        if live is None:
+            return plan_domain(domain, facts, self._request, kept)
+
+        def not_ready(domain: Domain, disks: t.Sequence[DiskPlan]) -> list[Refusal]:
+            if not any(disk.source for disk in disks):
+                return running_elsewhere(domain, disks)
+            return [*not_live(domain, live), *(not_quiescent(domain) if live.quiesce else ())]
+
+        return plan_domain(domain, [as_it_runs(domain, one) for one in facts], self._request, kept, not_ready)
+
+    def switch(self, daemon: Libvirt, plan: DomainPlan, _seconds: float) -> None:
+        """Have libvirt put the domain on its overlays."""
+        quiesce = self._live is not None and self._live.quiesce
+        take_snapshot(daemon, plan.domain, plan.sources, quiesce=quiesce)
+
+
+class MergeRunningDown(_OfRunning, MergeDown):
+    """State committed for domains that run. An Aim."""
+
+    def __init__(self, request: WayBack, live: Live) -> None:
+        super().__init__(request)
+        self._live = live
+
+    def operation(self, daemon: Libvirt, domains: t.Sequence[Domain]) -> MergeRunning:
+        """Return what is done to the images."""
+        return MergeRunning(RunningDomains(daemon, domains))
+
+    def plan(self, domain: Domain, facts: t.Sequence[DiskFacts], _kept: Kept) -> DomainPlan:
+        """Return what is to become of a domain, as far as that can be said without its images' bitmaps."""
+        as_run = [as_it_runs(domain, one) for one in facts]
+        return plan_way_back(domain, as_run, self._request, _merge_disk, lambda one, _disks: not_live(one, self._live))
+
+    def switch(self, daemon: Libvirt, plan: DomainPlan, _seconds: float) -> None:
+        """See that the domain is on the images below: libvirt has put it there with the end of each merge."""
+        check_switched(look_up(daemon, plan.domain), plan.domain, plan.sources, None)
+
+
+def as_it_runs(domain: Domain, facts: DiskFacts) -> DiskFacts:
+    """Return the facts of a disk as the domain has it just now, with the chain that QEMU has open."""
+    running = domain.running_definition.disks if domain.running_definition is not None else ()
+    return next((facts._replace(disk=disk) for disk in running if disk.target == facts.disk.target), facts)
+
+
+def not_live(domain: Domain, live: Live) -> list[Refusal]:
+    """Return why a domain that runs cannot be worked on."""
+    if live.version < OLDEST:
+        shown, oldest = ".".join(map(str, live.version)), ".".join(map(str, OLDEST))
+        why = f"libvirt {shown} does not keep bitmaps over snapshots of a running domain; {oldest} does"
+        return [Refusal("old_libvirt", domain.name, why, "Update libvirt, or shut the domain down and run this again.")]
+    if not domain.persistent:
+        why = "is transient: it has no definition that could be changed"
+        return [Refusal("transient", domain.name, why, "Define it first.")]
+    if domain.managed_save:
+        return [Refusal("managed_save", domain.name, WHY_SAVED, "Remove it with 'virsh managedsave-remove'.")]
+    if domain.running_definition is None or _written(domain.running_definition) != _written(domain.definition):
+        why = "runs with other disks than its definition has, so after the next start it would have others"
+        remedy = "Make them the same ('virsh attach-disk --config', 'virsh detach-disk --config'), or shut it down."
+        return [Refusal("other_disks", domain.name, why, f"{remedy} Then run this again.")]
+    return []
+
+
+def not_quiescent(domain: Domain) -> list[Refusal]:
+    """Return why the guest of a domain cannot be asked to hold its writes."""
+    running = domain.running_definition
+    why = why_not_quiesced(running.text) if running is not None else None
+    if domain.state != "running":
+        why = f"the domain is {domain.state}, so its guest agent cannot answer"
+    if why is None:
+        return []
+    return [Refusal("not_quiesced", domain.name, f"cannot be quiesced: {why}", "Mend that, or leave out quiesce.")]
+
+
+def _written(definition: Definition) -> dict[str, str | None]:
+    """Return the images of the disks that are written to, by target."""
+    return {disk.target: disk.source for disk in definition.disks if disk.why_unfit not in READ_ONLY}
+
+
+def _merge_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark) -> DiskPlan | None:
+    """Return what is to become of a disk whose snapshot is to be merged down; None if it has none."""
+    if facts.problem is not None:
+        return unreadable_disk(domain, facts.problem, mark)
+    found = find_snapshot(facts, domain.name, mark, frozenset)
+    if found is not None:
+        plan = plan_merge(domain, facts, request, mark, found)
+        return plan._replace(source=None) if plan.request.above is not None else plan  # libvirt sees to the definition
+    begun = half_committed_disk(domain, facts, request, mark)
+    if begun is not None and not begun.problems:
+        why = "its merge was begun while the domain was shut off, and is all but complete"
+        problem = Refusal("unfinished", begun.request.path, why, "Shut it down and run this again.")
+        begun = begun._replace(problems=(problem,))
+    return flat_disk(domain, facts, mark) or begun or _left_over(domain, facts, request, mark)
+
+
+def _left_over(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark) -> DiskPlan | None:
+    """Return the plan for a snapshot that stands on an image of the disk and is not in its chain any more."""
+    chain = {layer.identity for layer in facts.layers}
+    for layer in facts.own:
+        for one in overlays_in(os.path.dirname(layer.real_path)):
+            if one.backing_identity != layer.identity or one.identity in chain or is_kept(one.path):
+                continue
+            if bears(one.path, mark):
+                left = CommitRequest(
+                    one.path,
+                    layer.path,
+                    layer.format or layer.format_found,
+                    domain.uuid,
+                    retire=KEEP,
+                    speed=request.speed,
+                )
+                return DiskPlan(mark.target, left, None)
+    return None
+
+
+class RunningDomains:
+    """The domains that run, as libvirt has them. A Hypervisor."""
+
+    def __init__(self, daemon: Libvirt, domains: t.Sequence[Domain]) -> None:
+        self._daemon = daemon
+        self._domains = {domain.uuid: domain for domain in domains}
+
+    def known(self, vm: str | None, paths: t.Sequence[str]) -> Known:
+        """Return the bitmaps of the disk that has the first of these images that any disk has in its chain."""
+        domain = self._domains[vm or ""]
+        disk = next(filter(None, (self._disk_with(domain, path) for path in paths)), None)
+        if disk is None:
+            return Known()
+        own = {
+            one.bitmaps[disk.target]: disk.target in one.live.sizes
+            for one in self._daemon.kept_now(domain).checkpoints
+            if disk.target in one.bitmaps and one.live is not None and one.live.problem is None
+        }
+        return Known(
+            tuple(name for name, is_usable in own.items() if is_usable),
+            tuple(name for name, is_usable in own.items() if not is_usable),
+        )
+
+    def has(self, request: CommitRequest) -> bool:
+        """Return whether the domain has the image in the chain of a disk, or is defined with it."""
+        domain = self._domains[request.vm or ""]
+        if self._disk_with(domain, request.path) is not None:
+            return True
+        paths = defined_now(self._daemon, domain).paths
+        return os.path.realpath(request.path) in map(os.path.realpath, paths)
+
+    def merge(
+        self, request: CommitRequest, watch: t.Callable[[int, int], None], seconds: float, *, relative: bool
+    ) -> None:
+        """Merge the image into the one below it while the domain runs."""
+        domain = self._domains[request.vm or ""]
+        disk = self._disk_with(domain, request.path)
+        if disk is None:
+            raise Refusal("changed_meanwhile", domain.name, "has got other disks meanwhile", "Run this again.")
+        merge = Merge(domain, disk.target, request.path, request.speed, relative)
+        merge_down(look_up(self._daemon, domain), merge, watch, seconds)
+
+    def _disk_with(self, domain: Domain, path: str) -> RunningDisk | None:
+        """Return the disk that has an image in its chain just now."""
+        disks = disks_now(self._daemon, domain)
+        return next((disk for disk in disks if disk.place_of(path) is not None), None)
