@@ -1,0 +1,147 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""How a merge is followed where a real daemon cannot be brought to behave so; the rest is in domain_overlay, live.yml."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import libvirt
+import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.signals import Interrupted, ending_cleanly
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection import Domain
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import Definition
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.jobs import Merge, merge_down
+
+DOMAIN = Domain("web", "uuid", "running", True, False, Definition("<domain/>"), Definition("<domain/>"))
+ACTIVE = libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT
+COMMIT = libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COMMIT
+COPY = libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COPY
+
+
+class Running:
+    """A domain with one disk on top.s on /mid on /base; its job has these looks, then it has done its work or not."""
+
+    def __init__(self, looks, merges="/top", works=True, not_ready=0):
+        self.chain = ["/top", "/mid", "/base"]
+        self.looks = list(looks)
+        self.merges = merges
+        self.works = works
+        self.not_ready = not_ready
+        self.calls = []
+        self.is_begun = bool(looks) and looks[0] is not None
+        self.looks = [look for look in self.looks if look is not None]
+
+    def isActive(self):  # noqa: N802  libvirt's name
+        return 1
+
+    def XMLDesc(self, _flags):  # noqa: N802
+        inner = "<backingStore/>"
+        for number, path in enumerate(reversed(self.chain[1:])):
+            source = f"<format type='qcow2'/><source file='{path}'/>"
+            inner = f"<backingStore type='file' index='{number}'>{source}{inner}</backingStore>"
+        top = f"<source file='{self.chain[0]}' index='9'/>"
+        return f"<domain><devices><disk type='file'>{top}{inner}<target dev='vda'/></disk></devices></domain>"
+
+    def blockCommit(self, *arguments):  # noqa: N802
+        self.calls.append(arguments)
+        self.is_begun = True
+
+    def blockJobInfo(self, _target, _flags):  # noqa: N802
+        if not self.is_begun:
+            return {}
+        if not self.looks:
+            self._end()
+            return {}
+        kind, done = self.looks[0] if len(self.looks) == 1 and self.looks[0][0] == ACTIVE else self.looks.pop(0)
+        return {"type": kind, "bandwidth": 0, "cur": done, "end": 10}
+
+    def blockJobAbort(self, _target, flags):  # noqa: N802
+        self.calls.append(flags)
+        if flags and self.not_ready:
+            self.not_ready -= 1
+            error = libvirt.libvirtError("not ready")
+            error.err = (libvirt.VIR_ERR_BLOCK_COPY_ACTIVE, 0, "not ready", 0, "", "", "", 0, 0)
+            raise error
+        self.looks = []
+        if flags:
+            self._end()
+        self.is_begun = False
+
+    def _end(self):
+        self.is_begun = False
+        if self.works and self.merges in self.chain:
+            self.chain.remove(self.merges)
+
+
+def merged(handle, path, seconds=60.0, **more):
+    seen = []
+    merge_down(handle, Merge(DOMAIN, "vda", path, **more), lambda done, total: seen.append((done, total)), seconds)
+    return seen
+
+
+def test_the_topmost_image_goes_with_a_pivot_when_the_job_is_ready():
+    handle = Running([None, (ACTIVE, 3), (ACTIVE, 10)], not_ready=1)
+    assert merged(handle, "/top", speed=5) == [(3, 10), (10, 10), (10, 10)]
+    flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE | libvirt.VIR_DOMAIN_BLOCK_COMMIT_BANDWIDTH_BYTES
+    pivot = libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT
+    assert handle.calls == [("vda", "vda[1]", "vda[9]", 5, flags), pivot, pivot]
+    assert handle.chain == ["/mid", "/base"]
+
+
+def test_an_image_further_down_goes_without_a_pivot():
+    handle = Running([None, (COMMIT, 3), (COMMIT, 10)], merges="/mid")
+    merged(handle, "/mid", relative=True)
+    flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_RELATIVE | libvirt.VIR_DOMAIN_BLOCK_COMMIT_BANDWIDTH_BYTES
+    assert handle.calls == [("vda", "vda[0]", "vda[1]", 0, flags)]
+    assert handle.chain == ["/top", "/base"]
+
+
+def test_a_job_that_runs_already_is_followed():
+    handle = Running([(COMMIT, 3), (COMMIT, 10)], merges="/mid")
+    assert merged(handle, "/mid") == [(10, 10)]  # the first look has found it
+    assert handle.calls == []
+
+
+def test_what_is_gone_already_needs_no_job():
+    handle = Running([])
+    assert merged(handle, "/other") == []
+    assert handle.calls == []
+
+
+def test_a_job_that_ends_too_early_is_told():
+    with pytest.raises(Refusal, match="web: the merge of /mid ended before it was complete") as caught:
+        merged(Running([None, (COMMIT, 3)], works=False), "/mid")
+    assert caught.value.code == "libvirt_failed"
+
+
+def test_a_job_of_another_kind_is_left_alone():
+    handle = Running([(COPY, 3), (COPY, 4)])
+    with pytest.raises(Refusal, match="web: its disk vda has a block job of another kind .copy.") as caught:
+        merged(handle, "/top")
+    assert caught.value.code == "block_job"
+    assert handle.calls == []
+
+
+def test_a_job_without_progress_is_given_up():
+    handle = Running([None, *[(COMMIT, 3)] * 100], merges="/mid")
+    with pytest.raises(Refusal, match="made no progress for 0 s and was given up"):
+        merged(handle, "/mid", seconds=0.05)
+    assert handle.calls[1:] == [0]
+    assert handle.chain == ["/top", "/mid", "/base"]
+
+
+def test_a_signal_gives_the_job_up_without_a_pivot():
+    handle = Running([None, *[(COMMIT, number % 7) for number in range(1000)]], merges="/mid")
+
+    def tell(done, _total):
+        if done == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="SIGTERM"), ending_cleanly():
+        merge_down(handle, Merge(DOMAIN, "vda", "/mid"), tell, 60)
+    assert handle.calls[1:] == [0]
+    assert handle.chain == ["/top", "/mid", "/base"]
