@@ -14,9 +14,9 @@ import typing as t
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.signals import ending_cleanly
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import Batch, run, run_all
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.session import Images, Settings, Vm
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.verdict import FAILED, problem_fields
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.verdict import FAILED, Need, problem_fields
 
 from .. import qemu
 
@@ -176,3 +176,21 @@ def test_a_request_that_cannot_be_is_refused_without_a_look():
     assert outcome.as_result("x")["x"] == [
         {"path": "relative", "state": "failed", "msg": "relative: is no absolute path.", "code": "bad_name"}
     ]
+
+
+def test_two_operations_share_one_call(images, tmp_path):
+    first, second = Retire(), Retire()
+    batches = [Batch(first, requests(images[:1], ["x"])), Batch(second, requests(images[1:], ["y", "z"]))]
+    with ending_cleanly():
+        run_all(batches, SETTINGS, {"y": Vm(lambda: os.kill(os.getpid(), signal.SIGTERM))})
+    assert [states(batch.outcome()) for batch in batches] == [["retired"], ["retired", "failed"]]
+    assert first.notes == ["keep a", "act a", "publish"]
+    assert second.notes == ["keep b", "act b", "publish"]  # the signal ends the call, whatever is done to the others
+
+
+def test_two_operations_share_the_space(images, monkeypatch):
+    need = Need(device=1, folder="/", bytes=6, free=10)
+    monkeypatch.setattr(Verdict, "need", need)
+    batches = [Batch(Retire(), requests(images[:1], ["x"])), Batch(Retire(), requests(images[1:], ["y", "z"]))]
+    run_all(batches, SETTINGS, {})
+    assert [states(batch.outcome()) for batch in batches] == [["retired"], ["failed", "failed"]]

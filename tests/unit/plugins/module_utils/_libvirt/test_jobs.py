@@ -1,7 +1,7 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""How a merge is followed where a real daemon cannot be brought to behave so; the rest is in domain_overlay, live.yml."""
+"""How a merge is followed where no real daemon can be brought to behave so; the rest is in domain_overlay, live.yml."""
 
 from __future__ import annotations
 

@@ -1,0 +1,268 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Images of VMs that run: on real images that a QEMU has open, with qemu-img for the hypervisor."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.attributes import AttributeOptions
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal, UnknownOutcomeError
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import OpenImage, open_image
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.signals import Interrupted
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import CommitRequest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.observe import observe_chain
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay import OverlayRequest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.running import (
+    Known,
+    MakeForRunning,
+    MergeRunning,
+    bitmaps_of,
+)
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.session import Vm
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import Mark, write_mark
+
+from .. import qemu
+from .overlays import SETTINGS, states
+
+CHECK = SETTINGS._replace(check_mode=True)
+SUNDAY = Bitmap("sunday", 131072, True, False)
+OF_WEB = Mark("web", "vda", "mon")
+
+
+class Hypervisor:
+    """Knows what it is told, and merges by qemu-img; `fails` has by path what it raises instead."""
+
+    def __init__(self, known=Known(), fails=(), keeps=()):  # noqa: B008  a tuple
+        self._known = known
+        self.fails = dict(fails)
+        self.keeps = keeps  # paths that the definition has whatever is done
+        self.gone = set()
+        self.relative = None
+
+    def known(self, _vm, _paths):
+        return self._known
+
+    def has(self, request):
+        return request.path in self.keeps or request.path not in self.gone
+
+    def merge(self, request, watch, _seconds, *, relative):
+        watch(1, 2)
+        if request.path in self.fails:
+            raise self.fails[request.path]
+        self.relative = relative
+        qemu.qemu_img("commit", "-q", "-d", "-b", request.backing_file, request.path)
+        if request.above:
+            qemu.qemu_img("rebase", "-q", "-u", "-b", request.backing_file, "-F", "qcow2", request.above)
+        self.gone.add(request.path)
+
+
+def overlay(path, below, mark=OF_WEB, bitmaps=()):
+    """Make an overlay with a mark on an image."""
+    qemu.create(path, "1M", "-b", str(below), "-F", "qcow2")
+    if mark is not None:
+        with OpenImage(str(path), os.open(path, os.O_RDWR)) as file:
+            write_mark(file, mark)
+    qemu.add_bitmaps(path, bitmaps)
+    return str(path)
+
+
+@pytest.fixture(name="disk")
+def fixture_disk(tmp_path):
+    disk = qemu.create(tmp_path / "disk.qcow2", "1M")
+    qemu.add_bitmaps(disk, [SUNDAY])
+    os.chmod(disk, 0o640)
+    return disk
+
+
+def snapshot(tmp_path, disk, switch, known=Known(("sunday", "new")), settings=SETTINGS):  # noqa: B008
+    request = OverlayRequest(str(tmp_path / "disk.mon.qcow2"), disk, vm="web", must_be_fresh=True, mark=OF_WEB)
+    operation = MakeForRunning(AttributeOptions(), Hypervisor(known))
+    return run(operation, [request], settings, {"web": Vm(switch)})
+
+
+def test_an_overlay_is_complete_before_the_hypervisor_opens_it(tmp_path, disk):
+    seen = []
+
+    def switch():
+        image = qemu.read(tmp_path / "disk.mon.qcow2")
+        seen.append(
+            (image.mark, image.backing_file, image.bitmaps, os.stat(tmp_path / "disk.mon.qcow2").st_mode & 0o777)
+        )
+        with qemu.opened_for_writing(tmp_path / "other.qcow2"):  # nothing of ours keeps it from opening files
+            pass
+
+    qemu.create(tmp_path / "other.qcow2", "1M")
+    with qemu.opened_for_writing(disk):
+        foretold = snapshot(tmp_path, disk, switch, settings=CHECK)
+        assert seen == []
+        outcome = snapshot(tmp_path, disk, switch)
+    assert states(foretold) == states(outcome) == ["created"]
+    assert seen == [(OF_WEB, disk, (), 0o640)]
+    assert foretold.as_result("x")["x"] == outcome.as_result("x")["x"]
+    # Of what is in memory alone the granularity is QEMU's default.
+    assert [(b.name, b.granularity) for b in outcome.verdicts[0].bitmaps] == [("sunday", 131072), ("new", 65536)]
+    assert foretold.warnings == outcome.warnings
+    assert "begins the bitmaps of new overlays empty" in outcome.warnings[0]
+
+
+def test_the_hypervisor_can_open_the_new_overlay(tmp_path, disk):
+    def switch():
+        with qemu.opened_for_writing(tmp_path / "disk.mon.qcow2"):
+            pass
+
+    assert states(snapshot(tmp_path, disk, switch)) == ["created"]
+
+
+def test_nothing_is_left_behind_if_the_hypervisor_refuses(tmp_path, disk):
+    def switch():
+        raise Refusal("libvirt_failed", "web", "took no snapshot")
+
+    with qemu.opened_for_writing(disk):
+        outcome = snapshot(tmp_path, disk, switch)
+    assert [failure.code for failure in outcome.failures] == ["libvirt_failed"]
+    assert os.listdir(tmp_path) == ["disk.qcow2"]
+
+
+def test_what_may_be_in_use_stays_and_is_taken_the_next_time(tmp_path, disk):
+    def dies():
+        raise UnknownOutcomeError("web", "nobody knows", "Look.")
+
+    switched = []
+    with qemu.opened_for_writing(disk):
+        assert states(snapshot(tmp_path, disk, dies)) == ["failed"]
+        assert sorted(os.listdir(tmp_path)) == ["disk.mon.qcow2", "disk.qcow2"]
+        assert states(snapshot(tmp_path, disk, lambda: switched.append(1))) == ["present"]
+    assert switched == [1]
+
+
+def test_a_bitmap_that_no_image_stores_has_the_granularity_that_qemu_gives_by_default(tmp_path):
+    for cluster_size, granularity in ((512, 4096), (16384, 16384), (2 << 20, 65536)):
+        small = qemu.create(tmp_path / "small.qcow2", "1M", "-o", f"cluster_size={cluster_size}")
+        with open_image(small) as file:
+            layers = observe_chain(file, "qcow2", relative=False).layers
+        assert bitmaps_of(["new"], layers) == (Bitmap("new", granularity, True, False),)
+
+
+def merge(requests, hypervisor, settings=SETTINGS):
+    return run(MergeRunning(hypervisor), requests, settings)
+
+
+def test_a_merged_image_goes_and_check_mode_says_so(tmp_path, disk):
+    path = overlay(tmp_path / "disk.mon.qcow2", disk)
+    request = CommitRequest(path, disk, vm="web")
+    foretold = merge([request], Hypervisor(Known(("sunday",))), CHECK)
+    assert os.path.exists(path)
+    outcome = merge([request], Hypervisor(Known(("sunday",))))
+    assert foretold.as_result("x")["x"] == outcome.as_result("x")["x"]
+    assert states(outcome) == ["committed"]
+    assert outcome.verdicts[0].bitmaps == (SUNDAY,)
+    assert not os.path.exists(path)
+    assert states(merge([request], Hypervisor())) == ["absent"]
+
+
+def test_an_image_without_the_mark_is_kept(tmp_path, disk):
+    path = overlay(tmp_path / "disk.mon.qcow2", disk, mark=None)
+    (verdict,) = merge([CommitRequest(path, disk, vm="web")], Hypervisor()).verdicts
+    assert verdict.retired[0].kept_as == f"{path}.committed"
+    assert os.path.exists(f"{path}.committed")
+
+
+def test_an_image_that_no_vm_has_any_more_is_kept_and_nothing_merged(tmp_path, disk):
+    path = overlay(tmp_path / "disk.mon.qcow2", disk)
+    hypervisor = Hypervisor(fails={path: AssertionError("it is not merged")})
+    hypervisor.gone.add(path)
+    outcome = merge([CommitRequest(path, disk, vm="web")], hypervisor)
+    assert outcome.verdicts[0].retired[0].kept_as == f"{path}.committed"
+    assert "its VM does not have it any more" in outcome.warnings[0]
+
+
+def test_an_image_that_the_definition_still_has_stays(tmp_path, disk):
+    path = overlay(tmp_path / "disk.mon.qcow2", disk)
+    outcome = merge([CommitRequest(path, disk, vm="web")], Hypervisor(keeps=[path]))
+    assert [failure.code for failure in outcome.failures] == ["not_switched"]
+    assert os.path.exists(path)
+
+
+@pytest.fixture(name="three")
+def fixture_three(tmp_path):
+    """Have a VM with three disks, and another with one; all on overlays."""
+    pairs = []
+    for name in "abcd":
+        base = qemu.create(tmp_path / f"{name}.qcow2", "1M")
+        pairs.append((overlay(tmp_path / f"{name}.mon.qcow2", base), base))
+    return [CommitRequest(path, base, vm=vm) for (path, base), vm in zip(pairs, ("web", "web", "web", "db"))]
+
+
+def test_disks_that_are_done_stay_done_if_another_one_fails(three):
+    outcome = merge(three, Hypervisor(fails={three[1].path: Refusal("libvirt_failed", "web", "no")}))
+    assert states(outcome) == ["committed", "failed", "failed", "committed"]
+    assert [verdict.problems[0].code for verdict in outcome.verdicts[1:3]] == ["libvirt_failed", "group_failed"]
+    assert [os.path.exists(request.path) for request in three] == [False, True, True, False]
+    assert states(merge(three, Hypervisor())) == ["absent", "committed", "committed", "absent"]
+
+
+def test_a_signal_ends_the_run_and_what_is_done_stays_done(three):
+    outcome = merge(three, Hypervisor(fails={three[1].path: Interrupted("SIGTERM")}))
+    assert states(outcome) == ["committed", "failed", "failed", "failed"]
+    codes = [verdict.problems[0].code for verdict in outcome.verdicts[1:]]
+    assert codes == ["interrupted", "group_failed", "interrupted"]
+    assert [os.path.exists(request.path) for request in three] == [False, True, True, True]
+
+
+def refused(request, known=Known()):  # noqa: B008
+    outcome = merge([request], Hypervisor(known, fails={request.path: AssertionError("it is not begun")}))
+    return [failure.code for failure in outcome.failures]
+
+
+def test_a_bitmap_of_the_image_above_must_not_come_to_look_valid(tmp_path):
+    base = qemu.create(tmp_path / "base.qcow2", "1M")
+    middle = overlay(tmp_path / "mon.qcow2", base, bitmaps=[SUNDAY._replace(inconsistent=True)])
+    above = overlay(tmp_path / "tue.qcow2", middle, OF_WEB._replace(snapshot="tue"), [SUNDAY])
+    request = CommitRequest(middle, base, vm="web", above=above)
+    assert refused(request, Known((), ("sunday",))) == ["closes_gap"]
+    with qemu.opened_for_writing(above):  # QEMU has its bitmaps in memory, and marked in the file as in use
+        assert refused(request, Known((), ("sunday",))) == ["closes_gap"]
+
+
+def test_an_image_below_that_can_hold_no_bitmaps(tmp_path):
+    base = qemu.create(tmp_path / "base.qcow2", "1M", "-o", "compat=0.10")
+    path = overlay(tmp_path / "mon.qcow2", base)
+    assert refused(CommitRequest(path, base, vm="web"), Known(("sunday",))) == ["lost_bitmaps"]
+    assert states(merge([CommitRequest(path, base, vm="web")], Hypervisor())) == ["committed"]
+
+
+def test_a_merge_that_was_begun_while_the_vm_was_shut_off(tmp_path, disk):
+    path = overlay(tmp_path / "mon.qcow2", disk)
+    (tmp_path / ".disk.qcow2.kvmfleet-vault").touch()
+    assert refused(CommitRequest(path, disk, vm="web")) == ["unfinished"]
+
+
+def test_an_image_that_another_one_stands_on(tmp_path, disk):
+    path = overlay(tmp_path / "mon.qcow2", disk)
+    overlay(tmp_path / "clone.qcow2", disk, None)
+    assert refused(CommitRequest(path, disk, vm="web")) == ["has_overlay"]
+    os.rename(tmp_path / "clone.qcow2", tmp_path / "old.qcow2.committed")  # what is kept has gone in already
+    assert states(merge([CommitRequest(path, disk, vm="web")], Hypervisor())) == ["committed"]
+
+
+def test_an_overlay_that_is_smaller_than_the_image_below(tmp_path):
+    base = qemu.create(tmp_path / "base.qcow2", "2M")
+    path = overlay(tmp_path / "mon.qcow2", base)
+    assert refused(CommitRequest(path, base, vm="web")) == ["unsupported"]
+
+
+def test_relative_names_stay_relative(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["base.qcow2", "mon.qcow2", "tue.qcow2"]
+    qemu.create("base.qcow2", "1M")
+    for below, name in zip(names, names[1:]):
+        overlay(name, below, OF_WEB._replace(snapshot=name.split(".")[0]))
+    hypervisor = Hypervisor()
+    base, middle, above = (str(tmp_path / name) for name in names)
+    assert states(merge([CommitRequest(middle, base, vm="web", above=above)], hypervisor)) == ["committed"]
+    assert hypervisor.relative is True

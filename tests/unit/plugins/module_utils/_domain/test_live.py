@@ -1,0 +1,193 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""In which state a domain must be to be worked on while it runs, and how it is planned then; on real images."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.attributes import AttributeOptions
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay import Creation
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.checkpoints import Chain, judge_checkpoints
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.inventory import Inventory
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.live import (
+    Live,
+    MergeRunningDown,
+    PutRunningOn,
+    not_live,
+    not_quiescent,
+)
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.plan import SnapshotRequest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.wayback import WayBack
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection import (
+    Kept,
+    KnownCheckpoint,
+    LiveBitmaps,
+)
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import Definition
+
+from .hosts import Host
+
+LIVE = Live((9, 0, 0))
+AGENT = "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0' state='connected'/></channel>"
+
+
+class RunningHost(Host):
+    """A host whose domains run, with the chains that their images record."""
+
+    def start(self, name, **changed):
+        """Have a domain run; libvirt states the whole chain of a domain that runs."""
+        domain = self.domains[name]
+        text = domain.definition.text
+        for facts in self.facts(name):
+            below = "<backingStore/>"
+            for layer in reversed(facts.layers[1:]):
+                source = f"<format type='{layer.format_found}'/><source file='{layer.path}'/>"
+                below = f"<backingStore type='file'>{source}{below}</backingStore>"
+            place = re.search(f"<target dev=.{facts.disk.target}./>", text).start()
+            text = text[:place] + below + text[place:]
+        self.domains[name] = domain._replace(state="running", running_definition=Definition(text))._replace(**changed)
+        return self.domains[name]
+
+    def facts(self, name):
+        inventory, domain = Inventory(self.domains), self.domains[name]
+        return [inventory.facts(domain, disk) for disk in domain.definition.disks]
+
+    def put_on(self, name, snapshot, live=LIVE):
+        aim = PutRunningOn(SnapshotRequest(snapshot, None, None, False, Creation()), AttributeOptions(), live)
+        assert aim.takes(self.domains[name])
+        return aim.plan(self.domains[name], self.facts(name), Kept())
+
+    def merge(self, name, snapshot, live=LIVE):
+        aim = MergeRunningDown(WayBack(snapshot), live)
+        return aim.plan(self.domains[name], self.facts(name), Kept())
+
+
+@pytest.fixture(name="host")
+def fixture_host(tmp_path):
+    host = RunningHost(tmp_path)
+    host.image("web.qcow2")
+    host.define("web", "web.qcow2")
+    return host
+
+
+def codes(plan):
+    return [problem.code for problem in plan.problems]
+
+
+def names(plan):
+    return [os.path.basename(source.path) for source in plan.sources.values()]
+
+
+def test_a_domain_that_runs_gets_the_names_of_one_that_is_shut_off(host):
+    host.start("web")
+    assert (codes(host.put_on("web", "mon")), names(host.put_on("web", "mon"))) == ([], ["web.mon.qcow2"])
+    assert codes(host.put_on("web", "mon", None)) == ["running"]
+
+
+def test_the_chain_that_qemu_has_open_must_be_the_one_that_the_images_record(host):
+    assert host.snapshot("web", "mon") == ["web.mon.qcow2"]
+    domain = host.start("web")
+    assert codes(host.put_on("web", "tue")) == []
+    other = domain.running_definition.text.replace("/web.qcow2", "/other.qcow2")
+    host.domains["web"] = domain._replace(running_definition=Definition(other))
+    assert codes(host.put_on("web", "tue")) == ["other_chain"]
+    assert codes(host.merge("web", "mon")) == ["other_chain"]
+
+
+def test_layers_are_merged_on_top_and_further_down(host):
+    for snapshot in ("mon", "tue"):
+        host.snapshot("web", snapshot)
+    host.start("web")
+    assert names(host.merge("web", "tue")) == ["web.mon.qcow2"]
+    down = host.merge("web", "mon")
+    assert (codes(down), names(down)) == ([], [])  # libvirt sees to the definition
+    assert os.path.basename(down.disks[0].request.above) == "web.tue.qcow2"
+    assert host.merge("web", "wed").disks == ()
+
+
+def test_an_overlay_that_no_disk_has_any_more_is_found_by_its_mark(host):
+    host.snapshot("web", "mon")
+    host.define("web", "web.qcow2")  # as after the end of a merge
+    host.start("web")
+    (disk,) = host.merge("web", "mon").disks
+    assert os.path.basename(disk.request.path) == "web.mon.qcow2"
+    assert disk.request.retire == "keep"
+    assert host.merge("web", "tue").disks == ()
+    os.rename(host.folder / "web.mon.qcow2", host.folder / "web.mon.qcow2.committed")
+    assert host.merge("web", "mon").disks == ()
+
+
+@pytest.mark.parametrize(
+    "changed, code",
+    [
+        ({}, None),
+        ({"persistent": False}, "transient"),
+        ({"managed_save": True}, "managed_save"),
+        ({"definition": "<domain><devices/></domain>"}, "other_disks"),
+        ({"running": "<domain><devices/></domain>"}, "other_disks"),
+    ],
+)
+def test_in_which_state_a_domain_must_be(host, changed, code):
+    if "definition" in changed:
+        changed = {"definition": Definition(changed["definition"])}
+    if "running" in changed:
+        changed = {"running_definition": Definition(changed["running"])}
+    domain = host.start("web", **changed)
+    assert [problem.code for problem in not_live(domain, LIVE)] == ([code] if code else [])
+
+
+def test_a_drive_with_another_medium_does_not_count(host):
+    drive = "<disk type='file' device='cdrom'>{}<target dev='sda'/><readonly/></disk></devices>"
+    domain = host.start("web")
+    changed = domain._replace(
+        definition=Definition(domain.definition.text.replace("</devices>", drive.format(""))),
+        running_definition=Definition(
+            domain.running_definition.text.replace("</devices>", drive.format("<source file='/cd.iso'/>"))
+        ),
+    )
+    assert not_live(changed, LIVE) == []
+
+
+@pytest.mark.parametrize("version, is_refused", [((6, 5, 0), True), ((6, 6, 0), False), ((12, 8, 0), False)])
+def test_which_libvirt_can(host, version, is_refused):
+    found = not_live(host.start("web"), Live(version))
+    assert [problem.code for problem in found] == ["old_libvirt"] * is_refused
+    assert all("6.6.0 does" in problem.why for problem in found)
+
+
+@pytest.mark.parametrize(
+    "state, devices, why",
+    [("running", AGENT, None), ("paused", AGENT, "the domain is paused"), ("running", "", "no channel")],
+)
+def test_which_guest_can_be_quiesced(host, state, devices, why):
+    domain = host.start("web", state=state)
+    running = Definition(domain.running_definition.text.replace("</devices>", f"{devices}</devices>"))
+    found = not_quiescent(domain._replace(running_definition=running))
+    assert [problem.code for problem in found] == ([] if why is None else ["not_quiesced"])
+    assert why is None or why in found[0].why
+
+
+@pytest.mark.parametrize(
+    "live, verdict",
+    [
+        (LiveBitmaps({"vda": 0}), (True, None)),
+        (LiveBitmaps({}), (False, "broken")),
+        (LiveBitmaps(problem="no answer"), (None, "in_use")),
+        (None, (None, "incomplete")),  # libvirt was not asked, and the images tell nothing
+    ],
+)
+def test_libvirt_judges_the_checkpoints_of_a_domain_that_runs(host, live, verdict):
+    known = KnownCheckpoint("one", {"vda": "b", "vdx": "b"}, live=live)
+    read = []
+
+    def chain_after(disk):
+        read.append(disk.target)
+        return Chain((), is_complete=False)
+
+    (found,) = judge_checkpoints([known], host.domains["web"].definition.disks, chain_after)
+    assert (found.valid, found.problem) == verdict
+    assert read == ([] if verdict[0] else ["vda"])  # nothing is read where libvirt says enough
