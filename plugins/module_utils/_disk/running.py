@@ -178,9 +178,7 @@ class MergeRunning(MergeLayers):
             warnings=(_left_over(request, kept),) if is_left_over else (),
             virtual_size=seen.chain[0].virtual_size,
             bitmaps=bitmaps_of(known.usable, layers),
-            skipped=tuple(
-                commit.SkippedBitmap(b.name, b.granularity, BROKEN) for b in bitmaps_of(known.unusable, layers)
-            ),
+            skipped=tuple(SkippedBitmap(b.name, b.granularity, BROKEN) for b in bitmaps_of(known.unusable, layers)),
             is_exact=None if is_left_over else True,
             method=None if is_left_over else commit.COPIED,
             retired=(Retired(request.path, kept),),
