@@ -36,7 +36,7 @@ options:
       - V(reverted) discards the snapshot O(snapshot) and all above it, on every disk that has it.
       - A domain that is not on the snapshot is left as it is.
       - Options about new overlays must be left out, or have their defaults, unless it is V(present). These are
-        O(quiesce), O(directory), O(libvirt_snapshots), O(unfit_disks), O(bitmap_content), O(relative), O(cluster_size),
+        O(quiesce), O(libvirt_snapshots), O(unfit_disks), O(bitmap_content), O(relative), O(cluster_size),
         O(extended_l2), O(lazy_refcounts), O(refcount_bits), O(compression_type), O(owner), O(group), O(mode),
         O(seuser), O(serole), O(setype) and O(selevel).
     type: str
@@ -89,6 +89,8 @@ options:
       - An overlay there is called C(DOMAIN.TARGET.SNAPSHOT.qcow2), such as C(web.vda.monday.qcow2), so that a folder
         can be that of many domains.
       - Needed for disks on block devices.
+      - If overlays were made with it, give it with O(state=committed) and O(state=reverted) too. An overlay that the
+        domain does not have any more, since a run was killed before it removed it, is looked for there.
     type: str
   running:
     description:
@@ -566,12 +568,12 @@ def _way_back(params: dict[str, t.Any]) -> WayBack:
         retire=params["retire"],
         speed=params["speed"],
         skips_running=params["running"] == "skip",
+        directory=_directory(params),
     )
 
 
 OF_NEW_FILES = (
     "quiesce",
-    "directory",
     "libvirt_snapshots",
     "unfit_disks",
     *creation_spec(defaults=True),
@@ -597,16 +599,20 @@ def _targets(params: dict[str, t.Any]) -> tuple[str, ...] | None:
     return None if params["disks"] is None else tuple(params["disks"])
 
 
-def request_from(params: dict[str, t.Any]) -> SnapshotRequest:
-    """Return what is wanted of every domain that is to be on overlays; Refusal for what cannot be."""
-    snapshot, directory = _snapshot(params), params["directory"]
+def _directory(params: dict[str, t.Any]) -> str | None:
+    directory: str | None = params["directory"]
     if directory is not None and not (os.path.isabs(directory) and directory.isprintable()):
         why = "must be the absolute path of a folder, without control characters"
         raise Refusal("bad_option", f"directory={directory!r}", why)
+    return directory
+
+
+def request_from(params: dict[str, t.Any]) -> SnapshotRequest:
+    """Return what is wanted of every domain that is to be on overlays; Refusal for what cannot be."""
     return SnapshotRequest(
-        snapshot=snapshot,
+        snapshot=_snapshot(params),
         targets=_targets(params),
-        directory=directory,
+        directory=_directory(params),
         bitmap_content=params["bitmap_content"],
         relative=params["relative"],
         creation=creation_from(params),

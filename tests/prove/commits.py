@@ -13,7 +13,6 @@ nothing. Where the vault was removed, or a VM died as it opened its image, it ma
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
 import pathlib
@@ -326,13 +325,7 @@ def jobs_for(crew: rounds.Crew[Stack], asked: rounds.Choice) -> list[rounds.Job[
             rounds.Job(f"{kind.name}: full disk", f"{kind.name}-full-{n}", functools.partial(full, pages=n), kind)
             for n in range(0, 400, 7)
         ]
-    return rounds.sampled([dataclasses.replace(job, series=_series(job)) for job in jobs], asked)
-
-
-def _series(job: rounds.Job[Stack]) -> str:
-    """Return of which series a round is: of all kinds of disks together, and of all errors."""
-    series = job.series.split(": ", 1)[1]
-    return f"an error in {series.split(' in ', 1)[1]}" if "'s calls" in series else series
+    return rounds.sampled(list(map(rounds.of_all_kinds, jobs)), asked)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,10 @@ class Daemon:
             return f"{exc} {said}"
         return ""
 
+    def pid_of(self, name: str) -> int:
+        """Return the process of a domain that runs."""
+        return int((self._folder / "run/qemu" / f"{name}.pid").read_text(encoding="ascii"))
+
     def kill(self) -> None:
         """Kill it; its state stays."""
         pid = int((self._folder / "libvirtd.pid").read_text(encoding="ascii"))

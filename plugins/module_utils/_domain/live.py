@@ -17,7 +17,6 @@ from .._base.errors import Refusal
 from .._disk.commit import CommitRequest
 from .._disk.retire import KEEP, is_kept
 from .._disk.running import Known, MakeForRunning, MergeRunning
-from .._disk.siblings import overlays_in
 from .._libvirt.connection import Domain, Kept, Libvirt
 from .._libvirt.definition import Definition, DomainDisk
 from .._libvirt.jobs import Merge, merge_down
@@ -38,6 +37,7 @@ from .wayback import (
     half_committed_disk,
     plan_merge,
     plan_way_back,
+    standing_on,
     unreadable_disk,
 )
 
@@ -178,10 +178,8 @@ def _left_over(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark) -
     """Return the plan for a snapshot that stands on an image of the disk and is not in its chain any more."""
     chain = {layer.identity for layer in facts.layers}
     for layer in facts.own:
-        for one in overlays_in(os.path.dirname(layer.real_path)):
-            if one.backing_identity != layer.identity or one.identity in chain or is_kept(one.path):
-                continue
-            if bears(one.path, mark):
+        for one in standing_on(layer, request):
+            if one.identity not in chain and not is_kept(one.path) and bears(one.path, mark):
                 left = CommitRequest(
                     one.path,
                     layer.path,

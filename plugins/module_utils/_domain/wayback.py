@@ -18,7 +18,7 @@ from .._base.files import open_image
 from .._disk.commit import CommitRequest
 from .._disk.retire import DELETE, KEEP, How, is_kept
 from .._disk.revert_rules import RevertRequest
-from .._disk.siblings import overlays_in
+from .._disk.siblings import Above, overlays_in
 from .._disk.vault import find_vault, open_vault, place_of, read_vault
 from .._libvirt.connection import Domain, Kept
 from .._libvirt.definition import Source
@@ -43,6 +43,7 @@ class WayBack(t.NamedTuple):
     retire: How | None = None  # what becomes of the images that are not needed any more; None: what is usual
     speed: int = 0  # bytes per second of a merge; 0 is no limit
     skips_running: bool = False
+    directory: str | None = None  # where overlays were made, if not beside the images below
 
 
 class Left(t.NamedTuple):
@@ -165,7 +166,7 @@ def _revert_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark)
         if flat is not None:
             gone = RevertRequest(flat.path, flat.path, vm=domain.uuid)
             return DiskPlan(mark.target, gone, None, (flattened(domain.name, flat, mark),))
-        left = left_over(facts, mark)
+        left = left_over(facts, request, mark)
         if left is None:
             return None
         source = facts.disk.source or ""
@@ -262,11 +263,17 @@ def bears(path: str, mark: Mark) -> bool:
     return False
 
 
-def left_over(facts: DiskFacts, mark: Mark) -> Left | None:
+def left_over(facts: DiskFacts, request: WayBack, mark: Mark) -> Left | None:
     """Return the snapshot that stands on the disk's image, if a run was killed before it was retired."""
-    base = facts.layers[0]
-    standing = [one for one in overlays_in(os.path.dirname(base.real_path)) if one.backing_identity == base.identity]
+    standing = standing_on(facts.layers[0], request)
     return next((Left(one.path) for one in standing if not is_kept(one.path) and bears(one.path, mark)), None)
+
+
+def standing_on(layer: Layer, request: WayBack) -> list[Above]:
+    """Return the images on top of one, as far as they lie beside it, or where overlays were made."""
+    beside = os.path.dirname(layer.real_path)
+    folders = dict.fromkeys([beside, beside if request.directory is None else os.path.realpath(request.directory)])
+    return [one for folder in folders for one in overlays_in(folder) if one.backing_identity == layer.identity]
 
 
 def lost_checkpoints(plan: DomainPlan, kept: Kept) -> tuple[str, ...]:

@@ -52,7 +52,7 @@ def usable(path: t.Any) -> dict[str, Bits]:
             image = read_image(file)
         layers.append(LayerBitmaps(below, image.virtual_size, {bitmap.name: bitmap for bitmap in image.bitmaps}))
         bits.append(own_bits(below))
-        below = image.backing_file
+        below = image.backing_file if image.backing_format != "raw" else None  # which has none
     found = {}
     for name in layers[0].bitmaps:
         if judge(name, layers).valid:
