@@ -62,7 +62,7 @@ _value:
     collection_version:
       description: Version of this collection.
       type: str
-      sample: 0.1.0
+      sample: 1.0.0
     check_mode:
       description: Whether the run was made in check mode.
       type: bool

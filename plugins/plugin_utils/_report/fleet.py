@@ -15,7 +15,7 @@ from .rows import Problem, problem
 
 NOT_RUN = "not run"
 SCHEMA_VERSION = 1  # of the report of the fleet; docs/report.schema.json describes it
-COLLECTION_VERSION = "0.1.0"  # as in galaxy.yml, which is not installed
+COLLECTION_VERSION = "1.0.0"  # as in galaxy.yml, which is not installed
 _TURN_NEVER_CAME = problem("not_run", "Its turn never came, because too many hosts before it failed.")
 _NOTHING_DONE = problem(
     "nothing_done",
