@@ -26,3 +26,18 @@ attributes:
     platforms: linux
     support: full
 """
+
+    # Beside the one above, for modules that are in groups of meta/runtime.yml. The module names them.
+    ACTIONGROUP = r"""
+options: {}
+attributes:
+  action_group:
+    description:
+      - Options that several modules share can be set for all of them, with C(group/) and the name of the group in
+        C(module_defaults).
+      - The group C(creation) is for how new overlays are made, such as C(cluster_size) and C(mode). The group
+        C(libvirt) is for C(uri), the group C(qemu) for C(timeout).
+      - Set those of C(creation) at a block whose tasks make overlays, since a task that merges down or goes back
+        refuses them.
+    support: full
+"""

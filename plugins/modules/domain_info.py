@@ -9,7 +9,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: domain_info
 short_description: Tell of libvirt domains whether their next incremental backup is possible, and if not, why
-version_added: 0.1.0
+version_added: 1.0.0
 description:
   - Looks at domains, running ones too, with all their disks. Tells which snapshots they are on, what each checkpoint is
     worth, what was left behind, and whether the next backup can be an incremental one.
@@ -34,6 +34,7 @@ options:
     default: qemu:///system
 requirements:
   - python3-libvirt (libvirt-python) on the managed host
+  - Python 3.9 or newer on the managed host
 notes:
   - A domain that is broken is no failure. Its verdicts say what is wrong; judge them in the playbook. The task fails if
     libvirt cannot be asked, or cannot tell about a domain, and if a name that is no pattern matches nothing. All that
@@ -51,12 +52,18 @@ notes:
 seealso:
   - module: kvmfleet.qcow2.qcow2_info
   - module: kvmfleet.qcow2.domain_overlay
+  - name: A whole fleet
+    description: P(kvmfleet.qcow2.overlay#role) and its playbook make snapshots on all hosts, with a report.
+    link: https://github.com/kvmfleet/qcow2/blob/main/docs/fleet.md
   - name: Incremental backup internals of libvirt
     description: The rules by which a checkpoint is valid.
     link: https://libvirt.org/kbase/internals/incremental-backup.html
 extends_documentation_fragment:
   - kvmfleet.qcow2.attributes
+  - kvmfleet.qcow2.attributes.actiongroup
 attributes:
+  action_group:
+    membership: [kvmfleet.qcow2.libvirt]
   check_mode:
     details: It only reads.
   diff_mode:

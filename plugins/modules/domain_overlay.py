@@ -9,7 +9,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: domain_overlay
 short_description: Put libvirt domains on overlays, merge these down, or go back, with usable checkpoints
-version_added: 0.1.0
+version_added: 1.0.0
 description:
   - Makes an overlay (an external, disk-only snapshot) for every disk of a domain, or for none, and switches the
     domain's definition to the overlays.
@@ -138,6 +138,8 @@ options:
     default: qemu:///system
 requirements:
   - python3-libvirt (libvirt-python) on the managed host
+  - QEMU 5.2 or newer on the managed host, as C(qemu-storage-daemon) or a system emulator
+  - Python 3.9 or newer on the managed host
 notes:
   - Besides python3-libvirt it needs what M(kvmfleet.qcow2.qcow2_overlay) needs, and refuses what that refuses.
   - A domain is refused if it is running, paused or suspended (but see O(running)), if it is transient, if it has a
@@ -181,12 +183,20 @@ notes:
 seealso:
   - module: kvmfleet.qcow2.qcow2_overlay
   - module: kvmfleet.qcow2.qcow2_info
+  - module: kvmfleet.qcow2.domain_info
+  - name: A whole fleet
+    description: P(kvmfleet.qcow2.overlay#role) and its playbook use this module on all hosts, with a report.
+    link: https://github.com/kvmfleet/qcow2/blob/main/docs/fleet.md
   - name: Incremental backup internals of libvirt
     description: The algorithm that this module follows, in the section about offline snapshots with bitmaps.
     link: https://libvirt.org/kbase/internals/incremental-backup.html
 extends_documentation_fragment:
   - kvmfleet.qcow2.attributes
+  - kvmfleet.qcow2.attributes.actiongroup
   - kvmfleet.qcow2.creation
+attributes:
+  action_group:
+    membership: [kvmfleet.qcow2.creation, kvmfleet.qcow2.libvirt, kvmfleet.qcow2.qemu]
 author:
   - kvmfleet contributors (@kvmfleet)
 """

@@ -9,7 +9,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: qcow2_bitmap
 short_description: Make broken dirty bitmaps valid again where that is provably right, or remove them
-version_added: 0.2.0
+version_added: 1.0.0
 description:
   - Heals the dirty bitmaps in the backing chain of a disk of a VM that is shut off, so that the next incremental backup
     is possible. Crashes leave bitmaps inconsistent, and C(qemu-img create) and offline snapshots drop them.
@@ -79,9 +79,11 @@ options:
       - From 1 to 86400.
     type: int
     default: 60
+requirements:
+  - QEMU 5.2 or newer on the managed host, as C(qemu-storage-daemon) or a system emulator
+  - Python 3.9 or newer on the managed host
 notes:
-  - Needs C(qemu-storage-daemon) or a QEMU system emulator on the managed host, version 5.2 or newer, and Python 3.9 or
-    newer with its standard library. Where nothing is to be written no QEMU is needed.
+  - Where nothing is to be written no QEMU is needed.
   - Refused is a disk that is in use, an image below a running VM that would have to be written, and a chain on which a
     commit is unfinished. While bitmaps are written, no VM can start on the images.
   - Other images in the folders of the chain that stand on one of its images are seen, those elsewhere are not. Images
@@ -90,11 +92,20 @@ notes:
     bits are missing. Bitmaps that were lost are put back then with what they marked and all that the image holds.
 seealso:
   - module: kvmfleet.qcow2.qcow2_info
+  - module: kvmfleet.qcow2.domain_info
+  - module: kvmfleet.qcow2.qcow2_overlay
+  - name: A whole fleet
+    description: P(kvmfleet.qcow2.overlay#role) and its playbook make snapshots on all hosts, with a report.
+    link: https://github.com/kvmfleet/qcow2/blob/main/docs/fleet.md
   - name: Incremental backup internals of libvirt
     description: The rules by which a checkpoint is valid.
     link: https://libvirt.org/kbase/internals/incremental-backup.html
 extends_documentation_fragment:
   - kvmfleet.qcow2.attributes
+  - kvmfleet.qcow2.attributes.actiongroup
+attributes:
+  action_group:
+    membership: [kvmfleet.qcow2.qemu]
 author:
   - kvmfleet contributors (@kvmfleet)
 """

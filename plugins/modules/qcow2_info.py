@@ -9,7 +9,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: qcow2_info
 short_description: Tell whether backing chains are fit for the next incremental backup, and if not, why
-version_added: 0.1.0
+version_added: 1.0.0
 description:
   - Reads the backing chains of disks, with all dirty bitmaps, and tells for each checkpoint whether an incremental
     backup since it is possible; if not, which image of the chain breaks which rule, and what to do.
@@ -55,6 +55,8 @@ options:
     type: str
     choices: [never, error, invalid]
     default: error
+requirements:
+  - Python 3.9 or newer on the managed host
 notes:
   - Needs nothing on the managed host but Python 3.9 or newer with its standard library.
   - The format of an image is the one that the image above it records. Of the topmost image, and where none is
@@ -69,8 +71,12 @@ notes:
   - Chains of up to 200 images with up to 16384 bitmaps are followed. Dirty bytes are counted where up to 2**33 bits of
     one disk have to be looked at; beyond that they are null, with a warning.
 seealso:
+  - module: kvmfleet.qcow2.domain_info
   - module: kvmfleet.qcow2.qcow2_overlay
   - module: kvmfleet.qcow2.qcow2_bitmap
+  - name: A whole fleet
+    description: P(kvmfleet.qcow2.overlay#role) and its playbook use this module on all hosts, with a report.
+    link: https://github.com/kvmfleet/qcow2/blob/main/docs/fleet.md
   - name: Incremental backup internals of libvirt
     description: The rules by which a checkpoint is valid.
     link: https://libvirt.org/kbase/internals/incremental-backup.html

@@ -9,7 +9,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: qcow2_overlay
 short_description: Make qcow2 overlays that keep incremental backups going, merge them down, or go back
-version_added: 0.1.0
+version_added: 1.0.0
 description:
   - Makes a new qcow2 image, the overlay, on top of the topmost image of a disk of a VM that is shut off (an external,
     disk-only snapshot). The image below, called ACTIVE here, is never written to.
@@ -156,9 +156,10 @@ options:
     type: str
     choices: [qcow2, raw]
     default: qcow2
+requirements:
+  - QEMU 5.2 or newer on the managed host, as C(qemu-storage-daemon) or a system emulator
+  - Python 3.9 or newer on the managed host
 notes:
-  - Needs C(qemu-storage-daemon) or a QEMU system emulator on the managed host, version 5.2 or newer, and Python 3.9 or
-    newer with its standard library.
   - An overlay that exists is V(present) if it is a qcow2 image of at least the size of ACTIVE, on top of ACTIVE, with
     ACTIVE's format recorded, and every bitmap of ACTIVE that must go on recording is recording in it and not
     inconsistent. Anything else is drift, which fails the task and changes nothing. A different granularity is only
@@ -207,12 +208,22 @@ notes:
     the same call does the rest. With O(retire=delete), images between O(path) and O(backing_file) can be left,
     renamed as O(retire=keep) renames them.
 seealso:
+  - module: kvmfleet.qcow2.domain_overlay
+  - module: kvmfleet.qcow2.qcow2_info
+  - module: kvmfleet.qcow2.qcow2_bitmap
+  - name: A whole fleet
+    description: P(kvmfleet.qcow2.overlay#role) and its playbook use this module on all hosts, with a report.
+    link: https://github.com/kvmfleet/qcow2/blob/main/docs/fleet.md
   - name: Incremental backup internals of libvirt
     description: The algorithm that this module follows, in the section about offline snapshots with bitmaps.
     link: https://libvirt.org/kbase/internals/incremental-backup.html
 extends_documentation_fragment:
   - kvmfleet.qcow2.attributes
+  - kvmfleet.qcow2.attributes.actiongroup
   - kvmfleet.qcow2.creation
+attributes:
+  action_group:
+    membership: [kvmfleet.qcow2.creation, kvmfleet.qcow2.qemu]
 author:
   - kvmfleet contributors (@kvmfleet)
 """
