@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# run.sh STEP...: build, galaxy, lint, sanity, units, integration, between, fleet, prove, bench, bench-fleet or bench-side, in
-# the order given; what is missing is installed. $PROVE has the options of the programs of step prove, which tell them with --help.
+# run.sh STEP...: build, galaxy, lint, sanity, quick, units, integration, between, fleet, prove, bench, bench-fleet or bench-side,
+# in the order given, build, galaxy and lint side by side; what is missing is installed. $PROVE has the options of the programs of step prove, which tell them with --help.
 # A line tells what came of each step, or of each leg of it; its output lies in .cache/log. VERBOSE=1 shows that, too.
 # All that it makes lies in .cache: virtual environments, a copy of the collection at the path that Ansible wants.
 # Integration tests mount small file systems, change owners and make hosts, so they run as root, by sudo if need be.
@@ -17,8 +17,11 @@ failed=0
 
 # The matrix: ansible-core, the controller's Python, the managed host's Python. Oldest and newest that are supported.
 legs=("2.18 3.11 3.9" "2.21 3.13 3.13")
-# Those in between, for what depends on the controller: role and playbook. The hosts' Pythons are those of the legs.
+# Those in between. Step quick looks at the modules and one target of each, step between at role and playbook, which depend on
+# the controller. The hosts' Pythons are those of the legs.
 between=("2.19 3.11 3.9" "2.20 3.12 3.13")
+# One leg alone, such as "devel 3.14 3.14"; then nothing is in between.
+[ -z "${LEG:-}" ] || { legs=("$LEG"); between=(); }
 system_core=2.19  # for a machine with one Python only, such as a fresh Debian
 
 # Put before a command: processes, mounts and loopback of its own. Two libvirt daemons would now and then choose the same
@@ -63,6 +66,11 @@ is_usable() {  # is_usable CORE CONTROLLER-PYTHON HOST-PYTHON: whether the Pytho
   return 1
 }
 
+core_package() {  # core_package CORE: print what pip is to install
+  [ "$1" != devel ] || { echo https://github.com/ansible/ansible/archive/devel.tar.gz; return; }
+  echo "ansible-core==$1.*"
+}
+
 find_legs() {  # set usable: the legs of the matrix whose Pythons are here
   local leg core controller host
   usable=()
@@ -90,7 +98,7 @@ prepare() {
   local leg core controller host
   for leg in "${usable[@]}"; do
     read -r core controller host <<< "$leg"
-    make_venv "core-$core" "$(find_python "$controller")" "ansible-core==$core.*" -r tests/unit/requirements.txt
+    make_venv "core-$core" "$(find_python "$controller")" "$(core_package "$core")" -r tests/unit/requirements.txt
     [ "$core" != "$system_core" ] || install "/usr/include/python$host/Python.h=python3-dev"
     # Only to run module code and its unit tests in: the Python of a managed host needs no Ansible.
     make_venv "host-$host" "$(find_python "$host")" -r tests/unit/requirements.txt libvirt-python
@@ -115,25 +123,35 @@ ansible_test() {  # ansible_test CORE ARGUMENT...: with a home of its own, so th
     "${alone[@]}" ansible-test "$@")
 }
 
-build() {  # the archive builds, and installs from the archive and from a folder
-  local core=${usable[-1]%% *} out=$cache/build galaxy
+empty_run() {  # empty_run CORE COLLECTIONS: the playbook, with the role and all that both need, where nothing is to be done
+  ANSIBLE_COLLECTIONS_PATH=$2 ANSIBLE_LOCALHOST_WARNING=false ANSIBLE_INVENTORY_UNPARSED_WARNING=false \
+    "$cache/venv/core-$1/bin/ansible-playbook" -i localhost, -c local -e overlay_become=false -e '{"overlay_disks": []}' \
+    -e overlay_allow_nothing=true kvmfleet.qcow2.overlay | tee "$2/told"
+  grep -q '^ *"localhost  ok ' "$2/told"
+}
+
+build() {  # the archive builds, installs from the archive and from a folder, and works with the folders alone that are for users
+  local core=${usable[-1]%% *} out=$cache/build copy=$cache/build/source galaxy
   galaxy="$cache/venv/core-$core/bin/ansible-galaxy"
   rm -rf "$out"
-  mkdir -p "$out"
+  copy_collection "$copy"
   export HOME=$cache/home
   (cd "$copy" && "$galaxy" collection build --output-path "$out")
   "$galaxy" collection install --offline -p "$out/from-archive" "$out"/kvmfleet-qcow2-*.tar.gz
   "$galaxy" collection install --offline -p "$out/from-folder" "$copy"
   for installed in from-archive from-folder; do
+    find "$out/$installed/ansible_collections/kvmfleet/qcow2" -mindepth 1 -maxdepth 1 \
+      ! -name meta ! -name plugins ! -name roles ! -name playbooks -exec rm -rf {} +
     ANSIBLE_COLLECTIONS_PATH=$out/$installed "$cache/venv/core-$core/bin/ansible-doc" kvmfleet.qcow2.qcow2_overlay > /dev/null
+    empty_run "$core" "$out/$installed"
   done
 }
 
 galaxy() {  # what Galaxy checks when an archive is uploaded; ansible-lint is left to step lint, which is stricter
-  local core=${usable[-1]%% *} out=$cache/galaxy
-  make_venv galaxy "$(readlink -f "$cache/venv/core-$core/bin/python")" "ansible-core==$core.*" -r tests/requirements-galaxy.txt
+  local core=${usable[-1]%% *} out=$cache/galaxy copy=$cache/galaxy/source
+  make_venv galaxy "$(readlink -f "$cache/venv/core-$core/bin/python")" "$(core_package "$core")" -r tests/requirements-galaxy.txt
   rm -rf "$out"
-  mkdir -p "$out"
+  copy_collection "$copy"  # of its own, since ansible-lint leaves files in the other one
   export HOME=$cache/home PATH=$cache/venv/galaxy/bin:$PATH GALAXY_IMPORTER_RUN_ANSIBLE_LINT=false GALAXY_IMPORTER_RUN_ANSIBLE_TEST=false
   (cd "$copy" && ansible-galaxy collection build --output-path "$out")
   (cd "$out" && python -m galaxy_importer.main kvmfleet-qcow2-*.tar.gz) | tee "$out/told"
@@ -141,14 +159,30 @@ galaxy() {  # what Galaxy checks when an archive is uploaded; ansible-lint is le
   if grep -E '^(WARNING|ERROR)' "$out/told"; then return 1; fi
 }
 
-lint() {  # ruff, mypy, shellcheck, ansible-lint
+lint() {  # ruff, mypy, shellcheck, ansible-lint, and what is published beside the code
   local core=${usable[-1]%% *} bin=$cache/venv/lint/bin
-  make_venv lint "$(readlink -f "$cache/venv/core-$core/bin/python")" "ansible-core==$core.*" -r tests/requirements-lint.txt
+  make_venv lint "$(readlink -f "$cache/venv/core-$core/bin/python")" "$(core_package "$core")" -r tests/requirements-lint.txt
   "$bin/ruff" check .
   "$bin/ruff" format --check .
   (cd "$cache/collections" && "$bin/mypy" --config-file "$project/pyproject.toml" -p ansible_collections.kvmfleet.qcow2.plugins)
-  shellcheck tests/*.sh tests/integration/targets/*/files/*.sh extensions/molecule/*.sh .ci/run
+  shellcheck tests/*.sh tests/integration/targets/*/files/*.sh extensions/molecule/*.sh .github/*.sh .ci/run
   (cd "$copy" && HOME=$cache/home PATH=$bin:$PATH ANSIBLE_COLLECTIONS_PATH=$cache/collections "$bin/ansible-lint" --offline --profile production)
+  export HOME=$cache/home PATH=$bin:$PATH ANSIBLE_COLLECTIONS_PATH=$cache/collections
+  check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+  check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+  find .github/ISSUE_TEMPLATE -name '*.yml' ! -name config.yml -exec check-jsonschema --builtin-schema vendor.github-issue-forms {} +
+  (cd "$copy" && reuse lint --quiet && antsibull-changelog lint && antsibull-docs lint-collection-docs --plugin-docs --validate-collection-refs all .)
+  ansible-builder create --file docs/awx/execution-environment.yml --context "$cache/ee" --output-filename Containerfile
+  site
+}
+
+site() {  # the documentation site, in .cache/site/html; a warning fails it
+  local out=$cache/site
+  rm -rf "$out"
+  mkdir -p "$out/pages/reference"
+  antsibull-docs collection --use-current --squash-hierarchy --fail-on-error --dest-dir "$out/pages/reference" kvmfleet.qcow2
+  cp docs/*.md docs/*.json docs/docsite/conf.py docs/docsite/index.md "$out/pages"
+  sphinx-build -q -W --keep-going -c "$out/pages" "$out/pages" "$out/html"
 }
 
 # sanity, units, integration CORE CONTROLLER-PYTHON HOST-PYTHON [TARGET...]
@@ -156,7 +190,7 @@ lint() {  # ruff, mypy, shellcheck, ansible-lint
 sanity() {  # with a copy of the collection and a home of its own, since the legs run side by side
   local copy=$cache/sanity-$1/ansible_collections/kvmfleet/qcow2 home=$cache/sanity-$1/home
   copy_collection "$copy"
-  ansible_test "$1" sanity --local --python "$2"
+  ansible_test "$1" sanity --local --python "$2" "${@:4}"
 }
 
 units() { ansible_test "$1" units --local --python "$3" --python-interpreter "$cache/venv/host-$3/bin/python"; }
@@ -172,7 +206,7 @@ integration() {  # with a copy of the collection and a home of its own, since th
 fleet() {  # Molecule on four hosts
   install mmdebstrap=mmdebstrap ssh=openssh-client
   local core=${usable[-1]%% *} status=0
-  make_venv fleet "$(readlink -f "$cache/venv/core-$core/bin/python")" "ansible-core==$core.*" -r tests/requirements-fleet.txt
+  make_venv fleet "$(readlink -f "$cache/venv/core-$core/bin/python")" "$(core_package "$core")" -r tests/requirements-fleet.txt
   export FLEET=$cache/fleet
   # Molecule remembers in its home what it has created, and ssh's sockets want a short path.
   scratch=$(mktemp -d)
@@ -189,7 +223,7 @@ prove() {  # prove PROGRAM
   local options
   read -ra options <<< "${PROVE:-}"
   local core=${usable[-1]%% *}
-  make_venv prove "$(readlink -f "$cache/venv/core-$core/bin/python")" "ansible-core==$core.*" libvirt-python
+  make_venv prove "$(readlink -f "$cache/venv/core-$core/bin/python")" "$(core_package "$core")" libvirt-python
   PYTHONPATH=$cache/collections "${own_world[@]}" "$cache/venv/prove/bin/python" "$copy/tests/prove/$1.py" "${options[@]}"
 }
 
@@ -199,7 +233,7 @@ bench() {
   PYTHONPATH=$cache/collections "$cache/venv/core-$core/bin/python" tests/benchmarks/info.py
   PYTHONPATH=$cache/collections "$cache/venv/core-$core/bin/python" tests/benchmarks/heal.py
   PYTHONPATH=$cache/collections "$cache/venv/core-$core/bin/python" tests/benchmarks/merge.py
-  make_venv prove "$(readlink -f "$cache/venv/core-$core/bin/python")" "ansible-core==$core.*" libvirt-python
+  make_venv prove "$(readlink -f "$cache/venv/core-$core/bin/python")" "$(core_package "$core")" libvirt-python
   PYTHONPATH=$cache/collections "$cache/venv/prove/bin/python" tests/benchmarks/domains.py
 }
 
@@ -334,7 +368,7 @@ as_root() (  # as_root STEP: by sudo, if we are not root
   echo "$1 runs as root: by sudo."
   trap : INT TERM  # which sudo passes on; what root has made is to change hands all the same
   status=0
-  sudo --preserve-env=CI,PROVE,CASES,VERBOSE env "PYENV_ROOT=${PYENV_ROOT:-$HOME/.pyenv}" \
+  sudo --preserve-env=CI,LEG,PROVE,CASES,VERBOSE env "PYENV_ROOT=${PYENV_ROOT:-$HOME/.pyenv}" \
     "$project/tests/run.sh" --prepared "$1" || status=$?
   sudo chown -R "$(id -u):$(id -g)" "$cache"  # or the next run could not remove what root has made
   exit "$status"
@@ -350,23 +384,34 @@ each_leg() {  # each_leg STEP: all of the matrix, side by side, but units, which
   await
 }
 
+quick() {  # quick CORE CONTROLLER-PYTHON HOST-PYTHON: whether this core takes the modules, one target and the role
+  make_venv "core-$1" "$(find_python "$2")" "$(core_package "$1")" -r tests/unit/requirements.txt
+  sanity "$@" --test ansible-doc --test validate-modules
+  integration "$@" qcow2_info
+  HOME=$cache/leg-$1/home empty_run "$1" "$cache/leg-$1"
+}
+
 between() {  # between CORE CONTROLLER-PYTHON HOST-PYTHON: what depends on the controller, with a core between those of the legs
-  make_venv "core-$1" "$(find_python "$2")" "ansible-core==$1.*" -r tests/unit/requirements.txt
+  make_venv "core-$1" "$(find_python "$2")" "$(core_package "$1")" -r tests/unit/requirements.txt
   integration "$@" overlay_role
 }
+
+declare -A title=([between]="role and playbook" [quick]="quick pass")
 
 run() {  # run STEP
   local program leg core controller host
   case $1 in
     sanity | units | integration) each_leg "$1" ;;
-    between)
+    between | quick)
       for leg in "${between[@]}"; do
         read -r core controller host <<< "$leg"
         is_usable "$core" "$controller" "$host" || continue
-        begin "between-$core" "role and playbook, ansible-core $core" between "$core" "$controller" "$host"
-        await
+        begin "$1-$core" "${title[$1]}, ansible-core $core" "$1" "$core" "$controller" "$host"
+        [ "$1" = quick ] || await
       done
+      await
       ;;
+    build | galaxy | lint) begin "$1" "$1" "$1" ;;  # with those that come next
     prove)
       for program in kills faults commits powerloss domains leaving hostile storage; do
         begin "prove-$program" "prove, $program" prove "$program"
@@ -383,7 +428,7 @@ prepared=''
 [ "$1" != --prepared ] || { prepared=yes; shift; }  # by as_root alone
 for step; do
   case $step in
-    build | galaxy | lint | sanity | units | integration | between | fleet | prove | bench | bench-fleet | bench-side) ;;
+    build | galaxy | lint | sanity | quick | units | integration | between | fleet | prove | bench | bench-fleet | bench-side) ;;
     *) echo "unknown step: $step" >&2; exit 2 ;;
   esac
 done
@@ -399,8 +444,10 @@ fi
 find_legs
 copy_collection "$copy"
 for step; do
+  case $step in build | galaxy | lint) ;; *) await ;; esac
   case $step in
-    integration | between | fleet | prove | bench-fleet | bench-side) [ "$(id -u)" -eq 0 ] || { as_root "$step"; continue; } ;;
+    integration | quick | between | fleet | prove | bench-fleet | bench-side) [ "$(id -u)" -eq 0 ] || { as_root "$step"; continue; } ;;
   esac
   run "$step"
 done
+await

@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 name: batches
 short_description: Make what a play takes as serial from a number, a percentage, a list, or any of these as text
-version_added: 0.1.0
+version_added: 1.0.0
 description:
   - The playbook C(kvmfleet.qcow2.overlay) uses it. A text is all that a survey of AWX, or C(-e name=value), can give.
 options:

@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 name: host_report
 short_description: Make the report of a host from what the modules of this collection returned there
-version_added: 0.1.0
+version_added: 1.0.0
 description:
   - The role P(kvmfleet.qcow2.overlay#role) uses it. It says what became of each overlay, whether the idempotence check
     and the examination of the chains found anything, and counts.

@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 name: unknown_variables
 short_description: Tell which variables are most likely misspelt ones of the role overlay
-version_added: 0.1.0
+version_added: 1.0.0
 description:
   - The role P(kvmfleet.qcow2.overlay#role) and the playbook C(kvmfleet.qcow2.overlay) use it. What is misspelt has no
     effect, and the run would be wider than meant.
