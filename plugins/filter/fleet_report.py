@@ -58,7 +58,7 @@ _value:
     schema_version:
       description: It grows when something in the report changes its meaning, or goes. What is added does not count.
       type: int
-      sample: 1
+      sample: 2
     collection_version:
       description: Version of this collection.
       type: str
@@ -67,6 +67,10 @@ _value:
       description: Whether the run was made in check mode.
       type: bool
       sample: false
+    wanted:
+      description: The state that was asked for.
+      type: str
+      sample: present
     states:
       description: Number of hosts by state.
       type: dict

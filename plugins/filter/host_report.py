@@ -21,8 +21,11 @@ options:
     required: true
     suboptions:
       disks:
-        description: Results of M(kvmfleet.qcow2.qcow2_overlay) before the run in check mode, of the run, and after it
-          in check mode.
+        description:
+          - Results of M(kvmfleet.qcow2.qcow2_overlay) before the run in check mode, of the run, and after it in check
+            mode.
+          - The result of a run with C(verify=true) has all three. Before it, C(all_or_none) of a host with disks and
+            domains needs one more; after it, a run that told nothing does.
         type: list
         elements: dict
       domains:
@@ -31,7 +34,7 @@ options:
         elements: dict
       chains:
         description: The result of M(kvmfleet.qcow2.qcow2_info) about the images that an earlier report names in
-          C(examined).
+          C(examined). Results of runs with C(verify=true) have that, too.
         type: dict
       waiting_for:
         description: Packages that check mode did not install.
@@ -44,6 +47,10 @@ options:
       problem:
         description: What ended the steps before their end.
         type: str
+      wanted:
+        description: The C(state) that was asked for.
+        type: str
+        default: present
       names:
         description: Names and patterns of the domains that were asked for.
         type: list
@@ -82,6 +89,10 @@ _value:
       description: Whether the run was made in check mode.
       type: bool
       sample: false
+    wanted:
+      description: The state that was asked for.
+      type: str
+      sample: present
     created:
       description: Number of overlays that were made.
       type: int
@@ -90,8 +101,20 @@ _value:
       description: Number of overlays that were there already.
       type: int
       sample: 0
+    committed:
+      description: Number of overlays that were merged down.
+      type: int
+      sample: 0
+    reverted:
+      description: Number of overlays that were gone back from.
+      type: int
+      sample: 0
+    absent:
+      description: Number of overlays that were to be merged down or gone back from, and were not there any more.
+      type: int
+      sample: 0
     failed:
-      description: Number of overlays that should be there and are not.
+      description: Number of overlays that should be there and are not, or should not and are.
       type: int
       sample: 0
     skipped:
@@ -141,11 +164,15 @@ _value:
           type: str
           sample: /srv/web.before-upgrade.qcow2
         state:
-          description: V(created), V(present) or V(failed).
+          description: V(created), V(present), V(committed), V(reverted), V(absent) or V(failed).
           type: str
           sample: created
+        kept_as:
+          description: What an overlay that was retired is called now; null of any other, and if it was deleted.
+          type: str
+          sample: null
         bitmaps:
-          description: Names of the bitmaps that go on recording in it.
+          description: Names of the bitmaps that go on recording in it, or after V(committed) in the image below.
           type: list
           elements: str
           sample: [monday, tuesday]
@@ -159,7 +186,8 @@ _value:
               type: str
               sample: sunday
             reason:
-              description: V(disabled) if it is not recording, V(inconsistent) if it was not saved properly.
+              description: Why it does not, as the module returns it. V(disabled) if it is not recording,
+                V(inconsistent) if it was not saved properly.
               type: str
               sample: disabled
         msg:
@@ -192,6 +220,19 @@ _value:
           description: Whether its domain writes to it and nobody has excluded it.
           type: bool
           sample: false
+    lost_checkpoints:
+      description: Checkpoints that went with overlays from which was gone back, and that libvirt has forgotten.
+      type: list
+      elements: dict
+      contains:
+        domain:
+          description: Name of the domain.
+          type: str
+          sample: web
+        checkpoint:
+          description: Name of the checkpoint.
+          type: str
+          sample: tuesday
     examined:
       description: Topmost images of the chains that are to be examined, or were.
       type: list
@@ -241,7 +282,8 @@ _value:
 
 import typing as t
 
-from ..plugin_utils._report.host import Pass, Steps, host_report
+from ..module_utils._disk.verdict import PRESENT
+from ..plugin_utils._report.host import Steps, host_report, pass_of
 from ..plugin_utils._report.text import summary_of_host
 from ..plugin_utils._variables import texts
 
@@ -254,13 +296,14 @@ def _taken(result: t.Mapping[str, t.Any] | None) -> t.Mapping[str, t.Any] | None
 def make_host_report(results: t.Mapping[str, t.Any], check_mode: bool) -> dict[str, t.Any]:
     """Return the report of a host."""
     steps = Steps(
-        Pass(*map(_taken, results.get("disks", ()))),
-        Pass(*map(_taken, results.get("domains", ()))),
+        pass_of(*map(_taken, results.get("disks", ())), check_mode=check_mode),
+        pass_of(*map(_taken, results.get("domains", ())), check_mode=check_mode),
         _taken(results.get("chains")),
         results.get("waiting_for", ()),
         results.get("all_or_none", False),
         results.get("problem", ""),
         [name for name in texts(results.get("names")) if any(character in name for character in "*?[")],
+        results.get("wanted", PRESENT),
     )
     report = host_report(steps, check_mode)
     return {**report, "summary": summary_of_host(report)}

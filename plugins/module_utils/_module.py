@@ -23,10 +23,18 @@ class Report(t.NamedTuple):
 
 
 class Module(AnsibleModule):  # type: ignore[misc]  # Ansible has no types
-    """Says of a list of dicts what it must be, where Ansible only says of what it could not make one."""
+    """Gives parameters that cannot be a code, and says of a list of dicts what it must be."""
+
+    _is_made = False
+
+    def __init__(self, **options: t.Any) -> None:
+        super().__init__(**options)
+        self._is_made = True
 
     def fail_json(self, msg: str, **more: t.Any) -> None:
         """End the module; Ansible calls it, too, for parameters that cannot be."""
+        if not self._is_made:
+            more.setdefault("code", "bad_option")  # tells that nothing was done
         checked = getattr(self, "validation_result", None)  # none yet if there are no parameters at all
         for name in [name for name, option in self.argument_spec.items() if option.get("elements") == "dict"]:
             if checked and any(one.startswith(f"Elements value for option '{name}'") for one in checked.error_messages):

@@ -194,6 +194,7 @@ extends_documentation_fragment:
   - kvmfleet.qcow2.attributes
   - kvmfleet.qcow2.attributes.actiongroup
   - kvmfleet.qcow2.creation
+  - kvmfleet.qcow2.verify
 attributes:
   action_group:
     membership: [kvmfleet.qcow2.creation, kvmfleet.qcow2.libvirt, kvmfleet.qcow2.qemu]
@@ -494,6 +495,24 @@ domains:
       returned: when RV(domains[].state) is V(failed)
       type: str
       sample: running
+preflight:
+  description:
+    - What the first look found, before anything was done. It has the list RV(domains) as check mode returns it.
+  returned: when O(verify=true)
+  type: dict
+again:
+  description:
+    - What the second look found, as RV(preflight) has it. If it could not be made, C(msg) and C(code) say why.
+    - Null if there was no run, so in check mode and if everything was done already, or if it was ended by a signal.
+  returned: when O(verify=true)
+  type: dict
+chains:
+  description:
+    - The chains of the disks that have bitmaps, as M(kvmfleet.qcow2.qcow2_info) returns C(disks). In check mode they
+      are examined as they are now.
+  returned: when O(verify=true)
+  type: list
+  elements: dict
 code:
   description: The kind of the first failure, one word. The collection's documentation lists all, with what to do.
   returned: when the task fails
@@ -509,6 +528,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ..module_utils._base.errors import Refusal
 from ..module_utils._base.signals import ending_cleanly
 from ..module_utils._disk.retire import DELETE, KEEP
+from ..module_utils._disk.session import Settings
 from ..module_utils._disk.verdict import root_causes
 from ..module_utils._domain.aims import GoBackTo, MergeDown, PutOnOverlays
 from ..module_utils._domain.live import Live, MergeRunningDown, PutRunningOn
@@ -517,7 +537,7 @@ from ..module_utils._domain.run import Aim, Call
 from ..module_utils._domain.wayback import WayBack
 from ..module_utils._libvirt.bindings import LIBVIRT_IMPORT_ERROR
 from ..module_utils._libvirt.connection import Libvirt
-from ..module_utils._module import Report, require, run
+from ..module_utils._module import Module, Report, require, run
 from ..module_utils._options import (
     MERGING,
     attributes_from,
@@ -527,6 +547,7 @@ from ..module_utils._options import (
     refuse_given,
     settings_from,
 )
+from ..module_utils._verified import verified, verify_spec
 
 
 def argument_spec() -> dict[str, t.Any]:
@@ -548,6 +569,7 @@ def argument_spec() -> dict[str, t.Any]:
         "timeout": {"type": "int", "default": 60},
         **creation_spec(defaults=True),
         **ownership_spec(),
+        **verify_spec(),
     }
 
 
@@ -641,9 +663,17 @@ def work(module: AnsibleModule) -> Report:
     refuse_given(params, without, f"state={params['state']}")
     is_live = params["running"] == "live"
     refuse_given(params, [] if is_live else ["quiesce"], f"running={params['running']}")
-    daemon = Libvirt(params["uri"])
-    live = Live(daemon.version, quiesce=params["quiesce"]) if is_live else None
-    call = Call(daemon, params["name"], make_aims(params, live), settings)
+
+    def once(settings: Settings) -> Report:
+        daemon = Libvirt(params["uri"])
+        live = Live(daemon.version, quiesce=params["quiesce"]) if is_live else None
+        return _report(Call(daemon, params["name"], make_aims(params, live), settings))
+
+    return verified(once, settings, params, "domains")
+
+
+def _report(call: Call) -> Report:
+    """Do what a call is to do, and return how it ended."""
     domains, warnings = call.run()
     result = {
         "changed": any(domain.changed for domain in domains),
@@ -658,7 +688,7 @@ def work(module: AnsibleModule) -> Report:
 
 def main() -> None:
     """Run the module."""
-    module = AnsibleModule(argument_spec=argument_spec(), supports_check_mode=True)
+    module = Module(argument_spec=argument_spec(), supports_check_mode=True)
     require(module, "libvirt-python", LIBVIRT_IMPORT_ERROR)
     run(module, work)
 

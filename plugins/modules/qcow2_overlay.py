@@ -221,6 +221,7 @@ extends_documentation_fragment:
   - kvmfleet.qcow2.attributes
   - kvmfleet.qcow2.attributes.actiongroup
   - kvmfleet.qcow2.creation
+  - kvmfleet.qcow2.verify
 attributes:
   action_group:
     membership: [kvmfleet.qcow2.creation, kvmfleet.qcow2.qemu]
@@ -401,6 +402,24 @@ overlays:
       returned: when RV(overlays[].state) is V(failed)
       type: str
       sample: in_use
+preflight:
+  description:
+    - What the first look found, before anything was done. It has the list RV(overlays) as check mode returns it.
+  returned: when O(verify=true)
+  type: dict
+again:
+  description:
+    - What the second look found, as RV(preflight) has it. If it could not be made, C(msg) and C(code) say why.
+    - Null if there was no run, so in check mode and if everything was done already, or if it was ended by a signal.
+  returned: when O(verify=true)
+  type: dict
+chains:
+  description:
+    - The chains of the disks that have bitmaps, as M(kvmfleet.qcow2.qcow2_info) returns C(disks). In check mode they
+      are examined as they are now.
+  returned: when O(verify=true)
+  type: list
+  elements: dict
 code:
   description: The kind of the first failure, one word. The collection's documentation lists all, with what to do.
   returned: when the task fails
@@ -422,7 +441,7 @@ from ..module_utils._disk.retire import DELETE, KEEP
 from ..module_utils._disk.revert import GoBack
 from ..module_utils._disk.revert_rules import RevertRequest
 from ..module_utils._disk.run import run
-from ..module_utils._disk.session import Operation
+from ..module_utils._disk.session import Operation, Settings
 from ..module_utils._module import Module, Report
 from ..module_utils._module import run as run_module
 from ..module_utils._options import (
@@ -435,6 +454,7 @@ from ..module_utils._options import (
     refuse_given,
     settings_from,
 )
+from ..module_utils._verified import verified, verify_spec
 
 
 class State(t.NamedTuple):
@@ -511,6 +531,7 @@ def argument_spec() -> dict[str, t.Any]:
         "timeout": {"type": "int", "default": 60},
         **creation_spec(defaults=True),
         **ownership_spec(),
+        **verify_spec(),
     }
 
 
@@ -530,9 +551,13 @@ def requests_from(params: dict[str, t.Any]) -> list[t.Any]:
 @ending_cleanly()
 def work(module: AnsibleModule) -> Report:
     """Do what the state asks for."""
-    operation = STATES[module.params["state"]].operation(module.params)
-    outcome = run(operation, requests_from(module.params), settings_from(module))
-    return Report(outcome.as_result("overlays"), outcome.failures, outcome.warnings)
+    requests = requests_from(module.params)
+
+    def once(settings: Settings) -> Report:
+        outcome = run(STATES[module.params["state"]].operation(module.params), requests, settings)
+        return Report(outcome.as_result("overlays"), outcome.failures, outcome.warnings)
+
+    return verified(once, settings_from(module), module.params, "overlays")
 
 
 def main() -> None:

@@ -4,7 +4,9 @@
 """What the playbook costs over a fleet beside the obvious playbook, both sides in one run: 'make bench-fleet'.
 
 The hosts are the four of extensions/molecule/fleet.sh, each under many inventory names (aliases), each alias with a
-folder of its own. Controller and hosts share this machine, so a figure has the work of both. The obvious playbook makes
+folder of its own. Controller and hosts share this machine, so a figure has the work of both. Seconds of processors (CPU)
+are counted process by process, of the controller with its ssh and of the hosts with all that runs on them, so that other
+work on the machine does not disturb them much; wall time it does. The obvious playbook makes
 each overlay by 'qemu-img create' and each bitmap by 'qemu-img bitmap --add', in loops; it is told the bitmaps' names,
 reads nothing, and verifies nothing. Where it would take too long, only the collection's side is measured.
 
@@ -13,9 +15,12 @@ A cell of the table is named as ALIASESxDISKS, for example 40x10; the cells to m
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import pathlib
+import resource
 import subprocess
 import sys
 import tempfile
@@ -27,6 +32,8 @@ CELLS = ["4x1", "4x10", "4x100", "40x1", "40x10", "40x100", "400x1", "400x10"]
 BITMAPS = ["monday", "tuesday"]
 LONGEST_LOOP = 1300  # commands of the obvious playbook, over all hosts, beyond which it is not measured
 FORKS = 20
+SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
+TICKS = os.sysconf("SC_CLK_TCK")
 FLEET_SH = pathlib.Path(__file__).parents[2] / "extensions" / "molecule" / "fleet.sh"
 
 # Small clusters, on both sides, since the hosts keep their files in memory.
@@ -66,6 +73,16 @@ class Cell(t.NamedTuple):
     def commands(self) -> int:
         """How many commands the obvious playbook runs."""
         return self.aliases * self.disks * (1 + len(BITMAPS))
+
+
+class Cost(t.NamedTuple):
+    """What a run of a playbook takes."""
+
+    seconds: float
+    cpu: float  # seconds of processors, on the controller and on the hosts
+
+    def __str__(self) -> str:
+        return f"{self.seconds:.1f} s, {self.cpu:.1f} s CPU"
 
 
 def disks_of(alias: str, count: int) -> list[dict[str, str]]:
@@ -111,8 +128,39 @@ def everywhere(cell: Cell, command: str) -> None:
         on_host(host, command.format(aliases=aliases, disks=cell.disks, bitmaps=" ".join(BITMAPS)))
 
 
-def play(folder: pathlib.Path, playbook: str, cell: Cell) -> float:
-    """Return the seconds that a playbook takes; it must do what it is to do on every alias."""
+def cpu_of_hosts() -> float:
+    """Return the seconds of processors that the hosts have taken, with all processes that have ended there."""
+    pids = [(pathlib.Path(os.environ["FLEET"]) / "hosts" / host / "pid").read_text().strip() for host in HOSTS]
+    spaces = {os.readlink(f"/proc/{pid}/ns/pid") for pid in pids}
+    ticks = 0
+    for process in pathlib.Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it may end meanwhile; then its parent has what it took
+            if os.readlink(process / "ns/pid") in spaces:
+                ticks += sum(map(int, (process / "stat").read_text().rpartition(")")[2].split()[11:15]))
+    return ticks / TICKS
+
+
+def cpu_of_controller() -> float:
+    """Return the seconds of processors that all processes of ours have taken that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def end_connections(folder: pathlib.Path) -> None:
+    """End the ssh processes that wait for further commands, so that what they took is counted."""
+    for socket in (folder / "cp").glob("*"):
+        subprocess.run(
+            ["ssh", "-F", "none", "-O", "exit", "-o", f"ControlPath={socket}", "x"],
+            stderr=subprocess.DEVNULL,
+            check=False,
+        )
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.wait()
+
+
+def play(folder: pathlib.Path, playbook: str, cell: Cell) -> Cost:
+    """Return what a playbook takes; it must do what it is to do on every alias."""
     environment = {
         **os.environ,
         "ANSIBLE_FORKS": str(FORKS),
@@ -123,6 +171,7 @@ def play(folder: pathlib.Path, playbook: str, cell: Cell) -> float:
     }
     command = ["ansible-playbook", "-i", str(folder / "inventory.json"), playbook]
     command += ["-e", f"overlay_report={folder}/report.json"]
+    before = cpu_of_controller() + cpu_of_hosts()
     start = time.perf_counter()
     run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     seconds = time.perf_counter() - start
@@ -130,7 +179,8 @@ def play(folder: pathlib.Path, playbook: str, cell: Cell) -> float:
         sys.exit(f"{playbook}: exit code {run.returncode}\n{run.stdout[-4000:]}")
     if sum(line.startswith("alias") and " failed=0 " in line for line in run.stdout.splitlines()) != cell.aliases:
         sys.exit(f"{playbook}: not every alias is in the recap")
-    return seconds
+    end_connections(folder)
+    return Cost(seconds, cpu_of_controller() + cpu_of_hosts() - before)
 
 
 def counts(folder: pathlib.Path) -> list[int]:
@@ -149,24 +199,27 @@ def measure(cell: Cell, folder: pathlib.Path) -> list[str]:
     assert counts(folder) == [disks, 0, disks * len(BITMAPS)], counts(folder)
     again = play(folder, "kvmfleet.qcow2.overlay", cell)
     assert counts(folder) == [0, disks, disks * len(BITMAPS)], counts(folder)
-    line = [f"{cell.aliases}", f"{cell.disks}", f"{first:.0f} s", f"{first / cell.aliases:.2f} s"]
-    line += [f"{first / disks * 1000:.0f} ms", f"{again:.0f} s"]
+    line = [f"{cell.aliases}", f"{cell.disks}", f"{first}", f"{first.cpu / disks * 1000:.0f} ms", f"{again}"]
     if cell.commands > LONGEST_LOOP:
-        return [*line, "-", "-"]
+        return [*line, "-", "-", "-"]
     everywhere(cell, "rm /srv/scale/*/*.snap.qcow2")
     (folder / "obvious.yml").write_text(OBVIOUS)
     theirs = play(folder, str(folder / "obvious.yml"), cell)
-    return [*line, f"{theirs:.0f} s", f"{theirs / first:.1f}"]
+    return [*line, f"{theirs}", f"{first.cpu / theirs.cpu:.2f}", f"{again.cpu / theirs.cpu:.2f}"]
 
 
 def main() -> None:
     """Measure each cell and print the table."""
     cells = [Cell(*map(int, text.split("x"))) for text in sys.argv[1:] or CELLS]
     subprocess.run([str(FLEET_SH), "up"], check=True)
+    # So that ssh, which leaves its parent for the background, is counted with us; not the hosts, which are counted anyway.
+    ctypes.CDLL(None, use_errno=True).prctl(SUBREAPER, 1, 0, 0, 0)
     try:
         with tempfile.TemporaryDirectory() as name:
             print(f"{len(BITMAPS)} bitmaps for each disk, {FORKS} forks, {os.cpu_count()} processors for everything")
-            print("| hosts | disks each | first run | per host | per disk | again | obvious playbook | ratio |")
+            print(
+                "| hosts | disks each | first run | CPU per disk | again | obvious playbook | CPU, first | CPU, again |"
+            )
             print("|---|---|---|---|---|---|---|---|", flush=True)
             for cell in cells:
                 print("|", " | ".join(measure(cell, pathlib.Path(name))), "|", flush=True)

@@ -22,6 +22,7 @@ BELOW = {
     "_domain": {"_base", "_qcow2", "_disk", "_libvirt"},
     "_module": {"_base"},
     "_options": {"_base", "_disk"},
+    "_verified": {"_base", "_disk", "_module"},
 }
 FILES = sorted(UTILS.rglob("*.py"))
 

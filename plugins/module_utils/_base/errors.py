@@ -45,6 +45,7 @@ Code = t.Literal[
     "group_failed",
     "has_overlay",
     "header_fixed",
+    "held_back",
     "in_use",
     "interrupted",
     "libvirt_failed",

@@ -21,10 +21,7 @@ from .retire import DELETE, How, is_kept
 from .revert_rules import Retired
 from .stages import CARRIED, GIVEN, REBUILT, Seen, Stage, named
 from .vault import MARK, MAX_NAME, Vault
-from .verdict import FAILED, Need, problem_fields
-
-COMMITTED = "committed"
-ABSENT = "absent"
+from .verdict import COMMITTED, FAILED, Need, problem_fields
 
 # How the data gets into BASE.
 SHARED = "shared"  # by extents that both files share

@@ -19,10 +19,7 @@ from .bitmap_rules import carries_over, names_of
 from .overlay import name_problems
 from .retire import KEEP, How
 from .vault import MARK
-from .verdict import FAILED, problem_fields
-
-REVERTED = "reverted"
-ABSENT = "absent"
+from .verdict import ABSENT, FAILED, REVERTED, problem_fields
 
 
 class RevertRequest(t.NamedTuple):

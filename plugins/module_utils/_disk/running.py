@@ -39,7 +39,7 @@ from .siblings import standing_on
 from .stages import Seen, named
 from .survey import KEPT_AS, vault_place
 from .vault import find_vault
-from .verdict import FAILED, PRESENT, Need
+from .verdict import ABSENT, COMMITTED, FAILED, PRESENT, Need
 
 _LEAST_GRANULARITY = 4096  # bytes; between this and the next QEMU takes the size of a cluster
 _MOST_GRANULARITY = 65536
@@ -154,7 +154,7 @@ class MergeRunning(MergeLayers):
         """Look at the chain, and decide."""
         base = held.image(request.backing_file)
         if not os.path.lexists(request.path):
-            return CommitVerdict(request, commit.ABSENT)
+            return CommitVerdict(request, ABSENT)
         chain = observe_chain(held.image(request.path), "qcow2", relative=False).layers
         depth = next((number for number, layer in enumerate(chain) if layer.identity == base.identity), 0)
         wrong = commit.chain_problems(request, chain, depth, _above(request, held))
@@ -174,7 +174,7 @@ class MergeRunning(MergeLayers):
         layers = seen.chain[seen.depth :: -1]  # what BASE has stored of a bitmap counts
         return CommitVerdict(
             request=request,
-            state=commit.COMMITTED,
+            state=COMMITTED,
             warnings=(_left_over(request, kept),) if is_left_over else (),
             virtual_size=seen.chain[0].virtual_size,
             bitmaps=bitmaps_of(known.usable, layers),

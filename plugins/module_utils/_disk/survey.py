@@ -31,7 +31,7 @@ from .session import Held
 from .siblings import all_standing_on
 from .stages import Seen
 from .vault import MARK, Content, Vault, find_vault, is_as_kept, open_vault, place_of, read_vault
-from .verdict import FAILED
+from .verdict import ABSENT, COMMITTED, FAILED
 
 KEPT_AS = "committed"  # the suffix of an image that went in and is kept
 
@@ -45,12 +45,12 @@ def judge_gone(request: CommitRequest, base: OpenImage, held: Held) -> CommitVer
     """Return the verdict where nothing stands at the path: committed before, or not finished."""
     path = find_vault(vault_place(request, base))
     if path is None:
-        return CommitVerdict(request, commit.ABSENT, virtual_size=_virtual_size(request, base))
+        return CommitVerdict(request, ABSENT, virtual_size=_virtual_size(request, base))
     vault = read_vault(held.enter(open_vault(path)))
     problem = commit.why_gone(request, vault, is_top_there=_is_still_there(vault))
     if problem is not None:
         return CommitVerdict(request, FAILED, (problem,))
-    return CommitVerdict(request, commit.COMMITTED, virtual_size=_virtual_size(request, base), finished=vault)
+    return CommitVerdict(request, COMMITTED, virtual_size=_virtual_size(request, base), finished=vault)
 
 
 def _is_still_there(vault: Vault) -> bool:
@@ -164,7 +164,7 @@ def promise(request: CommitRequest, work: Work, held: Held) -> CommitVerdict:
     is_shared = can_share(seen, files)
     return CommitVerdict(
         request=request,
-        state=commit.COMMITTED,
+        state=COMMITTED,
         warnings=commit.warnings_of(seen, outcome),
         virtual_size=size,
         bitmaps=outcome.usable,

@@ -15,8 +15,13 @@ from .._base.errors import Refusal, printable
 
 CREATED = "created"
 PRESENT = "present"
+COMMITTED = "committed"
+REVERTED = "reverted"
+ABSENT = "absent"
 SKIPPED = "skipped"
 FAILED = "failed"
+# The states of what was done, or what check mode says would be done, and what a second run must find then.
+AFTER = {CREATED: PRESENT, COMMITTED: ABSENT, REVERTED: ABSENT}
 
 
 class Request(t.Protocol):
@@ -136,3 +141,18 @@ def within_space(verdicts: t.Sequence[V], free: dict[int, int]) -> list[V]:
 def printable_warnings(verdicts: t.Iterable[Verdict]) -> list[str]:
     """Return the warnings of all verdicts, each once."""
     return list(dict.fromkeys(printable(warning) for verdict in verdicts for warning in verdict.warnings))
+
+
+def examined_image(overlay: t.Mapping[str, t.Any], *, is_planned: bool) -> str:
+    """Return the image whose chain tells whether the bitmaps of a disk can be used for a backup.
+
+    It is the topmost one. `is_planned`: nothing was done, so it is the one that the disk has now.
+    """
+    path, base = overlay["path"], overlay["backing_file"]
+    leaves = overlay["state"] in (COMMITTED, REVERTED, ABSENT)
+    topmost = overlay.get("topmost", base if leaves else path)
+    if is_planned and overlay["state"] == CREATED:
+        topmost = base
+    elif is_planned and overlay["state"] in (COMMITTED, REVERTED) and topmost == base:
+        topmost = path
+    return t.cast("str", topmost)

@@ -11,12 +11,12 @@ import typing as t
 from .._base.attributes import AttributeOptions
 from .._base.errors import Refusal
 from .._disk.build import MakeOverlays
-from .._disk.commit import ABSENT, COMMITTED, CommitVerdict
+from .._disk.commit import CommitVerdict
 from .._disk.merge import MergeLayers
 from .._disk.overlay import OverlayVerdict
 from .._disk.revert import GoBack
-from .._disk.revert_rules import REVERTED, RevertVerdict
-from .._disk.verdict import CREATED, PRESENT
+from .._disk.revert_rules import RevertVerdict
+from .._disk.verdict import ABSENT, COMMITTED, CREATED, PRESENT, REVERTED
 from .._libvirt.connection import Domain, Kept, Libvirt
 from .._libvirt.definition import DomainDisk
 from .._libvirt.switch import switch

@@ -14,7 +14,7 @@ from .host import OK, UNREACHABLE, Steps, counts, host_report
 from .rows import Problem, problem
 
 NOT_RUN = "not run"
-SCHEMA_VERSION = 1  # of the report of the fleet; docs/report.schema.json describes it
+SCHEMA_VERSION = 2  # of the report of the fleet; docs/report.schema.json describes it
 COLLECTION_VERSION = "1.0.0"  # as in galaxy.yml, which is not installed
 _TURN_NEVER_CAME = problem("not_run", "Its turn never came, because too many hosts before it failed.")
 _NOTHING_DONE = problem(
@@ -38,6 +38,7 @@ def fleet_report(
         "schema_version": SCHEMA_VERSION,
         "collection_version": COLLECTION_VERSION,
         "check_mode": check_mode,
+        "wanted": next((host["wanted"] for host in hosts.values() if host["state"] != NOT_RUN), nothing["wanted"]),
         "states": known,
         **counts(list(hosts.values())),
         "problems": [one._asdict() for one in problems],

@@ -10,7 +10,8 @@ import collections
 import fnmatch
 import typing as t
 
-from ...module_utils._disk.verdict import CREATED, FAILED, PRESENT, SKIPPED
+from ...module_utils._base.errors import Code
+from ...module_utils._disk.verdict import ABSENT, AFTER, COMMITTED, CREATED, FAILED, PRESENT, REVERTED, SKIPPED
 from .rows import Found, Problem, ReportCode, Result, from_disks, from_domains, problem, reason
 
 OK = "ok"
@@ -27,7 +28,22 @@ class Pass(t.NamedTuple):
     @property
     def is_lost(self) -> bool:
         """Whether there was a run, and it told nothing of what it made."""
-        return self.run is not None and "overlays" not in self.run and "domains" not in self.run
+        return self.run is not None and _has_no_items(self.run)
+
+
+def pass_of(
+    before: Result | None = None, run: Result | None = None, after: Result | None = None, *, check_mode: bool
+) -> Pass:
+    """Return the results of one module, of which a run with the option verify has several in one."""
+    if run is None or (before is None and after is None and _has_no_items(run) and "code" in run):
+        return Pass(run or before)  # it was refused before anything was done
+    if "preflight" not in run:
+        return Pass(before, run, after)
+    return Pass(run) if check_mode else Pass(run["preflight"], run, after or run["again"])
+
+
+def _has_no_items(result: Result) -> bool:
+    return "overlays" not in result and "domains" not in result
 
 
 class Steps(t.NamedTuple):
@@ -40,19 +56,30 @@ class Steps(t.NamedTuple):
     all_or_none: bool = False  # whether the host was left as it is if anything of it was refused
     problem: str = ""  # what ended the steps before their end, if anything did
     patterns: t.Sequence[str] = ()  # of names of domains, among those that were asked for
+    wanted: str = PRESENT  # the state that was asked for
+
+    @property
+    def examined(self) -> Result | None:
+        """Return what the chains tell, wherever they were examined; None if they were not."""
+        if self.chains is not None:
+            return self.chains
+        told = [one.run or one.preflight or {} for one in (self.disks, self.domains)]
+        if not any("chains" in one for one in told):
+            return None
+        return {"disks": [disk for one in told for disk in one.get("chains", ())]}
 
 
 class _Excuse(t.NamedTuple):
     """Why what could have been made was not."""
 
-    code: ReportCode
+    code: ReportCode | Code
     words: str
 
 
 _HELD_BACK = _Excuse(
     "held_back", "is not made, because something else of this host was refused, and overlay_all_or_none is set."
 )
-_NOT_BEGUN = _Excuse("not_begun", "was not made, because the run did not begin. Run this again.")
+_NOT_BEGUN = _Excuse("not_begun", "is left as it is, because the run did not begin. Run this again.")
 _LOST = problem(
     "module_failed",
     "The run did not tell what it made. What is told here was found afterwards, if anything was. Run this again.",
@@ -67,7 +94,7 @@ def host_report(steps: Steps, check_mode: bool) -> dict[str, t.Any]:
     if check_mode and steps.all_or_none and any(one.problems for one in found):
         found = [one._replace(overlays=[_not_made(overlay, _HELD_BACK) for overlay in one.overlays]) for one in found]
     overlays = [overlay for one in found for overlay in one.overlays]
-    chains = _Chains(overlays, steps.chains)
+    chains = _Chains(overlays, steps.examined)
     lost = [reason(one) for one in (*steps.disks, *steps.domains, steps.chains) if one and one.get("unreachable")]
     problems = [
         *([problem("task_failed", steps.problem)] if steps.problem else []),
@@ -80,8 +107,10 @@ def host_report(steps: Steps, check_mode: bool) -> dict[str, t.Any]:
     report = {
         "state": UNREACHABLE if lost else FAILED if problems else OK,
         "check_mode": check_mode,
+        "wanted": steps.wanted,
         "overlays": overlays,
         "skipped_disks": [disk for one in found for disk in one.skipped_disks],
+        "lost_checkpoints": [one for some in found for one in some.lost_checkpoints],
         "examined": list(dict.fromkeys(overlay["examine"] for overlay in overlays if overlay["bitmaps"])),
         "unverified": chains.unverified,
         "waiting_for": list(steps.waiting_for),
@@ -105,12 +134,14 @@ def _what_became_of(
         return read(one.run, False)
     afterwards = read(one.again, False)
     overlays = [_not_made(overlay, why_not) for overlay in afterwards.overlays]
+    if one.run.get("unreachable") and one.preflight is None:  # most likely it was never reached
+        return afterwards._replace(overlays=overlays, problems=[reason(one.run)])
     return afterwards._replace(overlays=overlays, problems=[reason(one.run), _LOST, *afterwards.problems])
 
 
 def _not_made(overlay: Result, why: _Excuse) -> Result:
     """Return what the report says of an overlay that could have been made, but was not."""
-    if overlay["state"] != CREATED:
+    if overlay["state"] not in AFTER:
         return overlay
     return {**overlay, "state": FAILED, "bitmaps": [], "msg": f"{overlay['path']}: {why.words}", "code": why.code}
 
@@ -141,8 +172,8 @@ def _unstable(one: Pass, key: str) -> t.Iterator[Problem]:
     for item in one.run[key]:
         name = _name(item)
         now = after.get(name, {"state": FAILED, "msg": "it is not there any more."})
-        if item["state"] in (CREATED, PRESENT) and now["state"] != PRESENT:
-            found = now.get("msg") or "a second run would make it once more."
+        if now["state"] != AFTER.get(item["state"], item["state"]) and item["state"] != FAILED:
+            found = now.get("msg") or "a second run would do it once more."
             yield problem("unstable", f"{name}: is {item['state']}, but the idempotence check finds otherwise: {found}")
 
 
@@ -203,6 +234,9 @@ def counts(reports: t.Sequence[t.Mapping[str, t.Any]]) -> dict[str, t.Any]:
     return {
         CREATED: states[CREATED],
         PRESENT: states[PRESENT],
+        COMMITTED: states[COMMITTED],
+        REVERTED: states[REVERTED],
+        ABSENT: states[ABSENT],
         SKIPPED: sum(skipped.values()),
         "skipped_because": dict(sorted(skipped.items())),
         "unfit": sum(disk["unfit"] for report in reports for disk in report["skipped_disks"]),

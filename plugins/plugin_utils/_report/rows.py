@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import typing as t
 
-from ...module_utils._disk.verdict import CREATED, FAILED
+from ...module_utils._disk.verdict import FAILED, examined_image
 
 Result = t.Mapping[str, t.Any]  # what a module returned, or what Ansible says in its place
 
 # What can be wrong of which no module tells. docs/refusals.md has the same words, with what to do.
 ReportCode = t.Literal[
-    "held_back",
     "module_failed",
     "no_backup",
     "no_match",
@@ -27,6 +26,7 @@ ReportCode = t.Literal[
 ]
 
 _MODULE_FAILED: ReportCode = "module_failed"
+_CONSEQUENCES = (None, "group_failed", "held_back")  # codes that only follow from another problem
 
 
 class Problem(t.NamedTuple):
@@ -43,6 +43,7 @@ class Found(t.NamedTuple):
     skipped_disks: t.Sequence[Result]
     problems: t.Sequence[Problem]
     checkpoints: t.Sequence[tuple[str, Result]]  # those of libvirt, with the name of the domain
+    lost_checkpoints: t.Sequence[Result] = ()  # that went with the overlays of a domain that has gone back
 
 
 def problem(code: ReportCode, msg: str) -> Problem:
@@ -56,7 +57,7 @@ def from_disks(result: Result | None, check_mode: bool) -> Found:
         return found_nothing(result)
     overlays = [_row(overlay, None, check_mode) for overlay in result["overlays"]]
     # What only follows from another problem is told with the overlay alone.
-    failed = [one for one in overlays if one.get("code", "group_failed") != "group_failed"]
+    failed = [one for one in overlays if one.get("code") not in _CONSEQUENCES]
     return Found(overlays, [], [Problem(one["code"], one["msg"]) for one in failed], [])
 
 
@@ -76,7 +77,9 @@ def from_domains(result: Result | None, check_mode: bool) -> Found:
         for disk in domain["skipped_disks"]
     ]
     checkpoints = [(domain["name"], checkpoint) for domain in domains for checkpoint in domain["checkpoints"]]
-    return Found(overlays, skipped, [Problem(one["code"], one["msg"]) for one in domains if "msg" in one], checkpoints)
+    lost = [{"domain": one["name"], "checkpoint": name} for one in domains for name in one.get("lost_checkpoints", ())]
+    wrong = [Problem(one["code"], one["msg"]) for one in domains if one.get("code") not in _CONSEQUENCES]
+    return Found(overlays, skipped, wrong, checkpoints, lost)
 
 
 def found_nothing(result: Result | None) -> Found:
@@ -86,7 +89,7 @@ def found_nothing(result: Result | None) -> Found:
 
 def _row(overlay: Result | None, domain: Result | None, check_mode: bool) -> dict[str, t.Any]:
     """Return what the report says of one overlay, or of a domain that did not get as far as overlays."""
-    source: Result = overlay or {"path": None, "backing_file": None, "bitmaps": [], "skipped_bitmaps": []}
+    source: Result = overlay or {"path": None, "backing_file": None}
     # What belongs to a domain that failed is not in use, whatever became of it by itself.
     is_lost = domain is not None and domain["state"] == FAILED
     state = FAILED if is_lost else source["state"]
@@ -95,12 +98,12 @@ def _row(overlay: Result | None, domain: Result | None, check_mode: bool) -> dic
         "domain": domain["name"] if domain is not None else None,
         "path": source["path"],
         "backing_file": source["backing_file"],
-        # Of which the chain tells: the topmost image, which in check mode is not there yet.
-        "examine": source["backing_file"] if check_mode and state == CREATED else source.get("topmost", source["path"]),
+        "examine": examined_image(source, is_planned=check_mode) if state != FAILED else source["path"],
         "state": state,
-        "bitmaps": [bitmap["name"] for bitmap in source["bitmaps"]] if state != FAILED else [],
+        "kept_as": source.get("kept_as"),
+        "bitmaps": [bitmap["name"] for bitmap in source.get("bitmaps", ())] if state != FAILED else [],
         "skipped_bitmaps": [
-            {"name": bitmap["name"], "reason": bitmap["reason"]} for bitmap in source["skipped_bitmaps"]
+            {"name": bitmap["name"], "reason": bitmap["reason"]} for bitmap in source.get("skipped_bitmaps", ())
         ],
         **({"msg": failure.get("msg"), "code": failure.get("code")} if state == FAILED else {}),
     }

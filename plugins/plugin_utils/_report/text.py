@@ -8,9 +8,16 @@ from __future__ import annotations
 
 import typing as t
 
-from ...module_utils._disk.verdict import CREATED, FAILED, PRESENT, SKIPPED
+from ...module_utils._disk.verdict import ABSENT, COMMITTED, CREATED, FAILED, PRESENT, REVERTED, SKIPPED
 from .fleet import NOT_RUN
 from .host import OK, UNREACHABLE
+
+STATES = (CREATED, PRESENT, COMMITTED, REVERTED, ABSENT)
+STATES_OF = {  # of what is asked for; those of something else are shown if there are any
+    PRESENT: (CREATED, PRESENT),
+    COMMITTED: (COMMITTED, ABSENT),
+    REVERTED: (REVERTED, ABSENT),
+}
 
 
 def summary_of_host(report: t.Mapping[str, t.Any]) -> str:
@@ -23,8 +30,9 @@ def summary_of_host(report: t.Mapping[str, t.Any]) -> str:
 def summary_of_counts(report: t.Mapping[str, t.Any]) -> str:
     """Return the counts of a host, or of the fleet, in words."""
     unfit = f", {report['unfit']} of them written to and in no snapshot" if report["unfit"] else ""
+    shown = [state for state in STATES if report[state] or state in STATES_OF[report["wanted"]]]
     counts = (
-        f"{report[CREATED]} created, {report[PRESENT]} present, {report[SKIPPED]} skipped"
+        f"{', '.join(f'{report[state]} {state}' for state in shown)}, {report[SKIPPED]} skipped"
         f"{reasons(report['skipped_because'])}{unfit}, {report[FAILED]} failed"
     )
     left_behind = sum(report["bitmaps_left_behind"].values())
