@@ -220,6 +220,27 @@ _value:
           description: Whether its domain writes to it and nobody has excluded it.
           type: bool
           sample: false
+    picked_snapshots:
+      description: Snapshots of domains that were merged down since they are old, or are to be.
+      type: list
+      elements: dict
+      contains:
+        domain:
+          description: Name of the domain.
+          type: str
+          sample: web
+        snapshot:
+          description: Name of the snapshot.
+          type: str
+          sample: before-upgrade
+        modified:
+          description: When the image below it was last written to, in seconds since 1970; null if that cannot be told.
+          type: int
+          sample: 1767225600
+        size:
+          description: Bytes that its images take, which deleting them frees.
+          type: int
+          sample: 2147483648
     lost_checkpoints:
       description: Checkpoints that went with overlays from which was gone back, and that libvirt has forgotten.
       type: list

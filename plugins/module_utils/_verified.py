@@ -39,7 +39,8 @@ def verified(once: Once, settings: Settings, params: t.Mapping[str, t.Any], item
     is_held_back = params["all_or_none"] and bool(preflight.failures)
     if settings.check_mode or is_held_back or not any(one["state"] in AFTER for one in before[items]):
         report = _held_back(preflight, items) if is_held_back else preflight
-        return _told(report, before, None, _chains(report.result[items], is_planned=True))
+        chains = _chains(report.result[items], is_planned=True)
+        return _told(report, before, None, chains, is_planned=settings.check_mode)
     made = _attempt(once, settings)
     if any(failure.code == "interrupted" for failure in made.failures):
         return _told(made, before, None, [])  # whoever ends the run does not want to wait for more
@@ -61,8 +62,11 @@ def _attempt(once: Once, settings: Settings) -> Report:
         return Report({"changed": False}, [exc])
 
 
-def _told(report: Report, before: Result, again: Result | None, chains: t.Sequence[Result]) -> Report:
-    return report._replace(result={**report.result, "preflight": before, "again": again, "chains": chains})
+def _told(
+    report: Report, before: Result, again: Result | None, chains: t.Sequence[Result], *, is_planned: bool = False
+) -> Report:
+    more = {"check_mode": is_planned, "preflight": before, "again": again, "chains": chains}
+    return report._replace(result={**report.result, **more})
 
 
 def _held_back(preflight: Report, items: str) -> Report:

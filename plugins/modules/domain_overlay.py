@@ -52,6 +52,21 @@ options:
     description: With O(state=committed), how many bytes per second are copied at most. V(0) is no limit.
     type: bytes
     default: 0
+  older_than:
+    description:
+      - With O(state=committed), merge down every snapshot of this collection that is older, instead of the one that
+        O(snapshot) names. A number with C(h), C(d) or C(w) for hours, days or weeks, such as V(30d).
+      - The time of a snapshot is when the image below it was last written to, of all its disks the latest. A merge
+        writes to the image below too, so a snapshot above one that was merged counts from then.
+      - Each domain's go from the oldest to the newest. Those that lie directly on each other go together if the domain
+        is shut off. Snapshots that bear no mark of this collection stay.
+      - A merge of a killed run is completed, whatever its age.
+    type: str
+  keep:
+    description:
+      - With O(state=committed) and without O(snapshot), how many of the newest snapshots of each domain stay, however
+        old they are. Without O(older_than) all others are merged down.
+    type: int
   confirm_all:
     description:
       - With O(state=reverted), must be V(true) if a pattern in O(name) consists of nothing but C(*) and C(?), so takes
@@ -75,8 +90,8 @@ options:
       - An image without the mark that is called as the snapshot would be may be the snapshot, or a clone of a template.
         It counts as the snapshot if an image below it is known to have been the domain's disk, by its mark or by a
         checkpoint, and no other disk has it. Else the domain is refused as ambiguous.
+      - Required unless O(older_than) or O(keep) is given.
     type: str
-    required: true
   disks:
     description:
       - Targets of the disks to take, such as V(vda). By default all that can take part.
@@ -242,6 +257,13 @@ EXAMPLES = r"""
     name: ["web*"]
     snapshot: before-upgrade
     state: committed
+
+- name: Merge down what is older than thirty days, but for the two newest snapshots of each domain
+  kvmfleet.qcow2.domain_overlay:
+    name: ["*"]
+    state: committed
+    older_than: 30d
+    keep: 2
 
 - name: Go back when it has not
   kvmfleet.qcow2.domain_overlay:
@@ -463,6 +485,25 @@ domains:
       type: list
       elements: str
       sample: []
+    picked_snapshots:
+      description:
+        - With O(older_than) or O(keep), the snapshots that are merged down, the oldest first.
+        - RV(domains[].overlays) has the images.
+      type: list
+      elements: dict
+      contains:
+        snapshot:
+          description: Name of the snapshot.
+          type: str
+          sample: before-upgrade
+        modified:
+          description: When the image below it was last written to, in seconds since 1970; null if that cannot be told.
+          type: int
+          sample: 1767225600
+        size:
+          description: Bytes that its images take, which deleting them frees. The images below can grow by as much.
+          type: int
+          sample: 2147483648
     lost_checkpoints:
       description:
         - With O(state=reverted), the checkpoints that went with the overlays, and that libvirt has forgotten.
@@ -506,6 +547,11 @@ again:
     - Null if there was no run, so in check mode and if everything was done already, or if it was ended by a signal.
   returned: when O(verify=true)
   type: dict
+check_mode:
+  description: Whether the result is what would be done, as in check mode.
+  returned: when O(verify=true)
+  type: bool
+  sample: false
 chains:
   description:
     - The chains of the disks that have bitmaps, as M(kvmfleet.qcow2.qcow2_info) returns C(disks). In check mode they
@@ -521,6 +567,7 @@ code:
 """
 
 import os
+import time
 import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
@@ -532,7 +579,9 @@ from ..module_utils._disk.session import Settings
 from ..module_utils._disk.verdict import root_causes
 from ..module_utils._domain.aims import GoBackTo, MergeDown, PutOnOverlays
 from ..module_utils._domain.live import Live, MergeRunningDown, PutRunningOn
-from ..module_utils._domain.plan import SnapshotRequest
+from ..module_utils._domain.merge_old import merge_old
+from ..module_utils._domain.plan import DomainOutcome, SnapshotRequest
+from ..module_utils._domain.retention import Retention, seconds_of
 from ..module_utils._domain.run import Aim, Call
 from ..module_utils._domain.wayback import WayBack
 from ..module_utils._libvirt.bindings import LIBVIRT_IMPORT_ERROR
@@ -558,7 +607,9 @@ def argument_spec() -> dict[str, t.Any]:
         "speed": {"type": "bytes", "default": MERGING["speed"]},
         "confirm_all": {"type": "bool", "default": False},
         "name": {"type": "list", "elements": "str", "required": True},
-        "snapshot": {"type": "str", "required": True},
+        "snapshot": {"type": "str"},
+        "older_than": {"type": "str"},
+        "keep": {"type": "int"},
         "disks": {"type": "list", "elements": "str"},
         "directory": {"type": "str"},
         "running": {"type": "str", "choices": ["fail", "skip", "live"], "default": "fail"},
@@ -579,7 +630,10 @@ def _put_on(params: dict[str, t.Any], live: Live | None) -> list[Aim]:
 
 
 def _merge_down(params: dict[str, t.Any], live: Live | None) -> list[Aim]:
-    request = _way_back(params)
+    return _merge(_way_back(params), live)
+
+
+def _merge(request: WayBack, live: Live | None) -> list[Aim]:
     return [*([MergeRunningDown(request, live)] if live is not None else []), MergeDown(request)]
 
 
@@ -595,7 +649,7 @@ def _go_back(params: dict[str, t.Any], _live: Live | None) -> list[Aim]:
 
 def _way_back(params: dict[str, t.Any]) -> WayBack:
     return WayBack(
-        snapshot=_snapshot(params),
+        snapshot="" if _is_retention(params) else _snapshot(params),
         targets=_targets(params),
         retire=params["retire"],
         speed=params["speed"],
@@ -613,10 +667,25 @@ OF_NEW_FILES = (
 )
 AIMS: dict[str, tuple[t.Callable[[dict[str, t.Any], Live | None], list[Aim]], t.Sequence[str]]] = {
     # What it is to do, and the options that have no meaning then.
-    "present": (_put_on, ["retire", "speed", "confirm_all"]),
+    "present": (_put_on, ["retire", "speed", "confirm_all", "older_than", "keep"]),
     "committed": (_merge_down, [*OF_NEW_FILES, "confirm_all"]),
-    "reverted": (_go_back, [*OF_NEW_FILES, "speed"]),
+    "reverted": (_go_back, [*OF_NEW_FILES, "speed", "older_than", "keep"]),
 }
+
+
+def _is_retention(params: dict[str, t.Any]) -> bool:
+    """Whether the snapshots are picked by their age; Refusal if it is not said whether, or in two ways."""
+    picks = params["older_than"] is not None or params["keep"] is not None
+    if picks == (params["snapshot"] is not None):
+        raise Refusal("bad_option", "snapshot", "give either snapshot, or older_than or keep with state=committed")
+    if params["keep"] is not None and params["keep"] < 0:
+        raise Refusal("bad_option", f"keep={params['keep']}", "must not be negative")
+    return picks
+
+
+def _retention(params: dict[str, t.Any]) -> Retention:
+    age = params["older_than"]
+    return Retention(None if age is None else seconds_of(age), params["keep"] or 0, time.time())
 
 
 def _snapshot(params: dict[str, t.Any]) -> str:
@@ -661,20 +730,23 @@ def work(module: AnsibleModule) -> Report:
     params = module.params
     make_aims, without = AIMS[params["state"]]
     refuse_given(params, without, f"state={params['state']}")
+    retention = _retention(params) if _is_retention(params) else None
     is_live = params["running"] == "live"
     refuse_given(params, [] if is_live else ["quiesce"], f"running={params['running']}")
 
     def once(settings: Settings) -> Report:
         daemon = Libvirt(params["uri"])
         live = Live(daemon.version, quiesce=params["quiesce"]) if is_live else None
-        return _report(Call(daemon, params["name"], make_aims(params, live), settings))
+        if retention is None:
+            return _report(*Call(daemon, params["name"], make_aims(params, live), settings).run())
+        request = _way_back(params)
+        return _report(*merge_old(daemon, params["name"], request, retention, lambda one: _merge(one, live), settings))
 
     return verified(once, settings, params, "domains")
 
 
-def _report(call: Call) -> Report:
-    """Do what a call is to do, and return how it ended."""
-    domains, warnings = call.run()
+def _report(domains: t.Sequence[DomainOutcome], warnings: t.Sequence[str]) -> Report:
+    """Return how the call ended."""
     result = {
         "changed": any(domain.changed for domain in domains),
         "domains": [domain.as_result() for domain in domains],

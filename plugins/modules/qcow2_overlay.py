@@ -413,6 +413,11 @@ again:
     - Null if there was no run, so in check mode and if everything was done already, or if it was ended by a signal.
   returned: when O(verify=true)
   type: dict
+check_mode:
+  description: Whether the result is what would be done, as in check mode.
+  returned: when O(verify=true)
+  type: bool
+  sample: false
 chains:
   description:
     - The chains of the disks that have bitmaps, as M(kvmfleet.qcow2.qcow2_info) returns C(disks). In check mode they

@@ -4,11 +4,11 @@
 """What the playbook costs over a fleet beside the obvious playbook, both sides in one run: 'make bench-fleet'.
 
 The hosts are the four of extensions/molecule/fleet.sh, each under many inventory names (aliases), each alias with a
-folder of its own. Controller and hosts share this machine, so a figure has the work of both. Seconds of processors (CPU)
-are counted process by process, of the controller with its ssh and of the hosts with all that runs on them, so that other
-work on the machine does not disturb them much; wall time it does. The obvious playbook makes
-each overlay by 'qemu-img create' and each bitmap by 'qemu-img bitmap --add', in loops; it is told the bitmaps' names,
-reads nothing, and verifies nothing. Where it would take too long, only the collection's side is measured.
+folder of its own. Controller and hosts share this machine, so a figure has the work of both. Seconds of processors
+(CPU) are counted process by process, of the controller with its ssh and of the hosts with all that runs on them, so
+other work on the machine does not disturb them much; wall time it does. The obvious playbook makes each overlay by
+'qemu-img create' and each bitmap by 'qemu-img bitmap --add', in loops; it is told the bitmaps' names, reads nothing,
+and verifies nothing. Where it would take too long, only the collection's side is measured.
 
 A cell of the table is named as ALIASESxDISKS, for example 40x10; the cells to measure can be given as arguments.
 """
@@ -212,7 +212,7 @@ def main() -> None:
     """Measure each cell and print the table."""
     cells = [Cell(*map(int, text.split("x"))) for text in sys.argv[1:] or CELLS]
     subprocess.run([str(FLEET_SH), "up"], check=True)
-    # So that ssh, which leaves its parent for the background, is counted with us; not the hosts, which are counted anyway.
+    # So that ssh, which leaves its parent for the background, is counted with us; not the hosts, which are counted.
     ctypes.CDLL(None, use_errno=True).prctl(SUBREAPER, 1, 0, 0, 0)
     try:
         with tempfile.TemporaryDirectory() as name:

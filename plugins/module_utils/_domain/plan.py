@@ -14,6 +14,7 @@ from .._disk.overlay import CUMULATIVE, Creation
 from .._disk.verdict import FAILED, problem_fields
 from .._libvirt.connection import Domain, Unreadable
 from .._libvirt.definition import Definition, Source
+from .retention import Picked
 
 
 class SnapshotRequest(t.NamedTuple):
@@ -101,6 +102,7 @@ class DomainOutcome(t.NamedTuple):
     diff: tuple[str, str] = ("", "")  # the disks' elements before and after
     tops: t.Mapping[str, str] = {}  # the topmost image of each disk, by target, as the definition has it after the task
     changed: bool = False  # whether it is to be switched, or was switched
+    picked: tuple[Picked, ...] = ()  # the snapshots that are to be merged down since they are old
     lost: tuple[str, ...] = ()  # names of checkpoints that are gone with the images that had their bitmaps
 
     def as_result(self) -> dict[str, t.Any]:
@@ -124,6 +126,7 @@ class DomainOutcome(t.NamedTuple):
             "tpm": self.definition.has_tpm_state if self.definition else None,
             "checkpoints": [{**one.as_result(), "verified": one.name in self.verified} for one in self.checkpoints],
             "libvirt_snapshots": [printable(name) for name in self.snapshots],
+            "picked_snapshots": [one.as_result() for one in self.picked],
             "lost_checkpoints": [printable(name) for name in self.lost],
             **problem_fields(self.problems),
         }

@@ -30,20 +30,31 @@ from .inventory import DiskFacts
 from .names import Found, find_snapshot, flattened, flattened_one
 from .overlay import stated_problems
 from .plan import DiskPlan, DomainPlan, NotReady, SkippedDisk, not_shut_off
+from .retention import NO_STEP, Step
 
 WHY_SAVED = "has a managed save, which would go on with the images that are there now"
 _NOT_ON_IT = "is not on the snapshot"
+_NONE_OLD = "has no snapshot that is to go"
 
 
 class WayBack(t.NamedTuple):
     """What is wanted of every domain that is to leave a snapshot."""
 
-    snapshot: str
+    snapshot: str  # the topmost one that is merged down, or the lowest one that is gone back from
     targets: tuple[str, ...] | None = None  # None: all disks that are on it
     retire: How | None = None  # what becomes of the images that are not needed any more; None: what is usual
     speed: int = 0  # bytes per second of a merge; 0 is no limit
     skips_running: bool = False
     directory: str | None = None  # where overlays were made, if not beside the images below
+    lowest: str | None = None  # the snapshot further down that is merged down with it; all in between are, too
+    steps: t.Mapping[str, Step] | None = None  # by the UUID of the domain, instead of the two above
+
+    def of(self, domain: Domain) -> WayBack:
+        """Return what is wanted of this domain."""
+        if self.steps is None:
+            return self
+        step = self.steps.get(domain.uuid, NO_STEP)
+        return self._replace(snapshot=step.highest, lowest=step.lowest, steps=None)
 
 
 class Left(t.NamedTuple):
@@ -77,6 +88,8 @@ def plan_way_back(
     domain: Domain, facts: t.Sequence[DiskFacts], request: WayBack, plan_disk: PlanDisk, not_ready: NotReady
 ) -> DomainPlan:
     """Return the plan for a domain. A disk that is not on the snapshot takes no part."""
+    not_on_it = _NOT_ON_IT if request.steps is None else _NONE_OLD
+    request = request.of(domain)
     disks, skipped = [], []
     for one in facts:
         target = one.disk.target
@@ -89,7 +102,7 @@ def plan_way_back(
         if planned is not None:
             disks.append(planned)
         else:
-            skipped.append(SkippedDisk(target, unfit or _NOT_ON_IT))
+            skipped.append(SkippedDisk(target, unfit or not_on_it))
     problems = [problem for disk in disks for problem in disk.problems]
     if disks:
         problems += not_ready(domain, disks)
@@ -142,6 +155,9 @@ def plan_merge(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark, f
     """Return the plan for a disk that is on the snapshot."""
     place = facts.layers.index(found.overlay)
     above = facts.layers[place - 1].path if place else None
+    if request.lowest is not None and request.lowest != request.snapshot:
+        lowest = find_snapshot(facts, domain.name, mark._replace(snapshot=request.lowest), frozenset)
+        found = found._replace(below=lowest.below) if lowest is not None else found
     merge = CommitRequest(
         path=found.overlay.path,
         backing_file=found.below.path,
@@ -193,7 +209,7 @@ def _unstated(facts: DiskFacts) -> Source | None:
 
 def _chain_problems(domain: Domain, facts: DiskFacts, found: Found, mark: Mark) -> list[Refusal]:
     """Return why the images below the disk must not be touched."""
-    part = facts.layers[: facts.layers.index(found.overlay) + 2]
+    part = facts.layers[: facts.layers.index(found.below) + 1]
     return [
         *stated_problems(domain.name, facts.disk, facts.layers),
         *_shared(domain, facts, mark, part),
@@ -256,11 +272,25 @@ def _left_by_commit(base: Layer, mark: Mark) -> Left | None:
     return Left(top) if is_it else None
 
 
+def begun_merge(base: Layer) -> Mark | None:
+    """Return the mark of the snapshot of which a killed run has begun the merge into this image, if there is one."""
+    path = None if base.is_device else find_vault(place_of(base.real_path, base.is_device, ""))
+    if path is None:
+        return None
+    with open_vault(path) as file:
+        top = read_vault(file).top_path
+    return None if top is None else _mark_of(top)
+
+
 def bears(path: str, mark: Mark) -> bool:
     """Whether an image bears the mark; not if it cannot be read."""
+    return _mark_of(path) == mark
+
+
+def _mark_of(path: str) -> Mark | None:
     with contextlib.suppress(Refusal, OSError), open_image(path) as file:
-        return read_head(file).mark == mark
-    return False
+        return read_head(file).mark
+    return None
 
 
 def left_over(facts: DiskFacts, request: WayBack, mark: Mark) -> Left | None:

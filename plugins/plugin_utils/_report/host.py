@@ -110,6 +110,7 @@ def host_report(steps: Steps, check_mode: bool) -> dict[str, t.Any]:
         "wanted": steps.wanted,
         "overlays": overlays,
         "skipped_disks": [disk for one in found for disk in one.skipped_disks],
+        "picked_snapshots": [one for some in found for one in some.picked_snapshots],
         "lost_checkpoints": [one for some in found for one in some.lost_checkpoints],
         "examined": list(dict.fromkeys(overlay["examine"] for overlay in overlays if overlay["bitmaps"])),
         "unverified": chains.unverified,

@@ -43,6 +43,7 @@ class Found(t.NamedTuple):
     skipped_disks: t.Sequence[Result]
     problems: t.Sequence[Problem]
     checkpoints: t.Sequence[tuple[str, Result]]  # those of libvirt, with the name of the domain
+    picked_snapshots: t.Sequence[Result] = ()  # that are merged down since they are old
     lost_checkpoints: t.Sequence[Result] = ()  # that went with the overlays of a domain that has gone back
 
 
@@ -79,7 +80,8 @@ def from_domains(result: Result | None, check_mode: bool) -> Found:
     checkpoints = [(domain["name"], checkpoint) for domain in domains for checkpoint in domain["checkpoints"]]
     lost = [{"domain": one["name"], "checkpoint": name} for one in domains for name in one.get("lost_checkpoints", ())]
     wrong = [Problem(one["code"], one["msg"]) for one in domains if one.get("code") not in _CONSEQUENCES]
-    return Found(overlays, skipped, wrong, checkpoints, lost)
+    picked = [{"domain": one["name"], **old} for one in domains for old in one.get("picked_snapshots", ())]
+    return Found(overlays, skipped, wrong, checkpoints, picked, lost)
 
 
 def found_nothing(result: Result | None) -> Found:

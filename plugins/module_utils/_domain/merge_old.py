@@ -1,0 +1,138 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change at any time.
+"""Merge down the old snapshots of all domains: pick them once, then one call after the other, the lowest first.
+
+They are picked once, since each merge writes to the image from whose last write the age of the next one counts.
+"""
+
+from __future__ import annotations
+
+import os
+import typing as t
+
+from .._base.errors import Refusal
+from .._disk.session import Settings
+from .._disk.verdict import COMMITTED, FAILED
+from .._libvirt.connection import Domain, Libvirt
+from .._qcow2.chain import Layer
+from .inventory import DiskFacts, Inventory
+from .plan import DomainOutcome
+from .retention import OwnImage, Picked, Retention, Step, pick, steps
+from .run import Aim, Call
+from .wayback import WayBack, begun_merge
+
+_BLOCK = 512  # bytes, of st_blocks
+MakeAims = t.Callable[[WayBack], t.Sequence[Aim]]
+
+
+class _Old(t.NamedTuple):
+    """What is to be merged down of one domain."""
+
+    picked: tuple[Picked, ...]
+    steps: tuple[Step, ...]
+
+
+def merge_old(
+    daemon: Libvirt,
+    names: t.Sequence[str],
+    request: WayBack,
+    retention: Retention,
+    make_aims: MakeAims,
+    settings: Settings,
+) -> tuple[list[DomainOutcome], list[str]]:
+    """Merge down what is old; return what became of each domain, and warnings. `request` says the rest."""
+    old = _find_old(daemon, names, request.targets, retention)
+    outcomes: dict[str, DomainOutcome] = {}
+    warnings: list[str] = []
+    # A domain without anything old is in the first round all the same, so that it is told of.
+    for number in range(max([1, *(len(one.steps) for one in old.values())])):
+        own = {uuid: one.steps[number] for uuid, one in old.items() if number < len(one.steps)}
+        goes_on = [one.name for one in outcomes.values() if one.uuid in own and one.state != FAILED]
+        if number and not goes_on:
+            continue
+        call = Call(daemon, goes_on if number else names, make_aims(request._replace(steps=own)), settings)
+        found, more = call.run()
+        warnings += more
+        for one in found:
+            outcomes[one.name] = _together(outcomes[one.name], one) if one.name in outcomes else one
+    told = [one._replace(picked=old[one.uuid].picked) if one.uuid in old else one for one in outcomes.values()]
+    return told, list(dict.fromkeys(warnings))
+
+
+def _together(first: DomainOutcome, then: DomainOutcome) -> DomainOutcome:
+    """Return what became of a domain in two rounds, of which the first one did not fail."""
+    taking_part = {target for target, _verdict in (*first.overlays, *then.overlays)}
+    return then._replace(
+        state=first.state if then.state != FAILED and first.state == COMMITTED else then.state,
+        changed=first.changed or then.changed,
+        overlays=(*first.overlays, *then.overlays),
+        skipped=tuple(one for one in then.skipped if one.target not in taking_part),
+        diff=(first.diff[0] + then.diff[0], first.diff[1] + then.diff[1]),
+    )
+
+
+def _find_old(
+    daemon: Libvirt, names: t.Sequence[str], targets: tuple[str, ...] | None, retention: Retention
+) -> dict[str, _Old]:
+    """Return by its UUID what is to be merged down of each domain."""
+    inventory = Inventory(daemon.domains())
+    found, _unmatched = inventory.select(names)
+    old = {}
+    for domain in found:
+        if isinstance(domain, Domain):
+            disks = [one for one in domain.definition.disks if targets is None or one.target in targets]
+            facts = [inventory.facts(domain, disk) for disk in disks]
+            images = [image for one in facts for image in _own_images(domain.uuid, one)]
+            begun = list(dict.fromkeys(name for one in facts for name in _begun(domain.uuid, one)))
+            picked = pick(images, begun, retention)
+            # libvirt merges one image of a running domain at a time.
+            old[domain.uuid] = _Old(tuple(picked), tuple(steps(picked, images, joins=domain.state is None)))
+    return old
+
+
+def _own_images(uuid: str, facts: DiskFacts) -> t.Iterator[OwnImage]:
+    """Yield the images of a disk that are snapshots of ours."""
+    for place, (layer, below) in enumerate(zip(facts.layers, facts.layers[1:])):
+        snapshot = _snapshot_of(layer, uuid, facts)
+        if snapshot is not None:
+            height = len(facts.layers) - 1 - place
+            yield OwnImage(facts.disk.target, snapshot, height, _modified(below), _size(layer))
+
+
+def _snapshot_of(layer: Layer, uuid: str, facts: DiskFacts) -> str | None:
+    """Return the name of the snapshot that an image is by its mark; None if it is none of this domain."""
+    mark = layer.image.mark if layer.image else None
+    return mark.snapshot if mark is not None and mark.vm == uuid and layer in facts.own else None
+
+
+def _begun(uuid: str, facts: DiskFacts) -> t.Iterator[str]:
+    """Yield the snapshots of a disk of which a killed run has begun the merge, the lowest first."""
+    for place, base in enumerate(facts.layers):
+        try:
+            mark = begun_merge(base) if base in facts.own else None
+        except Refusal:  # of a vault that cannot be read; the merge itself will tell of it
+            continue
+        if mark is None or mark.vm != uuid:
+            continue
+        above = [_snapshot_of(layer, uuid, facts) for layer in reversed(facts.layers[:place])]
+        if mark.snapshot in above:
+            yield from (name for name in above[: above.index(mark.snapshot)] if name is not None)
+        yield mark.snapshot
+
+
+def _modified(layer: Layer) -> int | None:
+    """Return when an image was last written to, in seconds since 1970; None if that cannot be told."""
+    try:
+        return None if layer.is_device else int(os.stat(layer.real_path).st_mtime)
+    except OSError:
+        return None
+
+
+def _size(layer: Layer) -> int:
+    """Return the bytes that an image takes on its file system."""
+    try:
+        return os.stat(layer.real_path).st_blocks * _BLOCK
+    except OSError:
+        return 0
