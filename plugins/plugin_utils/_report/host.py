@@ -35,10 +35,11 @@ def pass_of(
     before: Result | None = None, run: Result | None = None, after: Result | None = None, *, check_mode: bool
 ) -> Pass:
     """Return the results of one module, of which a run with the option verify has several in one."""
-    if run is None or (before is None and after is None and _has_no_items(run) and "code" in run):
-        return Pass(run or before)  # it was refused before anything was done
+    if run is None:
+        return Pass(before)
     if "preflight" not in run:
-        return Pass(before, run, after)
+        is_refused = before is None and after is None and _has_no_items(run) and "code" in run
+        return Pass(run) if is_refused else Pass(before, run, after)
     return Pass(run) if check_mode else Pass(run["preflight"], run, after or run["again"])
 
 

@@ -71,7 +71,9 @@ def test_a_run_is_looked_at_before_and_after(images):
         ["created", "created"],
         ["present", "present"],
     ]
-    assert result["changed"] and not report.failures and result["check_mode"] is False
+    assert result["changed"]
+    assert not report.failures
+    assert result["check_mode"] is False
     assert [disk["path"] for disk in result["chains"]] == [f"{images}/a.snap", f"{images}/b.snap"]
     assert all(disk["checkpoints"][0]["valid"] for disk in result["chains"])
 
@@ -137,7 +139,8 @@ def test_a_look_that_is_refused_after_the_run_is_told_and_so_is_the_run(images):
         return call.once(settings)
 
     report = verified(once, SETTINGS, ALONE, "overlays")
-    assert states(report.result) == ["created"] and not report.failures
+    assert states(report.result) == ["created"]
+    assert not report.failures
     assert report.result["again"] == {"msg": "x: does not answer.", "code": "libvirt_unreachable"}
 
 
@@ -150,7 +153,8 @@ def test_a_run_that_is_refused_altogether_is_looked_at(images):
     call.before_run = refuse
     report = call.verified()
     assert call.modes == ["look", "run", "look"]
-    assert "overlays" not in report.result and [one.code for one in report.failures] == ["no_qemu"]
+    assert "overlays" not in report.result
+    assert [one.code for one in report.failures] == ["no_qemu"]
     assert states(report.result["again"]) == ["created"]
 
 

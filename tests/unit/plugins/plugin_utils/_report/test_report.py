@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils._report.fleet import fleet_report
-from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils._report.host import Pass, Steps, host_report
+from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils._report.host import Pass, Steps, host_report, pass_of
 from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils._report.text import summary_of_fleet, summary_of_host
 
 GONE = {"unreachable": True, "changed": False, "msg": "Connection refused"}
@@ -394,3 +394,97 @@ def test_where_nobody_could_look_it_may_be(unknown):
 def test_the_hosts_to_repeat_are_those_that_are_not_ok():
     hosts = {"hv1": asked(["*"], "web"), "hv2": report([GONE]), "hv3": report(problem="x"), "hv4": None}
     assert fleet_report(hosts, check_mode=False)["repeat"] == ["hv2", "hv3", "hv4"]
+
+
+def in_one_call(*overlays, before=None, again=(), **more):
+    """Return what qcow2_overlay returns with the option verify."""
+    looks = {"preflight": before or of_disks(*overlays), "again": again and of_disks(*again), "check_mode": False}
+    return {**of_disks(*overlays), **looks, "chains": chains((A, {"monday": VALID}, {}))["disks"], **more}
+
+
+def test_a_run_with_verify_tells_all_three_steps():
+    one = in_one_call(overlay(A), again=[overlay(A, "present")])
+    result = report(pass_of(None, one, check_mode=False))
+    assert (result["state"], result["created"], result["examined"]) == ("ok", 1, [A])
+    one = in_one_call(overlay(A), again=[overlay(A)])
+    assert "the idempotence check finds otherwise" in messages(report(pass_of(None, one, check_mode=False)))[0]
+    one = in_one_call(overlay(A), again=[overlay(A, "present")], chains=chains((A, {"monday": BROKEN}, {}))["disks"])
+    assert [one["code"] for one in report(pass_of(None, one, check_mode=False))["problems"]] == ["no_backup"]
+
+
+def test_what_was_held_back_is_told_with_the_overlay_alone():
+    held = overlay(A, "failed", code="held_back", msg="is left as it is.")
+    one = in_one_call(held, overlay("/b.snap.qcow2", "failed"), before=of_disks(overlay(A)), again=None)
+    result = report(pass_of(None, one, check_mode=False))
+    assert (result["created"], result["failed"]) == (0, 2)
+    assert [one["code"] for one in result["overlays"]] == ["held_back", "in_use"]
+    assert [one["code"] for one in result["problems"]] == ["in_use"]
+
+
+def test_a_refusal_before_anything_was_done_is_no_loss():
+    refused = {"failed": True, "msg": "wrong.", "code": "bad_option"}
+    assert report(pass_of(None, refused, check_mode=False))["problems"] == [{"code": "bad_option", "msg": "wrong."}]
+
+
+def test_of_a_run_that_is_lost_a_look_afterwards_tells():
+    result = report(pass_of(None, CRASHED, of_disks(overlay(A, "present")), check_mode=False), chains=chains())
+    assert (result["present"], result["state"]) == (1, "failed")
+    assert [one["code"] for one in result["problems"]][:2] == ["module_failed", "module_failed"]
+    # A prediction of the look afterwards is no deed.
+    assert report(pass_of(None, CRASHED, of_disks(overlay(A)), check_mode=False))["failed"] == 1
+
+
+def test_a_run_that_was_refused_after_the_first_look_is_told_by_the_second():
+    refused = {"failed": True, "msg": "gone.", "code": "no_qemu", "changed": False}
+    one = {**refused, "preflight": of_disks(overlay(A)), "again": of_disks(overlay(A)), "chains": []}
+    result = report(pass_of(None, one, check_mode=False))
+    assert (result["created"], result["failed"]) == (0, 1)
+    assert result["problems"][0] == {"code": "no_qemu", "msg": "gone."}
+
+
+def test_a_host_that_is_not_reached_in_its_only_call_is_just_that():
+    result = report(pass_of(None, GONE, check_mode=False))
+    assert (result["state"], messages(result)) == ("unreachable", ["Connection refused"])
+
+
+def test_check_mode_reads_what_would_be_done():
+    one = in_one_call(
+        overlay(A), again=None, check_mode=True, chains=chains(("/a.qcow2", {"monday": VALID}, {}))["disks"]
+    )
+    result = report(pass_of(None, one, check_mode=True), check_mode=True)
+    assert (result["created"], result["examined"], result["state"]) == (1, ["/a.qcow2"], "ok")
+
+
+@pytest.mark.parametrize("state", ["committed", "reverted"])
+def test_what_is_done_must_be_absent_then(state):
+    done, gone = overlay(A, state, kept_as=f"{A}.{state}"), overlay(A, "absent")
+    result = report(
+        [of_disks(done), of_disks(done), of_disks(gone)], chains=chains(("/a.qcow2", {"monday": VALID}, {}))
+    )
+    assert (result["state"], result[state], result["absent"]) == ("ok", 1, 0)
+    assert (result["overlays"][0]["kept_as"], result["overlays"][0]["examine"]) == (f"{A}.{state}", "/a.qcow2")
+    result = report([of_disks(done), of_disks(done), of_disks(done)])
+    assert "a second run would do it once more" in messages(result)[0]
+
+
+@pytest.mark.parametrize(
+    "wanted, words",
+    [
+        ("present", "0 created, 0 present, 1 committed, 0 skipped, 0 failed"),
+        ("committed", "1 committed, 0 absent, 0 skipped, 0 failed"),
+        ("reverted", "1 committed, 0 reverted, 0 absent, 0 skipped, 0 failed"),
+    ],
+)
+def test_the_line_of_a_host_has_the_counts_of_what_was_asked_for(wanted, words):
+    result = report([of_disks(overlay(A, "committed", bitmaps=()))], wanted=wanted, check_mode=True)
+    assert summary_of_host(result).startswith(words)
+    assert fleet_report({"hv1": None, "hv2": result}, check_mode=True)["wanted"] == wanted
+
+
+def test_what_went_with_domains_is_told_by_domain():
+    made = of_domains(("web", "reverted", overlay(A, "reverted", bitmaps=())))
+    made["domains"][0]["lost_checkpoints"] = ["tuesday"]
+    made["domains"][0]["picked_snapshots"] = [{"snapshot": "jan", "modified": 1, "size": 2}]
+    result = report((), [made])
+    assert result["lost_checkpoints"] == [{"domain": "web", "checkpoint": "tuesday"}]
+    assert result["picked_snapshots"] == [{"domain": "web", "snapshot": "jan", "modified": 1, "size": 2}]
