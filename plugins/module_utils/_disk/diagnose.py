@@ -157,15 +157,17 @@ def _vault_problems(layer: Layer, top: Layer, image: Image) -> list[Refusal]:
     return [problem] if problem is not None else []
 
 
-def with_others(patients: t.Sequence[Patient]) -> list[Standing]:
-    """Return the images with those that stand on them and are in other chains, as the folders of this one show."""
+def with_others(patients: t.Sequence[Patient], known: t.Mapping[str, str]) -> list[Standing]:
+    """Return the images with what stands on them and is in other chains, as the folders of this one show.
+
+    `known` has beside that what else has an image, by its real path.
+    """
     ours = {one.layer.identity for one in patients}
     folders = dict.fromkeys(os.path.dirname(one.layer.real_path) for one in patients if not one.layer.is_device)
     standing = all_standing_on(ours, folders, ours)
-    return [
-        one.standing._replace(others=tuple(path for path in standing[one.layer.identity] if not _KEPT.search(path)))
-        for one in patients
-    ]
+    there = [[path for path in standing[one.layer.identity] if not _KEPT.search(path)] for one in patients]
+    named = [[known[one.layer.real_path]] if one.layer.real_path in known else [] for one in patients]
+    return [one.standing._replace(others=(*paths, *names)) for one, paths, names in zip(patients, there, named)]
 
 
 def bits_to_be(patients: t.Sequence[Patient], plan: Plan, held: Held) -> list[Bits]:

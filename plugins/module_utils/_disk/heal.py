@@ -60,11 +60,14 @@ class HealRequest(t.NamedTuple):
     state: str = VALID
     assume_not_emptied: bool = False
     cumulative: bool = False
+    removed: tuple[str, ...] = ()  # beside those that are to be valid
+    domain: str | None = None  # whose disks are done all or none, each with all that is asked for
+    others: tuple[tuple[str, str], ...] = ()  # real path of an image of the chain, and who else has it, as far as known
 
     @property
     def vm(self) -> str:
-        """Each disk has its turn by itself."""
-        return self.path
+        """Without a domain each disk has its turn by itself."""
+        return self.domain or self.path
 
 
 class Standing(t.NamedTuple):
@@ -243,7 +246,8 @@ class _Draft:
         """Return the plan."""
         asked = names_asked(self._request, self._chain)
         act = self._heal if self._request.state == VALID else self._remove
-        found = [one for name in asked for one in act(name)]
+        found = [one for name in self._request.removed for one in self._remove(name)]
+        found += [one for name in asked for one in act(name)]
         self._take_in(asked)
         checkpoints = judge_all(_layers(self._chain, self._wants, self._written), complete=True)
         checkpoints.sort(key=lambda one: one.name)  # the order in an image changes when it is written
@@ -279,7 +283,8 @@ class _Draft:
             if name not in image.bitmaps:
                 continue
             problem = problem or self._barred.get(place)
-            if problem is not None and problem.code == "has_overlay" and place > 0 and self._request.names is None:
+            is_template = problem is not None and problem.code == "has_overlay" and place > 0
+            if is_template and (self._request.names is None or name in self._request.removed):
                 break  # what a template has is meant only by its name
             if problem is None:
                 del self._wants[place][name]

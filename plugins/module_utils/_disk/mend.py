@@ -83,7 +83,10 @@ class MendBitmaps:
         standing = [one.standing for one in patients]
         plan = heal.decide(request, standing)
         if plan.written or request.state == heal.ABSENT:  # to look through whole folders takes its time
-            plan = heal.decide(request, with_others(patients))
+            plan = heal.decide(request, with_others(patients, dict(request.others)))
+        wrong = [one.problem for one in plan.found if one.problem is not None]
+        if wrong and request.domain is not None:
+            return self.refused(request, wrong)
         bits = bits_to_be(patients, plan, held)
         changed = {
             place: names
@@ -210,7 +213,7 @@ def _items(request: HealRequest, work: _Work) -> t.Iterator[Item]:
             yield Item(name, image, FAILED, problem=problem)
         elif place is not None:
             yield _written(name, place, work)
-        elif request.state == heal.ABSENT:
+        elif request.state == heal.ABSENT or name in request.removed:
             yield Item(name, image, heal.ABSENT)
         else:
             dirty = _dirty_bytes(name, image, work)

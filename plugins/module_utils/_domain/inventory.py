@@ -89,6 +89,14 @@ class Inventory:
             problem=chain.problem,
         )
 
+    def sharers(self, facts: DiskFacts) -> tuple[tuple[str, str], ...]:
+        """Return the images of the chain that another disk has without the topmost one, and of which domain that is."""
+        if not facts.layers:
+            return ()
+        own = self._users_of(facts.layers[0])
+        others = [(layer, sorted(self._users_of(layer) - own)) for layer in facts.layers[1:]]
+        return tuple((layer.real_path, f"a disk of the domain {users[0][0]}") for layer, users in others if users)
+
     def _disks(self) -> t.Iterator[tuple[Domain, DomainDisk]]:
         """Yield every disk, with its domain."""
         for domain in self._domains.values():

@@ -69,7 +69,7 @@ class DomainLook(t.NamedTuple):
 def look(daemon: Libvirt, names: t.Sequence[str], *, counts: bool) -> tuple[list[DomainLook | Unreadable], list[str]]:
     """Return what was read of the domains of these names and patterns, and warnings; with `counts` dirty bytes too."""
     found, unmatched = Inventory(daemon.domains()).select(names)
-    looks = [one if isinstance(one, Unreadable) else _look_at(daemon, one, counts=counts) for one in found]
+    looks = [one if isinstance(one, Unreadable) else look_at(daemon, one, counts=counts) for one in found]
     # A host without domains is fine, if nothing but all of them was asked for.
     warnings = [f"{one}: no domain of this host matches it." for one in unmatched if one != "*"]
     of_domains = [warning for one in looks if isinstance(one, DomainLook) for warning in one.warnings]
@@ -89,7 +89,7 @@ def unreadable_as_result(one: Unreadable) -> dict[str, t.Any]:
     }
 
 
-def _look_at(daemon: Libvirt, domain: Domain, *, counts: bool) -> DomainLook | Unreadable:
+def look_at(daemon: Libvirt, domain: Domain, *, counts: bool) -> DomainLook | Unreadable:
     """Look at one domain."""
     try:
         kept = daemon.kept_now(domain)

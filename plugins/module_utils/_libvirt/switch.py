@@ -23,12 +23,7 @@ def switch(daemon: Libvirt, domain: Domain, sources: t.Mapping[str, Source], new
     Raises Refusal if the old definition stands, UnknownOutcomeError if that is unknown. If the domain is just being
     started with the old definition, wait up to `seconds` for that start to fail on our locks.
     """
-    try:
-        handle = daemon.connection.lookupByUUIDString(domain.uuid)
-        _check_unchanged(handle, domain)
-    except LibvirtError as exc:
-        why = f"libvirt cannot look at it: {words_of(exc)}"
-        raise Refusal("libvirt_failed", domain.name, why, "Run this again.") from exc
+    handle = check_unchanged(daemon, domain)
     error = "libvirt took it, but made something else of it"
     try:
         daemon.connection.defineXML(new.text)
@@ -84,17 +79,28 @@ def wait_for_start(handle: t.Any, domain: Domain, seconds: float) -> None:
         raise _unknown(domain, f"libvirt says: {words_of(exc)}") from exc
 
 
-def _check_unchanged(handle: t.Any, domain: Domain) -> None:
-    """Refuse a domain that is not any more what was judged."""
+def check_unchanged(daemon: Libvirt, domain: Domain) -> t.Any:
+    """Return libvirt's handle of a domain; Refusal if it is not any more what was judged."""
+    try:
+        handle = daemon.connection.lookupByUUIDString(domain.uuid)
+        changed = _how_changed(handle, domain)
+    except LibvirtError as exc:
+        why = f"libvirt cannot look at it: {words_of(exc)}"
+        raise Refusal("libvirt_failed", domain.name, why, "Run this again.") from exc
+    if changed is not None:
+        raise Refusal("changed_meanwhile", domain.name, *changed)
+    return handle
+
+
+def _how_changed(handle: t.Any, domain: Domain) -> tuple[str, str] | None:
+    """Return how a domain is not any more what was judged, and the way out."""
     if handle.isActive():
-        why, remedy = "was started meanwhile", "Shut it down and run this again."
-    elif handle.hasManagedSaveImage(0):
-        why, remedy = "has got a managed save meanwhile", "Start it and shut it down, then run again."
-    elif definition_of(handle).text != domain.definition.text:
-        why, remedy = "its definition was changed meanwhile", "Run this again."
-    else:
-        return
-    raise Refusal("changed_meanwhile", domain.name, why, remedy)
+        return "was started meanwhile", "Shut it down and run this again."
+    if handle.hasManagedSaveImage(0):
+        return "has got a managed save meanwhile", "Start it and shut it down, then run again."
+    if definition_of(handle).text != domain.definition.text:
+        return "its definition was changed meanwhile", "Run this again."
+    return None
 
 
 def _unknown(domain: Domain, error: str) -> UnknownOutcomeError:

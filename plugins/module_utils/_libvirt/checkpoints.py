@@ -1,0 +1,75 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change at any time.
+"""Act: have libvirt delete checkpoints of a domain that runs, with their bitmaps."""
+
+from __future__ import annotations
+
+import typing as t
+
+from .._base.errors import Refusal
+from .bindings import LibvirtError, known, libvirt, words_of
+from .connection import Domain, Libvirt, unreadable
+from .snapshots import look_up, shut_off_meanwhile
+
+_LACKS_IT = "not found in backing chain"  # in libvirt's words, which have no code of their own for it
+
+
+class Deleted(t.NamedTuple):
+    """What became of checkpoints that were to be deleted."""
+
+    problems: t.Mapping[str, Refusal]  # by name, why one is still there
+    partly: tuple[str, ...]  # names of those of which a disk had no bitmap, so that libvirt only forgot them
+
+
+def delete_live(daemon: Libvirt, domain: Domain, names: t.Sequence[str]) -> Deleted:
+    """Have libvirt delete these checkpoints, in this order. Those that are gone are fine."""
+    if not names:
+        return Deleted({}, ())
+    handle = look_up(daemon, domain)
+    problems, partly = dict[str, Refusal](), list[str]()
+    try:
+        there = {one.getName(): one for one in known(handle.listAllCheckpoints)}
+        for name in (name for name in names if name in there):
+            error = _delete(there[name])
+            if error is not None and _LACKS_IT in words_of(error):
+                error = _forget(there[name])
+                partly += [name] if error is None else []
+            if error is not None:
+                problems[name] = _refusal(handle, domain, name, error)
+        left = {one.getName() for one in known(handle.listAllCheckpoints)}
+    except LibvirtError as exc:
+        raise unreadable(domain.name, exc) from exc
+    for name in names:
+        if name in left and name not in problems:
+            why = f"libvirt said that it deleted its checkpoint {name!r}, and still has it"
+            problems[name] = Refusal("libvirt_failed", domain.name, why, "See its log, then run this again.")
+    return Deleted(problems, tuple(partly))
+
+
+def _delete(checkpoint: t.Any) -> t.Any:
+    """Delete a checkpoint with its bitmaps, in all images of all disks, or not at all; return the error, if any."""
+    try:
+        checkpoint.delete(0)
+    except LibvirtError as exc:
+        return exc
+    return None
+
+
+def _forget(checkpoint: t.Any) -> t.Any:
+    try:
+        checkpoint.delete(libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
+    except LibvirtError as exc:
+        return exc
+    return None
+
+
+def _refusal(handle: t.Any, domain: Domain, name: str, error: t.Any) -> Refusal:
+    """Return the refusal of a checkpoint that libvirt has not deleted."""
+    if not handle.isActive():
+        return shut_off_meanwhile(domain)
+    why = f"libvirt could not delete its checkpoint {name!r} while it runs: {words_of(error)}"
+    # A QEMU before 6.1 cannot have the images below the topmost one written to.
+    remedy = "Run this again when it is shut off: then it is done without libvirt."
+    return Refusal("libvirt_failed", domain.name, why, remedy)
