@@ -347,7 +347,10 @@ def _removed_orphans(items: t.Sequence[tuple[str, heal.Item]], decision: Decisio
     for target, item in items:
         if item.state == heal.REMOVED and item.name in decision.orphans.get(target, ()):
             found.setdefault((target, item.image or ""), []).append(printable(item.name))
-    return [{"target": target, "image": printable(image), "bitmaps": names} for (target, image), names in found.items()]
+    return [
+        {"target": target, "image": printable(image), "bitmaps": sorted(names)}
+        for (target, image), names in found.items()
+    ]
 
 
 def _diff(
