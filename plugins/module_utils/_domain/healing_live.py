@@ -68,21 +68,11 @@ def why_not_deleted(version: tuple[int, int, int], domain: Domain) -> Refusal | 
     return Refusal("old_libvirt", domain.name, why, "Update libvirt, or shut the domain down and run this again.")
 
 
-def remove_from_running(
-    daemon: Libvirt, domain: Domain, fates: t.Sequence[Fate], *, check_mode: bool
-) -> tuple[list[Fate], list[str]]:
-    """Have libvirt delete the checkpoints that are to go; return the fates as they are then, and warnings."""
+def remove_from_running(daemon: Libvirt, domain: Domain, fates: t.Sequence[Fate], *, check_mode: bool) -> list[Fate]:
+    """Have libvirt delete the checkpoints that are to go; return the fates as they are then."""
     names = [one.name for one in fates if one.state == heal.REMOVED]
     refusal = why_not_deleted(daemon.version, domain) if names else None
     if refusal is not None:
-        return [one._replace(problem=refusal) if one.name in names else one for one in fates], []
-    if check_mode:
-        return list(fates), []
-    deleted = delete_live(daemon, domain, names)
-    warnings = [
-        f"{domain.name}: a disk had no bitmap of the checkpoint {name!r}, so libvirt only forgot the checkpoint. "
-        "Bitmaps that other disks have of it go with orphans=remove when the domain is shut off."
-        for name in deleted.partly
-        if sum(1 for one in fates if one.name == name for _target in one.bitmaps) > 1
-    ]
-    return [one._replace(problem=deleted.problems.get(one.name, one.problem)) for one in fates], warnings
+        return [one._replace(problem=refusal) if one.name in names else one for one in fates]
+    problems = {} if check_mode else delete_live(daemon, domain, names)
+    return [one._replace(problem=problems.get(one.name, one.problem)) for one in fates]

@@ -249,9 +249,7 @@ class HealCall:
             refusal = Refusal("running", domain.name, f"is {domain.state}", remedy)
             return HealedDomain(domain.name, domain.uuid, FAILED, plan.fates, problems=(refusal,), is_undone=True)
         try:
-            fates, warnings = remove_from_running(
-                self._daemon, domain, plan.fates, check_mode=self._settings.check_mode
-            )
+            fates = remove_from_running(self._daemon, domain, plan.fates, check_mode=self._settings.check_mode)
         except Refusal as exc:
             return HealedDomain(domain.name, domain.uuid, FAILED, plan.fates, problems=(exc,), is_undone=True)
         gone = [one.name for one in fates if one.state == heal.REMOVED and one.problem is None]
@@ -262,7 +260,7 @@ class HealCall:
             fates=tuple(fates),
             orphans=None if self._request.removes_orphans else (),
             changed=bool(gone),
-            warnings=(*warnings, *self._left_for_later(domain)),
+            warnings=tuple(self._left_for_later(domain)),
             diff=_diff(plan.look.kept, gone, ()),
         )
 

@@ -11,31 +11,27 @@ import typing as t
 from .._base.errors import Refusal
 from .bindings import LibvirtError, known, libvirt, words_of
 from .connection import Domain, Libvirt, unreadable
+from .definition import checkpoint_from, only_disk
 from .snapshots import look_up, shut_off_meanwhile
 
 _LACKS_IT = "not found in backing chain"  # in libvirt's words, which have no code of their own for it
 
 
-class Deleted(t.NamedTuple):
-    """What became of checkpoints that were to be deleted."""
+def delete_live(daemon: Libvirt, domain: Domain, names: t.Sequence[str]) -> dict[str, Refusal]:
+    """Have libvirt delete these checkpoints, in this order; return by name why one is still there.
 
-    problems: t.Mapping[str, Refusal]  # by name, why one is still there
-    partly: tuple[str, ...]  # names of those of which a disk had no bitmap, so that libvirt only forgot them
-
-
-def delete_live(daemon: Libvirt, domain: Domain, names: t.Sequence[str]) -> Deleted:
-    """Have libvirt delete these checkpoints, in this order. Those that are gone are fine."""
+    Those that are gone are fine.
+    """
     if not names:
-        return Deleted({}, ())
+        return {}
     handle = look_up(daemon, domain)
-    problems, partly = dict[str, Refusal](), list[str]()
+    problems = dict[str, Refusal]()
     try:
         there = {one.getName(): one for one in known(handle.listAllCheckpoints)}
         for name in (name for name in names if name in there):
             error = _delete(there[name])
-            if error is not None and _LACKS_IT in words_of(error):
-                error = _forget(there[name])
-                partly += [name] if error is None else []
+            if error is not None and _lacks_bitmap(error):
+                error = _delete_by_disk(handle, there[name])
             if error is not None:
                 problems[name] = _refusal(handle, domain, name, error)
         left = {one.getName() for one in known(handle.listAllCheckpoints)}
@@ -45,7 +41,28 @@ def delete_live(daemon: Libvirt, domain: Domain, names: t.Sequence[str]) -> Dele
         if name in left and name not in problems:
             why = f"libvirt said that it deleted its checkpoint {name!r}, and still has it"
             problems[name] = Refusal("libvirt_failed", domain.name, why, "See its log, then run this again.")
-    return Deleted(problems, tuple(partly))
+    return problems
+
+
+def _delete_by_disk(handle: t.Any, checkpoint: t.Any) -> t.Any:
+    """Delete what each disk has of a checkpoint; return the error, if any.
+
+    libvirt deletes nothing of a checkpoint of which one disk lacks the bitmap. So describe it to libvirt anew, with one
+    disk after the other.
+    """
+    text = checkpoint.getXMLDesc(libvirt.VIR_DOMAIN_CHECKPOINT_XML_SECURE)
+    for target in checkpoint_from(text).bitmaps:
+        one = handle.checkpointCreateXML(only_disk(text, target), libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE)
+        error = _delete(one)
+        if error is not None and _lacks_bitmap(error):
+            error = _forget(one)
+        if error is not None:
+            return error
+    return None
+
+
+def _lacks_bitmap(error: t.Any) -> bool:
+    return _LACKS_IT in words_of(error)
 
 
 def _delete(checkpoint: t.Any) -> t.Any:

@@ -6,9 +6,10 @@
 
 The calls that are made in this room: open; listAllDomains, lookupByUUIDString, defineXML, listAllStoragePools,
 getLibVersion of the connection; name, UUIDString, isActive, state, isPersistent, hasManagedSaveImage, XMLDesc,
-listAllCheckpoints, listAllSnapshots, snapshotCreateXML, fsThaw, blockCommit, blockJobInfo, blockJobAbort of a domain;
-getName, getXMLDesc, delete of a checkpoint; getName of a snapshot; name, XMLDesc, isActive, storageVolLookupByName,
-refresh of a storage pool; path, info of a volume. Never a monitor command: it taints the domain.
+listAllCheckpoints, checkpointCreateXML, listAllSnapshots, snapshotCreateXML, fsThaw, blockCommit, blockJobInfo,
+blockJobAbort of a domain; getName, getXMLDesc, delete of a checkpoint; getName of a snapshot; name, XMLDesc, isActive,
+storageVolLookupByName, refresh of a storage pool; path, info of a volume.
+Never a monitor command: it taints the domain.
 """
 
 from __future__ import annotations

@@ -224,6 +224,17 @@ def checkpoint_from(text: str) -> CheckpointParts:
     )
 
 
+def only_disk(text: str, target: str) -> str:
+    """Return the XML of a checkpoint that has the bitmap of this disk alone."""
+    document = _parse(text)
+    for part in _children(document.documentElement, "disks"):
+        for disk in _children(part, "disk"):
+            if disk.getAttribute("name") != target:
+                disk.setAttribute("checkpoint", "no")
+                disk.removeAttribute("bitmap")
+    return t.cast("str", document.documentElement.toxml())
+
+
 def pool_from(text: str) -> tuple[str, str | None]:
     """Return the type of a storage pool and the folder of its volumes (libvirt, "Storage pool XML format")."""
     root = _parse(text).documentElement
