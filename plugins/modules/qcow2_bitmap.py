@@ -90,7 +90,10 @@ notes:
     called C(.committed) or C(.reverted) count as such that nobody needs.
   - If the VM runs before an interrupted call is run again, its bitmaps are broken or right, but never look valid while
     bits are missing. Bitmaps that were lost are put back then with what they marked and all that the image holds.
+  - libvirt is not asked, and not told. A checkpoint whose bitmaps are removed is still known to it. For domains of
+    libvirt use M(kvmfleet.qcow2.domain_checkpoint).
 seealso:
+  - module: kvmfleet.qcow2.domain_checkpoint
   - module: kvmfleet.qcow2.qcow2_info
   - module: kvmfleet.qcow2.domain_info
   - module: kvmfleet.qcow2.qcow2_overlay

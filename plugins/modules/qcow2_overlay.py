@@ -202,7 +202,8 @@ notes:
     image that would go, or if a commit of these images was interrupted. It is also refused on a block device. While
     images are retired, no VM can start on them or on O(backing_file).
   - Checkpoints that were made since the snapshot are in the overlay alone. A warning names them. libvirt still has them
-    after going back; C(virsh checkpoint-delete --metadata) has it forget them. Increments that were made since the
+    after going back; M(kvmfleet.qcow2.domain_checkpoint) with
+    O(kvmfleet.qcow2.domain_checkpoint#module:unusable=remove) has it forget them. Increments that were made since the
     snapshot belong to what was discarded. Apply none of them, nor any later one, on each other.
   - Images are retired one after the other, the lowest first. If the run is killed by SIGKILL or a power loss just then,
     the same call does the rest. With O(retire=delete), images between O(path) and O(backing_file) can be left,

@@ -41,14 +41,18 @@ MAX_BITMAPS_CARRIED = 4096  # of one ACTIVE; QEMU's time grows with the square o
 MAX_ALL_BITMAP_DATA = 4 * 1024 * 1024 * 1024  # bytes of memory that QEMU needs to have all bitmaps of ACTIVE open
 _SHOWN = 5  # bitmaps that a message names
 
-_FULL = "Make a full backup with a new checkpoint, and delete this checkpoint."
+_FULL = (
+    "Make a full backup with a new checkpoint. kvmfleet.qcow2.domain_checkpoint with unusable=remove removes this one, "
+    "so that it is not in the way (without libvirt: kvmfleet.qcow2.qcow2_bitmap with state=absent)."
+)
 _HEAL = (
-    "With the VM shut off, kvmfleet.qcow2.qcow2_bitmap makes it valid again, from what the images above the lowest one "
-    "with the bitmap hold themselves."
+    "With the VM shut off, kvmfleet.qcow2.domain_checkpoint (without libvirt: kvmfleet.qcow2.qcow2_bitmap) makes it "
+    "valid again, from what the images above the lowest one with the bitmap hold themselves."
 )
 _HEAL_BY_WORD = (
-    "With the VM shut off, kvmfleet.qcow2.qcow2_bitmap can make it valid again, from what the image holds, if you know "
-    "that the image was not emptied since (assume_not_emptied). Else: "
+    "With the VM shut off, kvmfleet.qcow2.domain_checkpoint (without libvirt: kvmfleet.qcow2.qcow2_bitmap) can make it "
+    "valid again, from what the image holds, if you know that the image was not emptied since (assume_not_emptied). "
+    "Else: "
 )
 _NO_HEALING = "It cannot be made valid again. "
 _ASK_LIBVIRT = (

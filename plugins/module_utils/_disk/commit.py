@@ -312,7 +312,8 @@ def warnings_of(seen: Seen, outcome: Outcome) -> tuple[str, ...]:
         return ()
     return (
         f"{seen.above.path}: its bitmap {names_of(lost)} is inconsistent, as after a run that was killed, so no backup "
-        f"can use it. Make a full backup, and delete this checkpoint.",
+        "can use it. kvmfleet.qcow2.domain_checkpoint with unusable=remove (without libvirt: "
+        "kvmfleet.qcow2.qcow2_bitmap) heals it if that is provable, or else removes it; then make a full backup.",
     )
 
 

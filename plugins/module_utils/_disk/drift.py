@@ -36,8 +36,8 @@ _LEFT_OVER = (
 )
 _EMPTY = "It holds no data. If no VM has it as its disk, here or on another host, remove it and run this again."
 _HEAL = (
-    "With the VM shut off, kvmfleet.qcow2.qcow2_bitmap makes it valid again where that is right, from what the overlay "
-    "holds. Else make a full backup with a new checkpoint."
+    "With the VM shut off, kvmfleet.qcow2.domain_checkpoint (without libvirt: kvmfleet.qcow2.qcow2_bitmap) makes it "
+    "valid again where that is right, from what the overlay holds. Else make a full backup with a new checkpoint."
 )
 _FULL = "What a VM has written to it is not recorded there. Make a full backup with a new checkpoint."
 

@@ -125,7 +125,7 @@ class ExaminedChain(t.NamedTuple):
         lost = sum(one.image.lost_bitmaps for one in self.layers if one.image)
         if name is not None and all(one.name != name for one in self.checkpoints) and not self.problem:
             why = f"no image of its chain has the checkpoint {name!r}"
-            return [Refusal("no_checkpoint", self.path, why, "Make a full backup with it.")]
+            return [Refusal("no_checkpoint", self.path, why, "Make a full backup with it, or correct the name.")]
         if lost and not self.checkpoints:
             why = f"its {lost} bitmaps are worthless, because a program that does not know bitmaps has written to it"
             return [Refusal("lost_bitmaps", self.path, why, "Make a full backup with a new checkpoint.")]

@@ -49,7 +49,10 @@ ABSENT = "absent"
 REBUILT = "rebuilt"
 REMOVED = "removed"
 
-_FULL = "Make a full backup with a new checkpoint, and remove this one with state=absent."
+_FULL = (
+    "Make a full backup with a new checkpoint, and remove this one with state=absent, of a libvirt domain by "
+    "kvmfleet.qcow2.domain_checkpoint."
+)
 
 
 class HealRequest(t.NamedTuple):

@@ -317,7 +317,7 @@ def _new_problems(request: OverlayRequest, active: ObservedChain, target: Target
     problems = []
     if len(active.layers) >= MAX_LAYERS:
         why = f"its backing chain would have more than {MAX_LAYERS} images"
-        problems.append(Refusal("chain_too_long", request.path, why, "Merge some with 'qemu-img commit'."))
+        problems.append(Refusal("chain_too_long", request.path, why, "Merge some with state=committed."))
     if active.below_running_vm and active.is_recording:
         problems.append(below_running_vm(active.path))
     if request.relative and active.layers[0].is_device:

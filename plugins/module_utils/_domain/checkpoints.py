@@ -16,7 +16,9 @@ from .._qcow2.bitmaps import Bitmap
 
 _BROKEN_LIVE = (
     "libvirt says that the bitmap is missing or broken in the chain of the disk {}, and not in which image, since the "
-    "domain runs. Look again when it is shut off; or make a full backup with a new checkpoint, and delete this one."
+    "domain runs. Shut it down, and kvmfleet.qcow2.domain_checkpoint makes it valid again if that is provable. Or have "
+    "libvirt delete it at once by domain_checkpoint with running=live and unusable=remove, and make a full backup with "
+    "a new checkpoint."
 )
 
 

@@ -29,6 +29,10 @@ INCREMENTAL = "incremental"
 FULL = "full"
 UNKNOWN = "unknown"
 _SHOWN = 5  # names in a sentence
+_HEAL = (
+    " kvmfleet.qcow2.domain_checkpoint makes valid again what can be while the domain is shut off, and with "
+    "unusable=remove removes the rest."
+)
 
 
 class DiskLook(t.NamedTuple):
@@ -179,7 +183,9 @@ def next_backup(checkpoints: t.Sequence[DomainCheckpoint], disks: t.Sequence[Dis
     if not checkpoints:
         why = "" if targets else " It could have none, since it writes to no qcow2 disk."
         return NextBackup(FULL, None, f"libvirt knows no checkpoint of the domain.{why}")
-    return NextBackup(FULL, None, newer[0] + (" Nor does an older one allow it." if len(newer) > 1 else ""))
+    older = [" Nor does an older one allow it."] if len(newer) > 1 else []
+    broken = any(one.verdict.valid is False for one in checkpoints)
+    return NextBackup(FULL, None, "".join([newer[0], *older, *([_HEAL] if broken else [])]))
 
 
 def _why_not(one: DomainCheckpoint, lacking: t.Sequence[str]) -> str:

@@ -124,7 +124,7 @@ def test_advice_names_the_images_and_the_cause():
     advice = judge("x", [LayerBitmaps("/top", 1, {}), LayerBitmaps("/base", 1, good)]).advice
     assert "/base below has it" in advice
     assert "qemu-img" in advice
-    assert "kvmfleet.qcow2.qcow2_bitmap makes it valid again" in advice
+    assert "makes it valid again" in advice
     advice = judge("x", [LayerBitmaps("/top", 1, {}), LayerBitmaps("/base", 1, {})]).advice
     assert "put back to an image below the one that has it" in advice
     assert "full backup" in advice
@@ -148,7 +148,7 @@ def test_the_advice_is_what_the_healing_does(length):
         plan = decide(HealRequest("/0", ("x",)), standing)
         by_word = decide(HealRequest("/0", ("x",), assume_not_emptied=True), standing)
         can = plan.found[0].problem is None
-        assert can == ("kvmfleet.qcow2.qcow2_bitmap makes it valid again" in verdict.advice), letters
+        assert can == ("makes it valid again" in verdict.advice), letters
         can_by_word = not can and by_word.found[0].problem is None
         assert can_by_word == ("assume_not_emptied" in verdict.advice), letters
         assert ("cannot be made valid again" in verdict.advice) == (not can and not can_by_word), letters

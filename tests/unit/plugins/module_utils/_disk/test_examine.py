@@ -507,8 +507,8 @@ def test_what_can_be_healed_is_told(chain, tmp_path):
         (monday,) = [one for one in examine_chain(plain, follow=True, count=False).checkpoints if one.name == "monday"]
         return monday.advice
 
-    assert "kvmfleet.qcow2.qcow2_bitmap makes it valid again" in advice()
+    assert "makes it valid again" in advice()
     with qemu.opened_for_writing(plain):
         assert "open for writing" in advice()
     write(plain, 0)
-    assert "kvmfleet.qcow2.qcow2_bitmap makes it valid again" in advice()
+    assert "makes it valid again" in advice()
