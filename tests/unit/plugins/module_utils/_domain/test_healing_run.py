@@ -246,6 +246,19 @@ def test_what_fails_under_locks_leaves_all_disks_and_checkpoints(fleet):
     assert fleet.state() == before
 
 
+def test_what_cannot_be_healed_any_more_under_locks_leaves_the_other_disk_alone(fleet):
+    for letter in "ab":
+        base(fleet, f"{letter}.qcow2", bitmap("one"))
+        top(fleet, f"{letter}.top.qcow2", f"{letter}.qcow2")
+    fleet.define("web", "a.top.qcow2", "b.top.qcow2", checkpoints=["one"])
+    plan = HealCall(Libvirt("test:///default"), ["web"], CheckpointRequest(), SETTINGS, live=False)
+    qemu.qemu_img("bitmap", "--remove", fleet.path("b.qcow2"), "one")
+    before = fleet.state()
+    (done,), _warnings = plan.run()
+    assert (done.state, states(done), done.changed) == ("failed", {"one": "no_checkpoint"}, False)
+    assert fleet.state() == before
+
+
 def changed_meanwhile(fleet, monkeypatch):
     """Have another checkpoint appear between the look and the locks."""
     original = Libvirt.kept_now
