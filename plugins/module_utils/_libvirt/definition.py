@@ -229,7 +229,7 @@ def only_disk(text: str, target: str) -> str:
     document = _parse(text)
     for part in _children(document.documentElement, "disks"):
         for disk in _children(part, "disk"):
-            if disk.getAttribute("name") != target:
+            if disk.getAttribute("name") != target and disk.hasAttribute("bitmap"):
                 disk.setAttribute("checkpoint", "no")
                 disk.removeAttribute("bitmap")
     return t.cast("str", document.documentElement.toxml())
