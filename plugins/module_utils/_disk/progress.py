@@ -18,9 +18,11 @@ import time
 import typing as t
 
 from .._base.errors import printable
+from .._base.signals import interruptible
 
 FOLDER = "/run/kvmfleet-qcow2"
 _SUFFIX = ".json"
+_PAUSE = 0.2  # seconds between two looks at a process that is to end
 _NUMBERS = itertools.count(1)
 
 
@@ -62,7 +64,7 @@ def telling(subject: Subject) -> t.Iterator[t.Callable[[int, int], None]]:
         }
         # Progress is a comfort: a full /run must not end a commit.
         with contextlib.suppress(OSError):
-            _write(path, json.dumps(about))
+            _write(path, f"{json.dumps(about)}\n")
 
     with contextlib.suppress(OSError):
         os.makedirs(FOLDER, 0o700, exist_ok=True)
@@ -72,6 +74,33 @@ def telling(subject: Subject) -> t.Iterator[t.Callable[[int, int], None]]:
     finally:
         with contextlib.suppress(OSError):
             os.unlink(path)
+
+
+def how_far() -> frozenset[tuple[int, int]]:
+    """Return how far each merge of this host is, by its process; nothing where that cannot be read."""
+    return frozenset((about["pid"], about["bytes"]) for about in _told())
+
+
+def await_merges_of(vms: t.Container[str]) -> bool:
+    """Wait until every other process has ended that merges something of these VMs; return whether there was one."""
+    others = {about["pid"] for about in _told() if about["vm"] in vms and about["pid"] != os.getpid()}
+    for pid in others:
+        while os.path.exists(f"/proc/{pid}"):
+            with interruptible():
+                time.sleep(_PAUSE)
+    return bool(others)
+
+
+def _told() -> list[dict[str, t.Any]]:
+    """Return what is told of the merges that move data now."""
+    found = []
+    with contextlib.suppress(OSError):
+        for name in filter(lambda name: name.endswith(_SUFFIX), os.listdir(FOLDER)):
+            with contextlib.suppress(OSError), open(os.path.join(FOLDER, name), "rb") as file:  # it may end meanwhile
+                about = json.load(file)
+                if os.path.exists(f"/proc/{about['pid']}"):
+                    found.append(about)
+    return found
 
 
 def _write(path: str, text: str) -> None:

@@ -22,6 +22,7 @@ from .._base.files import Identity, OpenImage, open_image
 from .._qemu import locks
 from .._qemu.monitor import Monitor, find_qemu
 from .._qemu.settled import is_open_for_writing
+from .progress import how_far
 from .publish import StagedFile
 from .verdict import FAILED, V, all_or_none
 
@@ -159,7 +160,7 @@ class Held:
             return
         # Take turns in an order that all runs share, or two could wait for each other.
         for _identity, file in sorted(files.items(), key=lambda item: item[0]):
-            locks.take_turn(file, self._settings.seconds)
+            locks.take_turn(file, self._settings.seconds, how_far)
         for file in files.values():
             locks.hold_off_writers(file)
 

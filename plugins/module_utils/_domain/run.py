@@ -10,6 +10,7 @@ import os
 import typing as t
 
 from .._base.errors import Refusal, printable
+from .._disk.progress import await_merges_of
 from .._disk.run import Batch, run_all
 from .._disk.session import Operation, Settings, Vm
 from .._disk.verdict import FAILED, SKIPPED, root_causes
@@ -69,8 +70,16 @@ class Call:
         self._daemon = daemon
         self._names = names
         self._settings = settings
-        inventory = Inventory(daemon.domains())
-        found, self._unmatched = inventory.select(names)
+        self._plan(aims)
+        # A merge may be under way whose controller was lost. What it leaves has to be looked at anew.
+        if not settings.check_mode and await_merges_of(
+            {one.domain.uuid for one in self._plans.values() if one.has_work}
+        ):
+            self._plan(aims)
+
+    def _plan(self, aims: t.Sequence[Aim]) -> None:
+        inventory = Inventory(self._daemon.domains())
+        found, self._unmatched = inventory.select(self._names)
         self._found = [self._with_kept(one) for one in found]
         domains = [(one, kept) for one, kept in self._found if isinstance(one, Domain)]
         self._aims = {one.name: next(aim for aim in aims if aim.takes(one)) for one, _kept in domains}

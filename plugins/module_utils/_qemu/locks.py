@@ -20,6 +20,7 @@ import fcntl
 import random
 import struct
 import time
+import typing as t
 
 from .._base.errors import Refusal
 from .._base.files import OpenImage
@@ -74,17 +75,22 @@ def hold_off_everybody(file: OpenImage) -> None:
         raise below_running_vm(file.path)
 
 
-def take_turn(file: OpenImage, seconds: float) -> None:
-    """Wait up to `seconds` until no other run of this collection works on the image."""
-    deadline = time.monotonic() + seconds
+def take_turn(file: OpenImage, seconds: float, how_far: t.Callable[[], object] = frozenset) -> None:
+    """Wait until no other run of this collection works on the image, which may merge it for hours.
+
+    Wait up to `seconds` after what `how_far` returns has changed last.
+    """
+    deadline, seen = time.monotonic() + seconds, how_far()
     while True:
         _hold(file, OUR_TURN)
         if not is_locked(file, OUR_TURN):
             return
         _set_lock(file.fd, OUR_TURN, fcntl.F_UNLCK)
         if time.monotonic() > deadline:
-            why = f"another run of this collection has been working on it for more than {seconds:.0f} s"
-            raise Refusal("other_run", file.path, why, "Wait for it to end, then run this again.")
+            if how_far() == seen:
+                why = f"another run of this collection has been working on it for more than {seconds:.0f} s"
+                raise Refusal("other_run", file.path, why, "Wait for it to end, then run this again.")
+            deadline, seen = time.monotonic() + seconds, how_far()
         # Pause for a random time, or two runs that collide would go on colliding in step.
         with interruptible():
             time.sleep(random.uniform(0.005, 0.05))

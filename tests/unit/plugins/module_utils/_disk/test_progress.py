@@ -56,6 +56,39 @@ def test_what_is_told_and_that_it_goes(folder):
     assert list(folder.iterdir()) == []
 
 
+def test_how_far_all_merges_of_the_host_are(folder):
+    assert progress.how_far() == frozenset()
+    with progress.telling(REQUEST) as tell:
+        tell(25, 100)
+        assert progress.how_far() == {(os.getpid(), 25)}
+        tell(26, 100)
+        assert progress.how_far() == {(os.getpid(), 26)}
+        (folder / f"{_gone()}-1.json").write_text(json.dumps({"pid": _gone(), "bytes": 1, "vm": "web"}))
+        assert progress.how_far() == {(os.getpid(), 26)}
+    assert progress.how_far() == frozenset()
+
+
+def test_the_end_of_another_run_is_awaited_if_it_merges_the_same_vm(folder):
+    folder.mkdir()
+    with subprocess.Popen(["sleep", "1"]) as other:
+        (folder / f"{other.pid}-1.json").write_text(json.dumps({"pid": other.pid, "bytes": 1, "vm": "web"}))
+        assert not progress.await_merges_of({"db"})
+        # Whoever starts a process has to take note of its end.
+        waiter = threading.Thread(target=other.wait)
+        waiter.start()
+        assert progress.await_merges_of({"db", "web"})
+        assert other.returncode == 0
+        waiter.join()
+    assert not progress.await_merges_of({"web"})
+
+
+def _gone() -> int:
+    """Return the number of a process that has ended."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
 def test_two_at_a_time_have_a_file_each(folder):
     with progress.telling(REQUEST) as one, progress.telling(REQUEST) as other:
         one(1, 2)

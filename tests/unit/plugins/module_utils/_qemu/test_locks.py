@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import threading
+import time
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
@@ -100,6 +101,18 @@ def test_waiting_for_a_turn_has_an_end(chain):
             locks.take_turn(second, 0.1)
     with open_image(base) as third:
         locks.take_turn(third, 0)
+
+
+def test_a_run_that_goes_on_is_waited_for(chain):
+    base, _top = chain
+    told = iter(range(5))
+    with open_image(base) as first, open_image(base) as second:
+        locks.take_turn(first, 0)
+        begun = time.monotonic()
+        with pytest.raises(Refusal, match="another run of this collection"):
+            locks.take_turn(second, 0.1, lambda: next(told, "stuck"))
+        assert time.monotonic() - begun > 0.3
+        assert list(told) == []
 
 
 def test_a_file_in_work_is_known_as_such(tmp_path):

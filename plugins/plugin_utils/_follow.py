@@ -1,0 +1,142 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change at any time.
+"""Have a module work on the host by itself, and show how far it is.
+
+A merge may take hours. As a child of its connection the module would end with it, so it runs as Ansible's asynchronous
+jobs do, and is asked now and then. If the connection or the controller is lost it goes on to its end. The next run
+waits for it: see take_turn() in _qemu/locks.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import typing as t
+
+from ansible.errors import AnsibleConnectionFailure
+from ansible.module_utils.parsing.convert_bool import boolean
+from ansible.plugins.action import ActionBase
+from ansible.utils.display import Display
+
+from ._progress import PROGRESS, line_of, merges
+
+_QUIET = "overlay_progress"  # the variable that turns the lines off
+_LIMIT = 90 * 24 * 3600  # seconds, after which Ansible ends a job
+_PAUSES = (0.2, 0.4, 0.8, 1.6)  # seconds between looks at first, since most merges are short
+_PAUSE = 5.0  # seconds between further ones
+_PATIENCE = 600.0  # seconds for which a host that cannot be reached any more is tried again
+_OF_THE_JOB = (
+    "ansible_job_id",
+    "results_file",
+    "started",
+    "finished",
+    "stdout",
+    "stderr",
+    "stdout_lines",
+    "stderr_lines",
+)
+
+
+class Look(t.NamedTuple):
+    """What a host tells of a job."""
+
+    is_alive: bool
+    merges: list[dict[str, t.Any]]  # as in the files of PROGRESS
+
+
+class Following(ActionBase):  # type: ignore[misc]  # Ansible has no types
+    """Call the module of the same name. A merge is followed to its end."""
+
+    _supports_async = True
+
+    def run(self, tmp: None = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
+        """Return what the module returns."""
+        result: dict[str, t.Any] = super().run(tmp, task_vars)
+        if self._task.args.get("state") != "committed" or self._task.check_mode or self._task.async_val:
+            wrap_async = self._task.async_val and not self._connection.has_native_async
+            result.update(self._execute_module(task_vars=task_vars, wrap_async=wrap_async))
+            if not wrap_async:
+                self._remove_tmp_path(self._connection._shell.tmpdir)
+            return result
+        begun = self._begin(task_vars)
+        job = begun.get("ansible_job_id")
+        if job is None:  # it could not even be started
+            return {**result, **begun}
+        ended = self._follow(str(job), task_vars or {})
+        return {**result, **{key: value for key, value in ended.items() if key not in _OF_THE_JOB}}
+
+    def _begin(self, task_vars: dict[str, t.Any] | None) -> dict[str, t.Any]:
+        """Start the module as a job; return what Ansible says of that."""
+        self._task.async_val = _LIMIT
+        try:
+            return t.cast("dict[str, t.Any]", self._execute_module(task_vars=task_vars, wrap_async=True))
+        finally:
+            self._task.async_val = 0  # or Ansible would wait for it, in its own way, without a word
+
+    def _follow(self, job: str, task_vars: dict[str, t.Any]) -> dict[str, t.Any]:
+        """Return the result of the job once it has ended."""
+        host = str(task_vars.get("inventory_hostname", "localhost"))
+        tells = boolean(task_vars.get(_QUIET, True), strict=False)
+        looks, was_alive, lost_since = 0, True, 0.0
+        while True:
+            time.sleep(_PAUSES[looks] if looks < len(_PAUSES) else _PAUSE)
+            looks += 1
+            try:
+                status = self._ask(job, "status", task_vars)
+                if status.get("finished"):
+                    self._ask(job, "cleanup", task_vars)
+                    return status
+                look = self._look(job)
+            except AnsibleConnectionFailure as exc:
+                lost_since = lost_since or time.monotonic()
+                if time.monotonic() > lost_since + _PATIENCE:
+                    raise AnsibleConnectionFailure(
+                        f"{exc} The merge goes on on the host; run this again to wait for it."
+                    ) from exc
+                if tells:
+                    _show(f"{host}: cannot be reached; the merge goes on there, and is asked for again")
+                self._reconnect()
+                continue
+            lost_since = 0.0
+            if not look.is_alive and not was_alive:
+                return _killed()
+            was_alive = look.is_alive
+            if tells and looks > len(_PAUSES):
+                for merge in look.merges:
+                    _show(f"{host}: {line_of(merge)}")
+
+    def _ask(self, job: str, mode: str, task_vars: dict[str, t.Any]) -> dict[str, t.Any]:
+        """Return what Ansible knows of the job, or have it forget the job."""
+        folder = self._remote_expand_user(self.get_shell_option("async_dir", default="~/.ansible_async"))
+        arguments = {"jid": job, "mode": mode, "_async_dir": folder}
+        answer = self._execute_module("ansible.legacy.async_status", module_args=arguments, task_vars=task_vars)
+        return t.cast("dict[str, t.Any]", answer)
+
+    def _look(self, job: str) -> Look:
+        """Return whether the job has a process, and how far the merges of the host are."""
+        # What Ansible has named its process; the pattern does not match itself, in the command line of this shell.
+        name = job.split(".")[0]
+        alive = f"grep -qsa '[{name[0]}]{name[1:]}' /proc/[0-9]*/cmdline && echo alive"
+        answer = self._low_level_execute_command(f"{alive}; cat {PROGRESS}/*.json 2>/dev/null; true")
+        lines = answer["stdout"].splitlines()
+        return Look("alive" in lines, list(merges(lines)))
+
+    def _reconnect(self) -> None:
+        reset = getattr(self._connection, "reset", None)
+        if reset is not None:
+            with contextlib.suppress(AnsibleConnectionFailure):  # the next look tells
+                reset()
+
+
+def _killed() -> dict[str, t.Any]:
+    """Return the result for a job that has no process any more and has left no result."""
+    msg = (
+        "The module was killed on the host, so it is not known what it did. Run this again: the next run completes it."
+    )
+    return {"failed": True, "changed": True, "msg": msg}
+
+
+def _show(line: str) -> None:
+    Display().display(line)
