@@ -157,6 +157,9 @@ requirements:
   - Python 3.9 or newer on the managed host
 notes:
   - Besides python3-libvirt it needs what M(kvmfleet.qcow2.qcow2_overlay) needs, and refuses what that refuses.
+  - With O(state=committed) the module works on the host by itself. If the connection or the controller is lost it goes
+    on to its end, and the next run waits for it. Meanwhile the controller shows a line every few seconds, unless the
+    variable C(overlay_progress) is V(false). With C(async) of your own it is left to you.
   - A domain is refused if it is running, paused or suspended (but see O(running)), if it is transient, if it has a
     managed save (whose restore would write below the overlays), or if its definition states another backing chain than
     the images record. A domain that fails does not stop the others; the task fails at the end, with every result.

@@ -160,6 +160,9 @@ requirements:
   - QEMU 5.2 or newer on the managed host, as C(qemu-storage-daemon) or a system emulator
   - Python 3.9 or newer on the managed host
 notes:
+  - With O(state=committed) the module works on the host by itself. If the connection or the controller is lost it goes
+    on to its end, and the next run waits for it. Meanwhile the controller shows a line every few seconds, unless the
+    variable C(overlay_progress) is V(false). With C(async) of your own it is left to you.
   - An overlay that exists is V(present) if it is a qcow2 image of at least the size of ACTIVE, on top of ACTIVE, with
     ACTIVE's format recorded, and every bitmap of ACTIVE that must go on recording is recording in it and not
     inconsistent. Anything else is drift, which fails the task and changes nothing. A different granularity is only
