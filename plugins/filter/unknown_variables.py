@@ -1,20 +1,21 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Tell which variables are most likely misspelt ones of the role overlay."""
+"""Tell which variables are most likely misspelt ones of a playbook of this collection."""
 
 from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: unknown_variables
-short_description: Tell which variables are most likely misspelt ones of the role overlay
+short_description: Tell which variables are most likely misspelt ones of a playbook of this collection
 version_added: 1.0.0
 description:
-  - The role P(kvmfleet.qcow2.overlay#role) and the playbook C(kvmfleet.qcow2.overlay) use it. What is misspelt has no
-    effect, and the run would be wider than meant.
-  - A name is told if it begins with C(overlay_), in whatever case and also with C(-) for C(_), and neither role nor
-    playbook knows it. Also if it is one of theirs but for a letter, such as C(ovelay_domains).
-positional: others, hosts
+  - The role P(kvmfleet.qcow2.overlay#role) and the playbooks C(kvmfleet.qcow2.overlay) and C(kvmfleet.qcow2.health) use
+    it. What is misspelt has no effect, and the run would be wider than meant.
+  - A name is told if it begins with C(overlay_), or whatever O(family) says, in whatever case and also with C(-) for
+    C(_), and neither role nor playbook knows it. Also if it is one of theirs but for a letter, such as
+    C(ovelay_domains).
+positional: others, hosts, family
 options:
   _input:
     description: Names of variables.
@@ -33,6 +34,11 @@ options:
     type: list
     elements: dict
     default: []
+  family:
+    description: The playbook, by whose name the variables begin.
+    type: str
+    choices: [overlay, health]
+    default: overlay
 author:
   - kvmfleet contributors (@kvmfleet)
 """
@@ -59,24 +65,27 @@ _value:
 
 import typing as t
 
-from ..plugin_utils._variables import OTHERS, misspelt, texts
+from ..plugin_utils._variables import FAMILIES, misspelt, texts
 
 
 def unknown_variables(
-    names: t.Iterable[str], others: str | t.Sequence[str] = (), hosts: t.Iterable[t.Mapping[str, t.Any]] = ()
+    names: t.Iterable[str],
+    others: str | t.Sequence[str] = (),
+    hosts: t.Iterable[t.Mapping[str, t.Any]] = (),
+    family: str = "overlay",
 ) -> list[str]:
     """Return a sentence for each name."""
-    everywhere = texts(others)
-    unknown = dict(misspelt(names, everywhere))
+    ours, everywhere = FAMILIES[family], texts(others)
+    unknown = dict(misspelt(names, everywhere, ours))
     for variables in hosts:
-        unknown.update(misspelt(variables, [*everywhere, *texts(variables.get(OTHERS))]))
-    return [_sentence(name, unknown[name]) for name in sorted(unknown)]
+        unknown.update(misspelt(variables, [*everywhere, *texts(variables.get(ours.others))], ours))
+    return [_sentence(name, unknown[name], ours.others) for name in sorted(unknown)]
 
 
-def _sentence(name: str, near: str | None) -> str:
+def _sentence(name: str, near: str | None, others: str) -> str:
     """Return what is wrong with a name, and what to do."""
     question = f"Is it {near}? " if near else ""
-    way_out = f"If it belongs to something else, name it in {OTHERS}."
+    way_out = f"If it belongs to something else, name it in {others}."
     return f"{name}: no variable of this name is known. {question}{way_out}"
 
 

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 # PRIVATE to this collection: may change at any time.
-"""The names of the variables of role and playbook, and what is most likely one of them misspelt."""
+"""The names of the variables of role and playbooks, and what is most likely one of them misspelt."""
 
 from __future__ import annotations
 
@@ -23,15 +23,61 @@ OF_PLAYBOOK = (
     "overlay_retry_file",
     "overlay_serial",
 )
-RESULT = "overlay_result"  # a fact that the role sets
-OTHERS = "overlay_other_variables"
+OF_HEALTH = (
+    "health_allow_nothing",
+    "health_become",
+    "health_dirty_bytes",
+    "health_domains",
+    "health_fail_on",
+    "health_hosts",
+    "health_longest_chain",
+    "health_metrics",
+    "health_oldest_snapshot",
+    "health_other_variables",
+    "health_page",
+    "health_report",
+    "health_task_timeout",
+    "health_uri",
+    "health_without_backup",
+)
 _SPECS = pathlib.Path(__file__).parents[2] / "roles/overlay/meta/argument_specs.yml"
-# The beginning may be misspelt, too, but only of its own letters: overlap_ is something else.
-_LIKE_OURS = re.compile(r"[overlays]{5,9}[-_]", re.IGNORECASE)
-_OURS = re.compile(r"overlay[-_]", re.IGNORECASE)
-_PREFIX = "overlay_"
 _NEAR = 0.7  # of 1, which is the same
 _SAME_BUT_FOR_A_LETTER = 0.9
+
+
+class Family(t.NamedTuple):
+    """The variables of a playbook, which all begin with its name."""
+
+    name: str
+    of_playbook: t.Sequence[str]
+    specs: pathlib.Path | None = None  # of its role
+
+    @property
+    def prefix(self) -> str:
+        """The beginning of all names."""
+        return f"{self.name}_"
+
+    @property
+    def others(self) -> str:
+        """The name of the variable that lists the names of something else."""
+        return f"{self.prefix}other_variables"
+
+    @property
+    def result(self) -> str:
+        """The name of the fact that is set."""
+        return f"{self.prefix}result"
+
+    def begins(self, name: str) -> bool:
+        """Whether a name begins as all of them."""
+        return re.match(f"{self.name}[-_]", name, re.IGNORECASE) is not None
+
+    def begins_nearly(self, name: str) -> bool:
+        """Whether a name begins so but for a letter, but only of the same letters: overlap_ is something else."""
+        length = len(self.name)
+        return re.match(f"[{self.name}s]{{{length - 2},{length + 2}}}[-_]", name, re.IGNORECASE) is not None
+
+
+FAMILIES = {one.name: one for one in (Family("overlay", OF_PLAYBOOK, _SPECS), Family("health", OF_HEALTH))}
 
 
 def texts(value: t.Any) -> list[str]:
@@ -45,33 +91,34 @@ def texts(value: t.Any) -> list[str]:
     return [str(item) for item in items]
 
 
-@functools.lru_cache(maxsize=1)
-def known_variables() -> frozenset[str]:
-    """Return the names that role and playbook know."""
-    spec = yaml_load(_SPECS.read_text(encoding="utf-8"))
-    return frozenset([*spec["argument_specs"]["main"]["options"], *OF_PLAYBOOK, RESULT])
+@functools.cache
+def known_variables(family: str = "overlay") -> frozenset[str]:
+    """Return the names that a playbook, and its role, know."""
+    one = FAMILIES[family]
+    spec = yaml_load(one.specs.read_text(encoding="utf-8"))["argument_specs"]["main"]["options"] if one.specs else ()
+    return frozenset([*spec, *one.of_playbook, one.result])
 
 
-def misspelt(names: t.Iterable[str], others: t.Container[str]) -> t.Iterator[tuple[str, str | None]]:
+def misspelt(names: t.Iterable[str], others: t.Container[str], family: Family) -> t.Iterator[tuple[str, str | None]]:
     """Yield each name that most likely is one of ours misspelt, with the nearest that is known, if any is near.
 
     `others`: names that belong to something else.
     """
-    suspects = sorted({name for name in names if _LIKE_OURS.match(name)})
-    known = known_variables() if suspects else frozenset()
+    suspects = sorted({name for name in names if family.begins_nearly(name)})
+    known = known_variables(family.name) if suspects else frozenset()
     for name in suspects:
         if name in known or name in others:
             continue
-        near = _nearest(name.lower().replace("-", "_"), known)
-        if near or _OURS.match(name):
+        near = _nearest(name.lower().replace("-", "_"), known, family.prefix)
+        if near or family.begins(name):
             yield name, near
 
 
-def _nearest(name: str, known: t.Iterable[str]) -> str | None:
+def _nearest(name: str, known: t.Iterable[str], prefix: str) -> str | None:
     """Return the known name that is nearest, if it is near."""
-    if not name.startswith(_PREFIX):
+    if not name.startswith(prefix):
         return next(iter(difflib.get_close_matches(name, known, 1, _SAME_BUT_FOR_A_LETTER)), None)
     # The beginning is that of all names, so it makes none near.
-    ends = [one[len(_PREFIX) :] for one in known]
-    near = difflib.get_close_matches(name[len(_PREFIX) :], ends, 1, _NEAR)
-    return _PREFIX + near[0] if near else None
+    ends = [one[len(prefix) :] for one in known]
+    near = difflib.get_close_matches(name[len(prefix) :], ends, 1, _NEAR)
+    return prefix + near[0] if near else None

@@ -11,6 +11,7 @@ import typing as t
 
 from ...module_utils._disk.verdict import FAILED
 from .host import OK, UNREACHABLE, Steps, counts, host_report
+from .patterns import unmatched
 from .rows import Problem, problem
 
 NOT_RUN = "not run"
@@ -51,16 +52,6 @@ def _done_in_vain(hosts: t.Sequence[Report]) -> list[Problem]:
     """Return what is wrong with the fleet although nothing is with any host: what was asked for is nowhere."""
     if any(host["state"] in (UNREACHABLE, NOT_RUN) or host["waiting_for"] for host in hosts):
         return []  # there it may be
-    found = list(_unmatched(hosts))
+    found = list(unmatched(hosts, "overlay_allow_nothing"))
     is_nothing = not any(host["overlays"] or host["skipped_disks"] or host["problems"] for host in hosts)
     return found or ([_NOTHING_DONE] if is_nothing else [])
-
-
-def _unmatched(hosts: t.Sequence[Report]) -> t.Iterator[Problem]:
-    """Yield which patterns match nowhere. That one host of many is asked for what it lacks, is no fault."""
-    for pattern in dict.fromkeys(pattern for host in hosts for pattern in host["patterns"]):
-        matches = [host["patterns"][pattern] for host in hosts if pattern in host["patterns"]]
-        # All domains is what is asked for by default, also of hosts without libvirt's domains.
-        if pattern != "*" and not any(matches) and (len(matches) > 1 or len(hosts) == 1):
-            words = "no domain of any host matches it. Correct it, or set overlay_allow_nothing."
-            yield problem("no_match", f"{pattern}: {words}")

@@ -7,11 +7,11 @@
 from __future__ import annotations
 
 import collections
-import fnmatch
 import typing as t
 
 from ...module_utils._base.errors import Code
 from ...module_utils._disk.verdict import ABSENT, AFTER, COMMITTED, CREATED, FAILED, PRESENT, REVERTED, SKIPPED
+from .patterns import matches
 from .rows import Found, Problem, ReportCode, Result, from_disks, from_domains, problem, reason
 
 OK = "ok"
@@ -116,7 +116,7 @@ def host_report(steps: Steps, check_mode: bool) -> dict[str, t.Any]:
         "examined": list(dict.fromkeys(overlay["examine"] for overlay in overlays if overlay["bitmaps"])),
         "unverified": chains.unverified,
         "waiting_for": list(steps.waiting_for),
-        "patterns": _matches(steps),
+        "patterns": matches(steps.patterns, steps.domains),
         "warnings": list(dict.fromkeys(_warnings([*steps.disks, *steps.domains]))),
         "problems": [one._asdict() for one in dict.fromkeys([*lost, *problems])],
     }
@@ -146,15 +146,6 @@ def _not_made(overlay: Result, why: _Excuse) -> Result:
     if overlay["state"] not in AFTER:
         return overlay
     return {**overlay, "state": FAILED, "bitmaps": [], "msg": f"{overlay['path']}: {why.words}", "code": why.code}
-
-
-def _matches(steps: Steps) -> dict[str, int]:
-    """Return how many domains each pattern matches; nothing if the domains were never told."""
-    told = next((one["domains"] for one in steps.domains if one and "domains" in one), None)
-    if told is None:
-        return {}
-    names = [domain["name"] for domain in told]
-    return {one: sum(one == name or fnmatch.fnmatchcase(name, one) for name in names) for one in steps.patterns}
 
 
 def _warnings(results: t.Sequence[Result | None]) -> t.Iterator[str]:

@@ -63,6 +63,30 @@ def test_what_is_known_and_what_is_somebody_elses_is_no_mistake():
     assert unknown_variables([*known_variables(), *others, "ansible_host"]) == []
 
 
+@pytest.mark.parametrize(
+    "name, near",
+    [
+        ("health_domain", "health_domains"),
+        ("health_pages", "health_page"),
+        ("helth_page", "health_page"),
+        ("health-report", "health_report"),
+        ("Health_metric", "health_metrics"),
+    ],
+)
+def test_a_misspelt_name_of_another_playbook_is_told_with_its_own_way_out(name, near):
+    way_out = "If it belongs to something else, name it in health_other_variables."
+    told = [f"{name}: no variable of this name is known. Is it {near}? {way_out}"]
+    assert unknown_variables([name, "overlay_hots"], family="health") == told
+    assert unknown_variables([], hosts=[{name: 1}], family="health") == told
+    assert unknown_variables([name, "health_network"], [name, "health_network"], family="health") == []
+    assert unknown_variables([name]) == []
+
+
+def test_what_begins_nearly_as_the_names_of_another_playbook_is_somebody_elses():
+    others = [*known_variables("health"), "heat_map", "hall_height", "__health_look", "healthy", "stealth_mode"]
+    assert unknown_variables(others, family="health") == []
+
+
 @pytest.mark.parametrize("others", [["overlay_network", "overlay_nets"], "overlay_network, overlay_nets"])
 def test_names_can_be_let_pass(others):
     assert unknown_variables(["overlay_network", "overlay_nets"], others) == []

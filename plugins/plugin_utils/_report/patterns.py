@@ -1,0 +1,34 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# PRIVATE to this collection: may change at any time.
+"""What the patterns of names match that hosts were asked for."""
+
+from __future__ import annotations
+
+import fnmatch
+import typing as t
+
+from .rows import Problem, Result, problem
+
+
+def matches(patterns: t.Sequence[str], results: t.Iterable[Result | None]) -> dict[str, int]:
+    """Return how many domains each pattern matches; nothing if the domains were never told."""
+    told = next((one["domains"] for one in results if one and "domains" in one), None)
+    if told is None:
+        return {}
+    names = [domain["name"] for domain in told]
+    return {one: sum(one == name or fnmatch.fnmatchcase(name, one) for name in names) for one in patterns}
+
+
+def unmatched(hosts: t.Sequence[Result], way_out: str) -> t.Iterator[Problem]:
+    """Yield which patterns match nowhere. That one host of many is asked for what it lacks, is no fault.
+
+    `way_out`: the variable that allows it.
+    """
+    for pattern in dict.fromkeys(pattern for host in hosts for pattern in host["patterns"]):
+        found = [host["patterns"][pattern] for host in hosts if pattern in host["patterns"]]
+        # All domains is what is asked for by default, also of hosts without libvirt's domains.
+        if pattern != "*" and not any(found) and (len(found) > 1 or len(hosts) == 1):
+            words = f"no domain of any host matches it. Correct it, or set {way_out}."
+            yield problem("no_match", f"{pattern}: {words}")
