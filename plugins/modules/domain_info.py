@@ -341,6 +341,10 @@ domains:
             - Null if RV(domains[].checkpoints[].dirty_bytes) is, and of a domain that is not shut off.
           type: bool
           sample: false
+        bitmaps:
+          description: The name of its bitmap by disk, for each disk that takes part in it.
+          type: dict
+          sample: {"vda": monday}
     orphan_bitmaps:
       description:
         - The bitmaps of the topmost images that no checkpoint of the domain refers to, of disks that have such. Each

@@ -61,7 +61,7 @@ def test_checkpoints_after_a_healing_are_documented_word_by_word_alike():
 def test_checkpoints_of_domains_are_documented_as_those_of_disks():
     of_disk = returned_by("qcow2_info")["disks"]["contains"]["checkpoints"]["contains"]
     of_domain = returned_by("domain_info")["domains"]["contains"]["checkpoints"]["contains"]
-    own = {"created": "int", "parent": "str"}
+    own = {"created": "int", "parent": "str", "bitmaps": "dict"}
     of_one_disk = {"dirty_bytes_top": "int"}
     assert {**shape(of_disk), **{name: (kind, None, {}) for name, kind in own.items()}} == {
         **shape(of_domain),

@@ -76,6 +76,7 @@ class DomainCheckpoint(t.NamedTuple):
             "parent": printable(self.known.parent) if self.known.parent else None,
             "dirty_bytes": self.dirty_bytes,
             "top_alone": self.top_alone,
+            "bitmaps": {printable(target): printable(bitmap) for target, bitmap in self.known.bitmaps.items()},
         }
 
 
