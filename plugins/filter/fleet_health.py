@@ -11,7 +11,7 @@ short_description: Make the report on the health of the fleet from the reports o
 version_added: 0.1.0
 description:
   - The playbook C(kvmfleet.qcow2.health) uses it. Hosts without a report count as V(not run).
-positional: hostvars
+positional: hostvars, run
 options:
   _input:
     description: Names of the hosts.
@@ -20,6 +20,10 @@ options:
     required: true
   hostvars:
     description: The variables of the hosts, where C(health_result) is what P(kvmfleet.qcow2.host_health#filter) makes.
+    type: dict
+    required: true
+  run:
+    description: What the report tells of the run, such as C(ended), when it has ended.
     type: dict
     required: true
   fail_on:
@@ -40,15 +44,13 @@ author:
 EXAMPLES = r"""
 - name: Show how the fleet is
   ansible.builtin.debug:
-    msg: "{{ (ansible_play_hosts_all | kvmfleet.qcow2.fleet_health(hostvars)).summary }}"
+    msg: "{{ (ansible_play_hosts_all | kvmfleet.qcow2.fleet_health(hostvars, {})).summary }}"
   run_once: true
 """
 
 RETURN = r"""
 _value:
-  description:
-    - The report. The playbook writes it to a file, with more about the run. C(docs/health.schema.json) of the
-      collection is the JSON schema of that.
+  description: What the playbook needs to go on, and the report.
   type: dict
   contains:
     ready:
@@ -59,12 +61,26 @@ _value:
       description: All of it as lines for a person to read.
       type: list
       elements: str
+    problems:
+      description: Number of problems of the fleet that are with no host.
+      type: int
+      sample: 0
+    failed_hosts:
+      description: For how many reasons a host is to fail, by its name.
+      type: dict
+      sample: {"hv13": 1}
+    report:
+      description:
+        - The report as JSON. The playbook writes it to a file. C(docs/health.schema.json) of the collection is its JSON
+          schema.
+      type: str
 """
 
 import typing as t
 
 from ansible.errors import AnsibleFilterError
 
+from ..plugin_utils._health.carried import as_text, from_text
 from ..plugin_utils._health.report import FAIL_ON, fleet_health
 from ..plugin_utils._health.text import summary
 
@@ -72,15 +88,24 @@ from ..plugin_utils._health.text import summary
 def make_fleet_health(
     hosts: t.Sequence[str],
     hostvars: t.Mapping[str, t.Mapping[str, t.Any]],
+    run: t.Mapping[str, t.Any],
     fail_on: str = "full",
     allows_nothing: bool = False,
 ) -> dict[str, t.Any]:
     """Return the report on the fleet."""
     if fail_on not in FAIL_ON:
         raise AnsibleFilterError(f"health_fail_on={fail_on}: must be one of {', '.join(FAIL_ON)}.")
-    reports = {host: hostvars[host].get("health_result") for host in hosts}
+    texts = {host: hostvars[host].get("health_result") for host in hosts}
+    reports = {host: from_text(text) if text else None for host, text in texts.items()}
     report = fleet_health(reports, fail_on=fail_on, allows_nothing=allows_nothing)
-    return {**report, "summary": summary(report)}
+    report["summary"] = summary(report)
+    return {
+        "ready": report["ready"],
+        "summary": report["summary"],
+        "problems": len(report["problems"]),
+        "failed_hosts": report["failed_hosts"],
+        "report": as_text({**run, **report, **({} if run.get("finished", True) else {"ready": False})}),
+    }
 
 
 class FilterModule:

@@ -15,8 +15,8 @@ description:
   - Labels are C(host) and C(domain) alone.
 options:
   _input:
-    description: The report, as P(kvmfleet.qcow2.fleet_health#filter) makes it, with C(ended), when the run has ended.
-    type: dict
+    description: The report, as P(kvmfleet.qcow2.fleet_health#filter) makes it, as JSON or read from that.
+    type: raw
     required: true
 author:
   - kvmfleet contributors (@kvmfleet)
@@ -38,11 +38,13 @@ _value:
 
 import typing as t
 
+from ..plugin_utils._health.carried import from_text
 from ..plugin_utils._health.metrics import metrics
 
 
-def make_metrics(report: t.Mapping[str, t.Any]) -> str:
+def make_metrics(text: str | t.Mapping[str, t.Any]) -> str:
     """Return the metrics."""
+    report = from_text(text)
     return metrics(report, report["ended"])
 
 

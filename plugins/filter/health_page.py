@@ -13,8 +13,8 @@ description:
   - The playbook C(kvmfleet.qcow2.health) uses it in the template of its page. What it makes is for that page alone.
 options:
   _input:
-    description: The report, as P(kvmfleet.qcow2.fleet_health#filter) makes it, with C(ended), when the run has ended.
-    type: dict
+    description: The report, as P(kvmfleet.qcow2.fleet_health#filter) makes it, as JSON or read from that.
+    type: raw
     required: true
 author:
   - kvmfleet contributors (@kvmfleet)
@@ -31,6 +31,12 @@ _value:
   description: What the template needs.
   type: dict
   contains:
+    ready:
+      description: Whether every next increment is possible.
+      type: bool
+    ended:
+      description: When the run ended.
+      type: str
     data:
       description: JSON that is safe within an element of HTML.
       type: str
@@ -46,13 +52,17 @@ _value:
 
 import typing as t
 
+from ..plugin_utils._health.carried import from_text
 from ..plugin_utils._health.page import page_data, visible
 from ..plugin_utils._health.text import figures, summary
 
 
-def make_page(report: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
+def make_page(text: str | t.Mapping[str, t.Any]) -> dict[str, t.Any]:
     """Return what the template needs."""
+    report = from_text(text)
     return {
+        "ready": report["ready"],
+        "ended": report["ended"],
         "data": page_data(report, report["ended"]),
         "sums": figures(report),
         "worst": [visible(line) for line in summary(report)],

@@ -9,7 +9,6 @@ fleet.py names FILE: on one with names that are made to be taken for something e
 
 from __future__ import annotations
 
-import json
 import pathlib
 import sys
 import time
@@ -167,7 +166,7 @@ def report(hosts):
     judged = {host: {"health_result": make_host_health(look, host, **asked)} for host, look in results.items()}
     ended = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(NOW))
     head = {"finished": True, "started": ended, "ended": ended, "ansible_version": "2.18.1", "limit": None}
-    return {**head, **make_fleet_health(list(hosts), judged)}
+    return make_fleet_health(list(hosts), judged, head)["report"]
 
 
 def of_every_kind():
@@ -200,7 +199,7 @@ def main():
         made = of_every_kind()
     else:
         made = large(*map(int, asked))
-    pathlib.Path(file).write_text(json.dumps(made), encoding="utf-8")
+    pathlib.Path(file).write_text(made, encoding="utf-8")
 
 
 if __name__ == "__main__":
