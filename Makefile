@@ -1,11 +1,11 @@
 # The commands of this collection's developers. Each says what it installs before it does; see docs/development.md.
-.PHONY: demo test test-between test-fleet build galaxy lint sanity quick units integration prove bench bench-fleet bench-side clean
+.PHONY: demo test test-between test-fleet build galaxy lint sanity quick units page integration prove bench bench-fleet bench-side screenshot clean
 
 demo:
 	tests/demo.sh
 
 test:
-	PROVE="$${PROVE:---rounds 3 --seed 1}" tests/run.sh build galaxy lint sanity quick units integration fleet prove
+	PROVE="$${PROVE:---rounds 3 --seed 1}" tests/run.sh build galaxy lint sanity quick units page integration fleet prove
 
 test-between:
 	tests/run.sh between
@@ -13,7 +13,7 @@ test-between:
 test-fleet:
 	tests/run.sh fleet
 
-build galaxy lint sanity quick units integration prove bench bench-fleet bench-side:
+build galaxy lint sanity quick units page integration prove bench bench-fleet bench-side screenshot:
 	tests/run.sh $@
 
 clean:

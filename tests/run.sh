@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# run.sh STEP...: build, galaxy, lint, sanity, quick, units, integration, between, fleet, prove, bench, bench-fleet or bench-side,
-# in the order given, build, galaxy and lint side by side; what is missing is installed. $PROVE has the options of the programs of step prove, which tell them with --help.
+# run.sh STEP...: build, galaxy, lint, sanity, quick, units, page, integration, between, fleet, prove, bench, bench-fleet, bench-side
+# or screenshot, in the order given, build, galaxy and lint side by side; what is missing is installed. $PROVE has the options of
+# the programs of step prove, which tell them with --help.
 # A line tells what came of each step, or of each leg of it; its output lies in .cache/log. VERBOSE=1 shows that, too.
 # All that it makes lies in .cache: virtual environments, a copy of the collection at the path that Ansible wants.
 # Integration tests mount small file systems, change owners and make hosts, so they run as root, by sudo if need be.
@@ -195,6 +196,28 @@ sanity() {  # with a copy of the collection and a home of its own, since the leg
 
 units() { ansible_test "$1" units --local --python "$3" --python-interpreter "$cache/venv/host-$3/bin/python"; }
 
+prepare_page() {  # what the page is looked at with: Chromium, and axe-core
+  install chromium=chromium chromedriver=chromium-driver npm=npm
+  local core=${usable[-1]%% *}
+  make_venv page "$(readlink -f "$cache/venv/core-$core/bin/python")" "ansible-core==$core.*" -r tests/requirements-page.txt
+  export ANSIBLE_COLLECTIONS_PATH=$cache/collections PYTHONPATH=$cache/collections AXE=$cache/page/node_modules/axe-core/axe.min.js
+  mkdir -p "$cache/page"
+  cmp -s tests/page/package.json "$cache/page/package.json" && [ -e "$AXE" ] && return
+  echo "Installing with npm into .cache/page: axe-core" | announce
+  cp tests/page/package.json "$cache/page"
+  (cd "$cache/page" && npm install --ignore-scripts --no-audit --no-fund)
+}
+
+page() {  # the page of the playbook health, in a real browser
+  prepare_page
+  (cd "$copy/tests/page" && "$cache/venv/page/bin/python" -m pytest -p no:cacheprovider .)
+}
+
+screenshot() {  # writes docs/health.png
+  prepare_page
+  (cd "$copy/tests/page" && "$cache/venv/page/bin/python" screenshot.py "$project/docs/health.png")
+}
+
 integration() {  # with a copy of the collection and a home of its own, since the legs run side by side
   local copy=$cache/leg-$1/ansible_collections/kvmfleet/qcow2 home=$cache/leg-$1/home
   local alone=("${own_world[@]}")
@@ -299,6 +322,8 @@ judge() {  # judge LEG: tell what came of a leg that has ended, and show the end
 declare -A counting=(
   [units]='/^=.* in [0-9.]+s.*=$/ { for (i = 2; i < NF; i++) n[$(i + 1)] += $i }
     END { good = n["passed"]; bad = n["failed"] + n["error"] + n["errors"]; more = n["skipped"] }'
+  [page]='/^=.* in [0-9.]+s.*=$/ { for (i = 2; i < NF; i++) n[$(i + 1)] += $i }
+    END { good = n["passed"]; bad = n["failed"] + n["error"] + n["errors"]; more = n["skipped"] }'
   # A sanity test says only that it begins; those that have failed are listed in the end.
   [sanity]='/^Running sanity test / { good += runs; runs = 1 } /^Ended well/ { good += runs; runs = 0 }
     $4 == "sanity" && $6 == "listed" { good += runs - $3; bad += $3; runs = 0 }'
@@ -309,6 +334,7 @@ declare -A counting=(
 )
 declare -A words=(
   [units]="%d tests passed, %d failed, %d skipped"
+  [page]="%d tests passed, %d failed, %d skipped"
   [sanity]="%d tests passed, %d failed"
   [integration]="%d targets passed, %d failed, %d tasks"
   [fleet]="%d scenarios passed, %d failed"
@@ -324,7 +350,7 @@ count() {  # count NAME...: print of these legs, all of one step, how much is go
 summarize() {  # on exit: the sums. The last line is for whoever reads no more than that
   local status=$? step leg verdict good bad sum of_step all_good=0 all_bad=0
   echo
-  for step in units sanity integration fleet prove; do
+  for step in units sanity page integration fleet prove; do
     mapfile -t of_step < <(grep -o "^${step}[^ ]*" "$results")
     [ "${#of_step[@]}" -gt 0 ] || continue
     read -r _ _ sum <<< "$(count "${of_step[@]}")"
@@ -423,12 +449,12 @@ run() {  # run STEP
   esac
 }
 
-[ "$#" -gt 0 ] || { sed -n '2,6s/^# //p' "$0"; exit 2; }
+[ "$#" -gt 0 ] || { sed -n '2,7s/^# //p' "$0"; exit 2; }
 prepared=''
 [ "$1" != --prepared ] || { prepared=yes; shift; }  # by as_root alone
 for step; do
   case $step in
-    build | galaxy | lint | sanity | quick | units | integration | between | fleet | prove | bench | bench-fleet | bench-side) ;;
+    build | galaxy | lint | sanity | quick | units | page | integration | between | fleet | prove | bench | bench-fleet | bench-side | screenshot) ;;
     *) echo "unknown step: $step" >&2; exit 2 ;;
   esac
 done

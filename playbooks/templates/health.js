@@ -225,10 +225,10 @@ function asCheckpoints(vm) {
   });
   const heads = ["No.", "Checkpoint", "Made (UTC)", "Verdict", "Increment", "In the images, from the top"];
   const head = element("tr", {}, ...heads.map((words) => element("th", { scope: "col" }, words)));
-  return scrolls("Checkpoints", element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows)));
+  return scrolls(`Checkpoints of ${vm.name}`, element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows)));
 }
 
-const scrolls = (label, what) => element("div", { class: "scroll", role: "region", tabindex: "0", "aria-label": label }, what);
+const scrolls = (label, what) => element("div", { class: "scroll", role: "group", tabindex: "0", "aria-label": label }, what);
 
 function asDetail(vm) {
   const isTold = ["full", "unknown"].includes(vm.health); // by its findings

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -18,7 +19,6 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
 HERE = pathlib.Path(__file__).parent
-PAGES = ("kinds", "names", "large", "well")
 
 
 @pytest.fixture(scope="session")
@@ -35,18 +35,29 @@ def reports():
 @pytest.fixture(scope="session")
 def pages(reports, tmp_path_factory):
     """Return the files of the pages by name."""
-    folder = tmp_path_factory.mktemp("pages")
-    for name in PAGES:
-        (folder / f"{name}.json").write_text(reports[name], encoding="utf-8")
+    return make_pages(reports, tmp_path_factory.mktemp("pages"))
+
+
+def make_pages(reports, folder):
+    """Make pages in a folder, and return their files by name."""
+    for name, report in reports.items():
+        (folder / f"{name}.json").write_text(report, encoding="utf-8")
     command = [pathlib.Path(sys.executable).parent / "ansible-playbook", "-i", "localhost,", "-c", "local"]
-    asked = json.dumps({"pages": PAGES, "folder": str(folder)})
+    asked = json.dumps({"pages": list(reports), "folder": str(folder)})
     subprocess.run([*command, HERE / "render.yml", "-e", asked], check=True, cwd=folder)
-    return {name: folder / f"{name}.html" for name in PAGES}
+    return {name: folder / f"{name}.html" for name in reports}
 
 
 @pytest.fixture(scope="session")
 def chromium():
-    """Return the browser. It has no network: whatever it would load fails."""
+    """Return the browser."""
+    with browser() as started:
+        yield started
+
+
+@contextlib.contextmanager
+def browser():
+    """Start the browser. It has no network: whatever it would load fails."""
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
     quiet = (
@@ -59,9 +70,11 @@ def chromium():
     for argument in [*quiet, *(["--no-sandbox"] if os.geteuid() == 0 else [])]:
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    browser = webdriver.Chrome(service=Service(shutil.which("chromedriver")), options=options)
-    yield browser
-    browser.quit()
+    started = webdriver.Chrome(service=Service(shutil.which("chromedriver")), options=options)
+    try:
+        yield started
+    finally:
+        started.quit()
 
 
 class Page:

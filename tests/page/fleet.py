@@ -183,7 +183,7 @@ def of_every_kind():
 
 def of_names():
     """Return the report on hosts that are called as their VMs are."""
-    return report({name: [hostile(name), fine(name)] for name in HOSTILE})
+    return report({name: [hostile(name), fine(f"2 {name}")] for name in HOSTILE})
 
 
 def large(hosts, vms):

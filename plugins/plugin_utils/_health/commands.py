@@ -37,9 +37,12 @@ def for_checkpoint(host: str, domain: Result, checkpoint: Result) -> Command | N
     disks = [one for one in domain["disks"] if one["target"] in places]
     if domain["state"] != _SHUT_OFF or not disks:
         return None
-    if not any(_has(one, places[one["target"]]) for one in disks):
+    lowest = [_lowest(one, places[one["target"]]) for one in disks]
+    if not any(lowest) and not any("msg" in one for one in disks):
         return _forget(domain["uuid"], checkpoint["name"])
-    if checkpoint["problem"] not in _HEALABLE or any(one["source"] is None for one in disks):
+    # Where it begins it must be in order: from there on the images themselves tell what has changed.
+    is_healable = all(one and one["recording"] and not one["inconsistent"] for one in lowest)
+    if not is_healable or checkpoint["problem"] not in _HEALABLE or any(one["source"] is None for one in disks):
         return None
     names = sorted(set(places.values()))
     return _module(host, "qcow2_bitmap", {"paths": [one["source"] for one in disks], "names": names})
@@ -67,9 +70,10 @@ def for_snapshot(host: str, domain: Result, snapshot: str) -> Command | None:
     return _module(host, "domain_overlay", wanted)
 
 
-def _has(disk: Result, bitmap: str) -> bool:
-    """Whether an image of the disk has the bitmap."""
-    return any(one["name"] == bitmap for image in disk["images"] for one in image["bitmaps"])
+def _lowest(disk: Result, bitmap: str) -> Result | None:
+    """Return the bitmap as the lowest image of the disk has it."""
+    found = [one for image in disk["images"] for one in image["bitmaps"] if one["name"] == bitmap]
+    return found[-1] if found else None
 
 
 def _module(host: str, module: str, options: Result) -> Command | None:
