@@ -9,6 +9,7 @@ import importlib.util
 import json
 import pathlib
 import re
+import typing as t
 
 import jsonschema
 import pytest
@@ -16,12 +17,16 @@ import yaml
 from ansible_collections.kvmfleet.qcow2.plugins.filter.fleet_report import make_fleet_report
 from ansible_collections.kvmfleet.qcow2.plugins.filter.host_report import make_host_report
 from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils import _variables
+from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils._health.domain import HEALTHS, FindingCode
+from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils._health.metrics import metrics
+from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils._health.report import SCHEMA_VERSION as HEALTH_VERSION
 from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils._report.fleet import COLLECTION_VERSION
 
 ROOT = pathlib.Path(__file__).parents[2]
 NAME = re.compile(r"(?<![\w.])overlay_\w+")
 ROLE = ROOT / "roles/overlay"
 PLAYBOOK = (ROOT / "playbooks/overlay.yml").read_text(encoding="utf-8")
+HEALTH = json.loads((ROOT / "docs/health.schema.json").read_text(encoding="utf-8"))
 SCHEMA = json.loads((ROOT / "docs/report.schema.json").read_text(encoding="utf-8"))
 HEAD = {"started": "2026-01-31T12:00:00Z", "ended": None, "ansible_version": "2.18.1", "limit": None, "snapshot": None}
 OPTIONS = yaml.safe_load((ROLE / "meta/argument_specs.yml").read_text(encoding="utf-8"))["argument_specs"]["main"][
@@ -66,6 +71,35 @@ def test_each_variable_of_the_playbook_has_its_words():
     for name in _variables.OF_PLAYBOOK:
         assert f"#   {name} " in head, name
         assert f"`{name}`" in fleet, name
+
+
+def test_the_known_variables_of_health_are_those_that_it_uses_and_each_has_its_words():
+    text = (ROOT / "playbooks/health.yml").read_text(encoding="utf-8")
+    head, _rest = text.split("\n- name:", 1)
+    used = set(re.findall(r"(?<![\w.])health_\w+", text)) - {"health_result"}
+    assert used == set(_variables.OF_HEALTH)
+    assert _variables.known_variables("health") == {*used, "health_result"}
+    page = (ROOT / "docs/health.md").read_text(encoding="utf-8")
+    for name in used:
+        assert f"#   {name} " in head, name
+        assert re.search(rf"^\| .*`{name}`.* \|", page, re.MULTILINE), name
+
+
+def test_each_finding_is_in_the_schema_and_has_its_row():
+    codes = sorted(t.get_args(FindingCode))
+    table = (ROOT / "docs/health.md").read_text(encoding="utf-8").split("| finding |")[1].split("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)` \| ", table, re.MULTILINE) == codes
+    assert HEALTH["$defs"]["finding"]["properties"]["code"]["enum"] == codes
+    assert HEALTH["properties"]["findings"]["propertyNames"]["enum"] == codes
+    assert HEALTH["$defs"]["domain"]["properties"]["health"]["enum"] == list(HEALTHS)
+    assert HEALTH["properties"]["schema_version"]["const"] == HEALTH_VERSION
+
+
+def test_each_metric_has_its_row():
+    report = {"hosts": {}, "ready": True}
+    told = re.findall(r"^# TYPE kvmfleet_health_(\w+) gauge$", metrics(report, "2026-01-31T12:00:00Z"), re.MULTILINE)
+    page = (ROOT / "docs/health.md").read_text(encoding="utf-8").split("## The metrics")[1].split("\n\n")[1]
+    assert re.findall(r"`(\w+)`(?=[ ,])", "".join(line.split("|")[1] for line in page.splitlines()[2:])) == told
 
 
 def test_the_version_is_the_one_of_the_collection():
