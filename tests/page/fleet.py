@@ -96,20 +96,20 @@ def domain(name, disks, checkpoints, since=None, reason=None, *, state="shut off
 
 def fine(name, *, folder="/var/lib/libvirt/images", state="running"):
     """Return a domain with two disks on two snapshots and three checkpoints, in order."""
+    names = [f"backup.{number}" for number in range(3)]
     in_use = state == "running"
-    disks = {
-        target: [
-            image(f"{folder}/{name}-{target}.friday.qcow2", "friday", map(bitmap, "abc"), days=0.1, in_use=in_use),
-            image(f"{folder}/{name}-{target}.monday.qcow2", "monday", map(bitmap, "abc"), days=2.5),
-            image(f"{folder}/{name}-{target}.qcow2", None, map(bitmap, "ab"), days=6, held=30 * GIB),
+
+    def chain(stem):
+        top = [bitmap(one, inconsistent=None if in_use else False) for one in names]  # in the memory of the VM
+        return [
+            image(f"{stem}.friday.qcow2", "friday", top, days=0.1, in_use=in_use),
+            image(f"{stem}.monday.qcow2", "monday", map(bitmap, names[:2]), days=2.5),
+            image(f"{stem}.qcow2", None, map(bitmap, names[:1]), days=6, held=30 * GIB),
         ]
-        for target in ("vda", "vdb")
-    }
-    for images in disks.values():
-        for one in images:
-            one["bitmaps"] = [bitmap(f"backup.{number}") for number, _one in enumerate(one["bitmaps"])]
-    told = [checkpoint(f"backup.{number}", 9 - 3 * number, targets=disks) for number in range(3)]
-    return domain(name, disks, told, "backup.2", state=state)
+
+    disks = {target: chain(f"{folder}/{name}-{target}") for target in ("vda", "vdb")}
+    told = [checkpoint(one, 9 - 3 * number, targets=disks) for number, one in enumerate(names)]
+    return domain(name, disks, told, names[-1], state=state)
 
 
 def missing(name):
@@ -163,7 +163,7 @@ def report(hosts):
         host: {"look": {"domains": found} if isinstance(found, list) else {"unreachable": True, "msg": found}}
         for host, found in hosts.items()
     }
-    asked = {"longest_chain": 3, "oldest_snapshot": 14}
+    asked = {"longest_chain": 3, "oldest_snapshot": 40}
     judged = {host: {"health_result": make_host_health(look, host, **asked)} for host, look in results.items()}
     ended = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(NOW))
     head = {"finished": True, "started": ended, "ended": ended, "ansible_version": "2.18.1", "limit": None}

@@ -13,7 +13,7 @@ import tempfile
 import conftest
 import fleet
 
-WIDTH = 1100
+WIDTH = 1280
 OPENED = "wiki"
 
 

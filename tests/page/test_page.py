@@ -213,8 +213,9 @@ def test_the_table_below_tells_the_same_in_words(page):
 def test_a_bitmap_in_the_memory_of_a_vm_is_no_broken_one(page):
     found = detail(page("kinds"), "web1")
     assert len(found.find_elements("css selector", "svg")) == 2
-    assert found.find_elements("css selector", "path.cross") == []
+    assert found.find_elements("css selector", "path.cross, path.bad") == []
     assert len(found.find_elements("css selector", "svg circle.hollow.good")) == 6
+    assert len(found.find_elements("css selector", "svg circle.good:not(.hollow)")) == 6
 
 
 def test_names_stay_text(page):
