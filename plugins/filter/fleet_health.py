@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 name: fleet_health
 short_description: Make the report on the health of the fleet from the reports on its hosts
-version_added: 0.1.0
+version_added: 1.0.0
 description:
   - The playbook C(kvmfleet.qcow2.health) uses it. Hosts without a report count as V(not run).
 positional: hostvars, run

@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 name: health_metrics
 short_description: Make what Prometheus reads from the report on the health of the fleet
-version_added: 0.1.0
+version_added: 1.0.0
 description:
   - The playbook C(kvmfleet.qcow2.health) writes it to C(health_metrics), for the textfile collector of the node
     exporter.

@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 name: health_page
 short_description: Make what the page on the health of the fleet holds from the report
-version_added: 0.1.0
+version_added: 1.0.0
 description:
   - The playbook C(kvmfleet.qcow2.health) uses it in the template of its page. What it makes is for that page alone.
 options:

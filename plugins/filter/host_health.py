@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 name: host_health
 short_description: Make the report on the health of a host from what domain_info returned there
-version_added: 0.1.0
+version_added: 1.0.0
 description:
   - The playbook C(kvmfleet.qcow2.health) uses it. It says of each domain what somebody should see to, and with which
     command.
