@@ -9,7 +9,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: domain_checkpoint
 short_description: Make the checkpoints of libvirt domains valid again, or remove them with their bitmaps
-version_added: 0.2.0
+version_added: 1.0.0
 description:
   - Heals the checkpoints of libvirt domains, so that the next incremental backup is possible. A VM that was killed
     leaves bitmaps inconsistent, C(qemu-img create) and offline snapshots drop them, and C(virsh backup-begin) says
@@ -105,6 +105,10 @@ options:
       - From 1 to 86400.
     type: int
     default: 60
+requirements:
+  - python3-libvirt (libvirt-python) on the managed host
+  - QEMU 5.2 or newer on the managed host, as C(qemu-storage-daemon) or a system emulator
+  - Python 3.9 or newer on the managed host
 notes:
   - Needs libvirt's Python bindings (C(python3-libvirt)) on the managed host, and to write also C(qemu-storage-daemon)
     or a QEMU system emulator, version 5.2 or newer.
@@ -120,11 +124,18 @@ notes:
 seealso:
   - module: kvmfleet.qcow2.domain_info
   - module: kvmfleet.qcow2.qcow2_bitmap
+  - name: A whole fleet
+    description: P(kvmfleet.qcow2.overlay#role) keeps checkpoints alive over snapshots, on all hosts.
+    link: https://github.com/kvmfleet/qcow2/blob/main/docs/fleet.md
   - name: Incremental backup internals of libvirt
     description: The rules by which a checkpoint is valid.
     link: https://libvirt.org/kbase/internals/incremental-backup.html
 extends_documentation_fragment:
   - kvmfleet.qcow2.attributes
+  - kvmfleet.qcow2.attributes.actiongroup
+attributes:
+  action_group:
+    membership: [kvmfleet.qcow2.libvirt, kvmfleet.qcow2.qemu]
 author:
   - kvmfleet contributors (@kvmfleet)
 """
