@@ -17,6 +17,7 @@ import typing as t
 
 from .._base.errors import Refusal
 from .._base.files import OpenImage, close, identity_of
+from .begun import remove_sign
 from .observe import why_not_writable
 from .publish import open_to_list, rename_without_replacing
 
@@ -45,6 +46,7 @@ def retire(path: str, file: OpenImage, how: How, suffix: str) -> str | None:
     finally:
         close(folder_fd)
     _remove_link(path, real)
+    remove_sign(real)
     return kept
 
 

@@ -27,6 +27,7 @@ from .._qcow2.image import Image
 from .._qemu import locks
 from .._qemu.settled import is_open_for_writing, read_settled
 from . import revert_rules
+from .begun import find_sign
 from .retire import DELETE, KEEP, How, all_kept, kept_path, retire, stands, why_not_retired
 from .revert_rules import Going, Observed, Retired, RevertRequest, RevertVerdict
 from .session import Held, Images
@@ -180,6 +181,7 @@ def _observe_overlay(request: RevertRequest, held: Held) -> Observed:
         base_is_open=is_open_for_writing(below),
         below=layers[1].path if len(layers) > 1 else None,
         vaults=_vaults(layer.real_path for layer in layers[: len(going) + 1]),
+        begun=tuple(filter(None, (find_sign(held.image(place)) for place, _layer in going))),
     )
 
 

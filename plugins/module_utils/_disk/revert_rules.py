@@ -53,6 +53,7 @@ class Observed(t.NamedTuple):
     base_is_open: bool  # for writing
     below: str | None  # path of the image below the topmost one
     vaults: tuple[str, ...]  # paths of what unfinished commits of these images have left
+    begun: tuple[str, ...] = ()  # paths of the signs that merges of images that go were begun while the VM ran
 
 
 class Retired(t.NamedTuple):
@@ -194,6 +195,13 @@ def _other_chain(request: RevertRequest, seen: Observed) -> Refusal:
 
 def _unfinished(request: RevertRequest, seen: Observed) -> list[Refusal]:
     """Return that a commit of these images was begun: BASE is not any more what it was at the snapshot."""
+    if seen.begun:
+        why = (
+            f"cannot go any more: {seen.begun[0]} tells that its merge was begun while its VM ran, so data of it may be "
+            "in the image below, or another disk of the VM is merged already"
+        )
+        remedy = "Complete that: state=committed of kvmfleet.qcow2.domain_overlay, with running=live if the VM runs."
+        return [Refusal("unfinished", request.path, why, remedy)]
     marked = [
         one.path
         for one in seen.going

@@ -23,6 +23,7 @@ from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer
 from .._qcow2.growth import most_growth
 from . import commit
+from .begun import leave_sign
 from .bitmap_rules import BROKEN, names_of
 from .build import MakeOverlays
 from .commit import CommitRequest, CommitVerdict
@@ -69,9 +70,18 @@ class Hypervisor(t.Protocol):
         """Return whether the VM has the image that is to be merged in the chain of a disk, or is defined with it."""
 
     def merge(
-        self, request: CommitRequest, watch: t.Callable[[int, int], None], seconds: float, *, relative: bool
+        self,
+        request: CommitRequest,
+        watch: t.Callable[[int, int], None],
+        seconds: float,
+        begin: t.Callable[[], None],
+        *,
+        relative: bool,
     ) -> None:
-        """Merge the image into the one below it while the VM runs; return when the VM does not need it any more."""
+        """Merge the image into the one below it while the VM runs; return when the VM does not need it any more.
+
+        `begin` is called before anything is written to the image below.
+        """
 
 
 class MakeForRunning(MakeOverlays):
@@ -200,6 +210,13 @@ class MergeRunning(MergeLayers):
         if self._ended is not None:
             raise self._ended
         done: list[CommitVerdict] = []
+
+        def begin() -> None:
+            # With one disk merged the VM cannot go back with the others, either.
+            for verdict in verdicts[len(done) :]:
+                if verdict.changed:
+                    leave_sign(held.image(verdict.request.path))
+
         for verdict in verdicts:
             failed = next((one for one in done if one.state == FAILED), None)
             if not verdict.changed:
@@ -208,14 +225,14 @@ class MergeRunning(MergeLayers):
                 why = f"is not merged down, because the merge of {failed.request.path} failed before"
                 done.append(verdict.failed(Refusal("group_failed", verdict.request.path, why)))
             else:
-                done.append(self._attempt(verdict, held))
+                done.append(self._attempt(verdict, held, begin))
         if all(verdict.state != FAILED for verdict in done):
             switch()
         return done
 
-    def _attempt(self, verdict: CommitVerdict, held: Held) -> CommitVerdict:
+    def _attempt(self, verdict: CommitVerdict, held: Held, begin: t.Callable[[], None]) -> CommitVerdict:
         try:
-            return self._merge(verdict, held)
+            return self._merge(verdict, held, begin)
         except Interrupted as exc:
             self._ended = exc  # for the VMs whose turn is still to come
             why = f"its merge was given up, because the run was ended by {exc}; the VM goes on with it"
@@ -223,12 +240,12 @@ class MergeRunning(MergeLayers):
         except (Refusal, OSError) as exc:
             return failed_by(verdict, exc)
 
-    def _merge(self, verdict: CommitVerdict, held: Held) -> CommitVerdict:
+    def _merge(self, verdict: CommitVerdict, held: Held, begin: t.Callable[[], None]) -> CommitVerdict:
         """Have one image merged down, and retire it."""
         request = verdict.request
         if self._hypervisor.has(request):
             with telling(request) as tell:
-                self._hypervisor.merge(request, tell, held.seconds, relative=_is_relative(request, held))
+                self._hypervisor.merge(request, tell, held.seconds, begin, relative=_is_relative(request, held))
         if self._hypervisor.has(request):
             why = "is merged down, but the definition of its VM still has it, so it is left in place"
             raise Refusal(

@@ -115,7 +115,7 @@ class MergeRunningDown(_OfRunning, MergeDown):
 
     def switch(self, daemon: Libvirt, plan: DomainPlan, _seconds: float) -> None:
         """See that the domain is on the images below: libvirt has put it there with the end of each merge."""
-        check_switched(look_up(daemon, plan.domain), plan.domain, plan.sources, None)
+        check_switched(daemon, look_up(daemon, plan.domain), plan.domain, plan.sources, None)
 
 
 def as_it_runs(domain: Domain, facts: DiskFacts) -> DiskFacts:
@@ -224,7 +224,13 @@ class RunningDomains:
         return os.path.realpath(request.path) in map(os.path.realpath, paths)
 
     def merge(
-        self, request: CommitRequest, watch: t.Callable[[int, int], None], seconds: float, *, relative: bool
+        self,
+        request: CommitRequest,
+        watch: t.Callable[[int, int], None],
+        seconds: float,
+        begin: t.Callable[[], None],
+        *,
+        relative: bool,
     ) -> None:
         """Merge the image into the one below it while the domain runs."""
         domain = self._domains[request.vm or ""]
@@ -232,7 +238,7 @@ class RunningDomains:
         if disk is None:
             raise Refusal("changed_meanwhile", domain.name, "has got other disks meanwhile", "Run this again.")
         merge = Merge(domain, disk.target, request.path, request.speed, relative)
-        merge_down(look_up(self._daemon, domain), merge, watch, seconds)
+        merge_down(look_up(self._daemon, domain), merge, watch, seconds, begin)
 
     def _disk_with(self, domain: Domain, path: str) -> RunningDisk | None:
         """Return the disk that has an image in its chain just now."""

@@ -108,12 +108,14 @@ class Libvirt:
         if isinstance(one, Unreadable):
             return one
         running = one.running_definition
-        volumes = {*one.definition.volumes, *(running.volumes if running else ())}
-        places = {volume: self.pools.place_of(volume) for volume in volumes}
         return one._replace(
-            definition=one.definition.with_places(places),
-            running_definition=running.with_places(places) if running else None,
+            definition=self.placed(one.definition),
+            running_definition=self.placed(running) if running else None,
         )
+
+    def placed(self, definition: Definition) -> Definition:
+        """Return a definition with what libvirt knows of the volumes that it names."""
+        return definition.with_places({volume: self.pools.place_of(volume) for volume in definition.volumes})
 
     def kept(self, domain: Domain) -> Kept:
         """Return the checkpoints and snapshots of a domain; Refusal if libvirt cannot tell."""

@@ -35,14 +35,15 @@ class Merge(t.NamedTuple):
     relative: bool = False  # the image above is to record the one below by a relative name
 
 
-def merge_down(handle: t.Any, merge: Merge, watch: Watch, seconds: float) -> None:
+def merge_down(handle: t.Any, merge: Merge, watch: Watch, seconds: float, begin: t.Callable[[], None]) -> None:
     """Merge the image down, until it is not in the chain of the disk any more; Refusal if that fails.
 
     Go on with a job that runs already, as of a run that was killed. After `seconds` without progress, or after a
-    signal, give the job up; then the domain keeps the chain that it has.
+    signal, give the job up; then the domain keeps the chain that it has. `begin` is called before a job is begun, and
+    before one is followed.
     """
     try:
-        _merge_down(handle, merge, watch, seconds + (_STEP / merge.speed if merge.speed else 0))
+        _merge_down(handle, merge, watch, seconds + (_STEP / merge.speed if merge.speed else 0), begin)
     except Interrupted:
         give_up(handle, merge.target)
         raise
@@ -52,7 +53,7 @@ def merge_down(handle: t.Any, merge: Merge, watch: Watch, seconds: float) -> Non
             raise refusal from exc
 
 
-def _merge_down(handle: t.Any, merge: Merge, watch: Watch, seconds: float) -> None:
+def _merge_down(handle: t.Any, merge: Merge, watch: Watch, seconds: float, begin: t.Callable[[], None]) -> None:
     started = False
     while True:
         disk = _disk_of(handle, merge)
@@ -60,9 +61,14 @@ def _merge_down(handle: t.Any, merge: Merge, watch: Watch, seconds: float) -> No
         if place is None:
             return
         _check_mirror(disk, place, merge)
-        if not handle.blockJobInfo(merge.target, 0):
+        info = handle.blockJobInfo(merge.target, 0)
+        if info:
+            _check_kind(info, merge)
+            begin()
+        else:
             if started:
                 raise _ended(merge)
+            begin()
             _start(handle, merge, disk, place)
             started = True
         _follow(handle, merge, watch, seconds)
@@ -80,6 +86,12 @@ def _disk_of(handle: t.Any, merge: Merge) -> RunningDisk:
     if not handle.isActive() or not disks:
         raise shut_off_meanwhile(merge.domain)
     return disks[0]
+
+
+def _check_kind(info: t.Mapping[str, int], merge: Merge) -> None:
+    """Refuse a job that is no merge."""
+    if info["type"] not in _OURS:
+        raise _busy(merge, _KINDS[info["type"]] if info["type"] < len(_KINDS) else "unknown")
 
 
 def _check_mirror(disk: RunningDisk, place: int, merge: Merge) -> None:
@@ -107,8 +119,7 @@ def _follow(handle: t.Any, merge: Merge, watch: Watch, seconds: float) -> None:
         info = handle.blockJobInfo(merge.target, 0)
         if not info:
             return
-        if info["type"] not in _OURS:
-            raise _busy(merge, _KINDS[info["type"]] if info["type"] < len(_KINDS) else "unknown")
+        _check_kind(info, merge)
         done, total = info["cur"], info["end"]
         watch(done, total)
         is_ready = info["type"] == libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT and done == total

@@ -41,7 +41,7 @@ def take_snapshot(daemon: Libvirt, domain: Domain, sources: t.Mapping[str, Sourc
         if quiesce:  # libvirt does so itself, unless that is what failed
             with contextlib.suppress(LibvirtError):
                 handle.fsThaw()
-    check_switched(handle, domain, sources, error)
+    check_switched(daemon, handle, domain, sources, error)
 
 
 def look_up(daemon: Libvirt, domain: Domain) -> t.Any:
@@ -65,7 +65,7 @@ def defined_now(daemon: Libvirt, domain: Domain) -> Definition:
     """Return what the next start of a domain uses."""
     handle = look_up(daemon, domain)
     try:
-        return definition_of(handle).with_places(domain.definition.places)
+        return daemon.placed(definition_of(handle))
     except LibvirtError as exc:
         raise unreadable(domain.name, exc) from exc
 
@@ -84,7 +84,9 @@ def shut_off_meanwhile(domain: Domain) -> Refusal:
     return Refusal("changed_meanwhile", domain.name, "was shut off meanwhile", "Run this again.")
 
 
-def check_switched(handle: t.Any, domain: Domain, sources: t.Mapping[str, Source], error: t.Any) -> None:
+def check_switched(
+    daemon: Libvirt, handle: t.Any, domain: Domain, sources: t.Mapping[str, Source], error: t.Any
+) -> None:
     """Raise unless the domain runs on these images and is defined so; `error` is what libvirt has answered."""
     try:
         is_active = handle.isActive()
@@ -92,7 +94,9 @@ def check_switched(handle: t.Any, domain: Domain, sources: t.Mapping[str, Source
     except LibvirtError as exc:
         raise _unknown(domain, f"libvirt says: {words_of(exc)}") from exc
     wanted = {(target, os.path.realpath(source.path)) for target, source in sources.items()}
-    there = [{(target, os.path.realpath(path)) for target, path in part.tops.items()} for part in parts]
+    # With the end of a merge libvirt has the domain on the volume again that it was on before the snapshot.
+    tops = [daemon.placed(part).tops for part in parts]
+    there = [{(target, os.path.realpath(path)) for target, path in part.items()} for part in tops]
     if error is None and all(wanted <= tops for tops in there):
         return
     words = f"libvirt says: {words_of(error)}" if error is not None else "libvirt reports no error"

@@ -12,9 +12,12 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.attributes im
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal, UnknownOutcomeError
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import OpenImage, open_image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.signals import Interrupted
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.begun import leave_sign
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import CommitRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.observe import observe_chain
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay import OverlayRequest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.revert import GoBack
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.revert_rules import RevertRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.running import (
     Known,
@@ -50,7 +53,8 @@ class Hypervisor:
     def has(self, request):
         return request.path in self.keeps or request.path not in self.gone
 
-    def merge(self, request, watch, _seconds, *, relative):
+    def merge(self, request, watch, _seconds, begin, *, relative):
+        begin()
         watch(1, 2)
         if request.path in self.fails:
             raise self.fails[request.path]
@@ -212,6 +216,55 @@ def test_a_signal_ends_the_run_and_what_is_done_stays_done(three):
     codes = [verdict.problems[0].code for verdict in outcome.verdicts[1:]]
     assert codes == ["interrupted", "group_failed", "interrupted"]
     assert [os.path.exists(request.path) for request in three] == [False, True, True, True]
+
+
+def go_back(request):
+    """Return the codes of what is wrong with going back, with the VM shut off."""
+    back = RevertRequest(request.path, request.backing_file, vm=request.vm)
+    outcome = run(GoBack(), [back], SETTINGS, {"web": Vm(lambda: None)})
+    return [failure.code for failure in outcome.failures]
+
+
+def test_once_a_merge_is_begun_no_disk_of_the_vm_goes_back(three):
+    merge(three[:3], Hypervisor(fails={three[1].path: Interrupted("SIGTERM")}))
+    assert [go_back(request) for request in three[1:3]] == [["unfinished"]] * 2
+    merge(three[:3], Hypervisor())
+    folder = os.path.dirname(three[0].path)
+    assert [name for name in os.listdir(folder) if "kvmfleet" in name] == []
+
+
+def test_an_image_whose_merge_is_complete_is_not_gone_back_from(tmp_path, disk):
+    path = overlay(tmp_path / "disk.mon.qcow2", disk)
+    request = CommitRequest(path, disk, vm="web")
+    with open_image(path) as file:
+        leave_sign(file)  # and the run was killed before the image was removed
+    assert go_back(request) == ["unfinished"]
+    hypervisor = Hypervisor()
+    hypervisor.gone.add(path)
+    merge([request], hypervisor)
+    assert sorted(os.listdir(tmp_path)) == ["disk.mon.qcow2.committed", "disk.qcow2"]
+
+
+def test_the_sign_of_an_image_that_had_the_name_before_keeps_nobody_from_going_back(tmp_path, disk):
+    path = overlay(tmp_path / "disk.mon.qcow2", disk)
+    with open_image(path) as file:
+        leave_sign(file)
+        os.rename(path, tmp_path / "other")
+        overlay(tmp_path / "disk.mon.qcow2", disk)
+        os.remove(tmp_path / "other")
+        assert go_back(CommitRequest(path, disk, vm="web")) == []
+    assert sorted(os.listdir(tmp_path)) == ["disk.mon.qcow2.reverted", "disk.qcow2"]
+
+
+def test_a_merge_that_is_not_begun_leaves_no_sign(tmp_path, disk):
+    path = overlay(tmp_path / "disk.mon.qcow2", disk)
+
+    class Busy(Hypervisor):
+        def merge(self, *_arguments, **_options):
+            raise Refusal("block_job", "web", "is busy")
+
+    merge([CommitRequest(path, disk, vm="web")], Busy())
+    assert sorted(os.listdir(tmp_path)) == ["disk.mon.qcow2", "disk.qcow2"]
 
 
 def refused(request, known=Known()):  # noqa: B008

@@ -34,6 +34,10 @@ class Running:
         self.calls = []
         self.is_begun = bool(looks) and looks[0] is not None
         self.looks = [look for look in self.looks if look is not None]
+        self.signs = []  # for each, whether a job was there already
+
+    def begin(self):
+        self.signs.append(self.is_begun)
 
     def isActive(self):  # noqa: N802  libvirt's name
         return 1
@@ -79,7 +83,8 @@ class Running:
 
 def merged(handle, path, seconds=60.0, **more):
     seen = []
-    merge_down(handle, Merge(DOMAIN, "vda", path, **more), lambda done, total: seen.append((done, total)), seconds)
+    merge = Merge(DOMAIN, "vda", path, **more)
+    merge_down(handle, merge, lambda done, total: seen.append((done, total)), seconds, handle.begin)
     return seen
 
 
@@ -97,6 +102,7 @@ def test_an_image_further_down_goes_without_a_pivot():
     merged(handle, "/mid", relative=True)
     flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_RELATIVE | libvirt.VIR_DOMAIN_BLOCK_COMMIT_BANDWIDTH_BYTES
     assert handle.calls == [("vda", "vda[0]", "vda[1]", 0, flags)]
+    assert handle.signs == [False]  # before the job writes to the image below
     assert handle.chain == ["/top", "/base"]
 
 
@@ -104,6 +110,7 @@ def test_a_job_that_runs_already_is_followed():
     handle = Running([(COMMIT, 3), (COMMIT, 10)], merges="/mid")
     assert merged(handle, "/mid") == [(10, 10)]  # the first look has found it
     assert handle.calls == []
+    assert handle.signs == [True]
 
 
 def test_what_is_gone_already_needs_no_job():
@@ -124,6 +131,7 @@ def test_a_job_of_another_kind_is_left_alone():
         merged(handle, "/top")
     assert caught.value.code == "block_job"
     assert handle.calls == []
+    assert handle.signs == []
 
 
 def test_a_job_without_progress_is_given_up():
@@ -142,6 +150,6 @@ def test_a_signal_gives_the_job_up_without_a_pivot():
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Interrupted, match="SIGTERM"), ending_cleanly():
-        merge_down(handle, Merge(DOMAIN, "vda", "/mid"), tell, 60)
+        merge_down(handle, Merge(DOMAIN, "vda", "/mid"), tell, 60, lambda: None)
     assert handle.calls[1:] == [0]
     assert handle.chain == ["/top", "/mid", "/base"]
