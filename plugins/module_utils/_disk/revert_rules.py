@@ -197,8 +197,8 @@ def _unfinished(request: RevertRequest, seen: Observed) -> list[Refusal]:
     """Return that a commit of these images was begun: BASE is not any more what it was at the snapshot."""
     if seen.begun:
         why = (
-            f"cannot go any more: {seen.begun[0]} tells that its merge was begun while its VM ran, so data of it may be "
-            "in the image below, or another disk of the VM is merged already"
+            f"cannot go any more: {seen.begun[0]} tells that its merge was begun while its VM ran, so data of it may "
+            "be in the image below, or another disk of the VM is merged already"
         )
         remedy = "Complete that: state=committed of kvmfleet.qcow2.domain_overlay, with running=live if the VM runs."
         return [Refusal("unfinished", request.path, why, remedy)]

@@ -165,13 +165,24 @@ def _merge_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark) 
     found = find_snapshot(facts, domain.name, mark, frozenset)
     if found is not None:
         plan = plan_merge(domain, facts, request, mark, found)
-        return plan._replace(source=None) if plan.request.above is not None else plan  # libvirt sees to the definition
+        if plan.request.above is not None:
+            return plan._replace(source=None)  # libvirt sees to the definition
+        return plan._replace(problems=(*plan.problems, *_is_volume(domain, facts)))
     begun = half_committed_disk(domain, facts, request, mark)
     if begun is not None and not begun.problems:
         why = "its merge was begun while the domain was shut off, and is all but complete"
         problem = Refusal("unfinished", begun.request.path, why, "Shut it down and run this again.")
         begun = begun._replace(problems=(problem,))
     return flat_disk(domain, facts, mark) or begun or _left_over(domain, facts, request, mark)
+
+
+def _is_volume(domain: Domain, facts: DiskFacts) -> list[Refusal]:
+    """Return that the topmost image is defined as a volume, which libvirt does not follow when it is merged down."""
+    disk = facts.disk
+    if disk.volume is None:
+        return []
+    why = f"cannot be merged down while it runs: its disk {disk.target} is defined by the volume {disk.volume.name}"
+    return [Refusal("disk_unfit", domain.name, f"{why}, not by a path", "Shut it down and run this again.")]
 
 
 def _left_over(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark) -> DiskPlan | None:

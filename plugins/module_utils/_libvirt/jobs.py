@@ -14,7 +14,7 @@ from .._base.errors import Refusal
 from .._base.signals import Interrupted, interruptible
 from .bindings import LibvirtError, libvirt, words_of
 from .connection import Domain
-from .running import RunningDisk, running_disks
+from .running import RunningDisk, RunningImage, running_disks
 from .snapshots import shut_off_meanwhile
 
 Watch = t.Callable[[int, int], None]  # is called with the bytes that are done, and with all
@@ -98,9 +98,17 @@ def _check_mirror(disk: RunningDisk, place: int, merge: Merge) -> None:
     """Refuse a disk that is just being written to another image than the one below."""
     if disk.mirror is None:
         return
-    below = disk.images[place + 1].path if place == 0 and len(disk.images) > 1 else None
-    if disk.mirror.job != "active-commit" or below is None or disk.mirror.path != below:
-        raise _busy(merge, f"{disk.mirror.job} to {disk.mirror.path}")
+    below = disk.images[place + 1] if place == 0 and len(disk.images) > 1 else None
+    image = disk.mirror.image
+    if disk.mirror.job != "active-commit" or below is None or not _is_same(image, below):
+        raise _busy(merge, f"{disk.mirror.job} to {image.path or 'an image without a path'}")
+
+
+def _is_same(one: RunningImage, other: RunningImage) -> bool:
+    """Whether both are the same image of a chain; of a volume, which has no path, only the number tells."""
+    if one.path is not None or other.path is not None:
+        return one.path == other.path
+    return one.number == other.number != ""
 
 
 def _start(handle: t.Any, merge: Merge, disk: RunningDisk, place: int) -> None:

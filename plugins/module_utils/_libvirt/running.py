@@ -21,7 +21,7 @@ _AGENT = "org.qemu.guest_agent.0"
 class RunningImage(t.NamedTuple):
     """One image of the chain of a disk."""
 
-    path: str | None  # None if it is no local file or device
+    path: str | None  # None if it is no local file or device, or a volume
     number: str  # libvirt's number of it; empty if it has none
 
 
@@ -29,7 +29,7 @@ class Mirror(t.NamedTuple):
     """What a block job writes to beside the disk."""
 
     job: str  # active-commit, copy
-    path: str | None
+    image: RunningImage
 
 
 class RunningDisk(t.NamedTuple):
@@ -64,9 +64,15 @@ def _disk_from(element: t.Any) -> RunningDisk:
     while part is not None and _children(part, "source"):
         images.append(RunningImage(_path_of(part), indexed.getAttribute("index") if indexed is not None else ""))
         part = indexed = next(iter(_children(part, "backingStore")), None)
-    mirrors = [Mirror(one.getAttribute("job"), _path_of(one)) for one in _children(element, "mirror")]
+    mirrors = [Mirror(one.getAttribute("job"), _mirrored(one)) for one in _children(element, "mirror")]
     target = _children(element, "target")[0].getAttribute("dev")
     return RunningDisk(target, tuple(images), mirrors[0] if mirrors else None)
+
+
+def _mirrored(element: t.Any) -> RunningImage:
+    """Return the image that a block job writes to; one of the chain has the number that it has there."""
+    source = next(iter(_children(element, "source")), None)
+    return RunningImage(_path_of(element), source.getAttribute("index") if source is not None else "")
 
 
 def _path_of(element: t.Any) -> str | None:

@@ -27,7 +27,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection
     KnownCheckpoint,
     LiveBitmaps,
 )
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import Definition
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import Definition, Place, Volume
 
 from .hosts import Host
 
@@ -107,6 +107,20 @@ def test_layers_are_merged_on_top_and_further_down(host):
     assert (codes(down), names(down)) == ([], [])  # libvirt sees to the definition
     assert os.path.basename(down.disks[0].request.above) == "web.tue.qcow2"
     assert host.merge("web", "wed").disks == ()
+
+
+def test_an_overlay_that_the_domain_has_by_its_volume_is_not_merged_while_it_runs(host):
+    host.snapshot("web", "mon")
+    path, volume = str(host.folder / "web.mon.qcow2"), Volume("pool", "web.mon.qcow2", False)
+    places = {volume: Place(path)}
+    domain = host.domains["web"]
+    text = re.sub("<source file=[^/]*[^>]*/>", "<source pool='pool' volume='web.mon.qcow2'/>", domain.definition.text)
+    text = text.replace("type='file'", "type='volume'", 1).replace('type="file"', 'type="volume"', 1)
+    host.domains["web"] = domain._replace(definition=Definition(text, places))
+    running = host.start("web")
+    host.domains["web"] = running._replace(running_definition=running.running_definition.with_places(places))
+    assert codes(host.merge("web", "mon")) == ["disk_unfit"]
+    assert codes(host.put_on("web", "tue")) == []
 
 
 def test_an_overlay_that_no_disk_has_any_more_is_found_by_its_mark(host):

@@ -113,6 +113,28 @@ def test_a_job_that_runs_already_is_followed():
     assert handle.signs == [True]
 
 
+@pytest.mark.parametrize("number, codes", [("7", []), ("8", ["block_job"]), ("", ["block_job"])])
+def test_a_job_into_a_volume_is_known_by_the_number_of_the_image(number, codes):
+    handle = Running([(ACTIVE, 3), (ACTIVE, 10)])
+    volume = "<source pool='p' volume='v'{}/>"
+    chain = f"<backingStore type='volume' index='{number}'>{volume.format('')}<backingStore/></backingStore>"
+    mirror = f"<mirror type='volume' job='active-commit'>{volume.format(' index=' + repr('7'))}</mirror>"
+
+    def text(_flags):
+        paths = "".join(f"<source file='{path}' index='9'/>" for path in handle.chain[:1])
+        inner = chain + mirror if handle.chain[0] == "/top" else ""
+        return f"<domain><devices><disk type='file'>{paths}{inner}<target dev='vda'/></disk></devices></domain>"
+
+    handle.XMLDesc = text
+    found = []
+    try:
+        merged(handle, "/top")
+    except Refusal as exc:
+        found.append(exc.code)
+    assert found == codes
+    assert handle.chain[0] == ("/top" if codes else "/mid")
+
+
 def test_what_is_gone_already_needs_no_job():
     handle = Running([])
     assert merged(handle, "/other") == []

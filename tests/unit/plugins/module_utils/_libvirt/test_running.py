@@ -51,7 +51,7 @@ def test_an_image_is_found_by_any_of_its_names(tmp_path):
 
 def test_a_job_that_writes_to_another_image_is_seen():
     (disk,) = running_disks(domain(VDA.format(MIRROR)))
-    assert disk.mirror == Mirror("active-commit", "/a.s1")
+    assert disk.mirror == Mirror("active-commit", RunningImage("/a.s1", "2"))
 
 
 def test_an_empty_drive_and_a_volume_have_no_path():
