@@ -15,6 +15,7 @@ import typing as t
 
 from .._base.errors import Refusal
 from .._base.files import open_image
+from .._disk.begun import find_sign
 from .._disk.commit import CommitRequest
 from .._disk.retire import DELETE, KEEP, How, is_kept
 from .._disk.revert_rules import RevertRequest
@@ -125,7 +126,25 @@ def _commit_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark)
     found = find_snapshot(facts, domain.name, mark, frozenset)
     if found is not None:
         return plan_merge(domain, facts, request, mark, found)
-    return flat_disk(domain, facts, mark) or half_committed_disk(domain, facts, request, mark)
+    return (
+        flat_disk(domain, facts, mark)
+        or half_committed_disk(domain, facts, request, mark)
+        or _merged_while_running(domain, facts, request, mark)
+    )
+
+
+def _merged_while_running(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark) -> DiskPlan | None:
+    """Return the plan for a disk whose snapshot went in while its VM ran, but was not retired; None if it is none."""
+    left = left_over(facts, request, mark)
+    if left is None:
+        return None
+    with open_image(left.path) as file:
+        sign = find_sign(file)
+    if sign is None:
+        return None
+    why = f"is in no disk of {domain.name} any more, but {sign} tells that its merge was begun while that ran"
+    remedy = "Start the domain and run this again with running=live, which keeps the overlay aside."
+    return unreadable_disk(domain, Refusal("unfinished", left.path, why, remedy), mark)
 
 
 def unreadable_disk(domain: Domain, problem: Refusal, mark: Mark) -> DiskPlan:

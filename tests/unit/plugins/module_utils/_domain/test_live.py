@@ -10,6 +10,8 @@ import re
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.attributes import AttributeOptions
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.begun import leave_sign
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay import Creation
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.checkpoints import Chain, judge_checkpoints
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.inventory import Inventory
@@ -21,7 +23,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.live import
     not_quiescent,
 )
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.plan import SnapshotRequest
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.wayback import WayBack
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.wayback import WayBack, plan_commit
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection import (
     Kept,
     KnownCheckpoint,
@@ -131,6 +133,12 @@ def test_an_overlay_that_no_disk_has_any_more_is_found_by_its_mark(host):
     assert os.path.basename(disk.request.path) == "web.mon.qcow2"
     assert disk.request.retire == "keep"
     assert host.merge("web", "tue").disks == ()
+    assert plan_commit(host.domains["web"], host.facts("web"), WayBack("mon")).disks == ()
+    with open_image(disk.request.path) as file:
+        leave_sign(file)
+    # While the domain is shut off nobody has told libvirt's merge from a definition that somebody has changed.
+    shut_off = host.domains["web"]._replace(state=None, running_definition=None)
+    assert codes(plan_commit(shut_off, host.facts("web"), WayBack("mon"))) == ["unfinished"]
     os.rename(host.folder / "web.mon.qcow2", host.folder / "web.mon.qcow2.committed")
     assert host.merge("web", "mon").disks == ()
 
