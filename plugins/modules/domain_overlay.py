@@ -177,8 +177,8 @@ notes:
     with its overlay; one that goes on after a run was killed is followed by the next run. An overlay that such a run
     has left, and that no disk has any more, is renamed and never deleted.
   - Once a merge of a running domain is begun, no disk of the domain can go back from that snapshot, even if the merge
-    is given up. A file C(.NAME.kvmfleet-merging) beside each overlay tells so until the overlay is retired. Do not
-    remove it. Complete the merge by the same call.
+    is given up. A file C(.NAME.INODE.kvmfleet-merging) beside each overlay tells so until the overlay is retired. Do
+    not remove it. Complete the merge by the same call.
   - Of a domain that is shut off libvirt alone can do it too, by starting it paused, taking a live snapshot, and
     destroying it. That needs the memory, the network and all devices of the domain, takes seconds for each domain, and
     skips bitmaps that are not valid without a word. It is the better way if this collection cannot be used on the host.

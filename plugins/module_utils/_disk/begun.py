@@ -10,36 +10,31 @@ be given up, end with the VM, or go on without us. So the sign is there before t
 
 from __future__ import annotations
 
-import contextlib
 import os
 
 from .._base.files import OpenImage, close
 from .publish import StagedFile, open_to_list, publish_over
 
 _SUFFIX = ".kvmfleet-merging"
+_LONGEST = 100  # bytes of the name of the image, which may be as long as a name can be
 
 
 def leave_sign(file: OpenImage) -> None:
     """Say beside the open image that its merge is begun; the sign is on stable storage then."""
-    place = _place_of(file.path)
+    place = _place_of(file, file.path)
     with StagedFile(place, os.path.dirname(place)) as staged:
-        os.write(staged.file.fd, _words_of(file))
-        os.fsync(staged.file.fd)
         publish_over(staged)
 
 
 def find_sign(file: OpenImage) -> str | None:
     """Return the path of the sign that the merge of this very image was begun; None if there is none."""
-    place = _place_of(file.path)
-    with contextlib.suppress(FileNotFoundError), open(place, "rb") as sign:
-        if sign.read() == _words_of(file):  # else it is of an image that had the name before
-            return place
-    return None
+    place = _place_of(file, file.path)
+    return place if os.path.lexists(place) else None
 
 
-def remove_sign(real_path: str) -> None:
-    """Remove the sign of an image that has gone."""
-    place = _place_of(real_path)
+def remove_sign(file: OpenImage, real_path: str) -> None:
+    """Remove the sign of an open image that has gone from this path."""
+    place = _place_of(file, real_path)
     if not os.path.lexists(place):
         return
     folder_fd, _folder = open_to_list(os.path.dirname(place))
@@ -50,11 +45,8 @@ def remove_sign(real_path: str) -> None:
         close(folder_fd)
 
 
-def _place_of(path: str) -> str:
+def _place_of(file: OpenImage, path: str) -> str:
+    """Return where the sign is. By the inode it is never taken for that of another image that had the name before."""
     folder, name = os.path.split(os.path.realpath(path))
-    return os.path.join(folder, f".{name}{_SUFFIX}")
-
-
-def _words_of(file: OpenImage) -> bytes:
-    """Return what the sign holds: the inode alone, since devices can have other numbers once the host was restarted."""
-    return b"%d\n" % file.identity[1]
+    _device, inode = file.identity  # devices can have other numbers once the host was started anew
+    return os.path.join(folder, f".{os.fsdecode(os.fsencode(name)[:_LONGEST])}.{inode}{_SUFFIX}")

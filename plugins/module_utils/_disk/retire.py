@@ -46,7 +46,7 @@ def retire(path: str, file: OpenImage, how: How, suffix: str) -> str | None:
     finally:
         close(folder_fd)
     _remove_link(path, real)
-    remove_sign(real)
+    remove_sign(file, real)
     return kept
 
 
