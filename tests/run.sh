@@ -51,7 +51,7 @@ install() { tests/install.sh "$@" | announce; }  # install COMMAND-OR-FILE=PACKA
 make_venv() {  # make_venv NAME PYTHON REQUIREMENT...: a virtual environment in the cache, made once
   local name=$1 python=$2 mark
   shift 2
-  mark=$(printf '%s\n' "$python" "$@" | sha256sum)
+  mark=$({ printf '%s\n' "$python" "$@"; cat tests/requirements-*.txt tests/unit/requirements.txt; } | sha256sum)
   [ "$(cat "$cache/venv/$name/.mark" 2> /dev/null)" = "$mark" ] && return
   echo "Installing with pip into .cache/venv/$name: $*" | announce
   rm -rf "$cache/venv/$name"

@@ -42,6 +42,7 @@ class CommitRequest(t.NamedTuple):
     retire: How = DELETE
     speed: int = 0  # bytes per second; 0 is no limit
     accept_lost_bitmaps: bool = False
+    is_of_vm: bool = False  # whether it is certain that the VM has `path`, so that nothing of it is below already
 
 
 class Outcome(t.NamedTuple):
@@ -242,7 +243,7 @@ def problems_of(seen: Seen, stage: Stage, request: CommitRequest, outcome: Outco
     """Return why nothing may be merged."""
     # A VM has all of them open, and one reason is enough.
     problems = [in_use(path) for path in seen.open_for_writing] or [below_running_vm(p) for p in seen.below_running]
-    problems += [*image_problems(seen), *_size_problems(seen, stage)]
+    problems += [*_begun_problems(seen, request), *image_problems(seen), *_size_problems(seen, stage)]
     lost = [bitmap for bitmap in seen.top.bitmaps if not bitmap.name.startswith(MARK) and not bitmap.inconsistent]
     if not seen.holds_bitmaps and lost and not request.accept_lost_bitmaps:
         kind = "raw" if seen.base.image is None else "an image of version 2 (compat 0.10)"
@@ -266,6 +267,15 @@ def closes_gap(above: str, bitmaps: t.Sequence[Bitmap]) -> Refusal:
     """Return the refusal of a merge after which bitmaps of the image above would be wrong, and look right."""
     why = f"its bitmap {names_of(bitmaps)} would look valid after the merge, in which what it lacks is lost"
     return Refusal("closes_gap", above, why, "Heal it first, or remove it, with kvmfleet.qcow2.qcow2_bitmap.")
+
+
+def _begun_problems(seen: Seen, request: CommitRequest) -> list[Refusal]:
+    """Return that an image may have gone in already, and the VM may have written to BASE since."""
+    if request.is_of_vm or seen.vault is not None or not seen.begun:
+        return []
+    why = f"may have gone into the image below already: {seen.begun[0]} tells that its merge was begun while its VM ran"
+    remedy = "Use state=committed of kvmfleet.qcow2.domain_overlay, which sees what its domain has."
+    return [Refusal("unfinished", request.path, why, remedy)]
 
 
 def image_problems(seen: Seen) -> list[Refusal]:

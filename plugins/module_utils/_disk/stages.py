@@ -64,6 +64,7 @@ class Seen(t.NamedTuple):
     open_for_writing: tuple[str, ...]  # paths of images that a process has open for writing
     below_running: tuple[str, ...]  # paths of images that a running VM has as a backing file
     others: tuple[str, ...]  # images that stand on one that takes part, and do not take part
+    begun: tuple[str, ...] = ()  # paths of the signs that merges of images that go in were begun while their VM ran
 
     @property
     def top(self) -> Image:

@@ -19,6 +19,7 @@ from .._qcow2.image import Image, read_image
 from .._qemu import locks
 from .._qemu.settled import is_open_for_writing
 from . import commit, stages
+from .begun import find_sign
 from .bitmap_rules import carries_over
 from .carry import Wanted
 from .commit import CommitRequest, CommitVerdict, Work
@@ -103,6 +104,7 @@ def see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, above: Lay
         open_for_writing=tuple(file.path for file in files if is_open_for_writing(file)),
         below_running=tuple(file.path for file in files if locks.is_locked_by_qemu(file, locks.WRITE_UNSHARED)),
         others=tuple(path for layer in part for path in standing[layer.identity] if not _has_gone_in(path, vault)),
+        begun=tuple(filter(None, map(find_sign, files[:-1]))),
     )
 
 

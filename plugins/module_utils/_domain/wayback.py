@@ -185,6 +185,7 @@ def plan_merge(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark, f
         above=above,
         retire=request.retire or DELETE,
         speed=request.speed,
+        is_of_vm=True,
     )
     source = _source(found.below) if above is None else _unstated(facts)
     return DiskPlan(mark.target, merge, source, tuple(_chain_problems(domain, facts, found, mark)))

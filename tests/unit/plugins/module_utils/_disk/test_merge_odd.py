@@ -16,6 +16,7 @@ import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.signals import ending_cleanly
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import merge, siblings
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.begun import leave_sign
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import CommitRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.merge import MergeLayers
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.revert import GoBack
@@ -52,6 +53,24 @@ def test_two_merges_of_a_call_have_no_image_in_common(tmp_path):
     outcome = run(MergeLayers(), [CommitRequest(s3, base), CommitRequest(clone, str(other))], SETTINGS)
     assert [one.problems[0].code for one in outcome.verdicts] == ["repeated", "repeated"]
     assert commits.content(s3) == before
+
+
+def test_an_overlay_that_may_have_gone_in_while_its_vm_ran_is_merged_only_where_the_vm_has_it(tmp_path):
+    """Or old data would come over what the VM has written to BASE since."""
+    base = qemu.create(tmp_path / "base")
+    top = commits.overlay(tmp_path / "top", base)
+    commits.write(top, "write -P 1 0 1M")
+    commits.write(base, "write -P 2 0 1M")
+    with open_image(top) as file:
+        leave_sign(file)
+    newer = commits.content(base)
+    refusal = commits.refusal(top, base)
+    assert (refusal.code, refusal.subject) == ("unfinished", top)
+    assert commits.content(base) == newer
+    older = commits.content(top)
+    assert commits.merged(top, base, is_of_vm=True)["state"] == "committed"
+    assert commits.content(base) == older
+    assert os.listdir(tmp_path) == ["base"]
 
 
 def test_a_base_that_hides_the_end_of_an_image_below_does_not_grow(tmp_path):
