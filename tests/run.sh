@@ -182,7 +182,7 @@ site() {  # the documentation site, in .cache/site/html; a warning fails it
   rm -rf "$out"
   mkdir -p "$out/pages/reference"
   antsibull-docs collection --use-current --squash-hierarchy --fail-on-error --dest-dir "$out/pages/reference" kvmfleet.qcow2
-  cp docs/*.md docs/*.json docs/docsite/conf.py docs/docsite/index.md "$out/pages"
+  cp docs/*.md docs/*.json docs/*.png docs/docsite/conf.py docs/docsite/index.md "$out/pages"
   sphinx-build -q -W --keep-going -c "$out/pages" "$out/pages" "$out/html"
 }
 

@@ -27,6 +27,7 @@ ANSIBLE = "https://docs.ansible.com/ansible/latest/"
 LABELS = {
     "common_return_values": "reference_appendices/common_return_values.html",
     "ansible_configuration_settings": "reference_appendices/config.html",
+    "action_plugins": "plugins/action.html",
 }
 BUILTIN = "ansible_collections.ansible.builtin."
 

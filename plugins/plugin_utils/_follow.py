@@ -27,6 +27,7 @@ _LIMIT = 90 * 24 * 3600  # seconds, after which Ansible ends a job
 _PAUSES = (0.2, 0.4, 0.8, 1.6)  # seconds between looks at first, since most merges are short
 _PAUSE = 5.0  # seconds between further ones
 _PATIENCE = 600.0  # seconds for which a host that cannot be reached any more is tried again
+_DATA = {"data", "outdata"}  # what Ansible has in place of a result that it cannot read
 _OF_THE_JOB = (
     "ansible_job_id",
     "results_file",
@@ -87,7 +88,7 @@ class Following(ActionBase):  # type: ignore[misc]  # Ansible has no types
                 status = self._ask(job, "status", task_vars)
                 if status.get("finished"):
                     self._ask(job, "cleanup", task_vars)
-                    return status
+                    return _without_result(status) if _DATA & status.keys() else status
                 look = self._look(job)
             except AnsibleConnectionFailure as exc:
                 lost_since = lost_since or time.monotonic()
@@ -101,7 +102,7 @@ class Following(ActionBase):  # type: ignore[misc]  # Ansible has no types
                 continue
             lost_since = 0.0
             if not look.is_alive and not was_alive:
-                return _killed()
+                return _without_result({})
             was_alive = look.is_alive
             if tells and looks > len(_PAUSES):
                 for merge in look.merges:
@@ -130,12 +131,12 @@ class Following(ActionBase):  # type: ignore[misc]  # Ansible has no types
                 reset()
 
 
-def _killed() -> dict[str, t.Any]:
-    """Return the result for a job that has no process any more and has left no result."""
-    msg = (
-        "The module was killed on the host, so it is not known what it did. Run this again: the next run completes it."
-    )
-    return {"failed": True, "changed": True, "msg": msg}
+def _without_result(status: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
+    """Return the result for a module that has ended without one, from what Ansible's job has of its words."""
+    said = {"module_stdout": str(status.get("data", "")), "module_stderr": str(status.get("stderr", ""))}
+    reason = next(iter(said["module_stderr"].strip().splitlines()[-1:]), "it was killed")
+    msg = f"The module ended on the host without a result: {reason}. Run this again: the next run completes it."
+    return {"failed": True, "changed": True, "msg": msg, **said}
 
 
 def _show(line: str) -> None:
