@@ -111,12 +111,12 @@ class Ground(estate.Estate):
             now = _raw(disk.target, "qcow2", kept / f"now{disk.number}")
             then = before[disk.number]
             # The templates' bitmaps are older than all that was written to them.
-            changed = {name: (_allocated(then), _allocated(then) | _differing(then, now)) for name in disk.bitmaps}
+            until_then, until_now = _allocated(then), _allocated(then) | _differing(then, now)
             known[disk.number] = Known(
                 then,
                 now,
-                {name: bits for name, (bits, _) in changed.items()},
-                {**{name: bits for name, (_, bits) in changed.items()}, LATER: _differing(at_later, now)},
+                dict.fromkeys(disk.bitmaps, until_then),
+                {**dict.fromkeys(disk.bitmaps, until_now), LATER: _differing(at_later, now)},
             )
         checkpoints = {}
         for name in self.numbers:
