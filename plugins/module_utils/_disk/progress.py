@@ -81,13 +81,19 @@ def how_far() -> frozenset[tuple[int, int]]:
     return frozenset((about["pid"], about["bytes"]) for about in _told())
 
 
-def await_merges_of(vms: t.Container[str]) -> bool:
-    """Wait until every other process has ended that merges something of these VMs; return whether there was one."""
+def await_merges_of(vms: t.Container[str], seconds: float) -> bool:
+    """Wait until every other process has ended that merges something of these VMs; return whether there was one.
+
+    One that has not moved on for `seconds` is not waited for any more; the locks of its images will tell of it.
+    """
     others = {about["pid"] for about in _told() if about["vm"] in vms and about["pid"] != os.getpid()}
     for pid in others:
-        while os.path.exists(f"/proc/{pid}"):
+        seen, deadline = how_far(), time.monotonic() + seconds
+        while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline:
             with interruptible():
                 time.sleep(_PAUSE)
+            if how_far() != seen:
+                seen, deadline = how_far(), time.monotonic() + seconds
     return bool(others)
 
 

@@ -72,9 +72,8 @@ class Call:
         self._settings = settings
         self._plan(aims)
         # A merge may be under way whose controller was lost. What it leaves has to be looked at anew.
-        if not settings.check_mode and await_merges_of(
-            {one.domain.uuid for one in self._plans.values() if one.has_work}
-        ):
+        begun = {one.domain.uuid for one in self._plans.values() if one.has_work}
+        if not settings.check_mode and await_merges_of(begun, settings.seconds):
             self._plan(aims)
 
     def _plan(self, aims: t.Sequence[Aim]) -> None:

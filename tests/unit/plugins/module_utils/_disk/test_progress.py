@@ -72,14 +72,24 @@ def test_the_end_of_another_run_is_awaited_if_it_merges_the_same_vm(folder):
     folder.mkdir()
     with subprocess.Popen(["sleep", "1"]) as other:
         (folder / f"{other.pid}-1.json").write_text(json.dumps({"pid": other.pid, "bytes": 1, "vm": "web"}))
-        assert not progress.await_merges_of({"db"})
+        assert not progress.await_merges_of({"db"}, 60)
         # Whoever starts a process has to take note of its end.
         waiter = threading.Thread(target=other.wait)
         waiter.start()
-        assert progress.await_merges_of({"db", "web"})
+        assert progress.await_merges_of({"db", "web"}, 60)
         assert other.returncode == 0
         waiter.join()
-    assert not progress.await_merges_of({"web"})
+    assert not progress.await_merges_of({"web"}, 60)
+
+
+def test_a_run_that_does_not_move_on_is_not_awaited_for_ever(folder):
+    folder.mkdir()
+    with subprocess.Popen(["sleep", "60"]) as other:
+        (folder / f"{other.pid}-1.json").write_text(json.dumps({"pid": other.pid, "bytes": 1, "vm": "web"}))
+        begun = time.monotonic()
+        assert progress.await_merges_of({"web"}, 0.5)
+        assert 0.5 < time.monotonic() - begun < 30
+        other.kill()
 
 
 def _gone() -> int:
