@@ -10,8 +10,8 @@ name: unknown_variables
 short_description: Tell which variables are most likely misspelt ones of a playbook of this collection
 version_added: 1.0.0
 description:
-  - The role P(kvmfleet.qcow2.overlay#role) and the playbooks C(kvmfleet.qcow2.overlay) and C(kvmfleet.qcow2.health) use
-    it. What is misspelt has no effect, and the run would be wider than meant.
+  - The role P(kvmfleet.qcow2.overlay#role) and the playbooks C(kvmfleet.qcow2.overlay), C(kvmfleet.qcow2.health) and
+    C(kvmfleet.qcow2.heal) use it. What is misspelt has no effect, and the run would be wider than meant.
   - A name is told if it begins with C(overlay_), or whatever O(family) says, in whatever case and also with C(-) for
     C(_), and neither role nor playbook knows it. Also if it is one of theirs but for a letter, such as
     C(ovelay_domains).
@@ -37,7 +37,7 @@ options:
   family:
     description: The playbook, by whose name the variables begin.
     type: str
-    choices: [overlay, health]
+    choices: [overlay, health, heal]
     default: overlay
 author:
   - kvmfleet contributors (@kvmfleet)

@@ -40,6 +40,24 @@ OF_HEALTH = (
     "health_uri",
     "health_without_backup",
 )
+OF_HEAL = (
+    "heal_allow_nothing",
+    "heal_assume_not_emptied",
+    "heal_become",
+    "heal_bitmap_content",
+    "heal_checkpoints",
+    "heal_domains",
+    "heal_hosts",
+    "heal_orphans",
+    "heal_other_variables",
+    "heal_page",
+    "heal_page_before",
+    "heal_report",
+    "heal_running",
+    "heal_task_timeout",
+    "heal_unusable",
+    "heal_uri",
+)
 _SPECS = pathlib.Path(__file__).parents[2] / "roles/overlay/meta/argument_specs.yml"
 _NEAR = 0.7  # of 1, which is the same
 _SAME_BUT_FOR_A_LETTER = 0.9
@@ -77,7 +95,10 @@ class Family(t.NamedTuple):
         return re.match(f"[{self.name}s]{{{length - 2},{length + 2}}}[-_]", name, re.IGNORECASE) is not None
 
 
-FAMILIES = {one.name: one for one in (Family("overlay", OF_PLAYBOOK, _SPECS), Family("health", OF_HEALTH))}
+FAMILIES = {
+    one.name: one
+    for one in (Family("overlay", OF_PLAYBOOK, _SPECS), Family("health", OF_HEALTH), Family("heal", OF_HEAL))
+}
 
 
 def texts(value: t.Any) -> list[str]:

@@ -73,16 +73,17 @@ def test_each_variable_of_the_playbook_has_its_words():
         assert f"`{name}`" in fleet, name
 
 
-def test_the_known_variables_of_health_are_those_that_it_uses_and_each_has_its_words():
-    text = (ROOT / "playbooks/health.yml").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["health", "heal"])
+def test_the_known_variables_of_a_playbook_are_those_that_it_uses_and_each_has_its_words(name):
+    text = (ROOT / f"playbooks/{name}.yml").read_text(encoding="utf-8")
     head, _rest = text.split("\n- name:", 1)
-    used = set(re.findall(r"(?<![\w.])health_\w+", text)) - {"health_result"}
-    assert used == set(_variables.OF_HEALTH)
-    assert _variables.known_variables("health") == {*used, "health_result"}
+    used = set(re.findall(rf"(?<![\w.]){name}_\w+", text)) - {f"{name}_result"}
+    assert used == set(_variables.FAMILIES[name].of_playbook)
+    assert _variables.known_variables(name) == {*used, f"{name}_result"}
     page = (ROOT / "docs/health.md").read_text(encoding="utf-8")
-    for name in used:
-        assert f"#   {name} " in head, name
-        assert re.search(rf"^\| .*`{name}`.* \|", page, re.MULTILINE), name
+    for variable in used:
+        assert f"#   {variable} " in head, variable
+        assert re.search(rf"^\| .*`{variable}`.* \|", page, re.MULTILINE), variable
 
 
 def test_each_finding_is_in_the_schema_and_has_its_row():

@@ -82,6 +82,14 @@ def test_a_misspelt_name_of_another_playbook_is_told_with_its_own_way_out(name, 
     assert unknown_variables([name]) == []
 
 
+def test_the_playbooks_whose_names_are_much_alike_are_told_apart():
+    known = "no variable of this name is known"
+    assert [one.split(". ")[0] for one in unknown_variables(["heal_unusabel"], family="heal")] == [
+        f"heal_unusabel: {known}"
+    ]
+    assert unknown_variables(["health_pages"], family="heal") == []
+
+
 def test_what_begins_nearly_as_the_names_of_another_playbook_is_somebody_elses():
     others = [*known_variables("health"), "heat_map", "hall_height", "__health_look", "healthy", "stealth_mode"]
     assert unknown_variables(others, family="health") == []
