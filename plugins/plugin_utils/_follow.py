@@ -12,6 +12,7 @@ waits for it: see take_turn() in _qemu/locks.py.
 from __future__ import annotations
 
 import contextlib
+import posixpath
 import time
 import typing as t
 
@@ -40,6 +41,13 @@ _OF_THE_JOB = (
 )
 
 
+class Job(t.NamedTuple):
+    """A job, as Ansible knows it."""
+
+    name: str
+    folder: str  # in which its results are
+
+
 class Look(t.NamedTuple):
     """What a host tells of a job."""
 
@@ -65,7 +73,8 @@ class Following(ActionBase):  # type: ignore[misc]  # Ansible has no types
         job = begun.get("ansible_job_id")
         if job is None:  # it could not even be started
             return {**result, **begun}
-        ended = self._follow(str(job), task_vars or {})
+        # Where Ansible looks by itself is not where it wrote, if the home of the user is not the one of the process.
+        ended = self._follow(Job(str(job), posixpath.dirname(begun["results_file"])), task_vars or {})
         return {**result, **{key: value for key, value in ended.items() if key not in _OF_THE_JOB}}
 
     def _begin(self, task_vars: dict[str, t.Any] | None) -> dict[str, t.Any]:
@@ -76,7 +85,7 @@ class Following(ActionBase):  # type: ignore[misc]  # Ansible has no types
         finally:
             self._task.async_val = 0  # or Ansible would wait for it, in its own way, without a word
 
-    def _follow(self, job: str, task_vars: dict[str, t.Any]) -> dict[str, t.Any]:
+    def _follow(self, job: Job, task_vars: dict[str, t.Any]) -> dict[str, t.Any]:
         """Return the result of the job once it has ended."""
         host = str(task_vars.get("inventory_hostname", "localhost"))
         tells = boolean(task_vars.get(_QUIET, True), strict=False)
@@ -108,17 +117,16 @@ class Following(ActionBase):  # type: ignore[misc]  # Ansible has no types
                 for merge in look.merges:
                     _show(f"{host}: {line_of(merge)}")
 
-    def _ask(self, job: str, mode: str, task_vars: dict[str, t.Any]) -> dict[str, t.Any]:
+    def _ask(self, job: Job, mode: str, task_vars: dict[str, t.Any]) -> dict[str, t.Any]:
         """Return what Ansible knows of the job, or have it forget the job."""
-        folder = self._remote_expand_user(self.get_shell_option("async_dir", default="~/.ansible_async"))
-        arguments = {"jid": job, "mode": mode, "_async_dir": folder}
+        arguments = {"jid": job.name, "mode": mode, "_async_dir": job.folder}
         answer = self._execute_module("ansible.legacy.async_status", module_args=arguments, task_vars=task_vars)
         return t.cast("dict[str, t.Any]", answer)
 
-    def _look(self, job: str) -> Look:
+    def _look(self, job: Job) -> Look:
         """Return whether the job has a process, and how far the merges of the host are."""
         # What Ansible has named its process; the pattern does not match itself, in the command line of this shell.
-        name = job.split(".")[0]
+        name = job.name.split(".")[0]
         alive = f"grep -qsa '[{name[0]}]{name[1:]}' /proc/[0-9]*/cmdline && echo alive"
         answer = self._low_level_execute_command(f"{alive}; cat {PROGRESS}/*.json 2>/dev/null; true")
         lines = answer["stdout"].splitlines()
