@@ -92,8 +92,9 @@ def await_merges_of(vms: t.Container[str], seconds: float) -> bool:
         while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline:
             with interruptible():
                 time.sleep(_PAUSE)
-            if how_far() != seen:
-                seen, deadline = how_far(), time.monotonic() + seconds
+            now = how_far()
+            if now != seen:
+                seen, deadline = now, time.monotonic() + seconds
     return bool(others)
 
 

@@ -80,20 +80,29 @@ def take_turn(file: OpenImage, seconds: float, how_far: t.Callable[[], object] =
 
     Wait up to `seconds` after what `how_far` returns has changed last.
     """
+    if _has_taken_turn(file):
+        return
     deadline, seen = time.monotonic() + seconds, how_far()
     while True:
-        _hold(file, OUR_TURN)
-        if not is_locked(file, OUR_TURN):
-            return
-        _set_lock(file.fd, OUR_TURN, fcntl.F_UNLCK)
         if time.monotonic() > deadline:
-            if how_far() == seen:
+            now = how_far()
+            if now == seen:
                 why = f"another run of this collection has been working on it for more than {seconds:.0f} s"
                 raise Refusal("other_run", file.path, why, "Wait for it to end, then run this again.")
-            deadline, seen = time.monotonic() + seconds, how_far()
+            deadline, seen = time.monotonic() + seconds, now
         # Pause for a random time, or two runs that collide would go on colliding in step.
         with interruptible():
             time.sleep(random.uniform(0.005, 0.05))
+        if _has_taken_turn(file):
+            return
+
+
+def _has_taken_turn(file: OpenImage) -> bool:
+    _hold(file, OUR_TURN)
+    if not is_locked(file, OUR_TURN):
+        return True
+    _set_lock(file.fd, OUR_TURN, fcntl.F_UNLCK)
+    return False
 
 
 def claim(file: OpenImage) -> bool:
