@@ -29,7 +29,7 @@ from .build import MakeOverlays
 from .commit import CommitRequest, CommitVerdict
 from .fates import wrongly_mended
 from .merge import MergeLayers
-from .observe import ObservedChain, observe_chain
+from .observe import ObservedChain, free_bytes, observe_chain
 from .overlay import CUMULATIVE, OverlayRequest, OverlayVerdict, SkippedBitmap
 from .progress import telling
 from .publish import publish_unlocked
@@ -326,9 +326,8 @@ def _need(seen: Seen, held: Held) -> Need | None:
     with contextlib.suppress(Refusal):  # a table that is just being written
         growth = most_growth(held.image(base.path), [held.image(seen.chain[0].path)], 0, shares_data=False)
         folder = os.path.dirname(base.real_path)
-        space = os.statvfs(folder)
-        free = (space.f_bfree if os.geteuid() == 0 else space.f_bavail) * space.f_frsize
-        return Need(held.image(base.path).status().st_dev, folder, growth, free) if space.f_blocks else None
+        free = free_bytes(folder)
+        return Need(held.image(base.path).status().st_dev, folder, growth, free) if free is not None else None
     return None
 
 

@@ -13,15 +13,13 @@ from ...module_utils._disk.heal import REBUILT, REMOVED, VALID
 from ...module_utils._disk.verdict import FAILED, SKIPPED
 from .._report.fleet import COLLECTION_VERSION, NOT_RUN
 from .._report.host import OK, UNREACHABLE
-from .._report.patterns import matches, unmatched
+from .._report.patterns import matches
 from .._report.rows import Problem, Result, problem, reason
+from .report import in_vain
 
 SCHEMA_VERSION = 1
 STATES = (VALID, REBUILT, REMOVED, SKIPPED, FAILED)  # of domains and of checkpoints
 _NOT_RUN = problem("not_run", "Nothing was healed there, because the run ended before.")
-_NOTHING = problem(
-    "nothing_done", "No host has a domain of what was asked for. Correct that, or set heal_allow_nothing."
-)
 
 
 class Work(t.NamedTuple):
@@ -58,7 +56,7 @@ def fleet_healed(
     not_run = {**host_healed(Work()), "state": NOT_RUN}
     hosts = {host: report or not_run for host, report in reports.items()}
     states = collections.Counter(report["state"] for report in hosts.values())
-    problems = [] if allows_nothing else _in_vain(list(hosts.values()))
+    problems = [] if allows_nothing else in_vain(list(hosts.values()), "heal_allow_nothing")
     return {
         "schema_version": SCHEMA_VERSION,
         "collection_version": COLLECTION_VERSION,
@@ -107,11 +105,3 @@ def _counts(report: Result) -> str:
     orphans = f"; {report['removed_orphans']} orphan bitmaps removed" if report["removed_orphans"] else ""
     vms = f"{sum(of_domains.values())} VMs" + (f": {domains}" if domains else "")
     return f"{vms}; checkpoints: {checkpoints or 'none'}{orphans}"
-
-
-def _in_vain(hosts: t.Sequence[Result]) -> list[Problem]:
-    """Return what is wrong with the fleet although nothing is with any host: what was asked for is nowhere."""
-    if any(host["state"] != OK for host in hosts):
-        return []  # there it may be
-    found = list(unmatched(hosts, "heal_allow_nothing"))
-    return found or ([] if any(host["domains"] for host in hosts) else [_NOTHING])

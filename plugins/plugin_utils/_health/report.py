@@ -41,9 +41,6 @@ _OF_DOMAIN = (
     "unfinished",
 )
 _NOT_RUN = problem("not_run", "It was not looked at, because the run ended before.")
-_NOTHING = problem(
-    "nothing_done", "No host has a domain of what was asked for. Correct that, or set health_allow_nothing."
-)
 
 
 class Look(t.NamedTuple):
@@ -80,7 +77,7 @@ def fleet_health(
     hosts = {host: report or not_run for host, report in reports.items()}
     states = collections.Counter(report["state"] for report in hosts.values())
     domains = [domain for report in hosts.values() for domain in report["domains"]]
-    problems = [] if allows_nothing else _in_vain(list(hosts.values()))
+    problems = [] if allows_nothing else in_vain(list(hosts.values()), "health_allow_nothing")
     bad = {host: _bad(report, fail_on) for host, report in hosts.items()}
     return {
         "schema_version": SCHEMA_VERSION,
@@ -134,9 +131,13 @@ def _bad(report: Result, fail_on: str) -> int:
     return domains + (len(report["problems"]) if fail_on != "never" else 0)
 
 
-def _in_vain(hosts: t.Sequence[Result]) -> list[Problem]:
-    """Return what is wrong with the fleet although nothing is with any host: what was asked for is nowhere."""
+def in_vain(hosts: t.Sequence[Result], way_out: str) -> list[Problem]:
+    """Return what is wrong with the fleet although nothing is with any host: what was asked for is nowhere.
+
+    `way_out`: the variable that allows it.
+    """
     if any(host["state"] != HOST_OK for host in hosts):
         return []  # there it may be
-    found = list(unmatched(hosts, "health_allow_nothing"))
-    return found or ([] if any(host["domains"] for host in hosts) else [_NOTHING])
+    words = f"No host has a domain of what was asked for. Correct that, or set {way_out}."
+    found = list(unmatched(hosts, way_out))
+    return found or ([] if any(host["domains"] for host in hosts) else [problem("nothing_done", words)])
