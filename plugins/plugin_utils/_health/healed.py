@@ -16,6 +16,7 @@ from .._report.host import OK, UNREACHABLE
 from .._report.patterns import matches
 from .._report.rows import Problem, Result, problem, reason
 from .report import in_vain
+from .text import lines_of_hosts
 
 SCHEMA_VERSION = 1
 STATES = (VALID, REBUILT, REMOVED, SKIPPED, FAILED)  # of domains and of checkpoints
@@ -71,14 +72,7 @@ def fleet_healed(
 
 def summary(report: Result) -> list[str]:
     """Return the lines that a person reads at the end: one for each host, what is wrong below, and the sum."""
-    width = max((len(host) for host in report["hosts"]), default=0)
-    lines = []
-    for host, one in report["hosts"].items():
-        state = one["state"] if one["state"] == OK else one["state"].upper()
-        problems = [" ".join(problem["msg"].splitlines()) for problem in one["problems"]]
-        told = [_counts(one), *problems] if one["domains"] or not problems else problems
-        lines.append(f"{host:{width}}  {state:11}  {told[0]}")
-        lines.extend(f"{'':{width}}  {text}" for text in told[1:])
+    lines = lines_of_hosts(report, lambda one: [_counts(one)])
     lines.extend(problem["msg"] for problem in report["problems"])
     states = ", ".join(f"{count} {state}" for state, count in report["states"].items())
     foreseen = " Nothing was changed: this is what a run would do." if report["check_mode"] else ""

@@ -49,22 +49,36 @@ def figures(report: Result) -> list[tuple[str, str]]:
     ]
 
 
-def summary(report: Result) -> list[str]:
-    """Return the lines that a person reads at the end: one for each host, what is wrong below, and the sum."""
+def lines_of_hosts(report: Result, tell: t.Callable[[Result], list[str]]) -> list[str]:
+    """Return a line for each host, with what is wrong below. `tell` returns what is told of one that was reached."""
     width = max((len(host) for host in report["hosts"]), default=0)
     lines = []
     for host, one in report["hosts"].items():
         state = one["state"] if one["state"] == OK else one["state"].upper()
         problems = [" ".join(problem["msg"].splitlines()) for problem in one["problems"]]
-        told = [counts(one), *problems] if one["domains"] or not problems else problems
-        told += [
-            f"- {domain['name']}: {domain['health']}. {domain['next_backup_reason']}"
-            for domain in one["domains"]
-            if domain["health"] in (FULL, UNKNOWN)
-        ]
+        first, *rest = tell(one)
+        told = [first, *problems, *rest] if one["domains"] or not problems else [*problems, *rest]
         lines.append(f"{host:{width}}  {state:11}  {told[0]}")
         lines.extend(f"{'':{width}}  {text}" for text in told[1:])
+    return lines
+
+
+def summary(report: Result) -> list[str]:
+    """Return the lines that a person reads at the end: one for each host, what is wrong below, and the sum."""
+    lines = lines_of_hosts(report, _of_host)
     states = ", ".join(f"{count} {state}" for state, count in report["states"].items())
     lines.extend(problem["msg"] for problem in report["problems"])
     verdict = "Every next increment is possible." if report["ready"] else "Not every next increment is possible."
     return [*lines, f"{len(report['hosts'])} hosts: {states}. {counts(report)}. {verdict}"]
+
+
+def _of_host(one: Result) -> list[str]:
+    """Return the counts of a host, and the domains that stand in the way."""
+    return [
+        counts(one),
+        *(
+            f"- {domain['name']}: {domain['health']}. {domain['next_backup_reason']}"
+            for domain in one["domains"]
+            if domain["health"] in (FULL, UNKNOWN)
+        ),
+    ]
