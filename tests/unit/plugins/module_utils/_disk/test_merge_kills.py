@@ -124,7 +124,7 @@ def vm_dies_and_killed_again(disk: Disk) -> None:
 
 
 EVENTS = (*disks.EVENTS, killed_again, vm_dies_and_killed_again)
-MOST = int(os.environ.get("MERGE_KILLS", "2"))
+MOST = int(os.environ.get("MERGE_KILLS", qemu.examples(2)))
 
 
 class Stage:

@@ -34,7 +34,7 @@ ODD_NAMES = (
     "$HOME",
     "a=b",
 )
-COMBINATIONS = 300
+COMBINATIONS = qemu.examples(300)
 
 
 def random_options(dice: random.Random) -> dict[str, str]:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from .. import qemu
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "1500"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", qemu.examples(1500)))
 INTERESTING = (
     0,
     1,
