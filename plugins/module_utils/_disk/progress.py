@@ -4,8 +4,8 @@
 # PRIVATE to this collection: may change at any time.
 """Tell other processes how far a commit is, in a file that only root can read.
 
-One file for each commit whose data is moving, `/run/kvmfleet-qcow2/PID-NUMBER.json`, written anew about four times a second.
-It goes with the commit; of a run that was killed the next one removes it. docs/design.md has the fields.
+One file for each commit whose data is moving, `/run/kvmfleet-qcow2/PID-NUMBER.json`, written anew about four times
+a second. It goes with the commit; of a run that was killed the next one removes it. docs/design.md has the fields.
 """
 
 from __future__ import annotations
