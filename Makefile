@@ -1,5 +1,5 @@
 # The commands of this collection's developers. Each says what it installs before it does; see docs/development.md.
-.PHONY: demo test test-between test-fleet build galaxy lint sanity quick units page integration prove bench bench-fleet bench-side screenshot clean
+.PHONY: demo test test-between test-fleet build galaxy lint sanity quick units page integration prove bench bench-fleet bench-side bench-back screenshot clean
 
 demo:
 	tests/demo.sh
@@ -13,7 +13,7 @@ test-between:
 test-fleet:
 	tests/run.sh fleet
 
-build galaxy lint sanity quick units page integration prove bench bench-fleet bench-side screenshot:
+build galaxy lint sanity quick units page integration prove bench bench-fleet bench-side bench-back screenshot:
 	tests/run.sh $@
 
 clean:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# run.sh STEP...: build, galaxy, lint, sanity, quick, units, page, integration, between, fleet, prove, bench, bench-fleet, bench-side
-# or screenshot, in the order given, build, galaxy and lint side by side; what is missing is installed. $PROVE has the options of
-# the programs of step prove, which tell them with --help.
+# run.sh STEP...: build, galaxy, lint, sanity, quick, units, page, integration, between, fleet, prove, bench, bench-fleet,
+# bench-side, bench-back or screenshot, in the order given, build, galaxy and lint side by side; what is missing is installed.
+# $PROVE has the options of the programs of step prove, which tell them with --help.
 # A line tells what came of each step, or of each leg of it; its output lies in .cache/log. VERBOSE=1 shows that, too.
 # All that it makes lies in .cache: virtual environments, a copy of the collection at the path that Ansible wants.
 # Integration tests mount small file systems, change owners and make hosts, so they run as root, by sudo if need be.
@@ -283,6 +283,12 @@ bench_side() {  # writes docs/side-by-side.md
     "$cache/venv/core-${usable[-1]%% *}/bin/python" tests/benchmarks/side_by_side.py
 }
 
+bench_back() {  # writes the second part of docs/side-by-side.md
+  install strace=strace qemu-io=qemu-utils findmnt=util-linux
+  make_prove_venv
+  PYTHONPATH=$cache/collections "${own_world[@]}" "$cache/venv/prove/bin/python" tests/benchmarks/way_back.py
+}
+
 begin() {  # begin NAME TITLE FUNCTION ARGUMENT...: start a leg, with its output in the log of that name
   # Not after "if", nor before "||" or "&&": bash would ignore -e in the leg, too.
   # In the background bash ignores an interrupt, unless told otherwise.
@@ -468,7 +474,7 @@ prepared=''
 [ "$1" != --prepared ] || { prepared=yes; shift; }  # by as_root alone
 for step; do
   case $step in
-    build | galaxy | lint | sanity | quick | units | page | integration | between | fleet | prove | bench | bench-fleet | bench-side | screenshot) ;;
+    build | galaxy | lint | sanity | quick | units | page | integration | between | fleet | prove | bench | bench-fleet | bench-side | bench-back | screenshot) ;;
     *) echo "unknown step: $step" >&2; exit 2 ;;
   esac
 done
@@ -486,7 +492,7 @@ copy_collection "$copy"
 for step; do
   case $step in build | galaxy | lint) ;; *) await ;; esac
   case $step in
-    integration | quick | between | fleet | prove | bench-fleet | bench-side) [ "$(id -u)" -eq 0 ] || { as_root "$step"; continue; } ;;
+    integration | quick | between | fleet | prove | bench-fleet | bench-side | bench-back) [ "$(id -u)" -eq 0 ] || { as_root "$step"; continue; } ;;
   esac
   run "$step"
 done

@@ -48,21 +48,29 @@ print(seconds, outcome.verdicts[0].method)
 Extents = t.Sequence[tuple[int, int]]  # start and length in bytes
 
 
-def make_pair(folder: pathlib.Path, virtual_size: int, written: Extents) -> tuple[pathlib.Path, pathlib.Path]:
-    """Make an overlay, to which a guest has written, and its backing file; both have bitmaps."""
+def make_pair(
+    folder: pathlib.Path, virtual_size: int, written: Extents, others: Extents = ()
+) -> tuple[pathlib.Path, pathlib.Path]:
+    """Make an overlay, to which a guest has written, and its backing file, which has `others`; both have bitmaps."""
     folder.mkdir()
     top, base = folder / "top", folder / "base"
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(base), str(virtual_size)], check=True)
     add_bitmaps(base, BITMAPS)
+    guest_writes(base, others)
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(base), "-F", "qcow2", str(top)], check=True)
     add_bitmaps(top, BITMAPS)
-    commands = [word for start, length in written for word in ("-c", f"write -P 7 {start} {length}")]
-    command = ["qemu-io", "-f", "qcow2", "-t", "writeback", *commands, str(top)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    guest_writes(top, written)
     for path in (top, base):  # or one side would pay for what the other has left to be written
         with open(path, "rb") as file:
             os.fsync(file.fileno())
     return top, base
+
+
+def guest_writes(path: pathlib.Path, written: Extents) -> None:
+    """Write there as a guest does."""
+    commands = [word for start, length in written for word in ("-c", f"write -P 7 {start} {length}")]
+    command = ["qemu-io", "-f", "qcow2", "-t", "writeback", *commands, str(path)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def ours(top: pathlib.Path, base: pathlib.Path) -> tuple[float, str]:

@@ -297,11 +297,11 @@ def report(cells: list[Cell], contenders: list[Contender], small: pathlib.Path, 
     return "\n".join([*lines, "## The commands", "", *commands_of(contenders)]).rstrip() + "\n"
 
 
-def write(text: str) -> None:
+def write(text: str, begin: str = BEGIN, end: str = END) -> None:
     """Put the tables into the document, between the marks."""
     whole = DOCUMENT.read_text()
-    head, rest = whole.split(BEGIN)
-    DOCUMENT.write_text(f"{head}{BEGIN}\n\n{text}\n{END}{rest.split(END)[1]}")
+    head, rest = whole.split(begin)
+    DOCUMENT.write_text(f"{head}{begin}\n\n{text}\n{end}{rest.split(end)[1]}")
 
 
 def arguments() -> argparse.Namespace:
