@@ -136,7 +136,7 @@ def _close(job: Job, nodes: t.Sequence[str]) -> None:
 
 def _follow(job: Job, written: t.Sequence[OpenImage]) -> str | None:
     """Return why the job has failed, when it has come to its end; None if it has not failed."""
-    monitor, done, since = job.monitor, -1, time.monotonic()
+    monitor, done, since, is_full = job.monitor, -1, time.monotonic(), False
     allowed = job.seconds + (_STEP / job.speed if job.speed else 0)
     while True:
         status = monitor.next_status(_JOB, _PAUSE)
@@ -151,19 +151,21 @@ def _follow(job: Job, written: t.Sequence[OpenImage]) -> str | None:
             os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_DONTNEED)
         # All that is tried again after an error counts once more in the total.
         if about["current-progress"] != done or about["status"] == "ready":
-            done, since = about["current-progress"], time.monotonic()
+            done, since, is_full = about["current-progress"], time.monotonic(), False
+        # A job that was resumed runs for a moment, then it pauses again.
+        is_full = is_full or about["status"] == "paused"
         if time.monotonic() - since > allowed:
             monitor.command("job-cancel", {"id": _JOB})
-            return _await_end(job, about["status"])
+            return _await_end(job, is_full=is_full)
         if about["status"] == "paused" and status is None:
             monitor.command("job-resume", {"id": _JOB})
 
 
-def _await_end(job: Job, status: str) -> str:
+def _await_end(job: Job, *, is_full: bool) -> str:
     """Wait for the end of a job that was cancelled; return why it was."""
     while job.monitor.next_status(_JOB, job.seconds) not in ("concluded", None):
         pass
-    if status == "paused":
+    if is_full:
         return "No space left on device"
     raise QemuError(
         "qemu_lost", f"the commit made no progress for {job.seconds:.0f} s and was cancelled", "Check the storage."
