@@ -99,20 +99,19 @@ async function copy(command, code) {
   say("Copied.");
 }
 
-function asCommand([, , command, runOn], host) {
+function asCommand(command) {
   if (command === null) return null;
   const code = element("code", { tabindex: "0" }, command);
   const button = element("button", { type: "button", "aria-label": `Copy the command: ${command}` }, "Copy");
   button.addEventListener("click", () => copy(command, code));
-  const where = runOn === "host" ? element("span", { class: "soft" }, "on ", named(host), ": ") : null;
-  return element("div", { class: "command" }, where, code, button);
+  return element("div", { class: "command" }, code, button);
 }
 
 function asFindings(vm) {
   return element(
     "ul",
     { class: "findings" },
-    ...findings(vm).map((one) => element("li", {}, element("span", { class: "name" }, one[1]), asCommand(one, vm.host)))
+    ...findings(vm).map((one) => element("li", {}, element("span", { class: "name" }, one[1]), asCommand(one[2])))
   );
 }
 

@@ -64,7 +64,8 @@ _value:
       sample: {"hv13": 1}
     report:
       description:
-        - The report as JSON. The playbook writes it to a file. C(docs/health.md) of the collection tells its fields.
+        - The report as JSON. The playbook writes it to a file. C(docs/heal.schema.json) of the collection is its JSON
+          schema.
       type: str
 """
 

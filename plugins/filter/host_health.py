@@ -46,6 +46,10 @@ options:
     type: list
     elements: str
     default: []
+  uri:
+    description: The libvirt daemon of the host, for the commands. Left out, or V(qemu:///system), it is in none.
+    type: str
+    default: ""
 author:
   - kvmfleet contributors (@kvmfleet)
 """
@@ -74,6 +78,7 @@ import time
 import typing as t
 
 from ..plugin_utils._health.carried import as_text
+from ..plugin_utils._health.commands import Place
 from ..plugin_utils._health.domain import Limits
 from ..plugin_utils._health.report import Look, host_health
 from ..plugin_utils._variables import texts
@@ -85,6 +90,7 @@ def make_host_health(
     longest_chain: t.Any = 0,
     oldest_snapshot: t.Any = 0,
     without_backup: t.Any = (),
+    uri: t.Any = "",
 ) -> str:
     """Return the report on a host."""
     result = found.get("look")
@@ -94,7 +100,7 @@ def make_host_health(
         [name for name in texts(found.get("names")) if any(character in name for character in "*?[")],
     )
     limits = Limits(int(longest_chain), float(oldest_snapshot), tuple(filter(None, texts(without_backup))))
-    return as_text(host_health(host, look, limits, time.time()))
+    return as_text(host_health(Place(host, str(uri or "")), look, limits, time.time()))
 
 
 class FilterModule:

@@ -88,7 +88,7 @@ options:
       - V(fail) reports them as failed. V(skip) leaves them out.
       - V(live) has libvirt delete what is to go, with O(state=absent) or O(unusable=remove). Nothing can be healed
         while QEMU has the images open. Needs libvirt 6.6 or newer.
-      - A domain that runs and of which nothing is to be done is fine in any case. To know that, libvirt 9.0 or newer is
+      - A domain that runs and of which nothing is to be done is fine in any case. To know that, libvirt 7.0 or newer is
         needed.
     type: str
     choices: [fail, skip, live]

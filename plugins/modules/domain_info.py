@@ -381,6 +381,17 @@ domains:
           description: The image that is worked on; of a commit the one that all goes into.
           type: str
           sample: /srv/web.qcow2
+        kind:
+          description: V(commit) or V(healing).
+          type: str
+          sample: commit
+        snapshot:
+          description:
+            - Of a commit the snapshot of the domain that is merged down. M(kvmfleet.qcow2.domain_overlay) with
+              C(state=committed) and this name completes it.
+            - Null of a healing, and if it is none of this collection's snapshots of the domain.
+          type: str
+          sample: monday
         what:
           description: What it is.
           type: str
@@ -388,7 +399,7 @@ domains:
         completed_by:
           description: What completes it, once the domain is shut off.
           type: str
-          sample: Complete it with kvmfleet.qcow2.qcow2_overlay, state=committed, path=/srv/b.qcow2, …
+          sample: Complete it with kvmfleet.qcow2.domain_overlay, state=committed, snapshot=monday and …
     next_backup:
       description:
         - V(incremental) if an incremental backup of the domain is possible, V(full) if only a full one is, V(unknown)

@@ -18,6 +18,13 @@ from ansible_collections.kvmfleet.qcow2.plugins.filter.fleet_report import make_
 from ansible_collections.kvmfleet.qcow2.plugins.filter.host_report import make_host_report
 from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils import _variables
 from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils._health.domain import HEALTHS, FindingCode
+from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils._health.healed import SCHEMA_VERSION as HEAL_VERSION
+from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils._health.healed import (
+    STATES,
+    Work,
+    fleet_healed,
+    host_healed,
+)
 from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils._health.metrics import metrics
 from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils._health.report import SCHEMA_VERSION as HEALTH_VERSION
 from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils._report.fleet import COLLECTION_VERSION
@@ -26,6 +33,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 NAME = re.compile(r"(?<![\w.])overlay_\w+")
 ROLE = ROOT / "roles/overlay"
 PLAYBOOK = (ROOT / "playbooks/overlay.yml").read_text(encoding="utf-8")
+HEAL = json.loads((ROOT / "docs/heal.schema.json").read_text(encoding="utf-8"))
 HEALTH = json.loads((ROOT / "docs/health.schema.json").read_text(encoding="utf-8"))
 SCHEMA = json.loads((ROOT / "docs/report.schema.json").read_text(encoding="utf-8"))
 HEAD = {"started": "2026-01-31T12:00:00Z", "ended": None, "ansible_version": "2.18.1", "limit": None, "snapshot": None}
@@ -46,10 +54,11 @@ def load_validator():
 VALID = load_validator()
 
 
-def documented(name):
-    """Return what a filter returns, by its documentation."""
-    text = (ROOT / f"plugins/filter/{name}.py").read_text(encoding="utf-8")
-    return yaml.safe_load(text.split('RETURN = r"""')[1].split('"""')[0])["_value"]["contains"]
+def documented(name, kind="filter"):
+    """Return what a filter, or a module, returns, by its documentation."""
+    text = (ROOT / f"plugins/{kind}/{name}.py").read_text(encoding="utf-8")
+    told = yaml.safe_load(text.split('RETURN = r"""')[1].split('"""')[0])
+    return told["_value"]["contains"] if kind == "filter" else told
 
 
 def names(folder):
@@ -94,6 +103,26 @@ def test_each_finding_is_in_the_schema_and_has_its_row():
     assert HEALTH["properties"]["findings"]["propertyNames"]["enum"] == codes
     assert HEALTH["$defs"]["domain"]["properties"]["health"]["enum"] == list(HEALTHS)
     assert HEALTH["properties"]["schema_version"]["const"] == HEALTH_VERSION
+
+
+def test_the_report_of_a_healing_is_as_its_schema_says():
+    of_module = documented("domain_checkpoint", "modules")["domains"]["contains"]
+    assert set(HEAL["$defs"]["domain"]["properties"]) == set(of_module)
+    assert set(HEAL["$defs"]["checkpoint"]["properties"]) == set(of_module["checkpoints"]["contains"])
+    assert HEAL["$defs"]["domain"]["properties"]["state"]["enum"] == list(STATES)
+    assert HEAL["properties"]["schema_version"]["const"] == HEAL_VERSION
+    failed = {"name": "a", "state": "failed", "msg": "b", "code": "c"}
+    told = {**failed, "uuid": None, "checkpoints": [failed], "removed_orphans": None}
+    hosts = {"up": host_healed(Work({"domains": [told]}, "", ["*"])), "never": None}
+    head = {name: HEAD.get(name) for name in ("started", "ended", "ansible_version", "limit")}
+    report = {"finished": True, **head, **fleet_healed(hosts, check_mode=True), "summary": []}
+    jsonschema.validate(report, HEAL)
+    assert set(HEAL["required"]) == set(report)
+    assert set(HEAL["$defs"]["host"]["required"]) == set(report["hosts"]["up"])
+    for part in (report, report["hosts"]["up"], report["hosts"]["up"]["domains"][0]):
+        part.pop(next(iter(set(part) & {"problems", "state", "hosts"})))
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(report, HEAL)
 
 
 def test_each_metric_has_its_row():

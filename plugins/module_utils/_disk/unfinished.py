@@ -12,6 +12,7 @@ import typing as t
 from .._base.errors import Refusal, system_refusal
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer
+from .._qcow2.mark import Mark
 from .vault import MARK, Vault, find_vault, healing_place, open_vault, place_of, read_vault
 
 COMMIT = "commit"
@@ -26,6 +27,7 @@ class Unfinished(t.NamedTuple):
     what: str  # without full stop
     remedy: str
     is_in_the_way: bool = True  # of other work on the chain
+    mark: Mark | None = None  # of the overlay that is merged down
 
     def __str__(self) -> str:
         return f"{self.path}: {self.what}. {self.remedy}"
@@ -91,21 +93,34 @@ def _commit(layer: Layer, path: str, vault: Vault | Refusal, chain: t.Sequence[L
     options = [f"path={top}", f"backing_file={layer.path}"]
     options += ["backing_format=raw"] if layer.image is None else []
     options += [f"above={chain[place - 1].path}"] if place else []
-    call = (
-        f"Complete it with kvmfleet.qcow2.qcow2_overlay, state=committed, {', '.join(options)} (or with the same call "
-        "of kvmfleet.qcow2.domain_overlay)."
-    )
+    image = chain[place].image if place is not None else None
+    mark = image.mark if image is not None else None
+    call = _call_of_commit(f"kvmfleet.qcow2.qcow2_overlay, state=committed, {', '.join(options)}", mark)
     if not vault.is_given:
-        return Unfinished(COMMIT, layer.path, f"the commit of {top} into it is unfinished (vault {path})", call)
+        what = f"the commit of {top} into it is unfinished (vault {path})"
+        return Unfinished(COMMIT, layer.path, what, call, mark=mark)
     what = f"of the commit of {top} into it only the end is missing: what went in is to be retired (vault {path})"
-    return Unfinished(COMMIT, layer.path, what, call, is_in_the_way=place is not None)
+    return Unfinished(COMMIT, layer.path, what, call, is_in_the_way=place is not None, mark=mark)
+
+
+def _call_of_commit(of_images: str, mark: Mark | None) -> str:
+    """Return which call completes a commit. A domain must be given a definition without the overlay, too."""
+    if mark is None:
+        return f"Complete it with {of_images} (or with the same call of kvmfleet.qcow2.domain_overlay)."
+    return (
+        f"Complete it with kvmfleet.qcow2.domain_overlay, state=committed, snapshot={mark.snapshot} and the name of "
+        f"its domain; if libvirt does not know that any more, with {of_images}."
+    )
 
 
 def _healing(layer: Layer, path: str, vault: Vault | Refusal, top: Layer) -> Unfinished:
     if isinstance(vault, Refusal):
         return Unfinished(HEALING, layer.path, f"the vault {path} {vault.why}", vault.remedy)
     what = f"work on its bitmaps is unfinished (vault {path})"
-    remedy = f"Complete it with the same call of kvmfleet.qcow2.qcow2_bitmap again, with path={top.path}."
+    remedy = (
+        "Complete it with the same call again: kvmfleet.qcow2.domain_checkpoint with the name of its domain, or "
+        f"kvmfleet.qcow2.qcow2_bitmap with path={top.path}."
+    )
     return Unfinished(HEALING, layer.path, what, remedy)
 
 

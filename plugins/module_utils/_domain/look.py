@@ -10,10 +10,11 @@ import typing as t
 
 from .._base.errors import Refusal, printable
 from .._disk.examine import ExaminedChain, ExaminedLayer, examine_chain
-from .._disk.unfinished import unfinished_work
+from .._disk.unfinished import Unfinished, unfinished_work
 from .._disk.verdict import problem_fields
 from .._libvirt.connection import Domain, Kept, Libvirt, Unreadable
 from .._libvirt.definition import DomainDisk
+from .._qcow2.mark import Mark
 from .fitness import fitness_of
 from .inventory import Inventory, facts_without_chain
 from .overlay import stated_problems
@@ -51,12 +52,7 @@ class DomainLook(t.NamedTuple):
             "checkpoints": [one.as_result() for one in self.checkpoints],
             "orphan_bitmaps": orphan_bitmaps(self.kept.checkpoints, self.disks),
             "unfinished": [
-                {
-                    "target": one.disk.target,
-                    "image": printable(left.path),
-                    "what": printable(left.what),
-                    "completed_by": printable(left.remedy),
-                }
+                _unfinished_as_result(left, self.domain.uuid, one.disk.target)
                 for one in self.disks
                 for left in one.unfinished
             ],
@@ -138,9 +134,21 @@ def _disk_as_result(one: DiskLook, uuid: str) -> dict[str, t.Any]:
 def _image_as_result(layer: ExaminedLayer, uuid: str, target: str) -> dict[str, t.Any]:
     """Return an image as qcow2_info does, with what is known of it as an image of this disk."""
     mark = layer.image.mark if layer.image else None
-    is_ours = mark is not None and (mark.vm, mark.target) == (uuid, target)
+    return {**layer.as_result(), "modified": layer.modified, "snapshot": _snapshot_of(mark, uuid, target)}
+
+
+def _unfinished_as_result(left: Unfinished, uuid: str, target: str) -> dict[str, t.Any]:
+    """Return work that a killed run has left in the form in which the module returns it."""
     return {
-        **layer.as_result(),
-        "modified": layer.modified,
-        "snapshot": printable(mark.snapshot) if mark is not None and is_ours else None,
+        "target": target,
+        "image": printable(left.path),
+        "kind": left.kind,
+        "snapshot": _snapshot_of(left.mark, uuid, target),
+        "what": printable(left.what),
+        "completed_by": printable(left.remedy),
     }
+
+
+def _snapshot_of(mark: Mark | None, uuid: str, target: str) -> str | None:
+    """Return of which snapshot of this disk the mark is; None if of none."""
+    return printable(mark.snapshot) if mark is not None and (mark.vm, mark.target) == (uuid, target) else None

@@ -184,7 +184,7 @@ def _known_live(checkpoints: t.Sequence[t.Any]) -> list[KnownCheckpoint]:
                 problem = _NO_ANSWER
             except LibvirtError as exc:  # such as one that is shut off just now
                 is_old = exc.get_error_code() == libvirt.VIR_ERR_INVALID_ARG  # it does not know the flag
-                problem = words_of(exc) + (" (libvirt 9.0 can)" if is_old else "")
+                problem = words_of(exc) + (" (libvirt 7.0 can)" if is_old else "")
         found.append(_known_stored(one, LiveBitmaps(problem=problem)))
     return found
 

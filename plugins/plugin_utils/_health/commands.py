@@ -10,6 +10,7 @@ templates could take a name in it for something else; and if it would be refused
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 import shlex
@@ -17,57 +18,78 @@ import typing as t
 
 Result = t.Mapping[str, t.Any]
 
-ON_CONTROLLER = "controller"
-ON_HOST = "host"
 _TEMPLATE = re.compile(r"\{[{%#]")
+_HOST = re.compile(r"[\w.][\w.:-]*", re.ASCII)  # that is no pattern of hosts
+_USUAL_URI = "qemu:///system"
 _SHUT_OFF = "shut off"
 _HEALABLE = ("not_in_top", "gap", "inconsistent")
 
 
-class Command(t.NamedTuple):
-    """A command for a shell."""
+class Place(t.NamedTuple):
+    """Where a domain is."""
 
-    command: str
-    run_on: str  # ON_CONTROLLER or ON_HOST
+    host: str  # its name in the inventory
+    uri: str = ""  # of the libvirt daemon, if any is given
 
 
-def for_checkpoint(host: str, domain: Result, checkpoint: Result) -> Command | None:
-    """Return what makes a checkpoint valid again where that is possible, or forgets it where its bitmaps are gone."""
-    places = checkpoint["bitmaps"]
-    disks = [one for one in domain["disks"] if one["target"] in places]
-    if domain["state"] != _SHUT_OFF or not disks:
+def for_checkpoint(place: Place, domain: Result, checkpoint: Result) -> str | None:
+    """Return what makes a checkpoint valid again where that is possible, or removes it where its bitmaps are gone.
+
+    It does so for all checkpoints of the domain of which the same is true: they are mostly broken together.
+    """
+    remedy = _remedy(domain, checkpoint)
+    if remedy is None:
         return None
-    lowest = [_lowest(one, places[one["target"]]) for one in disks]
-    if not any(lowest) and not any("msg" in one for one in disks):
-        return _forget(domain["uuid"], checkpoint["name"])
-    # Where it begins it must be in order: from there on the images themselves tell what has changed.
-    is_healable = all(one and one["recording"] and not one["inconsistent"] for one in lowest)
-    if not is_healable or checkpoint["problem"] not in _HEALABLE or any(one["source"] is None for one in disks):
+    alike = [one for one in domain["checkpoints"] if _remedy(domain, one) == remedy]
+    # By patterns, which match themselves alone.
+    wanted = {"checkpoints": [glob.escape(one["name"]) for one in alike], **remedy}
+    return _of_domain(place, domain, "domain_checkpoint", wanted)
+
+
+def for_orphans(place: Place, domain: Result) -> str | None:
+    """Return what removes the bitmaps of a domain that no checkpoint refers to."""
+    if _is_in_the_way(domain, domain["disks"]):
         return None
-    names = sorted(set(places.values()))
-    return _module(host, "qcow2_bitmap", {"paths": [one["source"] for one in disks], "names": names})
+    return _of_domain(place, domain, "domain_checkpoint", {"checkpoints": [], "orphans": "remove"})
 
 
-def for_orphans(host: str, domain: Result, orphans: Result) -> Command | None:
-    """Return what removes bitmaps that no checkpoint refers to."""
-    if domain["state"] != _SHUT_OFF:
-        return None
-    wanted = {"path": orphans["image"], "names": orphans["bitmaps"], "state": "absent"}
-    return _module(host, "qcow2_bitmap", wanted)
+def for_unfinished(place: Place, domain: Result, unfinished: Result) -> str | None:
+    """Return what completes the work that a killed run has begun."""
+    if unfinished["kind"] == "healing":
+        return _of_domain(place, domain, "domain_checkpoint", {})
+    snapshot = unfinished["snapshot"]
+    return _merge(place, domain, snapshot) if snapshot is not None else None
 
 
-def for_chain(host: str, domain: Result, disk: Result) -> Command | None:
+def for_chain(place: Place, domain: Result, disk: Result) -> str | None:
     """Return what merges the lowest snapshot of a chain down."""
     lowest = next((one["snapshot"] for one in reversed(disk["images"]) if one["snapshot"] is not None), None)
-    return for_snapshot(host, domain, lowest) if lowest is not None else None
+    return for_snapshot(place, domain, lowest) if lowest is not None else None
 
 
-def for_snapshot(host: str, domain: Result, snapshot: str) -> Command | None:
+def for_snapshot(place: Place, domain: Result, snapshot: str) -> str | None:
     """Return what merges a snapshot down."""
-    if domain["state"] != _SHUT_OFF:
+    is_other = any(one["snapshot"] != snapshot for one in domain["unfinished"])  # which has to be completed first
+    return None if is_other else _merge(place, domain, snapshot)
+
+
+def _remedy(domain: Result, checkpoint: Result) -> dict[str, str] | None:
+    """Return the options that mend a checkpoint; None if none does."""
+    places = checkpoint["bitmaps"]
+    disks = [one for one in domain["disks"] if one["target"] in places]
+    if checkpoint["valid"] is not False or not disks or _is_in_the_way(domain, disks):
         return None
-    wanted = {"name": [domain["name"]], "snapshot": snapshot, "state": "committed"}
-    return _module(host, "domain_overlay", wanted)
+    lowest = [_lowest(one, places[one["target"]]) for one in disks]
+    if not any(lowest):
+        return {"unusable": "remove"}
+    # Where it begins it must be in order: from there on the images themselves tell what has changed.
+    is_healable = all(one and one["recording"] and not one["inconsistent"] for one in lowest)
+    return {} if is_healable and checkpoint["problem"] in _HEALABLE else None
+
+
+def _is_in_the_way(domain: Result, disks: t.Sequence[Result]) -> bool:
+    """Whether something has to be mended before the bitmaps of these disks."""
+    return bool(domain["unfinished"]) or any("msg" in one for one in disks)
 
 
 def _lowest(disk: Result, bitmap: str) -> Result | None:
@@ -76,21 +98,19 @@ def _lowest(disk: Result, bitmap: str) -> Result | None:
     return found[-1] if found else None
 
 
-def _module(host: str, module: str, options: Result) -> Command | None:
-    """Return the command that calls a module. JSON spells out all that is not ASCII."""
-    arguments = json.dumps(options)
-    if _TEMPLATE.search(arguments) or not _is_plain(host):
+def _merge(place: Place, domain: Result, snapshot: str) -> str | None:
+    """Return what merges a snapshot down, whatever else is unfinished."""
+    if domain["libvirt_snapshots"]:
         return None
-    words = ["ansible", host, "-b", "-m", f"kvmfleet.qcow2.{module}", "-a", arguments]
-    return Command(shlex.join(words), ON_CONTROLLER)
+    return _of_domain(place, domain, "domain_overlay", {"snapshot": snapshot, "state": "committed"})
 
 
-def _forget(uuid: str, checkpoint: str) -> Command | None:
-    """Return the command that has libvirt forget a checkpoint."""
-    words = ["virsh", "checkpoint-delete", "--metadata", uuid, checkpoint]
-    return Command(shlex.join(words), ON_HOST) if _is_plain(checkpoint) else None
-
-
-def _is_plain(word: str) -> bool:
-    """Whether a word is for a terminal what it looks like, and no option."""
-    return word.isascii() and word.isprintable() and not word.startswith("-")
+def _of_domain(place: Place, domain: Result, module: str, options: Result) -> str | None:
+    """Return the command that calls a module for a domain. JSON spells out all that is not ASCII."""
+    of_daemon = {"uri": place.uri} if place.uri not in ("", _USUAL_URI) else {}
+    arguments = json.dumps({"name": [domain["name"]], **options, **of_daemon})
+    is_written_to = domain["state"] == _SHUT_OFF and not domain["managed_save"]
+    if not is_written_to or _TEMPLATE.search(arguments) or not _HOST.fullmatch(place.host):
+        return None
+    words = ["ansible", place.host, "-b", "-m", f"kvmfleet.qcow2.{module}", "-a", arguments]
+    return shlex.join(words)

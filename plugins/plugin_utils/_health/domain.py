@@ -10,7 +10,7 @@ import fnmatch
 import typing as t
 
 from . import commands
-from .commands import Command
+from .commands import Place
 
 Result = t.Mapping[str, t.Any]
 
@@ -50,18 +50,13 @@ class Finding(t.NamedTuple):
 
     code: FindingCode
     msg: str
-    command: Command | None = None
-
-    def as_result(self) -> dict[str, t.Any]:
-        """Return it as the report has it."""
-        command = self.command._asdict() if self.command else {"command": None, "run_on": None}
-        return {"code": self.code, "msg": self.msg, **command}
+    command: str | None = None  # for a shell on the controller
 
 
-def domain_health(host: str, domain: Result, limits: Limits, now: float) -> dict[str, t.Any]:
+def domain_health(place: Place, domain: Result, limits: Limits, now: float) -> dict[str, t.Any]:
     """Return what the report says of a domain, besides what domain_info does. `now`: seconds since 1970."""
     is_left_out = any(fnmatch.fnmatchcase(domain["name"], one) for one in limits.without_backup)
-    findings = [*([] if is_left_out else _of_backup(domain)), *_of_rest(host, domain, limits, now)]
+    findings = [*([] if is_left_out else _of_backup(domain)), *_of_rest(place, domain, limits, now)]
     taken = [one["taken"] for one in snapshots(domain) if one["taken"] is not None]
     since = domain["next_backup_since"]
     increment = (one["dirty_bytes"] for one in domain["checkpoints"] if one["name"] == since)
@@ -71,7 +66,7 @@ def domain_health(host: str, domain: Result, limits: Limits, now: float) -> dict
         "longest_chain": max((len(disk["images"]) for disk in domain["disks"]), default=0),
         "oldest_snapshot": min(taken, default=None),
         "snapshot_bytes": sum(one["bytes"] for one in snapshots(domain)),
-        "findings": [one.as_result() for one in findings],
+        "findings": [one._asdict() for one in findings],
     }
 
 
@@ -101,36 +96,37 @@ def _of_backup(domain: Result) -> t.Iterator[Finding]:
         yield Finding("full" if domain["next_backup"] == FULL else "unknown", domain["next_backup_reason"])
 
 
-def _of_rest(host: str, domain: Result, limits: Limits, now: float) -> t.Iterator[Finding]:
+def _of_rest(place: Place, domain: Result, limits: Limits, now: float) -> t.Iterator[Finding]:
     """Yield what else is wrong."""
     for disk in domain["disks"]:
         if "msg" in disk:
             yield Finding("unreadable_disk", f"{disk['target']}: {disk['msg']}")
     for one in domain["unfinished"]:
-        yield Finding("unfinished", f"{one['image']}: {one['what']}. {one['completed_by']}")
+        msg = f"{one['image']}: {one['what']}. {one['completed_by']}"
+        yield Finding("unfinished", msg, commands.for_unfinished(place, domain, one))
     for checkpoint in domain["checkpoints"]:
         if checkpoint["valid"] is False:
             where = f" in {checkpoint['image']}" if checkpoint["image"] else ""
             msg = f"{checkpoint['name']} ({checkpoint['problem']}{where}): {checkpoint['advice']}"
-            yield Finding("broken_checkpoint", msg, commands.for_checkpoint(host, domain, checkpoint))
-    for one in domain["orphan_bitmaps"] or ():
-        names = ", ".join(one["bitmaps"])
-        msg = f"{one['image']}: no checkpoint refers to {names}. libvirt makes no use of such a bitmap."
-        yield Finding("orphan_bitmaps", msg, commands.for_orphans(host, domain, one))
-    yield from _beyond(host, domain, limits, now)
+            yield Finding("broken_checkpoint", msg, commands.for_checkpoint(place, domain, checkpoint))
+    if domain["orphan_bitmaps"]:
+        named = [f"{', '.join(one['bitmaps'])} in {one['image']}" for one in domain["orphan_bitmaps"]]
+        msg = f"No checkpoint refers to {'; '.join(named)}. libvirt makes no use of such a bitmap."
+        yield Finding("orphan_bitmaps", msg, commands.for_orphans(place, domain))
+    yield from _beyond(place, domain, limits, now)
 
 
-def _beyond(host: str, domain: Result, limits: Limits, now: float) -> t.Iterator[Finding]:
+def _beyond(place: Place, domain: Result, limits: Limits, now: float) -> t.Iterator[Finding]:
     """Yield which limits a domain exceeds."""
     for disk in domain["disks"]:
         length = len(disk["images"])
         if 0 < limits.longest_chain < length:
             msg = f"{disk['target']}: the chain has {length} images, more than {limits.longest_chain}."
-            yield Finding("long_chain", msg, commands.for_chain(host, domain, disk))
+            yield Finding("long_chain", msg, commands.for_chain(place, domain, disk))
     told = set[str]()
     for one in snapshots(domain):
         age = (now - one["taken"]) / DAY if one["taken"] is not None else 0
         if 0 < limits.oldest_snapshot < age and one["name"] not in told:
             told.add(one["name"])
             msg = f"The snapshot {one['name']} is {age:.1f} days old, more than {limits.oldest_snapshot:g}."
-            yield Finding("old_snapshot", msg, commands.for_snapshot(host, domain, one["name"]))
+            yield Finding("old_snapshot", msg, commands.for_snapshot(place, domain, one["name"]))

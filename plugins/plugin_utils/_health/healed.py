@@ -18,7 +18,7 @@ from .._report.rows import Problem, Result, problem, reason
 from .report import in_vain
 from .text import lines_of_hosts
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 1  # docs/heal.schema.json describes it
 STATES = (VALID, REBUILT, REMOVED, SKIPPED, FAILED)  # of domains and of checkpoints
 _NOT_RUN = problem("not_run", "Nothing was healed there, because the run ended before.")
 
@@ -39,7 +39,7 @@ def host_healed(work: Work) -> dict[str, t.Any]:
     if told is None and not problems:
         problems = [reason(work.result) if work.result is not None else _NOT_RUN]
     lost = any(one.code == "unreachable" for one in problems)
-    failed = [Problem(one["code"], one["msg"]) for one in domains if one["state"] == FAILED]
+    failed = [_of_domain(one) for one in domains if one["state"] == FAILED]
     return {
         "state": UNREACHABLE if lost else FAILED if problems or failed else OK,
         "patterns": matches(work.patterns, [work.result]),
@@ -48,6 +48,12 @@ def host_healed(work: Work) -> dict[str, t.Any]:
         **_sums(domains),
         "domains": domains,
     }
+
+
+def _of_domain(domain: Result) -> Problem:
+    """Return why a domain failed. Words about an image alone do not tell whose it is."""
+    name, words = domain["name"], domain["msg"]
+    return Problem(domain["code"], words if words.startswith(f"{name}: ") else f"{name}: {words}")
 
 
 def fleet_healed(

@@ -97,7 +97,7 @@ def _domain(texts: _Texts, host: int, domain: Result) -> list[t.Any]:
         domain["longest_chain"],
         domain["oldest_snapshot"],
         [texts(name) for name in dict.fromkeys(one["name"] for one in snapshots(domain))],
-        [[texts(one[key]) for key in ("code", "msg", "command", "run_on")] for one in domain["findings"]],
+        [[texts(one[key]) for key in ("code", "msg", "command")] for one in domain["findings"]],
         [_disk(texts, disk, domain) for disk in domain["disks"]],
         [_checkpoint(texts, one) for one in domain["checkpoints"]],
         [texts(name) for name in domain["libvirt_snapshots"]],

@@ -15,6 +15,7 @@ from .._report.host import OK as HOST_OK
 from .._report.host import UNREACHABLE
 from .._report.patterns import matches, unmatched
 from .._report.rows import Problem, Result, problem, reason
+from .commands import Place
 from .domain import ATTENTION, FULL, HEALTHS, UNKNOWN, Limits, domain_health
 
 SCHEMA_VERSION = 1  # docs/health.schema.json describes it
@@ -51,10 +52,10 @@ class Look(t.NamedTuple):
     patterns: t.Sequence[str] = ()  # of names of domains, among those that were asked for
 
 
-def host_health(host: str, look: Look, limits: Limits, now: float) -> dict[str, t.Any]:
+def host_health(place: Place, look: Look, limits: Limits, now: float) -> dict[str, t.Any]:
     """Return the report on one host. `now`: seconds since 1970."""
     told = (look.result or {}).get("domains")
-    domains = [_domain(host, one, limits, now) for one in told or ()]
+    domains = [_domain(place, one, limits, now) for one in told or ()]
     problems = [problem("task_failed", look.problem)] if look.problem else []
     if told is None and not problems:
         problems = [reason(look.result) if look.result is not None else _NOT_RUN]
@@ -73,7 +74,7 @@ def fleet_health(
     reports: t.Mapping[str, Result | None], *, fail_on: str = "full", allows_nothing: bool = False
 ) -> dict[str, t.Any]:
     """Return the report on the fleet, from that on each host, which is None if its turn never came."""
-    not_run = {**host_health("", Look(), Limits(), 0), "state": NOT_RUN}
+    not_run = {**host_health(Place(""), Look(), Limits(), 0), "state": NOT_RUN}
     hosts = {host: report or not_run for host, report in reports.items()}
     states = collections.Counter(report["state"] for report in hosts.values())
     domains = [domain for report in hosts.values() for domain in report["domains"]]
@@ -92,7 +93,7 @@ def fleet_health(
     }
 
 
-def _domain(host: str, told: Result, limits: Limits, now: float) -> dict[str, t.Any]:
+def _domain(place: Place, told: Result, limits: Limits, now: float) -> dict[str, t.Any]:
     """Return what the report says of a domain."""
     problem_of = {key: told[key] for key in ("msg", "code") if key in told}
     disks = [
@@ -103,7 +104,7 @@ def _domain(host: str, told: Result, limits: Limits, now: float) -> dict[str, t.
         for disk in told["disks"]
     ]
     own = {key: told[key] for key in _OF_DOMAIN}
-    return {**own, **problem_of, **domain_health(host, told, limits, now), "disks": disks}
+    return {**own, **problem_of, **domain_health(place, told, limits, now), "disks": disks}
 
 
 def _image(image: Result) -> dict[str, t.Any]:

@@ -76,12 +76,14 @@ world() {
 
 # define NAME DISK-ELEMENT...: define a domain with these disks; it needs no operating system.
 define() {
-  local name=$1 kind=qemu uuid
+  local name=$1 kind=qemu uuid asked=
   shift
   uuid=$(virsh -q domuuid "$name" 2> /dev/null) || true  # it may be there already
   [ -w /dev/kvm ] && kind=kvm
+  # libvirt 7.0 can make checkpoints, and wants to be asked for it.
+  case $(virsh --version) in 7.0.*) asked=" xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'" ;; esac
   cat > "$lab/$name.xml" << XML
-<domain type='$kind'>
+<domain type='$kind'$asked>
   <name>$name</name>${uuid:+<uuid>$uuid</uuid>}
   <memory unit='MiB'>64</memory>
   <vcpu>1</vcpu>
@@ -90,6 +92,7 @@ define() {
     $*
     <graphics type='vnc' passwd='secret'/>
   </devices>
+  ${asked:+<qemu:capabilities><qemu:add capability='incremental-backup'/></qemu:capabilities>}
 </domain>
 XML
   virsh -q define "$lab/$name.xml"
@@ -107,6 +110,12 @@ volume() {
     "$2" "$3" "${4:-}" "$1"
 }
 
+# killed DOMAIN: have its QEMU die, and wait until libvirt has seen it.
+killed() {
+  kill -KILL "$(cat "$lab/run/qemu/$1.pid")"
+  until [[ $(virsh domstate "$1") == 'shut off' ]]; do sleep 0.05; done
+}
+
 # guest DOMAIN TARGET COMMAND...: have the guest write, by commands of qemu-io.
 guest() {
   local domain=$1 number command answer
@@ -119,10 +128,12 @@ guest() {
   done
 }
 
-# backup DOMAIN LABEL CHECKPOINT [SINCE]: back up vda and vdb to files with that label; with SINCE only what has changed.
+targets=(vda vdb)  # the disks of a domain that backup and same are about
+
+# backup DOMAIN LABEL CHECKPOINT [SINCE]: back up its disks to files with that label; with SINCE only what has changed.
 backup() {
   local domain=$1 label=$2 checkpoint=$3 since=${4:-} target disks=
-  for target in vda vdb; do
+  for target in "${targets[@]}"; do
     rm -f "$lab/backups/$label.$target"
     disks+="<disk name='$target' type='file'><driver type='qcow2'/><target file='$lab/backups/$label.$target'/></disk>"
   done
@@ -133,12 +144,13 @@ backup() {
   [[ $(virsh domjobinfo --completed "$domain") == *Completed* ]]
 }
 
-# same LABEL-OF-FULL LABEL... IMAGE-OF-VDA IMAGE-OF-VDB: rebuild both disks from a full backup and increments, and
-# compare them with the images byte by byte.
+# same LABEL-OF-FULL LABEL... IMAGE...: rebuild the disks from a full backup and increments, and compare them with their
+# images byte by byte.
 same() {
-  local images=("${@: -2}") labels=("${@:1:$#-2}") number target label previous
-  for number in 0 1; do
-    target=vd$(printf %b "\\$((141 + number))")
+  local count=${#targets[@]}
+  local images=("${@: -count}") labels=("${@:1:$#-count}") number target label previous
+  for number in "${!targets[@]}"; do
+    target=${targets[$number]}
     previous=
     for label in "${labels[@]}"; do
       cp "$lab/backups/$label.$target" "$lab/rebuilt.$label"

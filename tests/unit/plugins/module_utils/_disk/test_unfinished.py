@@ -9,7 +9,7 @@ import errno
 import os
 
 import pytest
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import OpenImage, open_image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import mend as mend_module
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import merge as merge_module
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.examine import examine_chain
@@ -21,6 +21,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.revert_rules 
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.vault import MARK, Content, place_of, write_vault
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import Mark, write_mark
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu import locks
 
 from .. import qemu
@@ -152,6 +153,16 @@ def test_the_call_that_completes_a_commit_out_of_the_middle(chain, tmp_path):
     recording_overlay(tmp_path / "above.qcow2", top)
     keep(base, top)
     assert f"path={top}, backing_file={base}, above={tmp_path}/above.qcow2 (" in unfinished(f"{tmp_path}/above.qcow2")
+
+
+def test_the_call_that_completes_a_commit_of_a_snapshot_of_a_domain(chain):
+    top, base = chain
+    with open(top, "r+b") as file:
+        write_mark(OpenImage(top, file.fileno()), Mark("uuid", "vda", "monday"))
+    keep(base, top)
+    told = unfinished(top)
+    by_domain, by_image = "domain_overlay, state=committed, snapshot=monday and", f"path={top}, backing_file={base}."
+    assert 0 < told.index(by_domain) < told.index(by_image)  # that one would leave the definition as it is
 
 
 def test_the_call_that_completes_a_commit_into_a_raw_image(tmp_path):

@@ -15,6 +15,8 @@ import libvirt
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base import files
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.vault import Content, place_of, write_vault
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.look import (
     DomainLook,
     look,
@@ -97,6 +99,14 @@ def test_a_domain_with_a_checkpoint_on_a_snapshot(define, chain):
     assert (checkpoint["name"], checkpoint["valid"], checkpoint["dirty_bytes"]) == ("one", True, 0)
     assert result["next_backup"] == "incremental"
     assert (result["orphan_bitmaps"], result["unfinished"]) == ([], [])
+
+
+def test_a_merge_that_was_killed_tells_which_snapshot_it_was(define, chain):
+    with open_image(chain[0]) as file, open(place_of(chain[1], False, ""), "wb") as vault:
+        write_vault(vault.fileno(), Content("0123", file, [], [], [], {}, 1 << 20))
+    define("web", element("vda", chain[0]), checkpoint="one")
+    (left,) = looked()["unfinished"]
+    assert (left["target"], left["image"], left["kind"], left["snapshot"]) == ("vda", chain[1], "commit", "monday")
 
 
 @pytest.mark.parametrize("mark", [Mark("other", "vda", "monday"), Mark(UUID, "vdb", "monday")])

@@ -30,6 +30,7 @@ def test_states_are_counted_and_failures_told():
     assert report["checkpoint_states"] == {"valid": 2, "rebuilt": 1, "removed": 0, "failed": 1}
     assert report["removed_orphans"] == 2
     assert report["failed_hosts"] == {"hv2": 1}
+    assert bad["problems"] == [{"code": "not_healable", "msg": "db: cannot be healed. Remove it."}]
     assert summary(report) == [
         "hv1  ok           1 VMs: 1 rebuilt; checkpoints: 1 valid, 1 rebuilt; 2 orphan bitmaps removed",
         "hv2  FAILED       2 VMs: 1 skipped, 1 failed; checkpoints: 1 valid, 1 failed",
@@ -37,6 +38,12 @@ def test_states_are_counted_and_failures_told():
         "2 hosts: 1 ok, 1 failed, 0 unreachable, 0 not run. 3 VMs: 1 rebuilt, 1 skipped, 1 failed; "
         "checkpoints: 2 valid, 1 rebuilt, 1 failed; 2 orphan bitmaps removed.",
     ]
+
+
+def test_it_is_told_whose_image_failed():
+    failed = domain("db", "failed", msg="/srv/db.qcow2: is damaged. Repair it.", code="damaged")
+    host = host_healed(Work({"domains": [failed]}, "", ["*"]))
+    assert [one["msg"] for one in host["problems"]] == ["db: /srv/db.qcow2: is damaged. Repair it."]
 
 
 def test_hosts_that_tell_nothing_are_told_of():

@@ -10,6 +10,7 @@ import shlex
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils._health.carried import as_text, from_text
+from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils._health.commands import Place
 from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils._health.domain import DAY, Limits, domain_health
 from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils._health.metrics import metrics
 from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils._health.page import lane_of, page_data, visible
@@ -76,7 +77,7 @@ def domain(*images, checkpoints=(), next_backup="incremental", name="web", state
 
 
 def judged(told, **limits):
-    return domain_health("hv1", told, Limits(**limits), NOW)
+    return domain_health(Place("hv1"), told, Limits(**limits), NOW)
 
 
 def found(told, **limits):
@@ -135,30 +136,59 @@ def test_a_snapshot_of_which_the_age_is_not_known_is_not_too_old():
     assert one["oldest_snapshot"] is None
 
 
-HEAL = ["ansible", "hv1", "-b", "-m", "kvmfleet.qcow2.qcow2_bitmap", "-a"]
+HEAL = ["ansible", "hv1", "-b", "-m", "kvmfleet.qcow2.domain_checkpoint", "-a"]
+HEALING = {"target": "vda", "image": "/a", "kind": "healing", "snapshot": None, "what": "is", "completed_by": "Run."}
+HEALED = [*HEAL, '{"name": ["web"], "checkpoints": ["one"]}']
+MERGE = '{"name": ["web"], "snapshot": "monday", "state": "committed"}'
+MERGED = [*HEAL[:-2], "kvmfleet.qcow2.domain_overlay", "-a", MERGE]
+REMOVED = [*HEAL, '{"name": ["web"], "checkpoints": ["one"], "unusable": "remove"}']
 
 
 @pytest.mark.parametrize(
     "problem, images, command",
     [
-        ("not_in_top", [image("/b"), image("/a", "one")], [*HEAL, '{"paths": ["/b"], "names": ["one"]}']),
-        ("inconsistent", [image("/b", "one!"), image("/a", "one")], [*HEAL, '{"paths": ["/b"], "names": ["one"]}']),
+        ("not_in_top", [image("/b"), image("/a", "one")], HEALED),
+        ("inconsistent", [image("/b", "one!"), image("/a", "one")], HEALED),
         ("inconsistent", [image("/a", "one!")], None),  # it may have been emptied
         ("inconsistent", [image("/b", "one"), image("/a", "one!")], None),
         ("not_recording", [image("/a", "one0")], None),
         ("not_in_top", [image("/b"), image("/a", "one0")], None),
         ("different_size", [image("/b", "one"), image("/a", "one")], None),
-        (
-            "not_in_top",
-            [image("/b"), image("/a", "other")],
-            ["virsh", "checkpoint-delete", "--metadata", "4dea22b3-1d52-d8f3-2516-782e98ab3fa0", "one"],
-        ),
+        ("not_in_top", [image("/b"), image("/a", "other")], REMOVED),
     ],
 )
 def test_the_command_for_a_broken_checkpoint(problem, images, command):
     told = domain(*images, checkpoints=[checkpoint(problem=problem)], next_backup="full")
     assert found(told)["broken_checkpoint"] == command
-    assert found({**told, "state": "running"})["broken_checkpoint"] is None
+    for state in ({"state": "running"}, {"managed_save": True}, {"unfinished": [HEALING]}):
+        assert found({**told, **state})["broken_checkpoint"] is None
+
+
+def test_the_command_mends_all_checkpoints_that_are_broken_alike():
+    problems = {"one": "not_in_top", "t*o": "not_in_top", "gone": "not_in_top", "off": "not_recording", "fine": None}
+    checkpoints = [checkpoint(name, problem) for name, problem in problems.items()]
+    told = domain(image("/b", "fine"), image("/a", "one t*o off0 fine"), checkpoints=checkpoints)
+    words = [one["command"] and shlex.split(one["command"])[-1] for one in judged(told)["findings"]]
+    both = '{"name": ["web"], "checkpoints": ["one", "t[*]o"]}'  # and no other that the name would match as a pattern
+    assert words == [both, both, '{"name": ["web"], "checkpoints": ["gone"], "unusable": "remove"}', None]
+
+
+def test_the_command_asks_the_daemon_that_was_asked():
+    told = domain(image("/b"), image("/a", "one"), checkpoints=[checkpoint(problem="not_in_top")], next_backup="full")
+    for uri, arguments in {
+        "": '{"name": ["web"], "checkpoints": ["one"]}',
+        "qemu:///system": '{"name": ["web"], "checkpoints": ["one"]}',
+        "qemu:///x": '{"name": ["web"], "checkpoints": ["one"], "uri": "qemu:///x"}',
+    }.items():
+        (command,) = (one["command"] for one in domain_health(Place("hv1", uri), told, Limits(), NOW)["findings"][1:])
+        assert shlex.split(command)[-1] == arguments
+
+
+@pytest.mark.parametrize("host, told", [("hv1.example.com", True), ("fe80::1", True), ("hv*", False), ("-i", False)])
+def test_no_command_for_a_host_whose_name_is_a_pattern(host, told):
+    one = domain(image("/b", "", "monday"), image("/a"))
+    (finding,) = domain_health(Place(host), one, Limits(longest_chain=1), NOW)["findings"]
+    assert (finding["command"] is not None) is told
 
 
 def test_a_checkpoint_is_not_forgotten_while_an_image_could_not_be_read():
@@ -169,16 +199,43 @@ def test_a_checkpoint_is_not_forgotten_while_an_image_could_not_be_read():
 
 def test_a_bitmap_is_called_as_its_disk_says():
     told = domain(image("/b"), image("/a", "own"), checkpoints=[checkpoint(problem="not_in_top", vda="own")])
-    assert found(told)["broken_checkpoint"][-1] == '{"paths": ["/b"], "names": ["own"]}'
+    assert found(told)["broken_checkpoint"] == HEALED
 
 
-def test_orphans_and_unfinished_work():
-    left = {"target": "vda", "image": "/a", "what": "is unfinished", "completed_by": "Run it again."}
-    told = domain(image("/a"), orphan_bitmaps=[{"target": "vda", "image": "/a", "bitmaps": ["x"]}], unfinished=[left])
-    words = found(told)
-    assert words["orphan_bitmaps"] == [*HEAL, '{"path": "/a", "names": ["x"], "state": "absent"}']
-    assert words["unfinished"] is None
-    assert found({**told, "orphan_bitmaps": None}) == {"unfinished": None}
+def test_orphans_are_removed_from_all_disks_at_once():
+    orphans = [
+        {"target": "vda", "image": "/a", "bitmaps": ["x", "y"]},
+        {"target": "vdb", "image": "/b", "bitmaps": ["z"]},
+    ]
+    told = domain(image("/a"), orphan_bitmaps=orphans)
+    (finding,) = judged(told)["findings"]
+    assert finding["msg"].startswith("No checkpoint refers to x, y in /a; z in /b. ")
+    assert shlex.split(finding["command"]) == [*HEAL, '{"name": ["web"], "checkpoints": [], "orphans": "remove"}']
+    told["disks"][0].update(msg="is damaged", code="damaged")
+    assert found(told)["orphan_bitmaps"] is None
+    assert found({**told, "orphan_bitmaps": None}) == {"unreadable_disk": None}
+
+
+@pytest.mark.parametrize(
+    "left, command",
+    [
+        (HEALING, [*HEAL, '{"name": ["web"]}']),
+        ({**HEALING, "kind": "commit"}, None),  # it is not known of which snapshot
+        ({**HEALING, "kind": "commit", "snapshot": "monday"}, MERGED),
+    ],
+)
+def test_what_completes_unfinished_work(left, command):
+    told = domain(image("/a"), unfinished=[left])
+    assert found(told)["unfinished"] == command
+    assert found({**told, "state": "running"}) == {"unfinished": None}
+
+
+def test_no_other_snapshot_is_merged_down_before_what_is_unfinished():
+    images = [image("/c", "", "friday"), image("/b", "", "monday"), image("/a")]
+    left = {**HEALING, "kind": "commit", "snapshot": "monday"}
+    assert found(domain(*images, unfinished=[left]), longest_chain=1)["long_chain"] is not None
+    assert found(domain(*images, unfinished=[HEALING]), longest_chain=1)["long_chain"] is None
+    assert found(domain(*images, libvirt_snapshots=["s"]), longest_chain=1)["long_chain"] is None
 
 
 @pytest.mark.parametrize("name", ["{{ x }}", "{% x", "{# x"])
@@ -189,9 +246,12 @@ def test_no_command_has_a_template_in_it(name):
 
 
 @pytest.mark.parametrize("name", ["-f", "a\nb", "a\u202eb", "ä"])
-def test_no_command_has_what_a_terminal_shows_otherwise(name):
+def test_what_a_terminal_would_show_otherwise_is_spelt_out(name):
     told = domain(image("/a"), checkpoints=[checkpoint(name, "not_in_top")], next_backup="full")
-    assert found(told)["broken_checkpoint"] is None
+    (*_words, arguments) = found(told)["broken_checkpoint"]
+    assert arguments.isascii()
+    assert arguments.isprintable()
+    assert json.loads(arguments)["checkpoints"] == [name]
 
 
 def test_what_is_quoted_for_a_shell():
@@ -202,13 +262,13 @@ def test_what_is_quoted_for_a_shell():
 
 
 def report_on(*domains, **more):
-    return host_health("hv1", Look({"domains": list(domains), **more}, patterns=("w*",)), Limits(), NOW)
+    return host_health(Place("hv1"), Look({"domains": list(domains), **more}, patterns=("w*",)), Limits(), NOW)
 
 
 WELL = domain(image("/a", "one"), checkpoints=[checkpoint()])
 FULL = domain(image("/a"), next_backup="full", name="db")
 ODD = domain(image("/a", "one"), checkpoints=[checkpoint(), checkpoint("two", "gap")], name="odd")
-GONE = host_health("hv2", Look({"unreachable": True, "msg": "Connection refused"}), Limits(), NOW)
+GONE = host_health(Place("hv2"), Look({"unreachable": True, "msg": "Connection refused"}), Limits(), NOW)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +300,7 @@ def test_what_fails(hosts, fail_on, ready, failed):
     ],
 )
 def test_hosts_that_could_not_be_asked(result, state, code):
-    report = host_health("hv1", Look(result), Limits(), NOW)
+    report = host_health(Place("hv1"), Look(result), Limits(), NOW)
     assert report["state"] == state
     assert [one["code"] for one in report["problems"]] == [code]
 
@@ -255,8 +315,8 @@ def test_a_domain_that_cannot_be_looked_at_is_unknown_and_its_host_is_told_of():
 
 
 def test_what_was_asked_for_and_is_nowhere():
-    nothing = host_health("hv1", Look({"domains": []}, patterns=("x*",)), Limits(), NOW)
-    every = host_health("hv1", Look({"domains": []}, patterns=("*",)), Limits(), NOW)
+    nothing = host_health(Place("hv1"), Look({"domains": []}, patterns=("x*",)), Limits(), NOW)
+    every = host_health(Place("hv1"), Look({"domains": []}, patterns=("*",)), Limits(), NOW)
     assert [one["code"] for one in fleet_health({"hv1": nothing})["problems"]] == ["no_match"]
     assert [one["code"] for one in fleet_health({"hv1": every})["problems"]] == ["nothing_done"]
     assert not fleet_health({"hv1": every})["ready"]
