@@ -275,6 +275,8 @@ bench_fleet() {
   install mmdebstrap=mmdebstrap ssh=openssh-client
   FLEET=$cache/fleet ANSIBLE_COLLECTIONS_PATH=$cache/collections PATH="$cache/venv/core-${usable[-1]%% *}/bin:$PATH" \
     python3 tests/benchmarks/fleet.py
+  FLEET=$cache/fleet ANSIBLE_COLLECTIONS_PATH=$cache/collections PATH="$cache/venv/core-${usable[-1]%% *}/bin:$PATH" \
+    python3 tests/benchmarks/health.py
 }
 
 bench_side() {  # writes docs/side-by-side.md

@@ -267,10 +267,11 @@ const classes = (column) => [column.number ? "number" : "", column.hide ?? ""].j
 function asRow(vm) {
   const id = `detail-${number++}`;
   const button = element("button", { type: "button", class: "open name", "aria-expanded": "false", "aria-controls": id }, vm.name);
-  const detail = element("tr", { class: "detail", id, hidden: "" }, element("td", { colspan: COLUMNS.length }));
+  const inside = element("div", { class: "inside" });
+  const detail = element("tr", { class: "detail", id, hidden: "" }, element("td", { colspan: COLUMNS.length }, inside));
   button.addEventListener("click", () => {
     const opens = detail.hidden;
-    if (opens && !detail.firstChild.hasChildNodes()) detail.firstChild.append(...asDetail(vm));
+    if (opens && !inside.hasChildNodes()) inside.append(...asDetail(vm));
     detail.hidden = !opens;
     button.setAttribute("aria-expanded", String(opens));
   });

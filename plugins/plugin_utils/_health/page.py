@@ -97,12 +97,18 @@ def _domain(texts: _Texts, host: int, domain: Result) -> list[t.Any]:
         domain["longest_chain"],
         domain["oldest_snapshot"],
         [texts(name) for name in dict.fromkeys(one["name"] for one in snapshots(domain))],
-        [[texts(one[key]) for key in ("code", "msg", "command")] for one in domain["findings"]],
+        [[texts(one[key]) for key in ("code", "msg", "command")] for one in _told(domain)],
         [_disk(texts, disk, domain) for disk in domain["disks"]],
         [_checkpoint(texts, one) for one in domain["checkpoints"]],
         [texts(name) for name in domain["libvirt_snapshots"]],
         int(bool(domain["managed_save"])),
     ]
+
+
+def _told(domain: Result) -> list[Result]:
+    """Return the findings, without the one that says in short what others say of each checkpoint."""
+    is_said = domain["checkpoints"] and all(one["valid"] is False for one in domain["checkpoints"])
+    return [one for one in domain["findings"] if not (is_said and one["code"] == "full")]
 
 
 def _checkpoint(texts: _Texts, one: Result) -> list[t.Any]:
