@@ -3,9 +3,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """What the playbook health costs over a fleet: seconds, processors and memory of the controller, 'make bench-fleet'.
 
-The hosts are the four of extensions/molecule/fleet.sh, each under many inventory names (aliases). Each has so many domains,
-shut off, with a disk of two images and a checkpoint in both. Page, report and metrics are written. Controller and hosts
-share this machine; what takes which share of it is told.
+The hosts are the four of extensions/molecule/fleet.sh, each under many inventory names (aliases). Each has so many
+domains, shut off, with a disk of two images and a checkpoint in both. Page, report and metrics are written. Controller
+and hosts share this machine; what takes which share of it is told.
 
 A cell of the table is named as ALIASESxDOMAINS, for example 160x40; the cells to measure can be given as arguments.
 """
@@ -26,7 +26,7 @@ import fleet
 
 CELLS = ["20x40", "80x40", "160x40"]
 
-# On a host: domains that are copies of one. Their checkpoint is told to libvirt, which makes it by itself only while they run.
+# On a host: domains that are copies of one. Their checkpoint is told to libvirt, which makes one only while they run.
 MAKE_DOMAINS = """
 set -e
 mkdir -p /srv/scale; cd /srv/scale
@@ -94,7 +94,8 @@ def main() -> None:
     try:
         with tempfile.TemporaryDirectory() as name:
             print(f"{fleet.FORKS} forks, {os.cpu_count()} processors for everything")
-            print("| hosts | VMs each | time | CPU of the controller | for each host | CPU of the hosts | memory | page |")
+            heads = ["hosts", "VMs each", "time", "CPU of the controller", "for each host", "CPU of the hosts"]
+            print("|", " | ".join([*heads, "memory", "page"]), "|")
             print("|---|---|---|---|---|---|---|---|", flush=True)
             for cell in cells:
                 fleet.everywhere(cell, REMOVE_DOMAINS)

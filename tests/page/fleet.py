@@ -142,10 +142,8 @@ def broken(name):
 
 def unknown(name):
     """Return a domain whose chain cannot be read, with unfinished work."""
-    left = {
-        **{"target": "vda", "image": "/srv/x.qcow2", "kind": "commit", "snapshot": "monday"},
-        **{"what": "a commit is unfinished", "completed_by": "Run it again."},
-    }
+    left = {"target": "vda", "image": "/srv/x.qcow2", "kind": "commit", "snapshot": "monday"}
+    left.update(what="a commit is unfinished", completed_by="Run it again.")
     told = [checkpoint("one", 1, valid=None, problem="incomplete", where="/srv/x.qcow2", advice="Look further.")]
     found = domain(name, {"vda": [image("/srv/x.qcow2", None, [bitmap("one")])]}, told, unfinished=[left])
     found["disks"][0].update(msg="/srv/base.qcow2: does not exist. Mount it.", code="no_such_file")

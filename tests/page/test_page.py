@@ -88,9 +88,9 @@ def test_a_fleet_in_order_says_so(page):
 def test_the_remedy_can_be_copied(page):
     shown = page("kinds")
     code = shown.one("#needs li.full code")
-    wanted = {"paths": ["/srv/db.top.qcow2"], "names": ["sunday"]}
+    wanted = {"name": ["db"], "checkpoints": ["sunday"]}
     words = shlex.split(code.text)
-    assert words[:-1] == ["ansible", "hv1.example.com", "-b", "-m", "kvmfleet.qcow2.qcow2_bitmap", "-a"]
+    assert words[:-1] == ["ansible", "hv1.example.com", "-b", "-m", "kvmfleet.qcow2.domain_checkpoint", "-a"]
     assert json.loads(words[-1]) == wanted
     shown.one("#needs li.full .command button").click()
     assert shown.run("return document.getElementById('said').textContent") == "Copied."
@@ -239,9 +239,9 @@ def test_no_command_has_what_a_shell_or_ansible_would_run(page):
     for command in commands:
         words = shlex.split(command)
         assert words[0] == "ansible"
-        assert words[2:5] == ["-b", "-m", "kvmfleet.qcow2.qcow2_bitmap"]
+        assert words[2:5] == ["-b", "-m", "kvmfleet.qcow2.domain_checkpoint"]
         assert len(words) == 7
-        assert json.loads(words[6])["paths"]
+        assert json.loads(words[6])["name"]
         assert command.isascii()
         assert not re.search(r"\{[{%#]", command)
 
