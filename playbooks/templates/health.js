@@ -108,11 +108,11 @@ function asCommand(command) {
 }
 
 function asFindings(vm) {
-  return element(
-    "ul",
-    { class: "findings" },
-    ...findings(vm).map((one) => element("li", {}, element("span", { class: "name" }, one[1]), asCommand(one[2])))
-  );
+  const told = findings(vm);
+  // One command mends what is broken alike, so it comes once, after the last of them.
+  const command = (place) => (told[place][2] === told[place + 1]?.[2] ? null : asCommand(told[place][2]));
+  const items = told.map((one, place) => element("li", {}, element("span", { class: "name" }, one[1]), command(place)));
+  return element("ul", { class: "findings" }, ...items);
 }
 
 const asHealth = (health) =>

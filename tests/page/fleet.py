@@ -115,7 +115,7 @@ def fine(name, *, folder="/var/lib/libvirt/images", state="running"):
 def missing(name):
     """Return a domain of which the topmost image lacks the bitmap, as qemu-img create leaves it."""
     top, base = f"/srv/{name}.top.qcow2", f"/srv/{name}.qcow2"
-    heals = "With the VM shut off, kvmfleet.qcow2.qcow2_bitmap makes it valid again."
+    heals = "With the VM shut off, kvmfleet.qcow2.domain_checkpoint makes it valid again."
     advice = f"{top} lacks it, while {base} below has it. {heals}"
     told = [checkpoint("sunday", 4, valid=False, problem="not_in_top", where=top, advice=advice)]
     disks = {"vda": [image(top), image(base, None, [bitmap("sunday")], days=3)]}

@@ -232,6 +232,15 @@ def test_names_stay_text(page):
         assert name in text
 
 
+def test_what_is_broken_alike_has_its_command_once(page):
+    shown = page("kinds")
+    (needy,) = [one for one in shown.all("#needs li.attention") if "wiki" in one.text]
+    commands = [shlex.split(one.text) for one in needy.find_elements("css selector", "code")]
+    assert [list(json.loads(words[-1]))[1] for words in commands] == ["checkpoints", "checkpoints", "snapshot"]
+    assert json.loads(commands[0][-1])["checkpoints"] == ["gap", "crash"]
+    assert len(needy.find_elements("css selector", ".findings li")) == 5
+
+
 def test_no_command_has_what_a_shell_or_ansible_would_run(page):
     shown = page("names")
     commands = [element.get_attribute("textContent") for element in shown.all("#needs code")]

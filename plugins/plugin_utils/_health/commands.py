@@ -22,6 +22,8 @@ _TEMPLATE = re.compile(r"\{[{%#]")
 _HOST = re.compile(r"[\w.][\w.:-]*", re.ASCII)  # that is no pattern of hosts
 _USUAL_URI = "qemu:///system"
 _SHUT_OFF = "shut off"
+_HEAL: t.Mapping[str, str] = {}
+_REMOVE = {"unusable": "remove"}
 _HEALABLE = ("not_in_top", "gap", "inconsistent")
 
 
@@ -32,23 +34,29 @@ class Place(t.NamedTuple):
     uri: str = ""  # of the libvirt daemon, if any is given
 
 
-def for_checkpoint(place: Place, domain: Result, checkpoint: Result) -> str | None:
-    """Return what makes a checkpoint valid again where that is possible, or removes it where its bitmaps are gone.
+def for_checkpoints(place: Place, domain: Result) -> dict[str, str | None]:
+    """Return by checkpoint what makes it valid again where that is possible, or removes it where its bitmaps are gone.
 
     It does so for all checkpoints of the domain of which the same is true: they are mostly broken together.
     """
-    remedy = _remedy(domain, checkpoint)
-    if remedy is None:
-        return None
-    alike = [one for one in domain["checkpoints"] if _remedy(domain, one) == remedy]
-    # By patterns, which match themselves alone.
-    wanted = {"checkpoints": [glob.escape(one["name"]) for one in alike], **remedy}
-    return _of_domain(place, domain, "domain_checkpoint", wanted)
+    # The lowest image comes last, so its bitmap stays.
+    lowest = {
+        disk["target"]: {one["name"]: one for image in disk["images"] for one in image["bitmaps"]}
+        for disk in domain["disks"]
+    }
+    remedies = {one["name"]: _remedy(domain, one, lowest) for one in domain["checkpoints"]}
+    found: dict[str, str | None] = {}
+    for remedy in (_HEAL, _REMOVE):
+        names = [name for name, its in remedies.items() if its == remedy]
+        # By patterns, which match themselves alone.
+        wanted = {"checkpoints": list(map(glob.escape, names)), **remedy}
+        found.update(dict.fromkeys(names, _of_domain(place, domain, "domain_checkpoint", wanted)))
+    return found
 
 
 def for_orphans(place: Place, domain: Result) -> str | None:
     """Return what removes the bitmaps of a domain that no checkpoint refers to."""
-    if _is_in_the_way(domain, domain["disks"]):
+    if domain["unfinished"]:
         return None
     return _of_domain(place, domain, "domain_checkpoint", {"checkpoints": [], "orphans": "remove"})
 
@@ -73,29 +81,20 @@ def for_snapshot(place: Place, domain: Result, snapshot: str) -> str | None:
     return None if is_other else _merge(place, domain, snapshot)
 
 
-def _remedy(domain: Result, checkpoint: Result) -> dict[str, str] | None:
-    """Return the options that mend a checkpoint; None if none does."""
+def _remedy(
+    domain: Result, checkpoint: Result, lowest: t.Mapping[str, t.Mapping[str, Result]]
+) -> t.Mapping[str, str] | None:
+    """Return the options that mend a checkpoint; None if none does. `lowest`: bitmaps by disk and name."""
     places = checkpoint["bitmaps"]
     disks = [one for one in domain["disks"] if one["target"] in places]
-    if checkpoint["valid"] is not False or not disks or _is_in_the_way(domain, disks):
+    if checkpoint["valid"] is not False or not disks or domain["unfinished"]:
         return None
-    lowest = [_lowest(one, places[one["target"]]) for one in disks]
-    if not any(lowest):
-        return {"unusable": "remove"}
+    begun = [lowest[one["target"]].get(places[one["target"]]) for one in disks]
+    if not any(begun):
+        return _REMOVE
     # Where it begins it must be in order: from there on the images themselves tell what has changed.
-    is_healable = all(one and one["recording"] and not one["inconsistent"] for one in lowest)
-    return {} if is_healable and checkpoint["problem"] in _HEALABLE else None
-
-
-def _is_in_the_way(domain: Result, disks: t.Sequence[Result]) -> bool:
-    """Whether something has to be mended before the bitmaps of these disks."""
-    return bool(domain["unfinished"]) or any("msg" in one for one in disks)
-
-
-def _lowest(disk: Result, bitmap: str) -> Result | None:
-    """Return the bitmap as the lowest image of the disk has it."""
-    found = [one for image in disk["images"] for one in image["bitmaps"] if one["name"] == bitmap]
-    return found[-1] if found else None
+    is_healable = all(one and one["recording"] and not one["inconsistent"] for one in begun)
+    return _HEAL if is_healable and checkpoint["problem"] in _HEALABLE else None
 
 
 def _merge(place: Place, domain: Result, snapshot: str) -> str | None:
@@ -109,8 +108,9 @@ def _of_domain(place: Place, domain: Result, module: str, options: Result) -> st
     """Return the command that calls a module for a domain. JSON spells out all that is not ASCII."""
     of_daemon = {"uri": place.uri} if place.uri not in ("", _USUAL_URI) else {}
     arguments = json.dumps({"name": [domain["name"]], **options, **of_daemon})
-    is_written_to = domain["state"] == _SHUT_OFF and not domain["managed_save"]
-    if not is_written_to or _TEMPLATE.search(arguments) or not _HOST.fullmatch(place.host):
+    is_whole = all("msg" not in one for one in domain["disks"])
+    would_be_done = domain["state"] == _SHUT_OFF and not domain["managed_save"] and is_whole
+    if not would_be_done or _TEMPLATE.search(arguments) or not _HOST.fullmatch(place.host):
         return None
     words = ["ansible", place.host, "-b", "-m", f"kvmfleet.qcow2.{module}", "-a", arguments]
     return shlex.join(words)

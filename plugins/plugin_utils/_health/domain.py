@@ -104,11 +104,12 @@ def _of_rest(place: Place, domain: Result, limits: Limits, now: float) -> t.Iter
     for one in domain["unfinished"]:
         msg = f"{one['image']}: {one['what']}. {one['completed_by']}"
         yield Finding("unfinished", msg, commands.for_unfinished(place, domain, one))
-    for checkpoint in domain["checkpoints"]:
-        if checkpoint["valid"] is False:
-            where = f" in {checkpoint['image']}" if checkpoint["image"] else ""
-            msg = f"{checkpoint['name']} ({checkpoint['problem']}{where}): {checkpoint['advice']}"
-            yield Finding("broken_checkpoint", msg, commands.for_checkpoint(place, domain, checkpoint))
+    broken = [one for one in domain["checkpoints"] if one["valid"] is False]
+    mended = commands.for_checkpoints(place, domain) if broken else {}
+    for checkpoint in broken:
+        where = f" in {checkpoint['image']}" if checkpoint["image"] else ""
+        msg = f"{checkpoint['name']} ({checkpoint['problem']}{where}): {checkpoint['advice']}"
+        yield Finding("broken_checkpoint", msg, mended.get(checkpoint["name"]))
     if domain["orphan_bitmaps"]:
         named = [f"{', '.join(one['bitmaps'])} in {one['image']}" for one in domain["orphan_bitmaps"]]
         msg = f"No checkpoint refers to {'; '.join(named)}. libvirt makes no use of such a bitmap."

@@ -228,6 +228,8 @@ def test_what_completes_unfinished_work(left, command):
     told = domain(image("/a"), unfinished=[left])
     assert found(told)["unfinished"] == command
     assert found({**told, "state": "running"}) == {"unfinished": None}
+    told["disks"][0].update(msg="/b does not exist.", code="no_such_file")
+    assert found(told)["unfinished"] is None
 
 
 def test_no_other_snapshot_is_merged_down_before_what_is_unfinished():
