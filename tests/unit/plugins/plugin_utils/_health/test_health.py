@@ -382,6 +382,17 @@ def test_the_data_of_the_page_are_safe_within_html(text):
     assert visible(text) in json.loads(data)["texts"]
 
 
+@pytest.mark.parametrize(
+    "verdicts, told", [([], True), ([False], False), ([False, False], False), ([False, True], True)]
+)
+def test_the_page_says_once_that_no_checkpoint_is_valid(verdicts, told):
+    checkpoints = [checkpoint(str(n), None if valid else "gap", valid) for n, valid in enumerate(verdicts)]
+    report = fleet_health({"hv1": report_on(domain(image("/a"), checkpoints=checkpoints, next_backup="full"))})
+    data = json.loads(page_data(report, ENDED))
+    assert ("So it is." in [data["texts"][one[1]] for one in data["domains"][0][11]]) is told
+    assert report["findings"]["full"] == 1
+
+
 @pytest.mark.parametrize("text", ["{{ x }}", "{% x %}", "{# x", "{{{% x"])
 def test_a_report_as_text_has_nothing_that_looks_like_a_template(text):
     carried = as_text({"a": {"b": text}, text: [{}]})
