@@ -13,6 +13,7 @@ nothing. Where the vault was removed, or a VM died as it opened its image, it ma
 
 from __future__ import annotations
 
+import collections
 import functools
 import os
 import pathlib
@@ -167,29 +168,47 @@ class Stack(lab.Lab):
     has_run = False  # a VM, since the kill
     may_refuse = False
     may_differ = False  # the bitmaps in the end
+    events: t.Sequence[disks.Event] = (*disks.EVENTS[1:], disks.made_anew)  # between a kill and the next run
     scenery: Scenery
+    kind: kinds.Kind
 
     def use(self, kind: kinds.Kind) -> None:
         """Have disks as in these scenes."""
         known: dict[kinds.Kind, Scenery] = self.__dict__.setdefault("_known", {})
         if kind not in known:
-            known[kind] = self._build(kind)
+            known[kind] = self._build(self.scenes(kind), kind.name)
+        self.kind = kind
         self.scenery = known[kind]
         self.stacks = self.scenery.stacks
         self.disks = [
             kinds.Disk(pathlib.Path(disk.base), pathlib.Path(disk.path), {}, disks.SIZE) for disk in self.stacks
         ]
 
-    def _build(self, kind: kinds.Kind) -> Scenery:
+    def scenes(self, kind: kinds.Kind) -> t.Sequence[disks.Scene]:
+        """Return how the disks of a VM of this kind are made."""
+        return SCENES.get(kind, (disks.plain,))
+
+    def refuses_after(self, event: disks.Event) -> bool:
+        """Whether the next run may refuse, since what is needed may be in no image any more."""
+        return event in (*disks.MAY_REFUSE, disks.made_anew)
+
+    def calls(self) -> dict[str, collections.Counter[str]]:
+        """Return how often module and qemu make each call in a run in which nothing goes wrong."""
+        known: dict[kinds.Kind, dict[str, collections.Counter[str]]] = self.__dict__.setdefault("_counted", {})
+        if self.kind not in known:
+            known[self.kind] = super().calls()
+        return known[self.kind]
+
+    def _build(self, scenes: t.Sequence[disks.Scene], name: str) -> Scenery:
         shutil.rmtree(self.folder, ignore_errors=True)
         stacks = []
-        for number, scene in enumerate(SCENES.get(kind, (disks.plain,))):
+        for number, scene in enumerate(scenes):
             place = self.folder / str(number)
             place.mkdir(parents=True)
             disk = disks.Disk(place)
             scene(disk)
             stacks.append(disk)
-        kept = self.papers / "kept" / kind.name
+        kept = self.papers / "kept" / name
         shutil.copytree(self.folder, kept)
         then = [(dict(disk.checkpoints), disk.now, list(disk.images)) for disk in stacks]
         return Scenery(stacks, then, kept, [])
@@ -200,8 +219,12 @@ class Stack(lab.Lab):
             self.lay_out()
             run = self.run()
             assert run.status == 0, run
-            self.scenery.usual.extend((qemu.bitmaps_of(disk.base), chains.own_bits(disk.base)) for disk in self.stacks)
+            self.note_usual()
         super().reset()
+
+    def note_usual(self) -> None:
+        """Note what a run leaves to which nothing happens."""
+        self.scenery.usual.extend((qemu.bitmaps_of(disk.base), chains.own_bits(disk.base)) for disk in self.stacks)
 
     def lay_out(self) -> None:
         """Have the images as they were in the beginning."""
@@ -246,7 +269,7 @@ def then(ground: Stack, rule: str, event: disks.Event, seed: str) -> rounds.Find
         disk.dice = random.Random(seed)
         event(disk)
     ground.has_run = ground.may_differ = True
-    ground.may_refuse = event in disks.MAY_REFUSE
+    ground.may_refuse = ground.refuses_after(event)
     wrong += [f"after {event.__name__}: {what}" for what in ground.promise.images_wrong()]
     wrong += ground.promise.rerun_wrong()
     if ground.may_refuse:
@@ -271,8 +294,7 @@ def then_jobs(ground: Stack, kind: kinds.Kind, asked: rounds.Choice) -> list[rou
             kind,
         )
         for rule in rules
-        for event in disks.EVENTS
-        if event is not disks.nothing
+        for event in ground.events
     ]
 
 
@@ -305,12 +327,30 @@ def vm_jobs(ground: Stack, kind: kinds.Kind) -> list[rounds.Job[Stack]]:
     ]
 
 
-def jobs_for(crew: rounds.Crew[Stack], asked: rounds.Choice) -> list[rounds.Job[Stack]]:
-    """Return all rounds."""
-    ground = crew.labs[0]
+def fault_jobs(ground: Stack, kind: kinds.Kind) -> list[rounds.Job[Stack]]:
+    """Return the rounds in which a call fails, a VM or another run comes, or the disk is full."""
+    ground.use(kind)
+    return [
+        *faults.injected(ground, kind),
+        *vm_jobs(ground, kind),
+        *(
+            rounds.Job(f"{kind.name}: full disk", f"{kind.name}-full-{n}", functools.partial(full, pages=n), kind)
+            for n in range(0, 400, 7)
+        ),
+    ]
+
+
+def warn_of_tmpfs(ground: Stack) -> None:
+    """Tell that kills do not meet all moments where nothing waits for a disk."""
     command = ["stat", "--file-system", "--format=%T", str(ground.place)]
     if subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "tmpfs":
         print("The labs lie on a tmpfs, where nothing waits for a disk: set TMPDIR to meet the moments between writes.")
+
+
+def jobs_for(crew: rounds.Crew[Stack], asked: rounds.Choice) -> list[rounds.Job[Stack]]:
+    """Return all rounds."""
+    ground = crew.labs[0]
+    warn_of_tmpfs(ground)
     jobs: list[rounds.Job[Stack]] = []
     for kind in SCENES:
         ground.use(kind)
@@ -318,13 +358,7 @@ def jobs_for(crew: rounds.Crew[Stack], asked: rounds.Choice) -> list[rounds.Job[
         jobs += kills.moment_jobs(ground, kind, asked)
         jobs += then_jobs(ground, kind, asked)
     for kind in list(SCENES)[:1]:
-        ground.use(kind)
-        jobs += faults.injected(ground, kind)
-        jobs += vm_jobs(ground, kind)
-        jobs += [
-            rounds.Job(f"{kind.name}: full disk", f"{kind.name}-full-{n}", functools.partial(full, pages=n), kind)
-            for n in range(0, 400, 7)
-        ]
+        jobs += fault_jobs(ground, kind)
     return rounds.sampled(list(map(rounds.of_all_kinds, jobs)), asked)
 
 

@@ -51,6 +51,18 @@ class Daemon:
         self._shell("start_daemon")
         self.connection = libvirt.open(self.uri)
 
+    def size_told(self, name: str, checkpoint: str) -> bool | None:
+        """Whether libvirt tells the size of an increment since a checkpoint of a running domain, so whether it can be.
+
+        None if it knows no such checkpoint.
+        """
+        try:
+            found = self.connection.lookupByName(name).checkpointLookupByName(checkpoint)
+        except libvirt.libvirtError:
+            return None
+        told = ET.fromstring(found.getXMLDesc(libvirt.VIR_DOMAIN_CHECKPOINT_XML_SIZE)).iterfind("disks/disk")
+        return all("size" in disk.attrib for disk in told if disk.get("checkpoint") == "bitmap")
+
     def start_domain(self, name: str) -> str:
         """Start a domain; return why it does not start, in the words of libvirt and of QEMU, or nothing."""
         log = self._folder / "log/qemu" / f"{name}.log"
@@ -93,6 +105,8 @@ E = t.TypeVar("E", bound="Estate")
 class Estate(lab.Lab):
     """A lab with domains."""
 
+    known_kinds: t.Mapping[kinds.Kind, dict[str, tuple[int, ...]]] = DOMAINS
+
     def __init__(
         self: E,
         base: pathlib.Path,
@@ -114,11 +128,11 @@ class Estate(lab.Lab):
 
     def use(self, kind: kinds.Kind) -> None:
         """Have the domains of this kind."""
-        kind = kind if kind in DOMAINS else THREE
+        kind = kind if kind in self.known_kinds else THREE
         super().use(kind)
-        if self.numbers != DOMAINS[kind]:
+        if self.numbers != self.known_kinds[kind]:
             self._definitions.clear()
-        self.numbers = DOMAINS[kind]
+        self.numbers = self.known_kinds[kind]
         names = {
             number: f"{name}.vd{'abc'[place]}.{SNAPSHOT}.qcow2"
             for name, numbers in self.numbers.items()

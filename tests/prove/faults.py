@@ -51,6 +51,8 @@ ERRORS = {
     ("module", "fchmod"): ("EPERM", "EROFS"),
     ("module", "linkat"): ("ENOSPC", "EDQUOT", "EROFS", "EPERM", "EMLINK", "ENOENT", "EACCES"),
     ("module", "unlinkat"): ("EROFS", "EACCES"),
+    ("module", "renameat"): ("ENOSPC", "EROFS", "EACCES"),
+    ("module", "renameat2"): ("ENOSPC", "EROFS", "EACCES", "EINVAL"),
     ("module", "setlk"): ("ENOLCK",),
     ("module", "getlk"): ("ENOLCK", "EINVAL"),
     ("module", "fgetxattr"): ("ENOTSUP",),

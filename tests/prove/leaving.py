@@ -14,6 +14,7 @@ libvirt has the checkpoints that can be used, and no other.
 
 from __future__ import annotations
 
+import collections
 import functools
 import os
 import pathlib
@@ -430,16 +431,19 @@ def around(ground: Ground, kind: kinds.Kind) -> list[rounds.Job[Ground]]:
         for series, (word, play) in AT_STEPS.items()
         for n in range(1, sum(calls["module"].values()) + 1)
     ]
+    return jobs + dying(kind, calls)
+
+
+def dying(kind: kinds.Kind, calls: dict[str, collections.Counter[str]]) -> list[rounds.Job[Ground]]:
+    """Return the rounds in which a run is killed, and then a domain."""
+    jobs = []
     for who in ("module", "qemu"):
         for call, number in kills.steps(calls, who, False):
             if call not in faults.DIALOGUE and call != "setlk":
                 rule = f"{who}:{call}:{number}:group"
                 play = functools.partial(then_dies, rule=rule)
-                jobs.append(
-                    rounds.Job(
-                        f"{kind.name}: killed, then a domain runs and dies", f"{kind.name}-{rule}-dies", play, kind
-                    )
-                )
+                series = f"{kind.name}: killed, then a domain runs and dies"
+                jobs.append(rounds.Job(series, f"{kind.name}-{rule}-dies", play, kind))
     return jobs
 
 

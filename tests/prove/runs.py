@@ -50,7 +50,7 @@ class Run(t.NamedTuple):
 
     @property
     def states(self) -> list[str]:
-        """What it says of each overlay."""
+        """What it says of each overlay, or of each disk whose bitmaps it is about."""
         return [overlay["state"] for overlay in self._overlays]
 
     @property
@@ -63,8 +63,9 @@ class Run(t.NamedTuple):
     @property
     def _overlays(self) -> list[dict[str, t.Any]]:
         """What it says, domain by domain if it is about domains."""
-        of_domains = [overlay for domain in self.domains for overlay in domain["overlays"]]
-        return [*(self.result or {}).get("overlays", ()), *of_domains]
+        of_domains = [overlay for domain in self.domains for overlay in domain.get("overlays", ())]
+        result = self.result or {}
+        return [*result.get("overlays", ()), *result.get("disks", ()), *of_domains]
 
     @property
     def message(self) -> str:

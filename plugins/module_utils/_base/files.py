@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import stat
+import struct
+import sys
 import typing as t
 
 from .errors import Refusal, system_refusal
@@ -19,6 +22,9 @@ _MOST_LINKS = 40  # on the way to a folder; the kernel follows no more either
 # With O_DIRECTORY, or what is mounted on demand would not be mounted.
 _PASS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _ENTER = _PASS | os.O_DIRECTORY
+
+_LONG = struct.Struct("l")
+_GET_VERSION = 2 << 30 | _LONG.size << 16 | ord("v") << 8 | 1  # FS_IOC_GETVERSION of most architectures (Linux, ioctl)
 
 Identity = tuple[int, int]  # of a file its file system and inode, of a block device the device itself
 
@@ -45,6 +51,14 @@ class OpenImage:
     def is_device(self) -> bool:
         """Whether it is a block device."""
         return self.identity[0] == _ANY_DEVICE
+
+    @property
+    def generation(self) -> int | None:
+        """What tells it from a file that had its inode before, and is gone; None if its file system does not say."""
+        try:
+            return int.from_bytes(fcntl.ioctl(self.fd, _GET_VERSION, bytes(_LONG.size))[:4], sys.byteorder)
+        except OSError:
+            return None
 
     def status(self) -> os.stat_result:
         """Return what the kernel says of it now."""

@@ -116,7 +116,7 @@ def _lost(image: Image, vault: Vault, file: OpenImage) -> frozenset[str]:
         return frozenset()
     sound = {bitmap.name for bitmap in image.bitmaps if not bitmap.inconsistent}
     lost = frozenset(vault.below) - sound
-    if lost and not vault.is_of(file.identity, file.path):
+    if lost and not vault.is_of(file.identity, file.path, file.generation):
         why = f"lacks bitmaps that the vault {vault.path} has, which is of another file of this name"
         remedy = "Put back the file that the vault is of. If there is none any more, remove the vault."
         raise Refusal("unfinished", file.path, why, remedy)

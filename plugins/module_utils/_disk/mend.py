@@ -165,6 +165,7 @@ def _keep(place: int, work: _Work, held: Held) -> None:
     patient, wants, top = work.patients[place], work.plan.wants[place], work.patients[0]
     path = healing_vault(patient.layer, top.layer)
     below = [(b, maps) for b, maps in _in_order(patient) if b.name in wants]
+    below += _rebuilt_by_word(place, work)
     if not below or path is None:
         return
     content = Content(
@@ -189,6 +190,19 @@ def _in_order(patient: Patient) -> t.Iterator[tuple[Bitmap, list[t.Any]]]:
     for name, bitmap in patient.standing.bitmaps.items():
         if not bitmap.inconsistent:
             yield bitmap, patient.sources(name, heal.Want(bitmap, held=name in patient.standing.put_back))
+
+
+def _rebuilt_by_word(place: int, work: _Work) -> t.Iterator[tuple[Bitmap, list[t.Any]]]:
+    """Yield the inconsistent bitmaps that are made valid and that no image below has, with their bits to be.
+
+    A QEMU that is killed while it opens the image takes their names away, and no image would tell of them any more.
+    """
+    patient, below = work.patients[place], work.patients[place + 1 :]
+    for name, want in work.plan.wants[place].items():
+        was = patient.standing.bitmaps.get(name)
+        is_alone = not any(name in one.standing.bitmaps for one in below)
+        if was is not None and was.inconsistent and not want.bitmap.inconsistent and is_alone:
+            yield want.bitmap, [work.bits[place][name]]
 
 
 def _promise(request: HealRequest, work: _Work) -> HealVerdict:

@@ -11,7 +11,7 @@ import os
 import secrets
 
 from .._base.errors import Refusal
-from .._base.files import OpenImage, identity_of, open_image
+from .._base.files import OpenImage, open_image
 from .._qcow2.chain import Layer, read_head
 from .._qcow2.dirty import DirtyBits, dirty_bytes, is_union, maps_of
 from .._qcow2.extents import AllocationMap
@@ -56,8 +56,10 @@ def judge_gone(request: CommitRequest, base: OpenImage, held: Held) -> CommitVer
 
 def _is_still_there(vault: Vault) -> bool:
     """Whether the overlay that the vault is of stands where it stood."""
-    with contextlib.suppress(OSError, ValueError):
-        return vault.top_path is not None and vault.is_of(identity_of(os.stat(vault.top_path)), vault.top_path)
+    if vault.top_path is None:
+        return False
+    with contextlib.suppress(Refusal), open_image(vault.top_path) as file:
+        return vault.is_of(file.identity, file.path, file.generation)
     return False
 
 
@@ -85,14 +87,15 @@ def see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, above: Lay
     vault_path = find_vault(vault_place(request, files[depth]))
     vault = read_vault(held.enter(open_vault(vault_path))) if vault_path else None
     base, top = part[depth], part[0].image
+    known = (files[0].identity, files[0].path, files[0].generation)
     ours = [*([held.image(request.above).identity] if request.above else []), *(layer.identity for layer in part)]
     folders = [os.path.dirname(layer.real_path) for layer in part if not layer.is_device]
     standing = all_standing_on([layer.identity for layer in part], folders, ours)
     return Seen(
         chain=chain,
         depth=depth,
-        is_top_of_vault=vault is not None and vault.is_of(files[0].identity, files[0].path),
-        went_in_below_another=vault is not None and vault.took_in(files[0].identity, files[0].path),
+        is_top_of_vault=vault is not None and vault.is_of(*known),
+        went_in_below_another=vault is not None and vault.took_in(*known),
         vault=vault,
         mark_is_empty=_mark_is_empty(files[0], top) if top else None,
         base_is_as_kept=vault is not None and _is_as_kept(vault, files[depth], base),

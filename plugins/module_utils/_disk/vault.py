@@ -15,6 +15,7 @@ bitmaps, and is never opened for writing once it is there::
     i/DEV:INO the topmost image's file
     p/PATH    its path, as it was asked for
     l/DEV:INO:PATH  an image between the two
+    g/DEV:INO:GEN   the generation of one of these files, since another one can have its number when it is gone
 
 The vault of a commit lies beside the image that all goes into. That of a healing has another name, and lies beside the
 image whose bitmaps are written anew, which is the topmost one that it knows; the topmost one of the chain is among the
@@ -60,19 +61,26 @@ class Vault(t.NamedTuple):
     top: Identity  # of the topmost image that takes part
     top_path: str | None  # None if it is longer than the name of a bitmap can be
     others: t.Sequence[tuple[Identity, str]]  # identity and path of the images between the two
+    generations: t.Mapping[Identity, int]  # of these files, as far as their file systems say
     below: t.Mapping[str, Kept]  # bitmaps of the image beside which it lies
     above: t.Mapping[str, Bitmap]  # bitmaps of the topmost image
     dead: t.Mapping[str, str]  # by name, why a bitmap must not become usable
     is_given: bool  # whether all work on the bitmaps is done
     given_at: int  # ns since 1970; when it was renamed last
 
-    def is_of(self, identity: Identity, path: str) -> bool:
-        """Whether this file is the topmost image that takes part."""
-        return _is_same(identity, path, self.top, self.top_path)
+    def is_of(self, identity: Identity, path: str, generation: int | None = None) -> bool:
+        """Whether this file is the topmost image that takes part; by its number alone if its generation is unknown."""
+        return self._is_same(identity, path, generation, (self.top, self.top_path))
 
-    def took_in(self, identity: Identity, path: str) -> bool:
+    def took_in(self, identity: Identity, path: str, generation: int | None = None) -> bool:
         """Whether this file is an image between the two."""
-        return any(_is_same(identity, path, *other) for other in self.others)
+        return any(self._is_same(identity, path, generation, other) for other in self.others)
+
+    def _is_same(
+        self, identity: Identity, path: str, generation: int | None, kept: tuple[Identity, str | None]
+    ) -> bool:
+        known = self.generations.get(kept[0])
+        return _is_same(identity, path, *kept) and (None in (known, generation) or known == generation)
 
     @property
     def place(self) -> str:
@@ -125,6 +133,7 @@ def read_vault(file: OpenImage) -> Vault:
         token = next(iter(named["t/"]))
         top = _identity(*next(iter(named["i/"])).split(":"))
         others = [_named_file(*word.split(":", 2)) for word in named["l/"]]
+        generations = {one: int(number) for one, number in (_named_file(*w.split(":", 2)) for w in named["g/"])}
     except (StopIteration, ValueError, TypeError) as exc:
         raise _no_vault(file.path) from exc
     if image.lost_bitmaps or any(bitmap.inconsistent for bitmap in image.bitmaps):
@@ -135,6 +144,7 @@ def read_vault(file: OpenImage) -> Vault:
         top=top,
         top_path=next(iter(named["p/"]), None),
         others=others,
+        generations=generations,
         below={name: Kept(bitmap._replace(name=name), maps["b/" + name]) for name, bitmap in named["b/"].items()},
         above={name: bitmap._replace(name=name) for name, bitmap in named["o/"].items()},
         dead={name: reason for reason, kind in _DEAD.items() for name in named[kind]},
@@ -149,7 +159,7 @@ def _no_vault(path: str) -> Refusal:
     return Refusal("unfinished", path, why, remedy)
 
 
-_KINDS = ("b/", "o/", "t/", "i/", "p/", "l/", *_DEAD.values())
+_KINDS = ("b/", "o/", "t/", "i/", "p/", "l/", "g/", *_DEAD.values())
 
 
 def _identity(device: str, inode: str) -> Identity:
@@ -175,12 +185,19 @@ class Content(t.NamedTuple):
     dead: t.Mapping[str, str]
     virtual_size: int  # bytes; of the larger one of the two images
 
+    @property
+    def generations(self) -> dict[Identity, int]:
+        """The generations of the files, as far as their file systems say."""
+        found = {file.identity: file.generation for file in (self.top, *self.others)}
+        return {identity: number for identity, number in found.items() if number is not None}
+
 
 def write_vault(fd: int, content: Content) -> None:
     """Make the open, empty file a vault."""
     size = content.virtual_size
     words = [f"t/{content.token}", "i/{}:{}".format(*content.top.identity), f"p/{content.top.path}"]
     words += ["l/{}:{}:{}".format(*file.identity, file.path) for file in content.others]
+    words += ["g/{}:{}:{}".format(*identity, number) for identity, number in content.generations.items()]
     words = [word for word in words if len(os.fsencode(word)) <= MAX_BITMAP_NAME]  # of a longer path nothing is known
     words += [f"{_DEAD[reason]}{name}" for name, reason in content.dead.items()]
     with_bits = [
@@ -199,6 +216,7 @@ def holds(vault: Vault, content: Content) -> bool:
     below = {bitmap.name: (bitmap, maps) for bitmap, maps in content.below}
     return (
         (vault.token, vault.top, dict(vault.dead)) == (content.token, content.top.identity, dict(content.dead))
+        and vault.generations == content.generations
         and vault.above == {bitmap.name: bitmap for bitmap in content.above}
         and {name: kept.bitmap for name, kept in vault.below.items()} == {n: one for n, (one, _m) in below.items()}
         and all(is_union(vault.below[name].bits, maps, content.virtual_size) for name, (_b, maps) in below.items())

@@ -277,6 +277,10 @@ class HealCall:
         failed = root_causes([*plan.problems, *(one for verdict in verdicts.values() for one in verdict.refusals)])
         if not failed and not decision.requests and decision.forgotten:
             failed = self._forget_alone(plan)
+        if not failed and self._is_left_undone(plan):
+            # Its turn did not come, although its images were ready already: then no image tells of the signal.
+            why = "its checkpoints were not removed, because the run was ended"
+            failed = [Refusal("interrupted", domain.name, why, "Run this again.")]
         begun = domain.uuid in self._begun
         done = () if failed else tuple(verdicts.items())
         items = [(target, item) for target, verdict in done for item in verdict.items]
@@ -302,6 +306,11 @@ class HealCall:
             changed=begun or bool(gone) or any(verdict.changed for _target, verdict in done),
             diff=_diff(plan.kept, gone, [verdict for _target, verdict in done if verdict.changed]),
         )
+
+    def _is_left_undone(self, plan: ShutOff) -> bool:
+        """Whether libvirt still knows checkpoints that it was to forget."""
+        was_to_be = plan.has_work and bool(plan.decision.forgotten) and not self._settings.check_mode
+        return was_to_be and plan.domain.uuid not in self._begun
 
     def _forget_alone(self, plan: ShutOff) -> list[Refusal]:
         """Have libvirt forget checkpoints that are about no image any more; return why that failed."""

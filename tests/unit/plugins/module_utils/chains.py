@@ -4,24 +4,34 @@
 """What a guest and its backups get out of a chain of images: the judge of what may have become of bitmaps.
 
 A checkpoint is known by what the guest's disk held when it was made. A bitmap of this name that libvirt would use must
-mark all that has changed since; else an incremental backup would lack it, and nobody would know.
+mark all that has changed since; else an incremental backup would lack it, and nobody would know. QEMU's tools tell what
+images hold and what bitmaps mark, as a backup gets it; nothing of the collection's own reading is asked.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import tempfile
 import typing as t
 
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.bitmap_rules import LayerBitmaps, judge
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.dirty import maps_of, rescaled
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.image import read_image
+
+from . import qemu
 
 _BLOCK = 512  # bytes; of the disk, that a bit of what is returned here is about
 Bits = int  # of blocks, the first one as the lowest bit
 Checkpoints = t.Mapping[str, bytes]  # by name, what the guest's disk held
+
+
+class _Image(t.NamedTuple):
+    """What qemu-img info tells of an image."""
+
+    path: str
+    virtual_size: int  # bytes
+    flags: dict[str, list[str]]  # of its bitmaps, by name
 
 
 def content(path: t.Any) -> bytes:
@@ -35,31 +45,59 @@ def content(path: t.Any) -> bytes:
 
 def own_bits(path: t.Any) -> dict[str, Bits]:
     """Return what each consistent bitmap of one image marks."""
-    with open_image(str(path)) as file:
-        image = read_image(file)
-        return {
-            name: rescaled(one.bits(0, image.virtual_size), one.granularity, _BLOCK)
-            for name, one in maps_of(file, image).items()
-        }
+    image = _image(qemu.info(path))
+    names = [name for name, flags in image.flags.items() if "in-use" not in flags]
+    return _served([(image.path, names)])[0]
 
 
 def usable(path: t.Any) -> dict[str, Bits]:
     """Return what each bitmap of a chain marks that libvirt would use for a backup."""
-    layers, bits = [], []
-    below: str | None = str(path)
-    while below is not None:
-        with open_image(below) as file:
-            image = read_image(file)
-        layers.append(LayerBitmaps(below, image.virtual_size, {bitmap.name: bitmap for bitmap in image.bitmaps}))
-        bits.append(own_bits(below))
-        below = image.backing_file if image.backing_format != "raw" else None  # which has none
-    found = {}
-    for name in layers[0].bitmaps:
-        if judge(name, layers).valid:
-            found[name] = 0
-            for own in bits:
-                found[name] |= own.get(name, 0)
+    said = qemu.qemu_img("info", "--backing-chain", "--output=json", "-f", "qcow2", str(path))
+    chain = [_image(one) for one in json.loads(said)]
+    holders = {name: _contiguous(name, chain) for name in chain[0].flags}
+    names = [name for name, images in holders.items() if images]
+    depth = max((len(holders[name]) for name in names), default=0)
+    served = _served([(image.path, [name for name in names if image in holders[name]]) for image in chain[:depth]])
+    found: dict[str, Bits] = {}
+    for bits in served:
+        for name, own in bits.items():
+            found[name] = found.get(name, 0) | own
     return found
+
+
+def _image(said: dict[str, t.Any]) -> _Image:
+    bitmaps = said.get("format-specific", {}).get("data", {}).get("bitmaps", ())
+    return _Image(said["filename"], said["virtual-size"], {one["name"]: one["flags"] for one in bitmaps})
+
+
+def _contiguous(name: str, chain: t.Sequence[_Image]) -> list[_Image]:
+    """Return the images whose bitmaps of this name libvirt would unite; none if it would refuse."""
+    has_it = [name in image.flags for image in chain]
+    images = chain[: has_it.index(False) if False in has_it else len(chain)]
+    is_used = sum(has_it) == len(images) and len({image.virtual_size for image in images}) == 1
+    flags = [image.flags[name] for image in images]
+    return list(images) if is_used and all("auto" in one and "in-use" not in one for one in flags) else []
+
+
+def _served(wanted: t.Sequence[tuple[str, list[str]]]) -> list[dict[str, Bits]]:
+    """Return what the bitmaps of these names in each of these images mark, as QEMU serves it to a backup by NBD."""
+    if not any(names for _path, names in wanted):
+        return [{} for _each in wanted]
+    found = []
+    with tempfile.TemporaryDirectory() as folder, qemu.exporting(folder) as monitor:
+        for number, (path, names) in enumerate(wanted):
+            node = f"n{number}"
+            if names:
+                qemu.open_bitmaps(monitor, node, path)
+            found.append({name: _blocks(qemu.dirty_extents(monitor, folder, node, name)) for name in names})
+    return found
+
+
+def _blocks(extents: t.Sequence[tuple[int, int]]) -> Bits:
+    bits = 0
+    for start, length in extents:  # the end of a disk may lie within a block
+        bits |= ((1 << -(-length // _BLOCK)) - 1) << (start // _BLOCK)
+    return bits
 
 
 def changed(then: bytes, now: bytes) -> Bits:

@@ -217,6 +217,16 @@ def vault_goes_and_vm_dies(disk: Disk) -> None:
     disk.crash()
 
 
+def made_anew(disk: Disk) -> None:
+    """Somebody gives TOP up, and puts another overlay onto the same image, by the same name; it may get its inode."""
+    below = disk.images[disk.images.index(disk.path) + 1] if disk.path != disk.base else None
+    if disk.above or below is None or not os.path.exists(disk.path) or not os.path.exists(below):
+        return
+    os.unlink(disk.path)
+    qemu.create(disk.path, len(disk.now), "-b", below, "-F", "qcow2")
+    disk.write(3)
+
+
 def switched(disk: Disk) -> None:
     """The VM runs on BASE, if the vault says that all work is done."""
     if disk.vault and disk.vault.endswith("-given") and not disk.above:

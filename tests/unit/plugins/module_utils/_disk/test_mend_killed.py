@@ -14,10 +14,13 @@ import signal
 import time
 
 import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import OpenImage, open_image
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import diagnose
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import mend as mend_module
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.heal import HealRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.mend import MendBitmaps
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.vault import open_vault, read_vault
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu.monitor import Monitor
 
@@ -191,6 +194,56 @@ def kill_after_top_was_written(case):
         ".middle.qcow2.kvmfleet-healing",
         ".top.qcow2.kvmfleet-healing",
     ]
+
+
+def test_an_overlay_made_anew_gets_no_bitmaps_of_the_one_before_it(case, monkeypatch):
+    """It can have the same inode, but not the same generation; what the old one held is gone."""
+    kill_after_top_was_written(case)
+    os.unlink(case.top)
+    qemu.create(case.top, SIZE, "-b", str(case.folder / "middle.qcow2"), "-F", "qcow2")
+    with open_vault(f"{case.folder}/.top.qcow2.kvmfleet-healing") as file:
+        vault = read_vault(file)
+    status = os.stat(case.top)
+    numbers = (status.st_dev, status.st_ino)
+    with monkeypatch.context() as patch:
+        kept = vault._replace(top=numbers, generations={numbers: 1})
+        patch.setattr(diagnose, "read_vault", lambda file: kept if "top" in file.path else read_vault(file))
+        patch.setattr(OpenImage, "generation", 2)
+        outcome = run(MendBitmaps(), [HealRequest(case.top)], SETTINGS)
+    assert [failure.code for failure in outcome.failures] == ["unfinished"]
+    assert not qemu.bitmaps_of(case.top)
+
+
+def test_a_file_has_another_generation_than_the_one_whose_inode_it_got(tmp_path):
+    path, seen = tmp_path / "image", {}
+    for _number in range(50):  # not every file system gives an inode anew, or tells
+        path.write_bytes(b"")
+        with open_image(str(path)) as file, open_image(str(path)) as again:
+            assert file.generation == again.generation
+            if file.generation is not None and file.identity in seen:
+                assert file.generation not in seen[file.identity]
+            seen.setdefault(file.identity, set()).add(file.generation)
+        path.unlink()
+
+
+def test_a_bitmap_that_only_the_users_word_makes_valid_is_in_the_vault(tmp_path):
+    """A QEMU that dies as it opens the image takes its name away, and no image has it then."""
+    path = qemu.create(tmp_path / "top.qcow2", SIZE)
+    qemu.add_bitmaps(path, [MONDAY])
+    then = content(path)
+    guest_writes(path, random.Random(8))
+    crash(path)
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            mend_module.bring = lambda *_args: os.kill(os.getpid(), signal.SIGKILL)
+            run(MendBitmaps(), [HealRequest(path, assume_not_emptied=True)], SETTINGS)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    drop_all_bitmaps(path)
+    mend(path, assume_not_emptied=True)
+    assert checkpoints(path) == {"monday"}
+    assert not changed_bits(then, content(path)) & ~bits_of([path], "monday")
 
 
 def dying_at_the_second(real):

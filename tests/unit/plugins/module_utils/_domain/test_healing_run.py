@@ -15,6 +15,8 @@ import subprocess
 import libvirt
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.signals import Interrupted
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import run as image_run
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain import healing_run
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.healing import CheckpointRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.healing_run import HealCall
@@ -325,3 +327,17 @@ def test_domains_that_do_not_exist_and_patterns_that_match_none(fleet):
     assert [(one.name, one.state) for one in domains] == [("web", "valid"), ("nobody", "failed")]
     assert domains[1].as_result()["code"] == "no_domain"
     assert warnings == ["no*: no domain of this host matches it."]
+
+
+def test_a_domain_whose_turn_did_not_come_is_not_said_to_be_done(fleet, monkeypatch):
+    """Nothing is to be written to its images, only libvirt is to forget its checkpoint."""
+    base(fleet, "a.qcow2", bitmap("two"))
+    domain = fleet.define("web", "a.qcow2", checkpoints=["one", "two"])
+
+    def asked():
+        raise Interrupted("SIGTERM")
+
+    monkeypatch.setattr(image_run, "stop_here_if_asked", asked)
+    (done,), _warnings = call(removes_unusable=True)
+    assert (done.state, states(done), done.changed) == ("failed", {"one": "interrupted", "two": "valid"}, False)
+    assert fleet.checkpoints(domain) == ["one", "two"]
