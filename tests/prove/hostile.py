@@ -26,12 +26,14 @@ import lab
 import names
 import overlays
 import rounds
+import tampered
 
 
 def jobs_for(crew: rounds.Crew[lab.Lab], asked: rounds.Choice) -> list[rounds.Job[lab.Lab]]:
     """Return all rounds."""
     ground = crew.labs[0]
     jobs = [*images.bomb_jobs(), *names.name_jobs(), *folders.folder_jobs(ground, asked), *bait.bait_jobs(asked)]
+    jobs += tampered.planted_jobs(asked)
     if asked.only is None or asked.only.startswith(("*", "mutant", "reader")):  # the corpus takes seconds
         corpus = ground.papers / "corpus"
         corpus.mkdir()

@@ -21,6 +21,7 @@ import modules
 import mutants
 import rounds
 import runs
+import tampered
 
 BOMB_MEMORY = 1 << 30  # bytes of address space that qcow2_info gets for an image that claims the most
 READER_BATCH = 1000  # mutants that one process reads
@@ -127,6 +128,7 @@ def mutant_jobs(folder: pathlib.Path, asked: rounds.Choice) -> list[rounds.Job[l
         rounds.Job("mutant, both modules", name, functools.partial(play_mutant, corpus=corpus, name=name, asked=asked))
         for name in (f"mutant-{n}" for n in range(asked.rounds))
     ]
+    jobs += tampered.mutant_jobs(corpus, asked)
     for first in range(0, asked.rounds * READER_SHARE, READER_BATCH):
         count = min(READER_BATCH, asked.rounds * READER_SHARE - first)
         play = functools.partial(read_mutants, corpus=pickled, word=str(asked.seed), first=first, count=count)

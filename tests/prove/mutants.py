@@ -45,6 +45,7 @@ _HEADER = (
     (104, 1),
 )
 _ENTRY = ((0, 8), (8, 4), (12, 4), (16, 1), (17, 1), (18, 2), (20, 4), (24, 1))  # of the bitmap directory
+_OFFSET = 0x00FFFFFFFFFFFE00  # of an entry of the L1 table
 _BITMAPS = ((0, 4), (4, 4), (8, 8), (16, 8))  # of the header extension
 
 
@@ -151,6 +152,9 @@ def _seed(name: str, path: pathlib.Path) -> Seed:
         "refcount table": [Field(refcounts + 8 * n, 8) for n in range(min(64 * clusters, 64))],
         "anywhere": [Field(offset, 8) for offset in range(0, len(data), 512)],
     }
+    l2_offset = struct.unpack_from(">Q", data, l1_offset)[0] & _OFFSET
+    if l2_offset:
+        regions["L2 table"] = [Field(l2_offset + 8 * n, 8) for n in range(32)]
     if snapshots:
         regions["snapshot table"] = [Field(snapshots_offset + 4 * n, 4) for n in range(16)]
     extensions, offset = [], length

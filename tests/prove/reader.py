@@ -24,12 +24,15 @@ import typing as t
 import lab  # noqa: F401  # pylint: disable=unused-import  # finds the collection
 import mutants
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.examine import examine_chain
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.extents import has_allocated_extents
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import OpenImage, open_image
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.cumulative import uniting_cost
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.examine import MAX_COUNTED_BITS, examine_chain
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.dirty import counting_cost, dirty_bytes, united
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.extents import AllocationMap, has_allocated_extents
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.image import read_image
 
 SECONDS = 5.0  # for one mutant
+MOST_UNITED = 64 << 20  # bytes of bits; where there are more, time is given by the megabyte
 MEMORY = 256 << 20  # bytes more than this process has before the first
 
 
@@ -39,6 +42,7 @@ def read(path: pathlib.Path) -> str:
         try:
             image = read_image(file)
             has_allocated_extents(file)
+            count_allocated(file, image.virtual_size)
         except Refusal as exc:
             if str(path) not in str(exc):
                 raise AssertionError(f"the message names no file: {exc}") from exc
@@ -50,6 +54,15 @@ def read(path: pathlib.Path) -> str:
     if image is None or disk.problem:
         return "refused" if image is None else "refused because of what lies behind the header"
     return "read, with bitmaps" if image.bitmaps else "read, without bitmaps"
+
+
+def count_allocated(file: OpenImage, virtual_size: int) -> None:
+    """Read all L2 tables, as healing does, where it would; an overlay takes in what its image holds."""
+    held = AllocationMap(file)
+    if counting_cost([held]) <= MAX_COUNTED_BITS:
+        dirty_bytes([held], virtual_size)
+    if uniting_cost(held, held.granularity) <= MOST_UNITED:
+        collections.deque(united([held], held.granularity, virtual_size), maxlen=0)
 
 
 def attempt(path: pathlib.Path) -> tuple[str, str | None]:
