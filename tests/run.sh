@@ -460,7 +460,7 @@ run() {  # run STEP
     build | galaxy | lint) begin "$1" "$1" "$1" ;;  # with those that come next
     prove)
       make_prove_venv > /dev/null  # before two programs would make it
-      for program in kills faults commits powerloss domains leaving hostile storage; do
+      for program in kills faults commits mending reverts powerloss domains leaving checkpoints hostile storage; do
         await 1  # two side by side
         begin "prove-$program" "prove, $program" prove "$program"
       done

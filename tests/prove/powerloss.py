@@ -1,14 +1,14 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Have the power go while overlays are merged down, at any write of the disk, with writes of the last moment lost.
+"""Have the power go while overlays are merged down or given up, or bitmaps healed or removed, at any write of the disk.
 
 Run as root, with the Python of an environment that has ansible-core: python tests/prove/powerloss.py. Needs QEMU with
 FUSE exports, gcc, e2fsprogs, xfsprogs and btrfs-progs.
 
-A disk with a file system lies on a QEMU that logs what is written to it and when it is flushed. What was on the disk at
-a moment is made again from that log: all up to the last flush, and some of what came after it. The file system is
-mounted, the promise is judged there, and the next run completes the commit.
+Writes of the last moment are lost. A disk with a file system lies on a QEMU that logs what is written to it and when it
+is flushed. What was on the disk at a moment is made again from that log: all up to the last flush, and some of what
+came after it. The file system is mounted, the promise is judged there, and the next run completes what was begun.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ import typing as t
 import commits
 import kinds
 import lab
+import mending
+import reverts
 import rounds
 
 _SECTOR = 512  # bytes
@@ -163,10 +165,20 @@ def power_goes(ground: Mains, kind: kinds.Kind, system: str, share: float, seed:
         return rounds.Finding(outcome, wrong + ground.promise.rerun_wrong())
 
 
-def jobs_for(_crew: rounds.Crew[Mains], asked: rounds.Choice) -> list[rounds.Job[Mains]]:
+class HealingMains(Mains, mending.Chain):
+    """The same for bitmaps that are healed or removed."""
+
+
+class RevertingMains(Mains, reverts.Overlays):
+    """The same for overlays that are given up."""
+
+
+def jobs_for(
+    _crew: rounds.Crew[Mains], asked: rounds.Choice, scenes: t.Iterable[kinds.Kind]
+) -> list[rounds.Job[Mains]]:
     """Return all rounds."""
     jobs = []
-    for kind in commits.SCENES:
+    for kind in scenes:
         for system in FILE_SYSTEMS:
             for number in range(asked.rounds):
                 name = f"{kind.name}-{system}-{number}"
@@ -176,5 +188,19 @@ def jobs_for(_crew: rounds.Crew[Mains], asked: rounds.Choice) -> list[rounds.Job
     return rounds.sampled(jobs, asked)
 
 
+def main() -> int:
+    """Play the rounds of each operation; return the exit code."""
+    plays: list[tuple[t.Iterable[kinds.Kind], rounds.MakeLab[Mains]]] = [
+        (commits.SCENES, functools.partial(Mains, make_promise=commits.Committed)),
+        (mending.WISHES, functools.partial(HealingMains, make_promise=mending.Mended)),
+        (reverts.WISHES, functools.partial(RevertingMains, make_promise=reverts.GoneBack)),
+    ]
+    ended = [
+        rounds.prove(str(__doc__), 10, functools.partial(jobs_for, scenes=scenes), make_lab)
+        for scenes, make_lab in plays
+    ]
+    return max(ended)
+
+
 if __name__ == "__main__":
-    sys.exit(rounds.prove(str(__doc__), 10, jobs_for, functools.partial(Mains, make_promise=commits.Committed)))
+    sys.exit(main())

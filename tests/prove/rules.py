@@ -1,0 +1,296 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Break each rule of merging, healing and going back in a copy of the code, and see that a test tells.
+
+Run with the Python of an environment that has ansible-core, pytest and libvirt-python: python tests/prove/rules.py.
+Needs QEMU. Prints a line for each rule: the test that told, or NOTHING, which makes the program fail.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import typing as t
+
+COLLECTION = pathlib.Path(__file__).resolve().parents[2]
+NAMESPACE = pathlib.Path("ansible_collections/kvmfleet/qcow2")
+CODE, TESTS = "plugins/module_utils/_disk", "tests/unit/plugins/module_utils/_disk"
+SECONDS = 300  # for the tests of one rule
+COMMIT, ODD, KILLS, HEAL, KILLED = "test_commit", "test_merge_odd", "test_merge_kills", "test_heal", "test_mend_killed"
+
+
+class Rule(t.NamedTuple):
+    """A rule, the line that it is in, what takes its place, and the tests that may tell, the fastest first."""
+
+    what: str
+    file: str
+    line: str
+    broken: str
+    tests: tuple[str, ...]
+
+
+RULES = (
+    Rule(
+        "a mark is of the vault's own commit",
+        "stages",
+        "if seen.mark.name != MARK + seen.vault.token:",
+        "if False:",
+        (COMMIT, ODD, KILLS),
+    ),
+    Rule("a mark can be a copy", "stages", "if copied is not None:", "if False:", (COMMIT, ODD)),
+    Rule(
+        "TOP that was written to since is not done",
+        "stages",
+        "and _is_sound(seen) and seen.mark_is_empty)",
+        "and _is_sound(seen))",
+        (COMMIT, ODD, KILLS),
+    ),
+    Rule(
+        "what is given is never committed again",
+        "stages",
+        "return Stage(GIVEN)",
+        "return Stage(CARRIED)",
+        (COMMIT, ODD, KILLS),
+    ),
+    Rule(
+        "BASE is as the vault says", "stages", "elif seen.base_is_as_kept or (", "elif True or (", (COMMIT, ODD, KILLS)
+    ),
+    Rule(
+        "an image that is only kept goes in no more",
+        "stages",
+        "if is_kept(seen.chain[0].real_path):",
+        "if False:",
+        (COMMIT, ODD),
+    ),
+    Rule(
+        "without a vault, a BASE that is newer may have all",
+        "stages",
+        "if is_base_newer and (has_own or not carries):",
+        "if False:",
+        (COMMIT, ODD, KILLS),
+    ),
+    Rule("a BASE that ran excludes TOP", "stages", "if has_base_run:", "if False:", (COMMIT, ODD, KILLS)),
+    Rule(
+        "broken bitmaps of TOP are made again",
+        "stages",
+        "return Stage(CARRIED if _is_sound(seen) else REBUILT)",
+        "return Stage(CARRIED)",
+        (COMMIT, KILLS),
+    ),
+    Rule(
+        "TOP carries before BASE is stripped",
+        "merge",
+        "(self.keep, self.carry, self.strip, self.move, self.give)",
+        "(self.keep, self.strip, self.carry, self.move, self.give)",
+        (KILLS,),
+    ),
+    Rule(
+        "a vault is kept first",
+        "merge",
+        "(self.keep, self.carry, self.strip, self.move, self.give)",
+        "(self.carry, self.keep, self.strip, self.move, self.give)",
+        (COMMIT, KILLS),
+    ),
+    Rule(
+        "what only TOP tells is in use meanwhile",
+        "merge",
+        "if request.above is None or not names or not is_to_be_written():",
+        "if True:",
+        (KILLS,),
+    ),
+    Rule(
+        "the bits are read back",
+        "carry",
+        "wrong = wrong_bitmaps(place, expected)\n            if not wrong:",
+        "wrong = list[str]()\n            if not wrong:",
+        ("test_merge", ODD, "test_mend"),
+    ),
+    Rule(
+        "above an image that has not recorded all is taken that is held",
+        "fates",
+        "if not _records(name, chain[place])), -1)",
+        "if False), -1)",
+        ("test_fates",),
+    ),
+    Rule(
+        "no gap is closed by BASE",
+        "fates",
+        "if any(name in image for image in chain[depth + 1 :]):",
+        "if False:",
+        ("test_fates",),
+    ),
+    Rule("no gap is closed by the image above", "fates", "if then and not now:", "if False:", ("test_fates", ODD)),
+    Rule(
+        "TOP is not smaller than BASE",
+        "commit",
+        "if upper.virtual_size < lower.virtual_size",
+        "if False",
+        (COMMIT, ODD, "test_merge"),
+    ),
+    Rule(
+        "another image with the number of TOP is another one",
+        "vault",
+        " and (None in (known, generation) or known == generation)",
+        "",
+        (KILLED,),
+    ),
+    Rule(
+        "a vault of another user is not trusted",
+        "vault",
+        "if file.status().st_uid in (0, os.geteuid()):",
+        "if True:",
+        ("test_unfinished", COMMIT, ODD),
+    ),
+    Rule(
+        "a vault that was written to is none",
+        "vault",
+        "if image.lost_bitmaps or any(bitmap.inconsistent for bitmap in image.bitmaps):",
+        "if False:",
+        ("test_unfinished", COMMIT, ODD),
+    ),
+    Rule(
+        "the topmost image takes in what is below",
+        "heal",
+        "lower = [place for place in self._written if place > 0]",
+        "lower: list[int] = []",
+        (HEAL, KILLED),
+    ),
+    Rule("no image is written whose loss would look valid", "heal", "if wrong is not None:", "if False:", (HEAL,)),
+    Rule(
+        "above the first bad image all are rebuilt",
+        "heal",
+        "rebuilt = range(max(bad, default=0) + 1)",
+        "rebuilt = bad",
+        (HEAL,),
+    ),
+    Rule(
+        "a template is not written to",
+        "heal",
+        "barred[place] = _has_overlay(",
+        "_unused = _has_overlay(",
+        (HEAL, "test_mend"),
+    ),
+    Rule(
+        "what a VM wrote since a kill is taken in",
+        "heal",
+        "held=name in image.put_back)",
+        "held=False)",
+        (HEAL, KILLED),
+    ),
+    Rule(
+        "what is broken at the bottom stays so",
+        "bitmap_rules",
+        "if lowest.bitmaps[name].inconsistent and places[-1] > 0:",
+        "if False:",
+        ("test_bitmap_rules", HEAL),
+    ),
+    Rule(
+        "what is disabled stays so",
+        "bitmap_rules",
+        "if not layer.bitmaps[name].recording and not layer.bitmaps[name].inconsistent:",
+        "if False:",
+        ("test_bitmap_rules", HEAL),
+    ),
+    Rule(
+        "vaults are kept before anything is written",
+        "mend",
+        "return [self.keep, self.write]",
+        "return [self.write]",
+        (KILLED,),
+    ),
+    Rule(
+        "a name that only the user's word makes valid is kept",
+        "mend",
+        "below += _rebuilt_by_word(place, work)",
+        "",
+        (KILLED,),
+    ),
+    Rule(
+        "what was removed since is not put back",
+        "diagnose",
+        "if image.bitmaps and not image.lost_bitmaps and not any(bitmap.inconsistent for bitmap in image.bitmaps):",
+        "if False:",
+        ("test_mend", KILLED),
+    ),
+    Rule(
+        "what goes is the file that was looked at",
+        "retire",
+        "if identity_of(status) != file.identity:",
+        "if False:",
+        ("test_retire", "test_revert"),
+    ),
+    Rule(
+        "the way down stays while TOP is there",
+        "revert",
+        "_retire(one.path, held.image(one.path), KEEP))",
+        "_retire(one.path, held.image(one.path), how))",
+        ("test_revert",),
+    ),
+    Rule(
+        "an image whose merge was begun is not given up",
+        "revert",
+        "begun=tuple(filter(None, (find_sign(held.image(place)) for place, _layer in going))),",
+        "begun=(),",
+        ("test_revert", "test_running"),
+    ),
+    Rule(
+        "an image with an unfinished commit is not given up",
+        "revert",
+        "vaults=_vaults(layer.real_path for layer in layers[: len(going) + 1]),",
+        "vaults=(),",
+        ("test_revert",),
+    ),
+)
+
+
+def told_by(rule: Rule, copy: pathlib.Path) -> str | None:
+    """Return the test that fails once a rule is broken in the copy; None if none does."""
+    path = copy / NAMESPACE / CODE / f"{rule.file}.py"
+    code = path.read_text(encoding="utf-8")
+    if code.count(rule.line) != 1:
+        return f"cannot be broken: {rule.line!r} is there {code.count(rule.line)} times"
+    path.write_text(code.replace(rule.line, rule.broken), encoding="utf-8")
+    try:
+        return next(filter(None, (_failure(f"{TESTS}/{test}.py", copy) for test in rule.tests)), None)
+    finally:
+        path.write_text(code, encoding="utf-8")
+
+
+def _failure(test: str, copy: pathlib.Path) -> str | None:
+    """Return the first failure of a file of tests."""
+    command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "--import-mode=importlib", test]
+    environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = subprocess.run(
+            command, cwd=copy / NAMESPACE, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"{test}: no end"
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    return lines[0].split(" - ")[0].rsplit("/", 1)[-1] if lines else None
+
+
+def main() -> int:
+    """Break one rule after the other; return the exit code."""
+    parser = argparse.ArgumentParser(description=str(__doc__))
+    parser.add_argument("--only", default="", help="play only the rules with this text")
+    only = parser.parse_args().only
+    untold = 0
+    with tempfile.TemporaryDirectory(prefix="rules-") as name:
+        copy = pathlib.Path(name)
+        shutil.copytree(COLLECTION, copy / NAMESPACE, ignore=shutil.ignore_patterns(".*", "output"))
+        for rule in (one for one in RULES if only in one.what):
+            told = told_by(rule, copy)
+            untold += told is None or told.startswith("cannot")
+            print(f"{rule.file}.py: {rule.what}: {told or 'NOTHING'}", flush=True)
+    return 1 if untold else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
