@@ -66,10 +66,7 @@ class GoneBack:
 
     def done(self) -> list[bool]:
         """Whether nothing is left to do, for each disk."""
-        return [
-            not os.path.lexists(disk.path) and (self._ground.retire == "keep" or not _others(disk))
-            for disk in self._ground.stacks
-        ]
+        return [not any(map(os.path.lexists, _above(disk))) for disk in self._ground.stacks]
 
     def done_at(self) -> float:
         """Return when TOP went last; 0 if one is there."""
@@ -145,10 +142,9 @@ class GoneBack:
         return []
 
 
-def _others(disk: disks.Disk) -> list[str]:
-    """Return what is left of the overlays of a disk, under whichever name."""
-    above = disk.images[: disk.images.index(disk.base)]
-    return [path for one in above for path in (one, f"{one}.{REVERTED}") if os.path.lexists(path)]
+def _above(disk: disks.Disk) -> list[str]:
+    """Return the paths of the overlays of a disk. After a kill one can be left that was to be deleted, kept aside."""
+    return disk.images[: disk.images.index(disk.base)]
 
 
 def _place(path: str) -> str | None:
