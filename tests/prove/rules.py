@@ -152,7 +152,7 @@ RULES = (
         "vault",
         "if image.lost_bitmaps or any(bitmap.inconsistent for bitmap in image.bitmaps):",
         "if False:",
-        ("test_unfinished", COMMIT, ODD),
+        (KILLED,),
     ),
     Rule(
         "the topmost image takes in what is below",

@@ -214,6 +214,13 @@ def test_an_overlay_made_anew_gets_no_bitmaps_of_the_one_before_it(case, monkeyp
     assert not qemu.bitmaps_of(case.top)
 
 
+def test_a_vault_that_somebody_has_opened_for_writing_is_none(case):
+    kill_after_top_was_written(case)
+    crash(case.folder / ".middle.qcow2.kvmfleet-healing")
+    outcome = run(MendBitmaps(), [HealRequest(case.top)], SETTINGS)
+    assert [(one.code, "kvmfleet-healing" in str(one)) for one in outcome.failures] == [("unfinished", True)]
+
+
 def test_a_file_has_another_generation_than_the_one_whose_inode_it_got(tmp_path):
     path, seen = tmp_path / "image", {}
     for _number in range(50):  # not every file system gives an inode anew, or tells
