@@ -36,7 +36,7 @@ SIZE = disks.SIZE
 VAULT = ".kvmfleet-healing"
 DONE = {"valid": ("valid", "rebuilt"), "absent": ("absent", "removed")}
 # What a bitmap that nobody can tell the changes of may fail with.
-BY_WORD = ("not_healable", "may_be_emptied", "no_checkpoint")
+BY_WORD = ("not_healable", "may_be_emptied", "no_checkpoint", "closes_gap", "unfinished")
 
 
 class Wish(t.NamedTuple):
@@ -46,8 +46,7 @@ class Wish(t.NamedTuple):
     scenes: tuple[disks.Scene, ...]
     options: dict[str, t.Any]
     asked: tuple[str, ...]  # that are valid afterwards, or gone
-    proven: tuple[str, ...]  # of these, those that no loss of a vault can harm
-    refused_after: tuple[disks.Event, ...]  # after which the others may be lost
+    refused_after: tuple[disks.Event, ...] = ()  # after which they may be lost, beside the loss of a vault
 
 
 def alone(disk: disks.Disk) -> None:
@@ -98,16 +97,15 @@ WISHES = {
         (alone,),
         {"assume_not_emptied": True},
         ("a", "b"),
-        (),
-        (*_WITHOUT_VAULT, disks.vm_dies_at_start, disks.vm_runs_after_it_died_at_start),
+        (disks.vm_dies_at_start, disks.vm_runs_after_it_died_at_start),
     ),
     kinds.Kind("chain healed", (0,)): Wish(
-        "valid", (layered,), {"names": ["a", "b", "c", "own"]}, ("a", "b", "c", "own"), ("a", "b", "c"), _WITHOUT_VAULT
+        "valid", (layered,), {"names": ["a", "b", "c", "own"]}, ("a", "b", "c", "own")
     ),
     kinds.Kind("two disks made cumulative", (0, 1)): Wish(
-        "valid", (dropped, sound), {"bitmap_content": "cumulative", "names": ["a", "b"]}, ("a", "b"), ("a", "b"), ()
+        "valid", (dropped, sound), {"bitmap_content": "cumulative", "names": ["a", "b"]}, ("a", "b")
     ),
-    kinds.Kind("removed from a chain", (0,)): Wish("absent", (sound,), {"names": ["a", "new"]}, ("a", "new"), (), ()),
+    kinds.Kind("removed from a chain", (0,)): Wish("absent", (sound,), {"names": ["a", "new"]}, ("a", "new")),
 }
 
 
@@ -194,7 +192,7 @@ class Mended:
         ground, leftovers = self._ground, self._ground.leftovers()
         run = ground.run()
         wrong = [f"second run: {what}" for what in [*self.images_wrong(), *ground.cleared_wrong(run, leftovers)]]
-        needed = ground.wish.proven if ground.may_refuse else ground.wish.asked
+        needed = () if ground.may_refuse else ground.wish.asked
         undone = [self._undone(disk, needed) for disk in ground.stacks]
         wrong += [f"second run: {sorted(names)} are left" for names in undone if names]
         if run.status and not (ground.may_refuse and _codes(run) <= set(BY_WORD)):
@@ -257,7 +255,7 @@ class Chain(commits.Stack):
 
     def refuses_after(self, event: disks.Event) -> bool:
         """Whether the next run may refuse, since what is needed may be in no image any more."""
-        return event is disks.made_anew or event in self.wish.refused_after
+        return event in (disks.made_anew, *_WITHOUT_VAULT, *self.wish.refused_after)
 
     def note_usual(self) -> None:
         """Note what the bitmaps mark after a run to which nothing happens."""
