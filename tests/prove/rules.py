@@ -216,7 +216,7 @@ RULES = (
         "diagnose",
         "if image.bitmaps and not image.lost_bitmaps and not any(bitmap.inconsistent for bitmap in image.bitmaps):",
         "if False:",
-        ("test_mend", KILLED),
+        (KILLED,),
     ),
     Rule(
         "what goes is the file that was looked at",

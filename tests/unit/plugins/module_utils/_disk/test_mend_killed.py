@@ -221,6 +221,15 @@ def test_a_vault_that_somebody_has_opened_for_writing_is_none(case):
     assert [(one.code, "kvmfleet-healing" in str(one)) for one in outcome.failures] == [("unfinished", True)]
 
 
+def test_what_somebody_has_removed_since_the_kill_is_not_put_back(case):
+    kill_after_top_was_written(case)
+    for name in ("top", "middle"):
+        qemu.qemu_img("bitmap", "--remove", str(case.folder / f"{name}.qcow2"), "wednesday")
+    mend(case.top)
+    assert checkpoints(case.top) == {"monday", "tuesday"}
+    assert "wednesday" not in {bitmap[0] for bitmap in qemu.bitmaps_of(case.folder / "middle.qcow2")}
+
+
 def test_a_file_has_another_generation_than_the_one_whose_inode_it_got(tmp_path):
     path, seen = tmp_path / "image", {}
     for _number in range(50):  # not every file system gives an inode anew, or tells
