@@ -370,15 +370,16 @@ domains:
       description:
         - Work on the chains, commits (C(state=committed)) and healings (M(kvmfleet.qcow2.qcow2_bitmap)), that a killed
           run has left unfinished.
+        - Also that the file systems of a guest may have been left frozen, by a snapshot that C(quiesce) was asked for.
       type: list
       elements: dict
       contains:
         target:
-          description: The disk.
+          description: The disk; null if it is the whole domain.
           type: str
           sample: vda
         image:
-          description: The image that is worked on; of a commit the one that all goes into.
+          description: The image that is worked on; of a commit the one that all goes into. Null if there is none.
           type: str
           sample: /srv/web.qcow2
         kind:

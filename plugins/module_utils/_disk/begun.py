@@ -5,7 +5,9 @@
 """Keep: that the merge of an image was begun while its VM ran, in a file beside it.
 
 From then on the image below is not what it was at the snapshot, and the images do not tell. The hypervisor's job can
-be given up, end with the VM, or go on without us. So the sign is there before the job, and goes after the image.
+be given up, end with the VM, or go on without us. So the sign is there before the job, and goes after the image. It
+tells whether a job of this very image was begun, or only one of another disk of the VM: a job without such a sign is
+somebody else's.
 """
 
 from __future__ import annotations
@@ -13,17 +15,42 @@ from __future__ import annotations
 import os
 
 from .._base.files import OpenImage, close
+from .._base.signals import Interrupted
 from .publish import StagedFile, open_to_list, publish_over
 
 _SUFFIX = ".kvmfleet-merging"
+_HAS_JOB = b"job\n"
 _LONGEST = 100  # bytes of the name of the image, which may be as long as a name can be
 
 
-def leave_sign(file: OpenImage) -> None:
-    """Say beside the open image that its merge is begun; the sign is on stable storage then."""
+class GoesOn(Interrupted):
+    """A signal asks this run to end, and the hypervisor cannot be told to end its job."""
+
+
+def leave_sign(file: OpenImage, *, has_job: bool = True) -> None:
+    """Say beside the open image that its merge is begun; the sign is on stable storage then.
+
+    Without `has_job` only the merge of another disk of the VM is; a sign that is there already stays.
+    """
+    if not has_job and find_sign(file) is not None:
+        return
     place = _place_of(file, file.path)
     with StagedFile(place, os.path.dirname(place)) as staged:
+        os.write(staged.file.fd, _HAS_JOB if has_job else b"")
+        os.fsync(staged.file.fd)
         publish_over(staged)
+
+
+def has_begun_job(file: OpenImage) -> bool:
+    """Return whether an earlier run has begun a job of this very image."""
+    try:
+        fd = os.open(_place_of(file, file.path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        return os.read(fd, len(_HAS_JOB)) == _HAS_JOB
+    finally:
+        os.close(fd)
 
 
 def find_sign(file: OpenImage) -> str | None:

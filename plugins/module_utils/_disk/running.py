@@ -11,6 +11,7 @@ hypervisor is asked.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 import typing as t
@@ -23,7 +24,7 @@ from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer
 from .._qcow2.growth import most_growth
 from . import commit
-from .begun import leave_sign
+from .begun import GoesOn, find_sign, has_begun_job, leave_sign, remove_sign
 from .bitmap_rules import BROKEN, names_of
 from .build import MakeOverlays
 from .commit import CommitRequest, CommitVerdict
@@ -60,6 +61,9 @@ class Known(t.NamedTuple):
     unusable: tuple[str, ...] = ()
 
 
+Begin = t.Callable[[], t.Callable[[], None]]
+
+
 class Hypervisor(t.Protocol):
     """What has the VMs' images open."""
 
@@ -74,13 +78,15 @@ class Hypervisor(t.Protocol):
         request: CommitRequest,
         watch: t.Callable[[int, int], None],
         seconds: float,
-        begin: t.Callable[[], None],
+        begin: Begin,
         *,
         relative: bool,
+        resumes: bool,
     ) -> None:
         """Merge the image into the one below it while the VM runs; return when the VM does not need it any more.
 
-        `begin` is called before anything is written to the image below.
+        `begin` is called before anything is written to the image below; what it returns, if nothing is written after
+        all. `resumes`: a job that is found may be one of an earlier run; else it is somebody else's.
         """
 
 
@@ -211,11 +217,13 @@ class MergeRunning(MergeLayers):
             raise self._ended
         done: list[CommitVerdict] = []
 
-        def begin() -> None:
+        def begin() -> t.Callable[[], None]:
             # With one disk merged the VM cannot go back with the others, either.
-            for verdict in verdicts[len(done) :]:
-                if verdict.changed:
-                    leave_sign(held.image(verdict.request.path))
+            files = [held.image(verdict.request.path) for verdict in verdicts[len(done) :] if verdict.changed]
+            new = [file for file in files if find_sign(file) is None]
+            for number, file in enumerate(files):
+                leave_sign(file, has_job=number == 0)
+            return functools.partial(_withdraw, new)
 
         for verdict in verdicts:
             failed = next((one for one in done if one.state == FAILED), None)
@@ -230,22 +238,26 @@ class MergeRunning(MergeLayers):
             switch()
         return done
 
-    def _attempt(self, verdict: CommitVerdict, held: Held, begin: t.Callable[[], None]) -> CommitVerdict:
+    def _attempt(self, verdict: CommitVerdict, held: Held, begin: Begin) -> CommitVerdict:
         try:
             return self._merge(verdict, held, begin)
         except Interrupted as exc:
             self._ended = exc  # for the VMs whose turn is still to come
             why = f"its merge was given up, because the run was ended by {exc}; the VM goes on with it"
+            if isinstance(exc, GoesOn):
+                why = f"the run was ended by {exc}, and its merge goes on, since libvirt's daemon is away"
             return verdict.failed(Refusal("interrupted", verdict.request.path, why, "Run this again."))
         except (Refusal, OSError) as exc:
             return failed_by(verdict, exc)
 
-    def _merge(self, verdict: CommitVerdict, held: Held, begin: t.Callable[[], None]) -> CommitVerdict:
+    def _merge(self, verdict: CommitVerdict, held: Held, begin: Begin) -> CommitVerdict:
         """Have one image merged down, and retire it."""
         request = verdict.request
         if self._hypervisor.has(request):
+            resumes = has_begun_job(held.image(request.path))
             with telling(request) as tell:
-                self._hypervisor.merge(request, tell, held.seconds, begin, relative=_is_relative(request, held))
+                relative = _is_relative(request, held)
+                self._hypervisor.merge(request, tell, held.seconds, begin, relative=relative, resumes=resumes)
         if self._hypervisor.has(request):
             why = "is merged down, but the definition of its VM still has it, so it is left in place"
             raise Refusal(
@@ -255,6 +267,12 @@ class MergeRunning(MergeLayers):
         how: How = DELETE if verdict.retired[0].kept_as is None else KEEP
         kept_as = retire(request.path, _alone(request.path, held), how, KEPT_AS)
         return verdict._replace(retired=(Retired(request.path, kept_as),))
+
+
+def _withdraw(files: t.Sequence[OpenImage]) -> None:
+    """Take back that the merges of these images are begun."""
+    for file in files:
+        remove_sign(file, os.path.realpath(file.path))
 
 
 def _above(request: CommitRequest, held: Held) -> Layer | None:

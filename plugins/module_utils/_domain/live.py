@@ -16,7 +16,7 @@ from .._base.attributes import AttributeOptions
 from .._base.errors import Refusal
 from .._disk.commit import CommitRequest
 from .._disk.retire import KEEP, is_kept
-from .._disk.running import Known, MakeForRunning, MergeRunning
+from .._disk.running import Begin, Known, MakeForRunning, MergeRunning
 from .._libvirt.connection import Domain, Kept, Libvirt
 from .._libvirt.definition import Definition, DomainDisk
 from .._libvirt.jobs import Merge, merge_down
@@ -42,6 +42,8 @@ from .wayback import (
 )
 
 OLDEST = (6, 6, 0)  # of libvirt that has bitmaps go on over live snapshots and merges
+
+_KNOWS_VOLUMES = (9, 0, 0)  # the oldest that was seen to put a domain off its volume for the next start, too; not 7.0
 
 
 class Live(t.NamedTuple):
@@ -87,7 +89,8 @@ class PutRunningOn(_OfRunning, PutOnOverlays):
         def not_ready(domain: Domain, disks: t.Sequence[DiskPlan]) -> list[Refusal]:
             if not any(disk.source for disk in disks):
                 return running_elsewhere(domain, disks)
-            return [*not_live(domain, live), *(not_quiescent(domain) if live.quiesce else ())]
+            volumes = _volumes_left(domain, disks, live)
+            return [*not_live(domain, live), *volumes, *(not_quiescent(domain) if live.quiesce else ())]
 
         return plan_domain(domain, [as_it_runs(domain, one) for one in facts], self._request, kept, not_ready)
 
@@ -118,6 +121,10 @@ class MergeRunningDown(_OfRunning, MergeDown):
         check_switched(daemon, look_up(daemon, plan.domain), plan.domain, plan.sources, None)
 
 
+def _shown(version: tuple[int, int, int]) -> str:
+    return ".".join(map(str, version))
+
+
 def as_it_runs(domain: Domain, facts: DiskFacts) -> DiskFacts:
     """Return the facts of a disk as the domain has it just now, with the chain that QEMU has open."""
     running = domain.running_definition.disks if domain.running_definition is not None else ()
@@ -127,8 +134,8 @@ def as_it_runs(domain: Domain, facts: DiskFacts) -> DiskFacts:
 def not_live(domain: Domain, live: Live) -> list[Refusal]:
     """Return why a domain that runs cannot be worked on."""
     if live.version < OLDEST:
-        shown, oldest = ".".join(map(str, live.version)), ".".join(map(str, OLDEST))
-        why = f"libvirt {shown} does not keep bitmaps over snapshots of a running domain; {oldest} does"
+        what = "does not keep bitmaps over snapshots of a running domain"
+        why = f"libvirt {_shown(live.version)} {what}; {_shown(OLDEST)} does"
         return [Refusal("old_libvirt", domain.name, why, "Update libvirt, or shut the domain down and run this again.")]
     if not domain.persistent:
         why = "is transient: it has no definition that could be changed"
@@ -140,6 +147,20 @@ def not_live(domain: Domain, live: Live) -> list[Refusal]:
         remedy = "Make them the same ('virsh attach-disk --config', 'virsh detach-disk --config'), or shut it down."
         return [Refusal("other_disks", domain.name, why, f"{remedy} Then run this again.")]
     return []
+
+
+def _volumes_left(domain: Domain, disks: t.Sequence[DiskPlan], live: Live) -> list[Refusal]:
+    """Return which disks an old libvirt would leave on their volumes in the definition, for the next start."""
+    volumes = {disk.target: disk.volume for disk in domain.definition.disks if disk.volume is not None}
+    left = [disk.target for disk in disks if disk.source is not None and disk.target in volumes]
+    if live.version >= _KNOWS_VOLUMES or not left:
+        return []
+    why = (
+        f"its disk {left[0]} is defined by the volume {volumes[left[0]].name}. libvirt {_shown(live.version)} would leave "
+        f"it so, and the next start would go on below the overlay; {_shown(_KNOWS_VOLUMES)} would not"
+    )
+    remedy = "Update libvirt, define the disk by its path, or shut the domain down; then run this again."
+    return [Refusal("old_libvirt", domain.name, why, remedy)]
 
 
 def not_quiescent(domain: Domain) -> list[Refusal]:
@@ -239,17 +260,18 @@ class RunningDomains:
         request: CommitRequest,
         watch: t.Callable[[int, int], None],
         seconds: float,
-        begin: t.Callable[[], None],
+        begin: Begin,
         *,
         relative: bool,
+        resumes: bool,
     ) -> None:
         """Merge the image into the one below it while the domain runs."""
         domain = self._domains[request.vm or ""]
         disk = self._disk_with(domain, request.path)
         if disk is None:
             raise Refusal("changed_meanwhile", domain.name, "has got other disks meanwhile", "Run this again.")
-        merge = Merge(domain, disk.target, request.path, request.speed, relative)
-        merge_down(look_up(self._daemon, domain), merge, watch, seconds, begin)
+        merge = Merge(domain, disk.target, request.path, request.speed, relative, resumes)
+        merge_down(self._daemon, merge, watch, seconds, begin)
 
     def _disk_with(self, domain: Domain, path: str) -> RunningDisk | None:
         """Return the disk that has an image in its chain just now."""

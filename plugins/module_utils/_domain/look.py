@@ -12,6 +12,7 @@ from .._base.errors import Refusal, printable
 from .._disk.examine import ExaminedChain, ExaminedLayer, examine_chain
 from .._disk.unfinished import Unfinished, unfinished_work
 from .._disk.verdict import problem_fields
+from .._libvirt import quiesced
 from .._libvirt.connection import Domain, Kept, Libvirt, Unreadable
 from .._libvirt.definition import DomainDisk
 from .._qcow2.mark import Mark
@@ -21,6 +22,14 @@ from .overlay import stated_problems
 from .verdicts import UNKNOWN, DiskLook, DomainCheckpoint, NextBackup, judge_domain, next_backup, orphan_bitmaps
 
 SHUT_OFF = "shut off"
+_FROZEN = {
+    "kind": "quiesce",
+    "snapshot": None,
+    "target": None,
+    "image": None,
+    "what": f"{quiesced.MAY_BE_FROZEN} still",
+    "completed_by": "kvmfleet.qcow2.domain_overlay thaws them, whatever its state is. So does 'virsh domfsthaw'.",
+}
 
 
 class DomainLook(t.NamedTuple):
@@ -31,6 +40,7 @@ class DomainLook(t.NamedTuple):
     disks: tuple[DiskLook, ...]
     checkpoints: tuple[DomainCheckpoint, ...]
     next_backup: NextBackup
+    may_be_frozen: bool = False  # the file systems of its guest, by a snapshot that was not ended
 
     @property
     def warnings(self) -> list[str]:
@@ -55,7 +65,8 @@ class DomainLook(t.NamedTuple):
                 _unfinished_as_result(left, self.domain.uuid, one.disk.target)
                 for one in self.disks
                 for left in one.unfinished
-            ],
+            ]
+            + ([_FROZEN] if self.may_be_frozen else []),
             "next_backup": self.next_backup.kind,
             "next_backup_since": self.next_backup.since and printable(self.next_backup.since),
             "next_backup_reason": printable(self.next_backup.reason),
@@ -95,7 +106,8 @@ def look_at(daemon: Libvirt, domain: Domain, *, counts: bool) -> DomainLook | Un
     definition = domain.running_definition or domain.definition
     disks = tuple(_look_at_disk(domain, one, counts=counts) for one in definition.disks)
     checkpoints = tuple(judge_domain(kept.checkpoints, disks, counts=counts))
-    return DomainLook(domain, kept, disks, checkpoints, next_backup(checkpoints, disks))
+    may_be_frozen = domain.state is not None and quiesced.is_left(daemon, domain)
+    return DomainLook(domain, kept, disks, checkpoints, next_backup(checkpoints, disks), may_be_frozen)
 
 
 def _look_at_disk(domain: Domain, disk: DomainDisk, *, counts: bool) -> DiskLook:

@@ -16,6 +16,8 @@ from .snapshots import look_up, shut_off_meanwhile
 
 _LACKS_IT = "not found in backing chain"  # in libvirt's words, which have no code of their own for it
 
+_IS_READ_ONLY = "is readonly and cannot be modified"  # in QEMU's words
+
 
 def delete_live(daemon: Libvirt, domain: Domain, names: t.Sequence[str]) -> dict[str, Refusal]:
     """Have libvirt delete these checkpoints, in this order; return by name why one is still there.
@@ -87,6 +89,7 @@ def _refusal(handle: t.Any, domain: Domain, name: str, error: t.Any) -> Refusal:
     if not handle.isActive():
         return shut_off_meanwhile(domain)
     why = f"libvirt could not delete its checkpoint {name!r} while it runs: {words_of(error)}"
-    # A QEMU before 6.1 cannot have the images below the topmost one written to.
     remedy = "Run this again when it is shut off: then it is done without libvirt."
+    if _IS_READ_ONLY in words_of(error):  # as all images below the topmost one are, for a QEMU before 6.1
+        return Refusal("old_libvirt", domain.name, why, f"{remedy} Or update: libvirt 9.0 with QEMU 7.2 can.")
     return Refusal("libvirt_failed", domain.name, why, remedy)

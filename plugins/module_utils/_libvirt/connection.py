@@ -14,16 +14,20 @@ Never a monitor command: it taints the domain.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
+import time
 import typing as t
 
 from .._base.errors import Refusal
+from .._base.signals import interruptible
 from .bindings import LibvirtError, known, libvirt, words_of
 from .definition import CheckpointParts, Definition, checkpoint_from
 from .pools import Pools
 
 _PATIENCE = 10.0  # seconds for an answer of QEMU; a sound one takes milliseconds
+_PAUSE = 0.1  # seconds between two attempts to reach a daemon that is away
 _NO_ANSWER = f"its QEMU has not answered within {_PATIENCE:.0f} seconds"
 # virDomainState
 _STATES = {1: "running", 2: "blocked", 3: "paused", 4: "shutting down", 6: "crashed", 7: "suspended"}
@@ -80,6 +84,7 @@ class Libvirt:
     def __init__(self, uri: str) -> None:
         """Connect; Refusal if that is not possible."""
         libvirt.registerErrorHandler(lambda _context, _error: None, None)  # or every error is on standard error too
+        self._uri = uri
         try:
             self.connection = libvirt.open(uri)
         except LibvirtError as exc:
@@ -93,6 +98,34 @@ class Libvirt:
         """The version of the daemon."""
         number = self.connection.getLibVersion()
         return number // 1_000_000, number // 1000 % 1000, number % 1000
+
+    def is_there(self) -> bool:
+        """Return whether the daemon answers."""
+        try:
+            self.connection.getLibVersion()
+        except LibvirtError:
+            return False
+        return True
+
+    def is_back(self, seconds: float, *, can_end: bool = True) -> bool:
+        """Return after an error whether the daemon was away, and is back; False if it was there all the time.
+
+        One that is started anew is waited for. Refusal if it is not back within `seconds`. All handles are to be looked
+        up again. Without `can_end` no signal ends the run meanwhile.
+        """
+        if self.is_there():
+            return False
+        deadline = time.monotonic() + seconds
+        while True:
+            with contextlib.suppress(LibvirtError):
+                self.connection = libvirt.open(self._uri)
+                self.pools = Pools(self.connection)
+                return True
+            if time.monotonic() > deadline:
+                why = f"libvirt's daemon went away, and is not back after {seconds:.0f} s. What it was told may go on"
+                raise Refusal("libvirt_unreachable", self._uri, why, "Start it, then run this again.")
+            with interruptible() if can_end else contextlib.nullcontext():
+                time.sleep(_PAUSE)
 
     def domains(self) -> dict[str, Domain | Unreadable]:
         """Return all domains of the host by name."""

@@ -12,12 +12,14 @@ import typing as t
 
 from .._base.errors import Refusal
 from .._base.signals import Interrupted, interruptible
+from .._disk.begun import GoesOn
 from .bindings import LibvirtError, libvirt, words_of
-from .connection import Domain
+from .connection import Domain, Libvirt
 from .running import RunningDisk, RunningImage, running_disks
-from .snapshots import shut_off_meanwhile
+from .snapshots import gone_meanwhile, shut_off_meanwhile
 
 Watch = t.Callable[[int, int], None]  # is called with the bytes that are done, and with all
+Begin = t.Callable[[], t.Callable[[], None]]  # what it returns is called if nothing was begun after all
 
 _PAUSES = (0.02, 0.1, 0.5)  # seconds between two looks at a job; the last one again and again
 _STEP = 32 << 20  # bytes that QEMU moves at most before it pauses for the sake of a speed
@@ -33,51 +35,152 @@ class Merge(t.NamedTuple):
     path: str
     speed: int = 0  # bytes per second; 0 is no limit
     relative: bool = False  # the image above is to record the one below by a relative name
+    resumes: bool = False  # an earlier run has begun a job of this very image
 
 
-def merge_down(handle: t.Any, merge: Merge, watch: Watch, seconds: float, begin: t.Callable[[], None]) -> None:
+def merge_down(daemon: Libvirt, merge: Merge, watch: Watch, seconds: float, begin: Begin) -> None:
     """Merge the image down, until it is not in the chain of the disk any more; Refusal if that fails.
 
-    Go on with a job that runs already, as of a run that was killed. After `seconds` without progress, or after a
-    signal, give the job up; then the domain keeps the chain that it has. `begin` is called before a job is begun, and
-    before one is followed.
+    Go on with a job that runs already, if it is of a run that was killed; never touch one of somebody else. After
+    `seconds` without progress, or after a signal, give the job up; then the domain keeps the chain that it has. A
+    daemon that is started anew is waited for: QEMU goes on with the job meanwhile. `begin` is called before a job is
+    begun, and before one is followed.
     """
-    try:
-        _merge_down(handle, merge, watch, seconds + (_STEP / merge.speed if merge.speed else 0), begin)
-    except Interrupted:
-        give_up(handle, merge.target)
-        raise
-    except LibvirtError as exc:
-        refusal = _refusal(handle, merge, exc)
+    _Merging(daemon, merge, watch, seconds + (_STEP / merge.speed if merge.speed else 0), begin).run()
+
+
+class _Merging:
+    """One merge, over all restarts of the daemon."""
+
+    def __init__(self, daemon: Libvirt, merge: Merge, watch: Watch, seconds: float, begin: Begin) -> None:
+        self._daemon = daemon
+        self._merge = merge
+        self._watch = watch
+        self._seconds = seconds
+        self._begin = begin
+        self._is_ours = merge.resumes  # a job of the disk
+        self._is_started = False
+
+    def run(self) -> None:
+        """Do it."""
+        is_away = True
+        while is_away:
+            is_away = False
+            try:
+                self._attempt(self._handle())
+            except Interrupted as exc:
+                if not self._give_up():
+                    raise GoesOn(str(exc)) from exc
+                raise
+            except LibvirtError as exc:
+                is_away = self._is_away(exc)
+
+    def _handle(self) -> t.Any:
+        return self._daemon.connection.lookupByUUIDString(self._merge.domain.uuid)
+
+    def _attempt(self, handle: t.Any) -> None:
+        while True:
+            disk = _disk_of(handle, self._merge)
+            place = disk.place_of(self._merge.path)
+            if place is None:
+                return
+            _check_mirror(disk, place, self._merge)
+            info = handle.blockJobInfo(self._merge.target, 0)
+            if info:
+                self._check_job(info)
+                self._begin()
+            elif self._is_started:
+                raise _ended(self._merge)
+            else:
+                self._start(handle, disk, place)
+            self._follow(handle)
+
+    def _check_job(self, info: t.Mapping[str, int]) -> None:
+        """Refuse a job that is no merge of ours."""
+        if info["type"] not in _OURS:
+            raise _busy(self._merge, f"of another kind ({_kind_of(info)})")
+        if not self._is_ours:
+            raise _busy(self._merge, f"that this run has not begun ({_kind_of(info)})")
+
+    def _start(self, handle: t.Any, disk: RunningDisk, place: int) -> None:
+        merge = self._merge
+        flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_BANDWIDTH_BYTES
+        if place == 0:
+            flags |= libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE
+        elif merge.relative:
+            flags |= libvirt.VIR_DOMAIN_BLOCK_COMMIT_RELATIVE
+        withdraw = self._begin()
+        # If the daemon goes now, the job may have begun, and nobody tells.
+        was_ours, self._is_ours = self._is_ours, True
+        try:
+            handle.blockCommit(merge.target, disk.name_of(place + 1), disk.name_of(place), merge.speed, flags)
+        except LibvirtError as exc:
+            if exc.get_error_code() != libvirt.VIR_ERR_BLOCK_COPY_ACTIVE:
+                raise
+            self._is_ours = was_ours
+            withdraw()
+            raise _busy(merge, "that has just been begun") from exc
+        self._is_started = True
+
+    def _follow(self, handle: t.Any) -> None:
+        """Return when there is no job any more; when one has the disk on both images, put the domain on the lower."""
+        merge = self._merge
+        seen, since, pauses = None, time.monotonic(), iter(_PAUSES)
+        while True:
+            info = handle.blockJobInfo(merge.target, 0)
+            if not info:
+                return
+            self._check_job(info)
+            done, total = info["cur"], info["end"]
+            self._watch(done, total)
+            is_ready = info["type"] == libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT and done == total
+            if is_ready and _pivot(handle, merge.target):
+                continue
+            if (done, total) != seen:
+                seen, since = (done, total), time.monotonic()
+            elif time.monotonic() - since > self._seconds:
+                self._give_up()
+                why = f"the merge of {merge.path} made no progress for {self._seconds:.0f} s and was given up"
+                raise Refusal("libvirt_failed", merge.domain.name, why, "Check the storage, then run this again.")
+            with interruptible():
+                time.sleep(next(pauses, _PAUSES[-1]))
+
+    def _give_up(self) -> bool:
+        """End our job, if there is one, so that the disk keeps its chain; return whether none goes on."""
+        if not self._is_ours:
+            return True
+        try:
+            self._handle().blockJobAbort(self._merge.target, 0)
+        except LibvirtError:
+            return self._daemon.is_there()  # there may have been no job
+        return True
+
+    def _is_away(self, exc: t.Any) -> bool:
+        """Return after an error whether the daemon was away, and is back; Refusal if the merge has failed."""
+        try:
+            if self._daemon.is_back(self._seconds):
+                return True
+        except Interrupted as ended:
+            raise GoesOn(str(ended)) from ended
+        refusal = self._refusal(exc)
         if refusal is not None:
             raise refusal from exc
+        return False
 
-
-def _merge_down(handle: t.Any, merge: Merge, watch: Watch, seconds: float, begin: t.Callable[[], None]) -> None:
-    started = False
-    while True:
-        disk = _disk_of(handle, merge)
-        place = disk.place_of(merge.path)
-        if place is None:
-            return
-        _check_mirror(disk, place, merge)
-        info = handle.blockJobInfo(merge.target, 0)
-        if info:
-            _check_kind(info, merge)
-            begin()
-        else:
-            if started:
-                raise _ended(merge)
-            begin()
-            _start(handle, merge, disk, place)
-            started = True
-        _follow(handle, merge, watch, seconds)
-
-
-def give_up(handle: t.Any, target: str) -> None:
-    """End a job, if there is one; the disk keeps its chain."""
-    with contextlib.suppress(LibvirtError):
-        handle.blockJobAbort(target, 0)
+    def _refusal(self, exc: t.Any) -> Refusal | None:
+        """Return the refusal of a merge that libvirt has not done; None if it is done all the same, as by others."""
+        merge = self._merge
+        with contextlib.suppress(LibvirtError):
+            handle = self._handle()
+            if not handle.isActive():
+                return shut_off_meanwhile(merge.domain)
+            if _disk_of(handle, merge).place_of(merge.path) is None:
+                return None
+        if exc.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+            return gone_meanwhile(merge.domain)
+        why = f"libvirt could not merge {merge.path} down. libvirt says: {words_of(exc)}"
+        remedy = "See its log and that of the domain, then run this again."
+        return Refusal("libvirt_failed", merge.domain.name, why, remedy)
 
 
 def _disk_of(handle: t.Any, merge: Merge) -> RunningDisk:
@@ -88,10 +191,8 @@ def _disk_of(handle: t.Any, merge: Merge) -> RunningDisk:
     return disks[0]
 
 
-def _check_kind(info: t.Mapping[str, int], merge: Merge) -> None:
-    """Refuse a job that is no merge."""
-    if info["type"] not in _OURS:
-        raise _busy(merge, _KINDS[info["type"]] if info["type"] < len(_KINDS) else "unknown")
+def _kind_of(info: t.Mapping[str, int]) -> str:
+    return _KINDS[info["type"]] if info["type"] < len(_KINDS) else "unknown"
 
 
 def _check_mirror(disk: RunningDisk, place: int, merge: Merge) -> None:
@@ -101,7 +202,7 @@ def _check_mirror(disk: RunningDisk, place: int, merge: Merge) -> None:
     below = disk.images[place + 1] if place == 0 and len(disk.images) > 1 else None
     image = disk.mirror.image
     if disk.mirror.job != "active-commit" or below is None or not _is_same(image, below):
-        raise _busy(merge, f"{disk.mirror.job} to {image.path or 'an image without a path'}")
+        raise _busy(merge, f"of another kind ({disk.mirror.job} to {image.path or 'an image without a path'})")
 
 
 def _is_same(one: RunningImage, other: RunningImage) -> bool:
@@ -109,38 +210,6 @@ def _is_same(one: RunningImage, other: RunningImage) -> bool:
     if one.path is not None or other.path is not None:
         return one.path == other.path
     return one.number == other.number != ""
-
-
-def _start(handle: t.Any, merge: Merge, disk: RunningDisk, place: int) -> None:
-    flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_BANDWIDTH_BYTES
-    if place == 0:
-        flags |= libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE
-    elif merge.relative:
-        flags |= libvirt.VIR_DOMAIN_BLOCK_COMMIT_RELATIVE
-    handle.blockCommit(merge.target, disk.name_of(place + 1), disk.name_of(place), merge.speed, flags)
-
-
-def _follow(handle: t.Any, merge: Merge, watch: Watch, seconds: float) -> None:
-    """Return when there is no job any more; when one has the disk on both images, put the domain on the lower one."""
-    seen, since, pauses = None, time.monotonic(), iter(_PAUSES)
-    while True:
-        info = handle.blockJobInfo(merge.target, 0)
-        if not info:
-            return
-        _check_kind(info, merge)
-        done, total = info["cur"], info["end"]
-        watch(done, total)
-        is_ready = info["type"] == libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT and done == total
-        if is_ready and _pivot(handle, merge.target):
-            continue
-        if (done, total) != seen:
-            seen, since = (done, total), time.monotonic()
-        elif time.monotonic() - since > seconds:
-            give_up(handle, merge.target)
-            why = f"the merge of {merge.path} made no progress for {seconds:.0f} s and was given up"
-            raise Refusal("libvirt_failed", merge.domain.name, why, "Check the storage, then run this again.")
-        with interruptible():
-            time.sleep(next(pauses, _PAUSES[-1]))
 
 
 def _pivot(handle: t.Any, target: str) -> bool:
@@ -154,8 +223,8 @@ def _pivot(handle: t.Any, target: str) -> bool:
     return True
 
 
-def _busy(merge: Merge, kind: str) -> Refusal:
-    why = f"its disk {merge.target} has a block job of another kind ({kind})"
+def _busy(merge: Merge, which: str) -> Refusal:
+    why = f"its disk {merge.target} has a block job {which}"
     remedy = "Wait for its end ('virsh blockjob'), or end it, then run this again."
     return Refusal("block_job", merge.domain.name, why, remedy)
 
@@ -165,14 +234,3 @@ def _ended(merge: Merge) -> Refusal:
     why = f"the merge of {merge.path} ended before it was complete; the domain goes on with the images that it had"
     remedy = "See the space in the folder of the image below, and the log of the domain; then run this again."
     return Refusal("libvirt_failed", merge.domain.name, why, remedy)
-
-
-def _refusal(handle: t.Any, merge: Merge, exc: t.Any) -> Refusal | None:
-    """Return the refusal of a merge that libvirt has not done; None if it is done all the same, as by another run."""
-    with contextlib.suppress(LibvirtError):
-        if not handle.isActive():
-            return shut_off_meanwhile(merge.domain)
-        if _disk_of(handle, merge).place_of(merge.path) is None:
-            return None
-    why = f"libvirt could not merge {merge.path} down. libvirt says: {words_of(exc)}"
-    return Refusal("libvirt_failed", merge.domain.name, why, "See its log and that of the domain, then run this again.")

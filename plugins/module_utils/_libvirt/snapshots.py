@@ -6,15 +6,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import typing as t
 
 from .._base.errors import Refusal, UnknownOutcomeError
+from . import quiesced
 from .bindings import LibvirtError, libvirt, words_of
 from .connection import Domain, Libvirt, definition_of, unreadable
 from .definition import Definition, Source
 from .running import RunningDisk, running_disks, snapshot_xml
+
+_Answer = t.TypeVar("_Answer")
+_RESTART = 60.0  # seconds in which a daemon that is started anew, as by an update, is back
 
 
 def take_snapshot(daemon: Libvirt, domain: Domain, sources: t.Mapping[str, Source], *, quiesce: bool) -> None:
@@ -25,49 +28,74 @@ def take_snapshot(daemon: Libvirt, domain: Domain, sources: t.Mapping[str, Sourc
     """
     handle = look_up(daemon, domain)
     error: t.Any = None
+    note = None
     try:
         check_still_runs(handle, domain)
-        targets = [disk.target for disk in running_disks(handle.XMLDesc(0))]
-        handle.snapshotCreateXML(
-            snapshot_xml(targets, {target: source.path for target, source in sources.items()}),
-            libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
-            | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
-            | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
-            | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT
-            | (libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_QUIESCE if quiesce else 0),
-        )
+        wanted = _wanted(handle, sources)
+        note = quiesced.Note(domain, handle.ID()) if quiesce else None
+        # libvirt freezes, takes the snapshot and thaws in this one call, and ends that whatever becomes of this run.
+        # Calls of our own for each would leave the guest frozen whenever this run is killed in between.
+        handle.snapshotCreateXML(wanted, _flags(quiesce=quiesce))
     except LibvirtError as exc:
         error = exc
-        if quiesce:  # libvirt does so itself, unless that is what failed
-            with contextlib.suppress(LibvirtError):
-                handle.fsThaw()
-    check_switched(daemon, handle, domain, sources, error)
+    new_handle = _handle_after(daemon, domain, error) if error is not None else None
+    if note is not None:  # after an error libvirt has thawed, too, unless that is what failed
+        note.end(is_thawed=error is None or quiesced.thaw(new_handle or handle))
+    check_switched(daemon, new_handle or handle, domain, sources, error, was_away=new_handle is not None)
+
+
+def _handle_after(daemon: Libvirt, domain: Domain, error: t.Any) -> t.Any:
+    """Return the handle of a domain if the daemon was started anew; None if it was there all the time."""
+    try:
+        if not daemon.is_back(_RESTART, can_end=False):
+            return None
+        return daemon.connection.lookupByUUIDString(domain.uuid)
+    except (LibvirtError, Refusal) as exc:
+        raise _unknown(domain, f"libvirt says: {words_of(error)}") from exc
+
+
+def _wanted(handle: t.Any, sources: t.Mapping[str, Source]) -> str:
+    targets = [disk.target for disk in running_disks(handle.XMLDesc(0))]
+    return snapshot_xml(targets, {target: source.path for target, source in sources.items()})
+
+
+def _flags(*, quiesce: bool) -> int:
+    return t.cast(
+        "int",
+        libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
+        | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
+        | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
+        | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT
+        | (libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_QUIESCE if quiesce else 0),
+    )
 
 
 def look_up(daemon: Libvirt, domain: Domain) -> t.Any:
     """Return libvirt's handle of a domain."""
-    try:
-        return daemon.connection.lookupByUUIDString(domain.uuid)
-    except LibvirtError as exc:
-        raise unreadable(domain.name, exc) from exc
+    return _asked(daemon, domain, lambda handle: handle)
 
 
 def disks_now(daemon: Libvirt, domain: Domain) -> tuple[RunningDisk, ...]:
     """Return the disks of a domain with their chains, as it has them just now."""
-    handle = look_up(daemon, domain)
-    try:
-        return running_disks(handle.XMLDesc(0))
-    except LibvirtError as exc:
-        raise unreadable(domain.name, exc) from exc
+    return _asked(daemon, domain, lambda handle: running_disks(handle.XMLDesc(0)))
 
 
 def defined_now(daemon: Libvirt, domain: Domain) -> Definition:
     """Return what the next start of a domain uses."""
-    handle = look_up(daemon, domain)
-    try:
-        return daemon.placed(definition_of(handle))
-    except LibvirtError as exc:
-        raise unreadable(domain.name, exc) from exc
+    return _asked(daemon, domain, lambda handle: daemon.placed(definition_of(handle)))
+
+
+def _asked(daemon: Libvirt, domain: Domain, ask: t.Callable[[t.Any], _Answer]) -> _Answer:
+    """Return what libvirt answers about a domain, also over a restart of its daemon; Refusal if it cannot tell."""
+    while True:
+        try:
+            return ask(daemon.connection.lookupByUUIDString(domain.uuid))
+        except LibvirtError as exc:
+            if daemon.is_back(_RESTART):
+                continue
+            if exc.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+                raise gone_meanwhile(domain) from exc
+            raise unreadable(domain.name, exc) from exc
 
 
 def check_still_runs(handle: t.Any, domain: Domain) -> None:
@@ -84,10 +112,26 @@ def shut_off_meanwhile(domain: Domain) -> Refusal:
     return Refusal("changed_meanwhile", domain.name, "was shut off meanwhile", "Run this again.")
 
 
+def gone_meanwhile(domain: Domain) -> Refusal:
+    """Return the refusal of a domain that libvirt does not know any more."""
+    why = "is not on this host any more: it was undefined, or it has migrated"
+    return Refusal("changed_meanwhile", domain.name, why, "Run this on the host that it is on now.")
+
+
 def check_switched(
-    daemon: Libvirt, handle: t.Any, domain: Domain, sources: t.Mapping[str, Source], error: t.Any
+    daemon: Libvirt,
+    handle: t.Any,
+    domain: Domain,
+    sources: t.Mapping[str, Source],
+    error: t.Any,
+    *,
+    was_away: bool = False,
 ) -> None:
-    """Raise unless the domain runs on these images and is defined so; `error` is what libvirt has answered."""
+    """Raise unless the domain runs on these images and is defined so; `error` is what libvirt has answered.
+
+    Of a daemon that `was_away` no answer came. What it says since then tells that the domain is on the new images, but
+    not that QEMU does not have them open.
+    """
     try:
         is_active = handle.isActive()
         parts = [definition_of(handle), *([Definition(handle.XMLDesc(0))] if is_active else [])]
@@ -97,10 +141,10 @@ def check_switched(
     # With the end of a merge libvirt has the domain on the volume again that it was on before the snapshot.
     tops = [daemon.placed(part).tops for part in parts]
     there = [{(target, os.path.realpath(path)) for target, path in part.items()} for part in tops]
-    if error is None and all(wanted <= tops for tops in there):
+    if (error is None or was_away) and all(wanted <= tops for tops in there):
         return
     words = f"libvirt says: {words_of(error)}" if error is not None else "libvirt reports no error"
-    if error is None or any(wanted & tops for tops in there):
+    if error is None or was_away or any(wanted & tops for tops in there):
         raise _unknown(domain, words)
     if not is_active:
         raise shut_off_meanwhile(domain)

@@ -102,7 +102,8 @@ def _of_rest(place: Place, domain: Result, limits: Limits, now: float) -> t.Iter
         if "msg" in disk:
             yield Finding("unreadable_disk", f"{disk['target']}: {disk['msg']}")
     for one in domain["unfinished"]:
-        msg = f"{one['image']}: {one['what']}. {one['completed_by']}"
+        where = f"{one['image']}: " if one["image"] else ""
+        msg = f"{where}{one['what']}. {one['completed_by']}"
         yield Finding("unfinished", msg, commands.for_unfinished(place, domain, one))
     broken = [one for one in domain["checkpoints"] if one["valid"] is False]
     mended = commands.for_checkpoints(place, domain) if broken else {}

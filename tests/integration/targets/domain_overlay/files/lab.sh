@@ -22,6 +22,8 @@ stdio_handler = "file"
 user = "root"
 group = "root"
 CONF
+  # Hosts that share a network have ranges of display ports of their own.
+  if [ -e /etc/libvirt/qemu.conf ]; then sed -n "/^remote_display_port/p" /etc/libvirt/qemu.conf >> "$lab/etc/qemu.conf"; fi
   # The daemon insists on the user of its package, which only the package with the system service makes.
   cp /etc/passwd /etc/group "$lab"
   grep -q ^libvirt-qemu: "$lab/passwd" || echo 'libvirt-qemu:x:64055:64055::/:/usr/sbin/nologin' >> "$lab/passwd"
@@ -70,9 +72,12 @@ world() {
   (cd "$lab/disks" && find . | sort && find . -type f -exec sha256sum {} + | sort -k 2)
   names=$(virsh list --all --name | sort)
   for name in $names; do virsh dumpxml --inactive "$name"; done
-  names=$(virsh pool-list --name | sort)
+  names=$(! has_pools || virsh pool-list --name | sort)
   for name in $names; do virsh vol-list "$name"; done
 }
+
+# From libvirt 9 on, the storage driver can be a package of its own.
+has_pools() { virsh pool-list > /dev/null 2>&1; }
 
 # define NAME DISK-ELEMENT...: define a domain with these disks; it needs no operating system.
 define() {

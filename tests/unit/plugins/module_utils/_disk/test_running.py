@@ -45,6 +45,8 @@ class Hypervisor:
         self.fails = dict(fails)
         self.keeps = keeps  # paths that the definition has whatever is done
         self.gone = set()
+        self.taken = set()  # paths of images that somebody else begins to merge
+        self.resumed = {}
         self.relative = None
 
     def known(self, _vm, _paths):
@@ -53,8 +55,12 @@ class Hypervisor:
     def has(self, request):
         return request.path in self.keeps or request.path not in self.gone
 
-    def merge(self, request, watch, _seconds, begin, *, relative):
-        begin()
+    def merge(self, request, watch, _seconds, begin, *, relative, resumes):
+        self.resumed[os.path.basename(request.path)] = resumes
+        withdraw = begin()
+        if request.path in self.taken:
+            withdraw()
+            raise Refusal("block_job", "web", "has a job of somebody else")
         watch(1, 2)
         if request.path in self.fails:
             raise self.fails[request.path]

@@ -111,16 +111,32 @@ def test_layers_are_merged_on_top_and_further_down(host):
     assert host.merge("web", "wed").disks == ()
 
 
+def start_on_volume(host, name, image):
+    """Have a domain run that is defined by the volume that this image is."""
+    volume = Volume("pool", image, False)
+    places = {volume: Place(str(host.folder / image))}
+    domain = host.domains[name]
+    text = re.sub("<source file=[^/]*[^>]*/>", f"<source pool='pool' volume='{image}'/>", domain.definition.text)
+    text = text.replace("type='file'", "type='volume'", 1).replace('type="file"', 'type="volume"', 1)
+    host.domains[name] = domain._replace(definition=Definition(text, places))
+    running = host.start(name)
+    host.domains[name] = running._replace(running_definition=running.running_definition.with_places(places))
+
+
+@pytest.mark.parametrize("version, is_refused", [((7, 0, 0), True), ((9, 0, 0), False)])
+def test_an_old_libvirt_would_leave_the_definition_on_a_volume(host, version, is_refused):
+    start_on_volume(host, "web", "web.qcow2")
+    plan = host.put_on("web", "mon", Live(version))
+    assert codes(plan) == ["old_libvirt"] * is_refused
+    assert all("9.0.0 would not" in problem.why for problem in plan.problems)
+    host.define("web", "web.qcow2")
+    host.start("web")
+    assert codes(host.put_on("web", "mon", Live(version))) == []
+
+
 def test_an_overlay_that_the_domain_has_by_its_volume_is_not_merged_while_it_runs(host):
     host.snapshot("web", "mon")
-    path, volume = str(host.folder / "web.mon.qcow2"), Volume("pool", "web.mon.qcow2", False)
-    places = {volume: Place(path)}
-    domain = host.domains["web"]
-    text = re.sub("<source file=[^/]*[^>]*/>", "<source pool='pool' volume='web.mon.qcow2'/>", domain.definition.text)
-    text = text.replace("type='file'", "type='volume'", 1).replace('type="file"', 'type="volume"', 1)
-    host.domains["web"] = domain._replace(definition=Definition(text, places))
-    running = host.start("web")
-    host.domains["web"] = running._replace(running_definition=running.running_definition.with_places(places))
+    start_on_volume(host, "web", "web.mon.qcow2")
     assert codes(host.merge("web", "mon")) == ["disk_unfit"]
     assert codes(host.put_on("web", "tue")) == []
 

@@ -11,7 +11,12 @@ import signal
 import libvirt
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.signals import Interrupted, ending_cleanly
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.signals import (
+    Interrupted,
+    ending_cleanly,
+    interruptible,
+)
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.begun import GoesOn
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection import Domain
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import Definition
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.jobs import Merge, merge_down
@@ -38,6 +43,7 @@ class Running:
 
     def begin(self):
         self.signs.append(self.is_begun)
+        return self.signs.clear
 
     def isActive(self):  # noqa: N802  libvirt's name
         return 1
@@ -67,9 +73,7 @@ class Running:
         self.calls.append(flags)
         if flags and self.not_ready:
             self.not_ready -= 1
-            error = libvirt.libvirtError("not ready")
-            error.err = (libvirt.VIR_ERR_BLOCK_COPY_ACTIVE, 0, "not ready", 0, "", "", "", 0, 0)
-            raise error
+            raise failure(libvirt.VIR_ERR_BLOCK_COPY_ACTIVE)
         self.looks = []
         if flags:
             self._end()
@@ -81,10 +85,40 @@ class Running:
             self.chain.remove(self.merges)
 
 
-def merged(handle, path, seconds=60.0, **more):
+class Daemon:
+    """The daemon of one domain, which is away for a while when it is told so."""
+
+    def __init__(self, handle):
+        self._handle = handle
+        self.connection = self
+        self.is_away = False
+        self.returns = 0
+
+    def lookupByUUIDString(self, _uuid):  # noqa: N802  libvirt's name
+        if self.is_away:
+            raise failure(libvirt.VIR_ERR_RPC)
+        return self._handle
+
+    def is_there(self):
+        return not self.is_away
+
+    def is_back(self, _seconds):
+        was_away, self.is_away = self.is_away, False
+        self.returns += was_away
+        return was_away
+
+
+def failure(code):
+    error = libvirt.libvirtError("said")
+    error.err = (code, 0, "said", 0, "", "", "", 0, 0)
+    return error
+
+
+def merged(handle, path, seconds=60.0, daemon=None, **more):
     seen = []
     merge = Merge(DOMAIN, "vda", path, **more)
-    merge_down(handle, merge, lambda done, total: seen.append((done, total)), seconds, handle.begin)
+    daemon = daemon or Daemon(handle)
+    merge_down(daemon, merge, lambda done, total: seen.append((done, total)), seconds, handle.begin)
     return seen
 
 
@@ -106,11 +140,87 @@ def test_an_image_further_down_goes_without_a_pivot():
     assert handle.chain == ["/top", "/base"]
 
 
-def test_a_job_that_runs_already_is_followed():
+def test_a_job_of_a_run_that_was_killed_is_followed():
     handle = Running([(COMMIT, 3), (COMMIT, 10)], merges="/mid")
-    assert merged(handle, "/mid") == [(10, 10)]  # the first look has found it
+    assert merged(handle, "/mid", resumes=True) == [(10, 10)]  # the first look has found it
     assert handle.calls == []
     assert handle.signs == [True]
+
+
+@pytest.mark.parametrize("kind, path", [(COMMIT, "/mid"), (ACTIVE, "/top")])
+def test_a_merge_of_somebody_else_is_neither_followed_nor_ended(kind, path):
+    handle = Running([(kind, 3), (kind, 10)], merges=path)
+    with pytest.raises(Refusal, match="has a block job that this run has not begun .*commit") as caught:
+        merged(handle, path)
+    assert (caught.value.code, handle.calls, handle.signs) == ("block_job", [], [])
+
+
+def test_a_merge_that_somebody_else_begins_first_leaves_no_sign_and_goes_on():
+    handle = Running([None, (COMMIT, 3)], merges="/mid")
+
+    def refuse(*_arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise failure(libvirt.VIR_ERR_BLOCK_COPY_ACTIVE)
+
+    handle.blockCommit = refuse
+    with pytest.raises(Refusal, match="a block job that has just been begun"), ending_cleanly():
+        merged(handle, "/mid")
+    assert (handle.calls, handle.signs) == ([], [])
+
+
+def test_a_daemon_that_is_started_anew_is_waited_for_and_the_job_found_again():
+    handle = Running([None, *[(COMMIT, done) for done in (2, 3, 10)]], merges="/mid")
+    daemon, look = Daemon(handle), handle.blockJobInfo
+
+    def look_or_fail(target, flags):
+        info = look(target, flags)
+        if info and info["cur"] == 3 and not daemon.returns:
+            daemon.is_away = True
+            raise failure(libvirt.VIR_ERR_RPC)
+        return info
+
+    handle.blockJobInfo = look_or_fail
+    assert merged(handle, "/mid", daemon=daemon) == [(2, 10)]  # the rest is done while nobody looks
+    assert daemon.returns == 1
+    assert len(handle.calls) == 1  # it was begun once
+    assert handle.chain == ["/top", "/base"]
+
+
+@pytest.mark.parametrize("has_begun", [True, False])
+def test_a_daemon_that_goes_while_it_is_told_to_begin(has_begun):
+    handle = Running([None, (COMMIT, 3), (COMMIT, 10)], merges="/mid")
+    daemon, start = Daemon(handle), handle.blockCommit
+
+    def fail(*arguments):
+        if has_begun:
+            start(*arguments)
+        handle.blockCommit = start
+        daemon.is_away = True
+        raise failure(libvirt.VIR_ERR_RPC)
+
+    handle.blockCommit = fail
+    merged(handle, "/mid", daemon=daemon)
+    assert len(handle.calls) == 1
+    assert handle.chain == ["/top", "/base"]
+
+
+def test_a_signal_while_the_daemon_is_away_tells_that_the_job_goes_on():
+    handle = Running([None, *[(COMMIT, 3)] * 1000], merges="/mid")
+    daemon = Daemon(handle)
+
+    def go_away(_target, _flags):
+        daemon.is_away = True
+        raise failure(libvirt.VIR_ERR_RPC)
+
+    def wait(_seconds):
+        os.kill(os.getpid(), signal.SIGTERM)
+        with interruptible():
+            pass
+
+    handle.blockJobInfo, daemon.is_back = go_away, wait
+    handle.is_begun = True
+    with pytest.raises(GoesOn, match="SIGTERM"), ending_cleanly():
+        merged(handle, "/mid", daemon=daemon, resumes=True)
 
 
 @pytest.mark.parametrize("number, codes", [("7", []), ("8", ["block_job"]), ("", ["block_job"])])
@@ -128,7 +238,7 @@ def test_a_job_into_a_volume_is_known_by_the_number_of_the_image(number, codes):
     handle.XMLDesc = text
     found = []
     try:
-        merged(handle, "/top")
+        merged(handle, "/top", resumes=True)
     except Refusal as exc:
         found.append(exc.code)
     assert found == codes
@@ -172,6 +282,6 @@ def test_a_signal_gives_the_job_up_without_a_pivot():
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Interrupted, match="SIGTERM"), ending_cleanly():
-        merge_down(handle, Merge(DOMAIN, "vda", "/mid"), tell, 60, lambda: None)
+        merge_down(Daemon(handle), Merge(DOMAIN, "vda", "/mid"), tell, 60, handle.begin)
     assert handle.calls[1:] == [0]
     assert handle.chain == ["/top", "/mid", "/base"]
