@@ -98,6 +98,7 @@ prepare() {
     shellcheck=shellcheck ip=iproute2 jq=jq gcc=gcc mkfs.ext4=e2fsprogs setfacl=acl strace=strace mount.exfat-fuse=exfat-fuse mkfs.exfat=exfatprogs mkfs.btrfs=btrfs-progs mkfs.xfs=xfsprogs \
     libvirtd=libvirt-daemon virsh=libvirt-clients virtnbdbackup=virtnbdbackup pkg-config=pkg-config /usr/include/libvirt/libvirt.h=libvirt-dev \
     "/usr/lib/$(uname -m)-linux-gnu/libvirt/connection-driver/libvirt_driver_qemu.so=libvirt-daemon-driver-qemu"
+  tests/guest.sh "$cache/guest" | announce
   python3 -c 'import ensurepip' 2> /dev/null || install no-ensurepip-yet=python3-venv
   find_legs
   local leg core controller host
@@ -226,7 +227,7 @@ integration() {  # with a copy of the collection and a home of its own, since th
   local copy=$cache/leg-$1/ansible_collections/kvmfleet/qcow2 home=$cache/leg-$1/home
   local alone=("${own_world[@]}") config=$copy/tests/integration/integration_config.yml group
   copy_collection "$copy"
-  echo "ansible_python_interpreter: $cache/venv/host-$3/bin/python" > "$config"
+  printf '%s\n' "ansible_python_interpreter: $cache/venv/host-$3/bin/python" "domain_overlay_guest: $cache/guest" > "$config"
   echo "domain_overlay_left_out:" >> "$config"
   for group in "${!only_with[@]}"; do
     [ "${#usable[@]}" -eq 1 ] || [ "${only_with[$group]}" = "$1" ] || echo "  - $group" >> "$config"

@@ -123,8 +123,10 @@ options:
   quiesce:
     description:
       - With O(running=live) and O(state=present), have the guest agent hold the guest's writes while the snapshot is
-        taken, so that its file systems are clean. The guest is thawed whatever happens.
-      - A domain that is paused, or whose agent does not answer, is a failure, and nothing is made.
+        taken, so that its file systems are clean. The guest is thawed whatever happens. If the libvirt daemon and this
+        task die in that very moment, the next task of this module for the domain thaws it, with a warning.
+      - A domain that is paused, or whose agent does not answer, is a failure, and nothing is made. So is one that another
+        tool has frozen, which stays so.
     type: bool
     default: false
   libvirt_snapshots:
@@ -174,8 +176,9 @@ notes:
     below them. A domain with a managed save is refused; other files of C(virsh save) cannot be known.
   - A running domain is touched by libvirt only, and only with O(running=live). It needs libvirt 6.6 or newer. A merge
     of it that is ended by a signal, or makes no progress for O(timeout) seconds, is given up, and the domain goes on
-    with its overlay; one that goes on after a run was killed is followed by the next run. An overlay that such a run
-    has left, and that no disk has any more, is renamed and never deleted.
+    with its overlay; one that goes on after a run was killed is followed by the next run. A libvirt daemon that is
+    started anew is waited for, and the merge goes on meanwhile. A block job that no run has begun is left alone. An
+    overlay that a killed run has left, and that no disk has any more, is renamed and never deleted.
   - Once a merge of a running domain is begun, no disk of the domain can go back from that snapshot, even if the merge
     is given up. A file C(.NAME.INODE.kvmfleet-merging) beside each overlay tells so until the overlay is retired. Do
     not remove it. Complete the merge by the same call.

@@ -122,6 +122,6 @@ def _write(path: str, text: str) -> None:
 
 
 def _remove_those_of_killed_runs() -> None:
-    for name in filter(lambda name: _SUFFIX in name, os.listdir(FOLDER)):  # others' files stay
+    for name in os.listdir(FOLDER):
         if not os.path.exists(f"/proc/{name.split('-')[0]}"):
             os.unlink(os.path.join(FOLDER, name))

@@ -156,8 +156,8 @@ def _volumes_left(domain: Domain, disks: t.Sequence[DiskPlan], live: Live) -> li
     if live.version >= _KNOWS_VOLUMES or not left:
         return []
     why = (
-        f"its disk {left[0]} is defined by the volume {volumes[left[0]].name}. libvirt {_shown(live.version)} would leave "
-        f"it so, and the next start would go on below the overlay; {_shown(_KNOWS_VOLUMES)} would not"
+        f"its disk {left[0]} is defined by the volume {volumes[left[0]].name}. libvirt {_shown(live.version)} would "
+        f"leave it so, and the next start would go on below the overlay; {_shown(_KNOWS_VOLUMES)} would not"
     )
     remedy = "Update libvirt, define the disk by its path, or shut the domain down; then run this again."
     return [Refusal("old_libvirt", domain.name, why, remedy)]

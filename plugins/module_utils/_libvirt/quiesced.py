@@ -15,14 +15,17 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import time
 import typing as t
 
 from .._base.files import close
-from .._disk import progress
-from .bindings import LibvirtError, words_of
+from .bindings import LibvirtError, libvirt, words_of
 from .connection import Domain, Libvirt
 
-_SUFFIX = ".quiesced"
+FOLDER = "/run/kvmfleet-qcow2.quiesced"
+PATIENCE = 10.0  # seconds in which a daemon that was just started is connected to the agent of a guest
+_PAUSE = 0.1  # seconds between two attempts
+_FREEZE = "'guest-fsfreeze-freeze'"  # the command, in libvirt's words
 
 MAY_BE_FROZEN = (
     "an earlier run or libvirt's daemon has ended while the file systems of its guest were being frozen, so they may be"
@@ -30,7 +33,7 @@ MAY_BE_FROZEN = (
 
 
 class Note:
-    """That the file systems of a domain are being frozen."""
+    """That the file systems of a domain are being frozen. Unless it is dropped, it stays."""
 
     def __init__(self, domain: Domain, number: int) -> None:
         """Leave it."""
@@ -38,27 +41,42 @@ class Note:
         self._fd: int | None = None
         # It is a second net: where it cannot be left, libvirt thaws all the same.
         with contextlib.suppress(OSError):
-            os.makedirs(progress.FOLDER, 0o700, exist_ok=True)
+            os.makedirs(FOLDER, 0o700, exist_ok=True)
             self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(self._fd, 0)
             os.write(self._fd, str(number).encode("ascii"))
 
-    def end(self, *, is_thawed: bool) -> None:
-        """Let it go; it stays unless the guest is known to be thawed."""
-        if is_thawed:
-            _remove(self._path)
+    def __enter__(self) -> Note:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
         if self._fd is not None:
             close(self._fd)
 
+    def drop(self) -> None:
+        """Remove it: the guest is thawed."""
+        _remove(self._path)
 
-def thaw(handle: t.Any) -> bool:
-    """Have the guest thaw its file systems; return whether its agent has said that they are."""
-    try:
-        handle.fsThaw()
-    except LibvirtError:
-        return False
-    return True
+
+def thaw(handle: t.Any, seconds: float) -> int:
+    """Have the guest thaw its file systems; return of how many its agent says that they were frozen.
+
+    Wait so long for the agent: a daemon that was just started has to connect to it first.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return t.cast("int", handle.fsThaw())
+        except LibvirtError as exc:
+            if exc.get_error_code() != libvirt.VIR_ERR_AGENT_UNRESPONSIVE or time.monotonic() > deadline:
+                raise
+        time.sleep(_PAUSE)
+
+
+def is_freeze(exc: t.Any) -> bool:
+    """Return whether it is the freezing itself that has failed: then nothing is frozen, or it is so for others."""
+    return _FREEZE in words_of(exc)
 
 
 def is_left(daemon: Libvirt, domain: Domain) -> bool:
@@ -77,7 +95,7 @@ def thaw_left(daemon: Libvirt, domain: Domain) -> str | None:
             _remove(path)
             return None
         try:
-            count = daemon.connection.lookupByUUIDString(domain.uuid).fsThaw()
+            count = thaw(daemon.connection.lookupByUUIDString(domain.uuid), PATIENCE)
         except LibvirtError as exc:
             return f"{domain.name}: {MAY_BE_FROZEN}, and cannot be thawed. libvirt says: {words_of(exc)}."
         _remove(path)
@@ -85,7 +103,7 @@ def thaw_left(daemon: Libvirt, domain: Domain) -> str | None:
 
 
 def _place_of(domain: Domain) -> str:
-    return os.path.join(progress.FOLDER, f"{domain.uuid}{_SUFFIX}")
+    return os.path.join(FOLDER, domain.uuid)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import typing as t
 
@@ -27,21 +28,42 @@ def take_snapshot(daemon: Libvirt, domain: Domain, sources: t.Mapping[str, Sourc
     had, UnknownOutcomeError if that is unknown.
     """
     handle = look_up(daemon, domain)
-    error: t.Any = None
-    note = None
     try:
         check_still_runs(handle, domain)
-        wanted = _wanted(handle, sources)
-        note = quiesced.Note(domain, handle.ID()) if quiesce else None
-        # libvirt freezes, takes the snapshot and thaws in this one call, and ends that whatever becomes of this run.
-        # Calls of our own for each would leave the guest frozen whenever this run is killed in between.
+        wanted, number = _wanted(handle, sources), handle.ID()
+    except LibvirtError as exc:
+        raise unreadable(domain.name, exc) from exc
+    with quiesced.Note(domain, number) if quiesce else contextlib.nullcontext() as note:
+        error = _attempt(handle, wanted, quiesce=quiesce)
+        new_handle = _handle_after(daemon, domain, error) if error is not None else None
+        seconds = quiesced.PATIENCE if new_handle is not None else 0
+        if note is not None and (error is None or _is_thawed(new_handle or handle, error, seconds)):
+            note.drop()
+    check_switched(daemon, new_handle or handle, domain, sources, error, was_away=new_handle is not None)
+
+
+def _attempt(handle: t.Any, wanted: str, *, quiesce: bool) -> t.Any:
+    """Have libvirt take a snapshot; return the error, if any.
+
+    libvirt freezes, takes it and thaws in this one call, and ends that whatever becomes of this run. Calls of our own
+    for each would leave the guest frozen whenever this run is killed in between.
+    """
+    try:
         handle.snapshotCreateXML(wanted, _flags(quiesce=quiesce))
     except LibvirtError as exc:
-        error = exc
-    new_handle = _handle_after(daemon, domain, error) if error is not None else None
-    if note is not None:  # after an error libvirt has thawed, too, unless that is what failed
-        note.end(is_thawed=error is None or quiesced.thaw(new_handle or handle))
-    check_switched(daemon, new_handle or handle, domain, sources, error, was_away=new_handle is not None)
+        return exc
+    return None
+
+
+def _is_thawed(handle: t.Any, error: t.Any, seconds: float) -> bool:
+    """Thaw a guest after an error; return whether it is. libvirt has done so itself, unless that is what failed."""
+    if quiesced.is_freeze(error):
+        return True
+    try:
+        quiesced.thaw(handle, seconds)
+    except LibvirtError:
+        return False
+    return True
 
 
 def _handle_after(daemon: Libvirt, domain: Domain, error: t.Any) -> t.Any:
@@ -155,7 +177,7 @@ def _refusal(domain: Domain, error: t.Any) -> Refusal:
     """Return the refusal of a snapshot that libvirt has not taken."""
     why = f"libvirt took no snapshot, and it goes on with the images that it had. libvirt says: {words_of(error)}"
     agent = (libvirt.VIR_ERR_AGENT_UNRESPONSIVE, libvirt.VIR_ERR_AGENT_UNSYNCED, libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED)
-    if error.get_error_code() in agent:
+    if error.get_error_code() in agent or quiesced.is_freeze(error):
         return Refusal("not_quiesced", domain.name, why, "See to the guest agent, or leave out quiesce.")
     return Refusal("libvirt_failed", domain.name, why, "See its log and that of the domain, then run this again.")
 

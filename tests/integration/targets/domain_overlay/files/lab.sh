@@ -133,6 +133,29 @@ guest() {
   done
 }
 
+# merging DOMAIN: wait until a run has libvirt merge something of a domain, and print the process of the run.
+merging() {
+  local uuid i file
+  uuid=$(virsh -q domuuid "$1" | head -n 1)
+  for ((i = 0; i < 600; i++)); do
+    for file in /run/kvmfleet-qcow2/*.json; do
+      if grep -qs "$uuid" "$file"; then
+        basename "${file%%-[0-9]*.json}"
+        return
+      fi
+    done
+    sleep 0.05
+  done
+  return 1
+}
+
+# Kill the daemon, and have another one.
+restart_daemon() {
+  kill -KILL "$(cat "$lab/libvirtd.pid")"
+  sleep "${1:-0.2}"
+  start_daemon
+}
+
 targets=(vda vdb)  # the disks of a domain that backup and same are about
 
 # backup DOMAIN LABEL CHECKPOINT [SINCE]: back up its disks to files with that label; with SINCE only what has changed.

@@ -12,7 +12,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.attributes im
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal, UnknownOutcomeError
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import OpenImage, open_image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.signals import Interrupted
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.begun import leave_sign
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.begun import GoesOn, leave_sign
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import CommitRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.observe import observe_chain
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay import OverlayRequest
@@ -237,6 +237,28 @@ def test_once_a_merge_is_begun_no_disk_of_the_vm_goes_back(three):
     merge(three[:3], Hypervisor())
     folder = os.path.dirname(three[0].path)
     assert [name for name in os.listdir(folder) if "kvmfleet" in name] == []
+
+
+def test_only_the_image_whose_job_was_begun_may_have_one_of_ours(three):
+    merge(three[:3], Hypervisor(fails={three[1].path: Interrupted("SIGTERM")}))
+    again = Hypervisor()
+    merge(three[:3], again)
+    assert again.resumed == {"b.mon.qcow2": True, "c.mon.qcow2": False}
+
+
+def test_a_merge_of_somebody_else_that_came_first_leaves_no_sign(three):
+    hypervisor = Hypervisor()
+    hypervisor.taken.add(three[0].path)
+    assert states(merge(three[:3], hypervisor)) == ["failed"] * 3
+    assert [name for name in os.listdir(os.path.dirname(three[0].path)) if "kvmfleet" in name] == []
+    merge(three[:3], Hypervisor(fails={three[0].path: Interrupted("SIGTERM")}))
+    merge(three[:3], hypervisor)  # the signs of an earlier run stay
+    assert [go_back(request) for request in three[:3]] == [["unfinished"]] * 3
+
+
+def test_a_merge_that_nobody_can_end_is_told_to_go_on(three):
+    outcome = merge(three[:1], Hypervisor(fails={three[0].path: GoesOn("SIGTERM")}))
+    assert "the run was ended by SIGTERM, and its merge goes on" in outcome.verdicts[0].problems[0].why
 
 
 def test_an_image_whose_merge_is_complete_is_not_gone_back_from(tmp_path, disk):

@@ -1,0 +1,148 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The note of a guest that is being frozen, where no real guest can be brought to it; the rest is in quiesced.yml."""
+
+from __future__ import annotations
+
+import os
+
+import libvirt
+import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal, UnknownOutcomeError
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt import quiesced, snapshots
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection import Domain
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import Definition, Source
+
+DISK = "<domain><devices><disk type='file'><source file='{}'/><target dev='vda'/></disk></devices></domain>"
+OLD, NEW = DISK.format("/old"), DISK.format("/new")
+DOMAIN = Domain("web", "uuid-of-web", "running", True, False, Definition(OLD), Definition(OLD))
+FROZEN = "unable to execute QEMU agent command 'guest-fsfreeze-freeze': the agent is in frozen state"
+
+
+def failure(words, code=libvirt.VIR_ERR_INTERNAL_ERROR):
+    error = libvirt.libvirtError(words)
+    error.err = (code, 0, words, 0, "", "", "", 0, 0)
+    return error
+
+
+class Host:
+    """A daemon and its only domain; `fails` is what the snapshot raises, and `thaws` what the agent then says."""
+
+    def __init__(self, fails=None, thaws=(1,), text=OLD, was_away=False):
+        self.connection = self
+        self.fails = fails
+        self.answers = list(thaws)
+        self.text = text
+        self.was_away = was_away
+        self.thaws = 0
+        self.number = 7
+        self.notes = []  # whether one was there when the snapshot was taken
+
+    def lookupByUUIDString(self, _uuid):  # noqa: N802  libvirt's names
+        return self
+
+    def placed(self, definition):
+        return definition
+
+    def is_back(self, _seconds, **_how):
+        if self.was_away is None:
+            raise Refusal("libvirt_unreachable", "uri", "is not back")
+        return self.was_away
+
+    def isActive(self):  # noqa: N802
+        return 1
+
+    def ID(self):  # noqa: N802
+        return self.number
+
+    def XMLDesc(self, _flags):  # noqa: N802
+        return self.text
+
+    def snapshotCreateXML(self, _text, flags):  # noqa: N802
+        assert flags & libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_QUIESCE
+        self.notes.append(os.listdir(quiesced.FOLDER))
+        assert quiesced.thaw_left(self, DOMAIN) is None  # of a run that lives
+        if self.fails is not None:
+            raise self.fails
+        self.text = NEW
+
+    def fsThaw(self):  # noqa: N802
+        self.thaws += 1
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+@pytest.fixture(autouse=True)
+def fixture_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(quiesced, "FOLDER", str(tmp_path / "notes"))
+    monkeypatch.setattr(quiesced, "_PAUSE", 0)
+
+
+def take(host):
+    snapshots.take_snapshot(host, DOMAIN, {"vda": Source("/new")}, quiesce=True)
+
+
+def left():
+    return os.listdir(quiesced.FOLDER)
+
+
+def test_a_note_is_there_while_the_guest_may_be_frozen():
+    host = Host()
+    take(host)
+    assert (host.notes, left(), host.thaws) == ([["uuid-of-web"]], [], 0)  # libvirt has thawed
+
+
+def test_a_guest_is_thawed_after_an_error():
+    host = Host(failure("no space"))
+    with pytest.raises(Refusal, match="no space") as caught:
+        take(host)
+    assert (caught.value.code, left(), host.thaws) == ("libvirt_failed", [], 1)
+
+
+def test_a_guest_that_another_tool_has_frozen_stays_frozen():
+    host = Host(failure(FROZEN))
+    with pytest.raises(Refusal, match="in frozen state") as caught:
+        take(host)
+    assert (caught.value.code, left(), host.thaws) == ("not_quiesced", [], 0)
+
+
+def test_a_daemon_that_was_away_connects_to_the_agent_first():
+    mute = failure("not connected", libvirt.VIR_ERR_AGENT_UNRESPONSIVE)
+    host = Host(failure("end of file"), [mute, mute, 1], was_away=True)
+    with pytest.raises(UnknownOutcomeError):  # QEMU may have the new images open, whatever libvirt says
+        take(host)
+    assert (left(), host.thaws) == ([], 3)
+
+
+def test_a_snapshot_that_is_complete_when_the_daemon_is_back():
+    class Switched(Host):
+        def snapshotCreateXML(self, text, flags):  # noqa: N802
+            self.text = NEW
+            super().snapshotCreateXML(text, flags)
+
+    take(Switched(failure("end of file"), was_away=True))
+    assert left() == []
+
+
+@pytest.mark.parametrize("number, thaws, frozen", [(7, [2], True), (7, [0], False), (8, [], False)])
+def test_the_next_run_thaws_what_was_left_frozen(number, thaws, frozen):
+    with pytest.raises(UnknownOutcomeError):
+        take(Host(failure("end of file"), was_away=None))
+    assert left() == ["uuid-of-web"]
+    host = Host(thaws=thaws)
+    host.number = number  # after a start it is another one
+    assert quiesced.is_left(host, DOMAIN) == (number == 7)
+    told = quiesced.thaw_left(host, DOMAIN)
+    assert ("2 of them were, and are thawed now" in (told or "")) == frozen
+    assert (left(), host.thaws, quiesced.thaw_left(host, DOMAIN)) == ([], len(thaws), None)
+
+
+def test_a_guest_that_cannot_be_thawed_is_told_of_again_and_again():
+    with pytest.raises(UnknownOutcomeError):
+        take(Host(failure("end of file"), was_away=None))
+    for _ in range(2):
+        told = quiesced.thaw_left(Host(thaws=[failure("agent has died")]), DOMAIN)
+        assert "cannot be thawed. libvirt says: agent has died" in told
