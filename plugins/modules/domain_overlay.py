@@ -125,8 +125,8 @@ options:
       - With O(running=live) and O(state=present), have the guest agent hold the guest's writes while the snapshot is
         taken, so that its file systems are clean. The guest is thawed whatever happens. If the libvirt daemon and this
         task die in that very moment, the next task of this module for the domain thaws it, with a warning.
-      - A domain that is paused, or whose agent does not answer, is a failure, and nothing is made. So is one that another
-        tool has frozen, which stays so.
+      - A domain that is paused, or whose agent does not answer, is a failure, and nothing is made. So is one that
+        another tool has frozen, which stays so.
     type: bool
     default: false
   libvirt_snapshots:

@@ -22,6 +22,10 @@ class Interrupted(BaseException):
     """A signal asks this run to end. No `except Exception` on the way may mistake it for a failure of one VM."""
 
 
+class GoesOn(Interrupted):
+    """The same, and what was begun cannot be ended: it goes on without this run."""
+
+
 @contextlib.contextmanager
 def ending_cleanly() -> t.Iterator[None]:
     """Have the signals that end a run raise Interrupted in the block, but only at safe points."""

@@ -15,16 +15,11 @@ from __future__ import annotations
 import os
 
 from .._base.files import OpenImage, close
-from .._base.signals import Interrupted
 from .publish import StagedFile, open_to_list, publish_over
 
 _SUFFIX = ".kvmfleet-merging"
 _HAS_JOB = b"job\n"
 _LONGEST = 100  # bytes of the name of the image, which may be as long as a name can be
-
-
-class GoesOn(Interrupted):
-    """A signal asks this run to end, and the hypervisor cannot be told to end its job."""
 
 
 def leave_sign(file: OpenImage, *, has_job: bool = True) -> None:

@@ -19,12 +19,12 @@ import typing as t
 from .._base.attributes import AttributeOptions
 from .._base.errors import Refusal
 from .._base.files import OpenImage
-from .._base.signals import Interrupted
+from .._base.signals import GoesOn, Interrupted
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer
 from .._qcow2.growth import most_growth
 from . import commit
-from .begun import GoesOn, find_sign, has_begun_job, leave_sign, remove_sign
+from .begun import find_sign, has_begun_job, leave_sign, remove_sign
 from .bitmap_rules import BROKEN, names_of
 from .build import MakeOverlays
 from .commit import CommitRequest, CommitVerdict

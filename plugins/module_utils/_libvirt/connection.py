@@ -6,9 +6,9 @@
 
 The calls that are made in this room: open; listAllDomains, lookupByUUIDString, defineXML, listAllStoragePools,
 getLibVersion of the connection; name, UUIDString, isActive, state, isPersistent, hasManagedSaveImage, XMLDesc,
-listAllCheckpoints, checkpointCreateXML, listAllSnapshots, snapshotCreateXML, fsThaw, blockCommit, blockJobInfo,
-blockJobAbort of a domain; getName, getXMLDesc, delete of a checkpoint; getName of a snapshot; name, XMLDesc, isActive,
-storageVolLookupByName, refresh of a storage pool; path, info of a volume.
+listAllCheckpoints, checkpointCreateXML, listAllSnapshots, snapshotCreateXML, ID, getTime, fsThaw, blockCommit,
+blockJobInfo, blockJobAbort of a domain; getName, getXMLDesc, delete of a checkpoint; getName of a snapshot; name,
+XMLDesc, isActive, storageVolLookupByName, refresh of a storage pool; path, info of a volume.
 Never a monitor command: it taints the domain.
 """
 
@@ -26,9 +26,10 @@ from .bindings import LibvirtError, known, libvirt, words_of
 from .definition import CheckpointParts, Definition, checkpoint_from
 from .pools import Pools
 
-_PATIENCE = 10.0  # seconds for an answer of QEMU; a sound one takes milliseconds
+_Answer = t.TypeVar("_Answer")
+PATIENCE = 10.0  # seconds for an answer of QEMU or of a guest agent; a sound one takes milliseconds
 _PAUSE = 0.1  # seconds between two attempts to reach a daemon that is away
-_NO_ANSWER = f"its QEMU has not answered within {_PATIENCE:.0f} seconds"
+_NO_ANSWER = f"its QEMU has not answered within {PATIENCE:.0f} seconds"
 # virDomainState
 _STATES = {1: "running", 2: "blocked", 3: "paused", 4: "shutting down", 6: "crashed", 7: "suspended"}
 
@@ -210,7 +211,7 @@ def _known_live(checkpoints: t.Sequence[t.Any]) -> list[KnownCheckpoint]:
     for one in checkpoints:
         if problem != _NO_ANSWER:
             try:
-                parts = checkpoint_from(_in_time(functools.partial(one.getXMLDesc, flags)))
+                parts = checkpoint_from(in_time(functools.partial(one.getXMLDesc, flags)))
                 found.append(_known(one.getName(), parts, LiveBitmaps(parts.sizes)))
                 continue
             except TimeoutError:
@@ -222,13 +223,13 @@ def _known_live(checkpoints: t.Sequence[t.Any]) -> list[KnownCheckpoint]:
     return found
 
 
-def _in_time(call: t.Callable[[], str]) -> str:
-    """Return what a call that asks QEMU returns; TimeoutError if it takes longer than _PATIENCE.
+def in_time(call: t.Callable[[], _Answer]) -> _Answer:
+    """Return what a call that asks QEMU, or a guest, returns; TimeoutError if it takes longer than PATIENCE.
 
     libvirt itself waits for ever. The thread that goes on waiting ends with the module, and other calls do not wait
     for it.
     """
-    answers: list[str] = []
+    answers: list[_Answer] = []
     errors: list[t.Any] = []
 
     def ask() -> None:
@@ -239,7 +240,7 @@ def _in_time(call: t.Callable[[], str]) -> str:
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(_PATIENCE)
+    thread.join(PATIENCE)
     if errors:
         raise errors[0]
     if not answers:

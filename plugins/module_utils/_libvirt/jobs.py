@@ -11,8 +11,7 @@ import time
 import typing as t
 
 from .._base.errors import Refusal
-from .._base.signals import Interrupted, interruptible
-from .._disk.begun import GoesOn
+from .._base.signals import GoesOn, Interrupted, interruptible
 from .bindings import LibvirtError, libvirt, words_of
 from .connection import Domain, Libvirt
 from .running import RunningDisk, RunningImage, running_disks

@@ -18,15 +18,17 @@ import os
 import time
 import typing as t
 
+from .._base.errors import Refusal
 from .._base.files import close
 from .bindings import LibvirtError, libvirt, words_of
-from .connection import Domain, Libvirt
+from .connection import PATIENCE, Domain, Libvirt, in_time
 
 FOLDER = "/run/kvmfleet-qcow2.quiesced"
-PATIENCE = 10.0  # seconds in which a daemon that was just started is connected to the agent of a guest
+RECONNECT = 10.0  # seconds in which a daemon that was just started is connected to the agent of a guest
 _PAUSE = 0.1  # seconds between two attempts
 _FREEZE = "'guest-fsfreeze-freeze'"  # the command, in libvirt's words
 
+NO_ANSWER = f"its guest agent has not answered within {PATIENCE:.0f} seconds"
 MAY_BE_FROZEN = (
     "an earlier run or libvirt's daemon has ended while the file systems of its guest were being frozen, so they may be"
 )
@@ -62,16 +64,28 @@ class Note:
 def thaw(handle: t.Any, seconds: float) -> int:
     """Have the guest thaw its file systems; return of how many its agent says that they were frozen.
 
-    Wait so long for the agent: a daemon that was just started has to connect to it first.
+    Wait so long for the agent: a daemon that was just started has to connect to it first. TimeoutError if it does not
+    answer.
     """
     deadline = time.monotonic() + seconds
     while True:
         try:
-            return t.cast("int", handle.fsThaw())
+            return in_time(lambda: t.cast("int", handle.fsThaw()))
         except LibvirtError as exc:
             if exc.get_error_code() != libvirt.VIR_ERR_AGENT_UNRESPONSIVE or time.monotonic() > deadline:
                 raise
         time.sleep(_PAUSE)
+
+
+def check_answers(handle: t.Any, domain: Domain) -> None:
+    """Refuse a guest whose agent does not answer: libvirt would wait for it for ever, and for nothing else."""
+    try:
+        in_time(handle.getTime)
+    except TimeoutError as exc:
+        remedy = "See to the guest agent, or leave out quiesce."
+        raise Refusal("not_quiesced", domain.name, f"cannot be quiesced: {NO_ANSWER}", remedy) from exc
+    except LibvirtError:
+        pass  # an answer, such as that it may not tell the time
 
 
 def is_freeze(exc: t.Any) -> bool:
@@ -95,9 +109,11 @@ def thaw_left(daemon: Libvirt, domain: Domain) -> str | None:
             _remove(path)
             return None
         try:
-            count = thaw(daemon.connection.lookupByUUIDString(domain.uuid), PATIENCE)
+            count = thaw(daemon.connection.lookupByUUIDString(domain.uuid), RECONNECT)
         except LibvirtError as exc:
             return f"{domain.name}: {MAY_BE_FROZEN}, and cannot be thawed. libvirt says: {words_of(exc)}."
+        except TimeoutError:
+            return f"{domain.name}: {MAY_BE_FROZEN}, and cannot be thawed: {NO_ANSWER}."
         _remove(path)
         return f"{domain.name}: {MAY_BE_FROZEN}. {count} of them were, and are thawed now." if count else None
 

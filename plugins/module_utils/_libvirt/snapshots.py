@@ -33,10 +33,12 @@ def take_snapshot(daemon: Libvirt, domain: Domain, sources: t.Mapping[str, Sourc
         wanted, number = _wanted(handle, sources), handle.ID()
     except LibvirtError as exc:
         raise unreadable(domain.name, exc) from exc
+    if quiesce:
+        quiesced.check_answers(handle, domain)
     with quiesced.Note(domain, number) if quiesce else contextlib.nullcontext() as note:
         error = _attempt(handle, wanted, quiesce=quiesce)
         new_handle = _handle_after(daemon, domain, error) if error is not None else None
-        seconds = quiesced.PATIENCE if new_handle is not None else 0
+        seconds = quiesced.RECONNECT if new_handle is not None else 0
         if note is not None and (error is None or _is_thawed(new_handle or handle, error, seconds)):
             note.drop()
     check_switched(daemon, new_handle or handle, domain, sources, error, was_away=new_handle is not None)
@@ -61,7 +63,7 @@ def _is_thawed(handle: t.Any, error: t.Any, seconds: float) -> bool:
         return True
     try:
         quiesced.thaw(handle, seconds)
-    except LibvirtError:
+    except (LibvirtError, TimeoutError):
         return False
     return True
 

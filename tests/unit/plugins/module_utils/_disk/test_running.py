@@ -11,8 +11,8 @@ import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.attributes import AttributeOptions
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal, UnknownOutcomeError
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import OpenImage, open_image
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.signals import Interrupted
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.begun import GoesOn, leave_sign
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.signals import GoesOn, Interrupted
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.begun import leave_sign
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import CommitRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.observe import observe_chain
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay import OverlayRequest

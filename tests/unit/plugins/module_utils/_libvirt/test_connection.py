@@ -187,7 +187,7 @@ def test_a_libvirt_that_knows_no_sizes_cannot_tell_of_live_bitmaps(with_sizes):
 
 
 def test_a_qemu_that_does_not_answer_is_asked_once(with_sizes, monkeypatch):
-    monkeypatch.setattr(connection, "_PATIENCE", 0.1)
+    monkeypatch.setattr(connection, "PATIENCE", 0.1)
     asked, ended = [], threading.Event()
 
     def hang():

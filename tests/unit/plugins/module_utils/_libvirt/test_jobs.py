@@ -12,11 +12,11 @@ import libvirt
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.signals import (
+    GoesOn,
     Interrupted,
     ending_cleanly,
     interruptible,
 )
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.begun import GoesOn
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection import Domain
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import Definition
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.jobs import Merge, merge_down

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import libvirt
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal, UnknownOutcomeError
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt import quiesced, snapshots
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt import connection, quiesced, snapshots
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection import Domain
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import Definition, Source
 
@@ -37,6 +38,7 @@ class Host:
         self.was_away = was_away
         self.thaws = 0
         self.number = 7
+        self.time = None  # what the agent says to the question for the time
         self.notes = []  # whether one was there when the snapshot was taken
 
     def lookupByUUIDString(self, _uuid):  # noqa: N802  libvirt's names
@@ -66,6 +68,11 @@ class Host:
         if self.fails is not None:
             raise self.fails
         self.text = NEW
+
+    def getTime(self):  # noqa: N802
+        if self.time is not None:
+            raise self.time
+        return {}
 
     def fsThaw(self):  # noqa: N802
         self.thaws += 1
@@ -107,6 +114,23 @@ def test_a_guest_that_another_tool_has_frozen_stays_frozen():
     with pytest.raises(Refusal, match="in frozen state") as caught:
         take(host)
     assert (caught.value.code, left(), host.thaws) == ("not_quiesced", [], 0)
+
+
+def test_an_agent_that_may_not_tell_the_time_has_answered():
+    host = Host()
+    host.time = failure("disabled")
+    take(host)
+    assert host.text == NEW
+
+
+def test_an_agent_that_does_not_answer_is_not_told_to_freeze(monkeypatch):
+    monkeypatch.setattr(connection, "PATIENCE", 0.1)
+    host, answers = Host(), threading.Event()
+    host.getTime = answers.wait
+    with pytest.raises(Refusal, match="its guest agent has not answered") as caught:
+        take(host)
+    answers.set()
+    assert (caught.value.code, host.notes) == ("not_quiesced", [])
 
 
 def test_a_daemon_that_was_away_connects_to_the_agent_first():
