@@ -110,13 +110,12 @@ class _Merging:
             flags |= libvirt.VIR_DOMAIN_BLOCK_COMMIT_RELATIVE
         withdraw = self._begin()
         # If the daemon goes now, the job may have begun, and nobody tells.
-        was_ours, self._is_ours = self._is_ours, True
+        self._is_ours = True
         try:
             handle.blockCommit(merge.target, disk.name_of(place + 1), disk.name_of(place), merge.speed, flags)
         except LibvirtError as exc:
             if exc.get_error_code() != libvirt.VIR_ERR_BLOCK_COPY_ACTIVE:
                 raise
-            self._is_ours = was_ours
             withdraw()
             raise _busy(merge, "that has just been begun") from exc
         self._is_started = True
