@@ -12,6 +12,7 @@ mark=$(sha256sum "${BASH_SOURCE[0]}")
 
 meta=linux-image-cloud-$(dpkg --print-architecture)
 kernel=$(apt-cache depends "$meta" | awk '/Depends: linux-image-/ { print $2 }')
+[ -n "$kernel" ] || { echo "apt knows no package $meta; run apt-get update" >&2; exit 1; }
 rm -rf "$folder"
 mkdir -p "$folder/packages" "$folder/files" "$folder/root"/{bin,dev,lib,mnt,modules,proc,sys,tmp,var/run}
 cd "$folder"
