@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 import typing as t
 
@@ -168,14 +167,15 @@ class _Merging:
     def _refusal(self, exc: t.Any) -> Refusal | None:
         """Return the refusal of a merge that libvirt has not done; None if it is done all the same, as by others."""
         merge = self._merge
-        with contextlib.suppress(LibvirtError):
+        try:
             handle = self._handle()
             if not handle.isActive():
                 return shut_off_meanwhile(merge.domain)
             if _disk_of(handle, merge).place_of(merge.path) is None:
                 return None
-        if exc.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
-            return gone_meanwhile(merge.domain)
+        except LibvirtError as now:
+            if now.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+                return gone_meanwhile(merge.domain)
         why = f"libvirt could not merge {merge.path} down. libvirt says: {words_of(exc)}"
         remedy = "See its log and that of the domain, then run this again."
         return Refusal("libvirt_failed", merge.domain.name, why, remedy)

@@ -204,6 +204,23 @@ def test_a_daemon_that_goes_while_it_is_told_to_begin(has_begun):
     assert handle.chain == ["/top", "/base"]
 
 
+def test_a_domain_that_is_not_on_this_host_any_more_is_told():
+    handle = Running([None, (COMMIT, 3)], merges="/mid")
+    daemon = Daemon(handle)
+
+    def vanish(_target, _flags):
+        def look_up(_uuid):
+            raise failure(libvirt.VIR_ERR_NO_DOMAIN)
+
+        daemon.lookupByUUIDString = look_up
+        raise failure(libvirt.VIR_ERR_OPERATION_INVALID)
+
+    handle.blockJobInfo = vanish
+    with pytest.raises(Refusal, match="web: is not on this host any more") as caught:
+        merged(handle, "/mid", daemon=daemon)
+    assert caught.value.code == "changed_meanwhile"
+
+
 def test_a_signal_while_the_daemon_is_away_tells_that_the_job_goes_on():
     handle = Running([None, *[(COMMIT, 3)] * 1000], merges="/mid")
     daemon = Daemon(handle)
