@@ -383,7 +383,7 @@ domains:
           type: str
           sample: /srv/web.qcow2
         kind:
-          description: V(commit) or V(healing).
+          description: V(commit), V(healing), or V(quiesce) for a guest that may have been left frozen.
           type: str
           sample: commit
         snapshot:

@@ -65,7 +65,7 @@ def for_unfinished(place: Place, domain: Result, unfinished: Result) -> str | No
     """Return what completes the work that a killed run has begun."""
     if unfinished["kind"] == "healing":
         return _of_domain(place, domain, "domain_checkpoint", {})
-    snapshot = unfinished["snapshot"]
+    snapshot = unfinished["snapshot"]  # of a guest that was left frozen there is none
     return _merge(place, domain, snapshot) if snapshot is not None else None
 
 
@@ -77,7 +77,8 @@ def for_chain(place: Place, domain: Result, disk: Result) -> str | None:
 
 def for_snapshot(place: Place, domain: Result, snapshot: str) -> str | None:
     """Return what merges a snapshot down."""
-    is_other = any(one["snapshot"] != snapshot for one in domain["unfinished"])  # which has to be completed first
+    merges = (one for one in domain["unfinished"] if one["kind"] != "quiesce")
+    is_other = any(one["snapshot"] != snapshot for one in merges)  # which has to be completed first
     return None if is_other else _merge(place, domain, snapshot)
 
 
