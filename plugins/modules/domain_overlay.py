@@ -583,9 +583,8 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils._base.errors import Refusal
 from ..module_utils._base.signals import ending_cleanly
-from ..module_utils._disk.retire import DELETE, KEEP
 from ..module_utils._disk.session import Settings
-from ..module_utils._disk.verdict import root_causes
+from ..module_utils._disk.verdict import DELETE, KEEP, root_causes
 from ..module_utils._domain.aims import GoBackTo, MergeDown, PutOnOverlays
 from ..module_utils._domain.live import Live, MergeRunningDown, PutRunningOn
 from ..module_utils._domain.merge_old import merge_old

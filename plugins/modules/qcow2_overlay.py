@@ -442,15 +442,9 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils._base.errors import Refusal
 from ..module_utils._base.signals import ending_cleanly
-from ..module_utils._disk.build import MakeOverlays
-from ..module_utils._disk.commit import CommitRequest
-from ..module_utils._disk.merge import MergeLayers
-from ..module_utils._disk.overlay import OverlayRequest
-from ..module_utils._disk.retire import DELETE, KEEP
-from ..module_utils._disk.revert import GoBack
-from ..module_utils._disk.revert_rules import RevertRequest
 from ..module_utils._disk.run import run
 from ..module_utils._disk.session import Operation, Settings
+from ..module_utils._disk.verdict import DELETE, KEEP
 from ..module_utils._module import Module, Report
 from ..module_utils._module import run as run_module
 from ..module_utils._options import (
@@ -465,6 +459,11 @@ from ..module_utils._options import (
 )
 from ..module_utils._verified import verified, verify_spec
 
+if t.TYPE_CHECKING:
+    from ..module_utils._disk.commit import CommitRequest
+    from ..module_utils._disk.overlay import OverlayRequest
+    from ..module_utils._disk.revert_rules import RevertRequest
+
 
 class State(t.NamedTuple):
     """What one value of the option state means."""
@@ -474,7 +473,28 @@ class State(t.NamedTuple):
     without: t.Iterable[str]  # options that have no meaning
 
 
+# What only one state needs is imported where it begins: a host compiles all that is imported, at each call.
+def _making(params: dict[str, t.Any]) -> Operation[t.Any, t.Any]:
+    from ..module_utils._disk.build import MakeOverlays
+
+    return MakeOverlays(attributes_from(params))
+
+
+def _merging(_params: dict[str, t.Any]) -> Operation[t.Any, t.Any]:
+    from ..module_utils._disk.merge import MergeLayers
+
+    return MergeLayers()
+
+
+def _going_back(_params: dict[str, t.Any]) -> Operation[t.Any, t.Any]:
+    from ..module_utils._disk.revert import GoBack
+
+    return GoBack()
+
+
 def _to_make(own: dict[str, t.Any]) -> OverlayRequest:
+    from ..module_utils._disk.overlay import OverlayRequest
+
     return OverlayRequest(
         path=own["path"],
         backing_file=own["backing_file"],
@@ -487,6 +507,8 @@ def _to_make(own: dict[str, t.Any]) -> OverlayRequest:
 
 
 def _to_revert(own: dict[str, t.Any]) -> RevertRequest:
+    from ..module_utils._disk.revert_rules import RevertRequest
+
     return RevertRequest(
         path=own["path"],
         backing_file=own["backing_file"],
@@ -497,6 +519,8 @@ def _to_revert(own: dict[str, t.Any]) -> RevertRequest:
 
 
 def _to_commit(own: dict[str, t.Any]) -> CommitRequest:
+    from ..module_utils._disk.commit import CommitRequest
+
     return CommitRequest(
         path=own["path"],
         backing_file=own["backing_file"],
@@ -512,9 +536,9 @@ def _to_commit(own: dict[str, t.Any]) -> CommitRequest:
 OF_NEW_FILES = (*creation_spec(defaults=True), *ownership_spec())
 OF_COMMITS = ("above", *merging_spec())
 STATES = {
-    "present": State(lambda params: MakeOverlays(attributes_from(params)), _to_make, ["retire", *OF_COMMITS]),
-    "committed": State(lambda _params: MergeLayers(), _to_commit, OF_NEW_FILES),
-    "reverted": State(lambda _params: GoBack(), _to_revert, [*OF_NEW_FILES, *OF_COMMITS]),
+    "present": State(_making, _to_make, ["retire", *OF_COMMITS]),
+    "committed": State(_merging, _to_commit, OF_NEW_FILES),
+    "reverted": State(_going_back, _to_revert, [*OF_NEW_FILES, *OF_COMMITS]),
 }
 
 

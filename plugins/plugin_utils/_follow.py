@@ -55,40 +55,36 @@ class Look(t.NamedTuple):
     merges: list[dict[str, t.Any]]  # as in the files of PROGRESS
 
 
-class Following(ActionBase):  # type: ignore[misc]  # Ansible has no types
-    """Call the module of the same name. A merge is followed to its end."""
+class Caller(ActionBase):  # type: ignore[misc]  # Ansible has no types
+    """Calls modules. A merge is followed to its end."""
 
-    _supports_async = True
-
-    def run(self, tmp: None = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
-        """Return what the module returns."""
-        result: dict[str, t.Any] = super().run(tmp, task_vars)
-        if self._task.args.get("state") != "committed" or self._task.check_mode or self._task.async_val:
-            wrap_async = self._task.async_val and not self._connection.has_native_async
-            result.update(self._execute_module(task_vars=task_vars, wrap_async=wrap_async))
-            if not wrap_async:
-                self._remove_tmp_path(self._connection._shell.tmpdir)
-            return result
-        begun = self._begin(task_vars)
+    def call(
+        self, module: str, arguments: dict[str, t.Any], task_vars: dict[str, t.Any], *, tells: bool = True
+    ) -> dict[str, t.Any]:
+        """Return what a module returns. `tells`: whether to show how far a merge is."""
+        if arguments.get("state") != "committed" or self._task.check_mode:
+            return t.cast("dict[str, t.Any]", self._execute_module(module, arguments, task_vars=task_vars))
+        begun = self._begin(module, arguments, task_vars)
         job = begun.get("ansible_job_id")
         if job is None:  # it could not even be started
-            return {**result, **begun}
+            return begun
         # Where Ansible looks by itself is not where it wrote, if the home of the user is not the one of the process.
-        ended = self._follow(Job(str(job), posixpath.dirname(begun["results_file"])), task_vars or {})
-        return {**result, **{key: value for key, value in ended.items() if key not in _OF_THE_JOB}}
+        ended = self._follow(Job(str(job), posixpath.dirname(begun["results_file"])), task_vars, tells=tells)
+        return {key: value for key, value in ended.items() if key not in _OF_THE_JOB}
 
-    def _begin(self, task_vars: dict[str, t.Any] | None) -> dict[str, t.Any]:
+    def _begin(self, module: str, arguments: dict[str, t.Any], task_vars: dict[str, t.Any]) -> dict[str, t.Any]:
         """Start the module as a job; return what Ansible says of that."""
         self._task.async_val = _LIMIT
         try:
-            return t.cast("dict[str, t.Any]", self._execute_module(task_vars=task_vars, wrap_async=True))
+            return t.cast(
+                "dict[str, t.Any]", self._execute_module(module, arguments, task_vars=task_vars, wrap_async=True)
+            )
         finally:
             self._task.async_val = 0  # or Ansible would wait for it, in its own way, without a word
 
-    def _follow(self, job: Job, task_vars: dict[str, t.Any]) -> dict[str, t.Any]:
+    def _follow(self, job: Job, task_vars: dict[str, t.Any], *, tells: bool) -> dict[str, t.Any]:
         """Return the result of the job once it has ended."""
         host = str(task_vars.get("inventory_hostname", "localhost"))
-        tells = boolean(task_vars.get(_QUIET, True), strict=False)
         looks, was_alive, lost_since = 0, True, 0.0
         while True:
             time.sleep(_PAUSES[looks] if looks < len(_PAUSES) else _PAUSE)
@@ -137,6 +133,22 @@ class Following(ActionBase):  # type: ignore[misc]  # Ansible has no types
         if reset is not None:
             with contextlib.suppress(AnsibleConnectionFailure):  # the next look tells
                 reset()
+
+
+class Following(Caller):
+    """Call the module of the same name."""
+
+    _supports_async = True
+
+    def run(self, tmp: None = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
+        """Return what the module returns."""
+        result: dict[str, t.Any] = super().run(tmp, task_vars)
+        if self._task.async_val:
+            wrap_async = not self._connection.has_native_async
+            return {**result, **self._execute_module(task_vars=task_vars, wrap_async=wrap_async)}
+        given = task_vars or {}
+        tells = boolean(self._templar.template(given.get(_QUIET, True)), strict=False)
+        return {**result, **self.call(self._task.action, self._task.args, given, tells=tells)}
 
 
 def _without_result(status: t.Mapping[str, t.Any]) -> dict[str, t.Any]:

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from ansible_collections.kvmfleet.qcow2.plugins.filter.fleet_report import make_fleet_report
 from ansible_collections.kvmfleet.qcow2.plugins.filter.host_report import make_host_report
-from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils import _variables
+from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils import _asked, _variables
 from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils._health.domain import HEALTHS, FindingCode
 from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils._health.healed import SCHEMA_VERSION as HEAL_VERSION
 from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils._health.healed import (
@@ -40,6 +40,8 @@ HEAD = {"started": "2026-01-31T12:00:00Z", "ended": None, "ansible_version": "2.
 OPTIONS = yaml.safe_load((ROLE / "meta/argument_specs.yml").read_text(encoding="utf-8"))["argument_specs"]["main"][
     "options"
 ]
+
+STATES = OPTIONS["overlay_state"]["choices"]
 
 
 def load_validator():
@@ -67,8 +69,9 @@ def names(folder):
 
 
 def test_the_known_variables_are_those_that_role_and_playbook_use():
-    used = names("tasks") | names("vars") | names("defaults")
-    assert used - {"overlay_result"} == set(OPTIONS)
+    read = {_asked.PREFIX + name for state in STATES for name in _asked.variables(state)}
+    used = {"overlay_state", *read} | names("tasks") | names("vars") | names("defaults")
+    assert used - {"overlay_result", "overlay_host"} == set(OPTIONS)
     of_playbook = set(NAME.findall(PLAYBOOK)) - set(OPTIONS) - {"overlay_result"}
     assert of_playbook == set(_variables.OF_PLAYBOOK)
     assert _variables.known_variables() == {*OPTIONS, *_variables.OF_PLAYBOOK, "overlay_result"}

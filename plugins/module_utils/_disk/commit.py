@@ -17,11 +17,11 @@ from .._qemu.locks import below_running_vm, in_use
 from .bitmap_rules import bitmap_problems, carries_over, names_of
 from .fates import DISABLED, INCONSISTENT, Fate, Named, fates, fault_below, wrongly_mended
 from .overlay import SkippedBitmap, name_problems
-from .retire import DELETE, How, is_kept
+from .retire import is_kept
 from .revert_rules import Retired
 from .stages import CARRIED, GIVEN, REBUILT, Seen, Stage, named
 from .vault import MARK, MAX_NAME, Vault
-from .verdict import COMMITTED, FAILED, Need, problem_fields
+from .verdict import COMMITTED, DELETE, FAILED, How, Need, problem_fields
 
 # How the data gets into BASE.
 SHARED = "shared"  # by extents that both files share

@@ -20,10 +20,8 @@ from .._base.files import OpenImage, close, identity_of
 from .begun import remove_sign
 from .observe import why_not_writable
 from .publish import open_to_list, rename_without_replacing
+from .verdict import KEEP, How
 
-How = t.Literal["delete", "keep"]
-DELETE: How = "delete"
-KEEP: How = "keep"
 _KEPT = re.compile(r"\.(reverted|committed)(\.[0-9]+)?$")
 
 

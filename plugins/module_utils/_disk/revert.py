@@ -28,13 +28,13 @@ from .._qemu import locks
 from .._qemu.settled import is_open_for_writing, read_settled
 from . import revert_rules
 from .begun import find_sign
-from .retire import DELETE, KEEP, How, all_kept, kept_path, retire, stands, why_not_retired
+from .retire import all_kept, kept_path, retire, stands, why_not_retired
 from .revert_rules import Going, Observed, Retired, RevertRequest, RevertVerdict
 from .session import Held, Images
 from .siblings import all_standing_on
 from .unfinished import HEALING, why_in_the_way
 from .vault import SUFFIX
-from .verdict import ABSENT, FAILED
+from .verdict import ABSENT, DELETE, FAILED, KEEP, How
 
 _SUFFIX = "reverted"
 

@@ -17,9 +17,8 @@ from .._qcow2.chain import Layer, relative_data_file, why_unusable
 from .._qemu.locks import in_use
 from .bitmap_rules import carries_over, names_of
 from .overlay import name_problems
-from .retire import KEEP, How
 from .vault import MARK
-from .verdict import ABSENT, FAILED, REVERTED, problem_fields
+from .verdict import ABSENT, FAILED, KEEP, REVERTED, How, problem_fields
 
 
 class RevertRequest(t.NamedTuple):

@@ -34,14 +34,14 @@ from .observe import ObservedChain, free_bytes, observe_chain
 from .overlay import CUMULATIVE, OverlayRequest, OverlayVerdict, SkippedBitmap
 from .progress import telling
 from .publish import publish_unlocked
-from .retire import DELETE, KEEP, How, is_kept, kept_path, retire, why_not_retired
+from .retire import is_kept, kept_path, retire, why_not_retired
 from .revert_rules import Retired
 from .session import Held, Images, failed_by
 from .siblings import standing_on
 from .stages import Seen, named
 from .survey import KEPT_AS, vault_place
 from .vault import find_vault
-from .verdict import ABSENT, COMMITTED, FAILED, PRESENT, Need
+from .verdict import ABSENT, COMMITTED, DELETE, FAILED, KEEP, PRESENT, How, Need
 
 _LEAST_GRANULARITY = 4096  # bytes; between this and the next QEMU takes the size of a cluster
 _MOST_GRANULARITY = 65536

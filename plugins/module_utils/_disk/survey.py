@@ -25,14 +25,14 @@ from .carry import Wanted
 from .commit import CommitRequest, CommitVerdict, Work
 from .fates import DISABLED, REASONS
 from .observe import observe_chain
-from .retire import KEEP, is_kept, kept_path
+from .retire import is_kept, kept_path
 from .revert_rules import Retired
 from .room import can_share, need_of
 from .session import Held
 from .siblings import all_standing_on
 from .stages import Seen
 from .vault import MARK, Content, Vault, find_vault, is_as_kept, open_vault, place_of, read_vault
-from .verdict import ABSENT, COMMITTED, FAILED
+from .verdict import ABSENT, COMMITTED, FAILED, KEEP
 
 KEPT_AS = "committed"  # the suffix of an image that went in and is kept
 

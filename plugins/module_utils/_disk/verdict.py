@@ -22,6 +22,10 @@ SKIPPED = "skipped"
 FAILED = "failed"
 # The states of what was done, or what check mode says would be done, and what a second run must find then.
 AFTER = {CREATED: PRESENT, COMMITTED: ABSENT, REVERTED: ABSENT}
+# What becomes of an image that no VM needs any more.
+How = t.Literal["delete", "keep"]
+DELETE: How = "delete"
+KEEP: How = "keep"
 
 
 class Request(t.Protocol):

@@ -15,8 +15,9 @@ import typing as t
 from .._base.attributes import AttributeOptions
 from .._base.errors import Refusal
 from .._disk.commit import CommitRequest
-from .._disk.retire import KEEP, is_kept
+from .._disk.retire import is_kept
 from .._disk.running import Begin, Known, MakeForRunning, MergeRunning
+from .._disk.verdict import KEEP
 from .._libvirt.connection import Domain, Kept, Libvirt
 from .._libvirt.definition import Definition, DomainDisk
 from .._libvirt.jobs import Merge, merge_down

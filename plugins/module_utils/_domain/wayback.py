@@ -17,10 +17,11 @@ from .._base.errors import Refusal
 from .._base.files import open_image
 from .._disk.begun import find_sign
 from .._disk.commit import CommitRequest
-from .._disk.retire import DELETE, KEEP, How, is_kept
+from .._disk.retire import is_kept
 from .._disk.revert_rules import RevertRequest
 from .._disk.siblings import Above, overlays_in
 from .._disk.vault import find_vault, open_vault, place_of, read_vault
+from .._disk.verdict import DELETE, KEEP, How
 from .._libvirt.connection import Domain, Kept
 from .._libvirt.definition import Source
 from .._qcow2.chain import Layer, read_head
