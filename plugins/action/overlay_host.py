@@ -14,7 +14,7 @@ import contextlib
 import signal
 import typing as t
 
-from ansible.errors import AnsibleConnectionFailure
+from ansible.errors import AnsibleActionFail, AnsibleConnectionFailure, AnsibleError
 from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils._asked import PREFIX, PRESENT, asked, variables
 from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils._follow import Caller
 from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils._host_run import HostRun, NoResultError
@@ -49,7 +49,7 @@ class ActionModule(Caller):
             return {**result, "mistake": wish.mistake}
         self._seconds, self._tells = wish.timeout, wish.progress
         # Of what was to be installed first.
-        installed = self._values([_FACTS, _WAITING_FOR]) if wish.installs else {}
+        installed = self._values([_FACTS, _WAITING_FOR]) if wish.installs and not wish.mistake else {}
         host = HostRun(wish, self._called, installed.get(_WAITING_FOR, ()), check_mode=self._task.check_mode)
         if installed.get(_FACTS, {}).get("unreachable"):
             host.unreachable(installed[_FACTS])
@@ -59,8 +59,13 @@ class ActionModule(Caller):
 
     def _values(self, names: t.Sequence[str]) -> dict[str, t.Any]:
         """Return the values of those variables that are set; one that is omitted is not."""
-        raw = {name: self._given[name] for name in names if name in self._given}
-        values: dict[str, t.Any] = self._templar.template(raw)
+        values: dict[str, t.Any] = {}
+        for name in names:
+            if name in self._given:
+                try:
+                    values.update(self._templar.template({name: self._given[name]}))
+                except AnsibleError as exc:
+                    raise AnsibleActionFail(f"{name}: {exc}") from exc
         # What ansible-core before 2.19 has in place of what is omitted, which it does not take out by itself.
         omitted = self._given.get("omit")
         return _without(values, omitted) if isinstance(omitted, str) else values

@@ -89,6 +89,7 @@ def asked(state: str, given: t.Mapping[str, t.Any], unknown: t.Sequence[str]) ->
     names = given.get("domains", ["*"] if "snapshot" in given or picks else [])
     domains = names if isinstance(names, str) else [str(name) for name in _flat([names])]
     disks = given.get("disks") or []  # an empty key is none
+    seconds = str(given.get("task_timeout") or 0)
     options = {}
     if disks:
         options[DISKS] = {"overlays": disks, **_options(DISKS, state, given)}
@@ -102,7 +103,7 @@ def asked(state: str, given: t.Mapping[str, t.Any], unknown: t.Sequence[str]) ->
         domains,
         boolean(given.get("all_or_none", False)),
         boolean(given.get("install", False)),
-        int(given.get("task_timeout") or 0),
+        int(seconds) if seconds.isdecimal() else 0,
         boolean(given.get("progress", True)),
         " ".join(unknown) or _mistake(given, domains, picks=picks),
     )
@@ -119,6 +120,8 @@ def _options(module: str, state: str, given: t.Mapping[str, t.Any]) -> dict[str,
 
 def _mistake(given: t.Mapping[str, t.Any], domains: str | list[str], *, picks: bool) -> str:
     """Return what is wrong with the wish. An empty list is an answer; nothing at all is most likely a mistake."""
+    if not str(given.get("task_timeout") or 0).isdecimal():
+        return f"overlay_task_timeout={given['task_timeout']} must be a number of seconds."
     if "snapshot" in given:
         snapshot = given["snapshot"]
         if snapshot is None or not str(snapshot).strip():

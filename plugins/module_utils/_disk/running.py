@@ -160,10 +160,13 @@ class MergeRunning(MergeLayers):
 
     An image that the VM does not have any more, and that stands on an image of it, is left over from a run that was
     ended; or somebody has put the VM back to the image below. Which of both nobody can tell, so it is kept.
+
+    `gone`: paths of images that are there only because check mode has not retired them.
     """
 
-    def __init__(self, hypervisor: Hypervisor) -> None:
+    def __init__(self, hypervisor: Hypervisor, gone: t.Collection[str] = ()) -> None:
         self._hypervisor = hypervisor
+        self._gone = frozenset(map(os.path.realpath, gone))
         self._ended: Interrupted | None = None
 
     def judge(self, request: CommitRequest, held: Held) -> CommitVerdict:
@@ -178,6 +181,7 @@ class MergeRunning(MergeLayers):
             return self.refused(request, wrong)
         known = self._hypervisor.known(request.vm, [request.path, request.backing_file])
         seen = _see(request, chain, depth, held)
+        seen = seen._replace(others=tuple(one for one in seen.others if os.path.realpath(one) not in self._gone))
         problems = [*commit.image_problems(seen), *commit.size_problems(seen), *_problems(request, seen, known, held)]
         return self.refused(request, problems) if problems else self._promise(request, seen, known, held)
 

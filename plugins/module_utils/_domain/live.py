@@ -110,7 +110,7 @@ class MergeRunningDown(_OfRunning, MergeDown):
 
     def operation(self, daemon: Libvirt, domains: t.Sequence[Domain]) -> MergeRunning:
         """Return what is done to the images."""
-        return MergeRunning(RunningDomains(daemon, domains))
+        return MergeRunning(RunningDomains(daemon, domains), self._request.gone)
 
     def plan(self, domain: Domain, facts: t.Sequence[DiskFacts], _kept: Kept) -> DomainPlan:
         """Return what is to become of a domain, as far as that can be said without its images' bitmaps."""

@@ -10,9 +10,10 @@ They are picked once, since each merge writes to the image from whose last write
 from __future__ import annotations
 
 import os
+import re
 import typing as t
 
-from .._base.errors import Refusal
+from .._base.errors import Refusal, printable
 from .._disk.session import Settings
 from .._disk.verdict import COMMITTED, FAILED
 from .._libvirt.connection import Domain, Libvirt
@@ -21,7 +22,7 @@ from .inventory import DiskFacts, Inventory
 from .plan import DomainOutcome
 from .retention import OwnImage, Picked, Retention, Step, pick, steps
 from .run import Aim, Call
-from .wayback import WayBack, begun_merge
+from .wayback import WayBack, begun_merge, signed_leftovers
 
 _BLOCK = 512  # bytes, of st_blocks
 MakeAims = t.Callable[[WayBack], t.Sequence[Aim]]
@@ -43,7 +44,7 @@ def merge_old(
     settings: Settings,
 ) -> tuple[list[DomainOutcome], list[str]]:
     """Merge down what is old; return what became of each domain, and warnings. `request` says the rest."""
-    old = _find_old(daemon, names, request.targets, retention)
+    old = _find_old(daemon, names, request, retention)
     outcomes: dict[str, DomainOutcome] = {}
     warnings: list[str] = []
     # A domain without anything old is in the first round all the same, so that it is told of.
@@ -52,13 +53,46 @@ def merge_old(
         goes_on = [one.name for one in outcomes.values() if one.uuid in own and one.state != FAILED]
         if number and not goes_on:
             continue
-        call = Call(daemon, goes_on if number else names, make_aims(request._replace(steps=own)), settings)
+        gone = [path for one in outcomes.values() for path in _merged(one)] if settings.check_mode else []
+        aims = make_aims(request._replace(steps=own, gone=gone))
+        call = Call(daemon, goes_on if number else names, aims, settings)
         found, more = call.run()
         warnings += more
         for one in found:
-            outcomes[one.name] = _together(outcomes[one.name], one) if one.name in outcomes else one
+            first = outcomes.get(one.name)
+            then = _as_after(first, one) if first is not None and settings.check_mode else one
+            outcomes[one.name] = then if first is None else _together(first, then)
     told = [one._replace(picked=old[one.uuid].picked) if one.uuid in old else one for one in outcomes.values()]
     return told, list(dict.fromkeys(warnings))
+
+
+def _as_after(first: DomainOutcome, then: DomainOutcome) -> DomainOutcome:
+    """Return the prediction of a round, for which the images are still there that the first one is to merge down."""
+    into = _merged(first)
+
+    def moved(verdict: t.Any) -> t.Any:
+        base = verdict.request.backing_file
+        return verdict._replace(request=verdict.request._replace(backing_file=into.get(base, base)))
+
+    before, after = then.diff
+    for path, base in into.items():
+        before, after = (_renamed(text, path, base) for text in (before, after))
+    return then._replace(
+        overlays=tuple((target, moved(verdict)) for target, verdict in then.overlays),
+        tops={target: into.get(top, top) for target, top in then.tops.items()},
+        diff=(before, after),
+    )
+
+
+def _merged(outcome: DomainOutcome) -> dict[str, str]:
+    """Return what a domain's images went into, by path."""
+    requests = [verdict.request for _target, verdict in outcome.overlays if verdict.state == COMMITTED]
+    return {request.path: request.backing_file for request in requests}
+
+
+def _renamed(diff: str, path: str, base: str) -> str:
+    """Return a diff with another image in its place, which is in an element or at the end of a line."""
+    return re.sub(f"{re.escape(printable(path))}(?=['\"\n])", lambda _found: printable(base), diff)
 
 
 def _together(first: DomainOutcome, then: DomainOutcome) -> DomainOutcome:
@@ -73,19 +107,20 @@ def _together(first: DomainOutcome, then: DomainOutcome) -> DomainOutcome:
     )
 
 
-def _find_old(
-    daemon: Libvirt, names: t.Sequence[str], targets: tuple[str, ...] | None, retention: Retention
-) -> dict[str, _Old]:
+def _find_old(daemon: Libvirt, names: t.Sequence[str], request: WayBack, retention: Retention) -> dict[str, _Old]:
     """Return by its UUID what is to be merged down of each domain."""
     inventory = Inventory(daemon.domains())
     found, _unmatched = inventory.select(names)
     old = {}
     for domain in found:
         if isinstance(domain, Domain):
+            targets = request.targets
             disks = [one for one in domain.definition.disks if targets is None or one.target in targets]
             facts = [inventory.facts(domain, disk) for disk in disks]
             images = [image for one in facts for image in _own_images(domain.uuid, one)]
-            begun = list(dict.fromkeys(name for one in facts for name in _begun(domain.uuid, one)))
+            # What is left over stands on images that others are to go into, so it goes first.
+            left = [name for one in facts for name in signed_leftovers(domain, one, request)]
+            begun = list(dict.fromkeys([*left, *(name for one in facts for name in _begun(domain.uuid, one))]))
             picked = pick(images, begun, retention)
             # libvirt merges one image of a running domain at a time.
             old[domain.uuid] = _Old(tuple(picked), tuple(steps(picked, images, joins=domain.state is None)))

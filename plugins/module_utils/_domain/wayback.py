@@ -50,6 +50,7 @@ class WayBack(t.NamedTuple):
     directory: str | None = None  # where overlays were made, if not beside the images below
     lowest: str | None = None  # the snapshot further down that is merged down with it; all in between are, too
     steps: t.Mapping[str, Step] | None = None  # by the UUID of the domain, instead of the two above
+    gone: t.Collection[str] = ()  # paths of images that check mode has not retired, although a run would have
 
     def of(self, domain: Domain) -> WayBack:
         """Return what is wanted of this domain."""
@@ -318,6 +319,20 @@ def left_over(facts: DiskFacts, request: WayBack, mark: Mark) -> Left | None:
     """Return the snapshot that stands on the disk's image, if a run was killed before it was retired."""
     standing = standing_on(facts.layers[0], request)
     return next((Left(one.path) for one in standing if not is_kept(one.path) and bears(one.path, mark)), None)
+
+
+def signed_leftovers(domain: Domain, facts: DiskFacts, request: WayBack) -> t.Iterator[str]:
+    """Yield the snapshots of a disk that went in while its VM ran, or may have, in a run that was killed meanwhile."""
+    chain = {layer.identity for layer in facts.layers}
+    for layer in facts.own:
+        for one in standing_on(layer, request):
+            if one.identity in chain or is_kept(one.path):
+                continue
+            with contextlib.suppress(Refusal, OSError), open_image(one.path) as file:
+                mark = read_head(file).mark
+                is_ours = mark is not None and (mark.vm, mark.target) == (domain.uuid, facts.disk.target)
+                if mark is not None and is_ours and find_sign(file) is not None:
+                    yield mark.snapshot
 
 
 def standing_on(layer: Layer, request: WayBack) -> list[Above]:

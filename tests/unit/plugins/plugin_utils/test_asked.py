@@ -110,6 +110,8 @@ def test_a_name_that_is_as_it_was_written_is_taken(snapshot):
         ("present", {"domains": ["web"]}, "needs overlay_snapshot"),
         ("present", {"domains": ["web"], "disks": [DISK]}, "needs overlay_snapshot"),
         ("reverted", {"older_than": "30d"}, "Nothing was asked for"),
+        ("present", {"snapshot": "s", "task_timeout": "5m"}, "overlay_task_timeout=5m must be a number of seconds"),
+        ("present", {"snapshot": "s", "task_timeout": -1}, "overlay_task_timeout=-1 must be a number of seconds"),
         ("committed", {"older_than": "30d", "snapshot": "monday"}, "and not both"),
         ("committed", {"keep": 0, "snapshot": "monday"}, "and not both"),
     ],
@@ -126,3 +128,8 @@ def test_only_what_has_a_meaning_is_looked_into():
     assert "speed" not in variables("present")
     assert "owner" not in variables("committed")
     assert {"targets", "directory", "timeout", "task_timeout"} <= set(variables("reverted"))
+
+
+@pytest.mark.parametrize("given, seconds", [({}, 0), ({"task_timeout": None}, 0), ({"task_timeout": "600"}, 600)])
+def test_a_call_may_take_so_many_seconds(given, seconds):
+    assert asked("present", {"snapshot": "s", **given}, ()).timeout == seconds

@@ -175,6 +175,13 @@ def test_a_merged_image_goes_and_check_mode_says_so(tmp_path, disk):
     assert states(merge([request], Hypervisor())) == ["absent"]
 
 
+def test_check_mode_takes_for_gone_what_another_call_is_to_retire(tmp_path, disk):
+    path, left = overlay(tmp_path / "disk.tue.qcow2", disk), overlay(tmp_path / "disk.mon.qcow2", disk)
+    request = CommitRequest(path, disk, vm="web")
+    assert merge([request], Hypervisor(), CHECK).failures[0].code == "has_overlay"
+    assert states(run(MergeRunning(Hypervisor(), [left]), [request], CHECK)) == ["committed"]
+
+
 def test_an_image_without_the_mark_is_kept(tmp_path, disk):
     path = overlay(tmp_path / "disk.mon.qcow2", disk, mark=None)
     (verdict,) = merge([CommitRequest(path, disk, vm="web")], Hypervisor()).verdicts
