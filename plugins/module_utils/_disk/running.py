@@ -180,14 +180,19 @@ class MergeRunning(MergeLayers):
         if wrong:
             return self.refused(request, wrong)
         known = self._hypervisor.known(request.vm, [request.path, request.backing_file])
-        seen = _see(request, chain, depth, held)
+        is_left_over = not self._hypervisor.has(request)
+        # What is left over is put aside, and nothing below it changes: what stands there may be the VM's.
+        seen = _see(request, chain, depth, held, is_left_over=is_left_over)
         seen = seen._replace(others=tuple(one for one in seen.others if os.path.realpath(one) not in self._gone))
         problems = [*commit.image_problems(seen), *commit.size_problems(seen), *_problems(request, seen, known, held)]
-        return self.refused(request, problems) if problems else self._promise(request, seen, known, held)
+        if problems:
+            return self.refused(request, problems)
+        return self._promise(request, seen, known, held, is_left_over=is_left_over)
 
-    def _promise(self, request: CommitRequest, seen: Seen, known: Known, held: Held) -> CommitVerdict:
+    def _promise(
+        self, request: CommitRequest, seen: Seen, known: Known, held: Held, *, is_left_over: bool
+    ) -> CommitVerdict:
         """Return the verdict for the case that nothing is wrong."""
-        is_left_over = not self._hypervisor.has(request)
         mark = seen.top.mark
         how: How = DELETE if not is_left_over and mark is not None and mark.vm == request.vm else KEEP
         kept = kept_path(request.path, KEPT_AS) if KEEP in (how, request.retire) else None
@@ -293,11 +298,12 @@ def _is_relative(request: CommitRequest, held: Held) -> bool:
     return above is not None and all(name is not None and not os.path.isabs(name) for name in names)
 
 
-def _see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, held: Held) -> Seen:
+def _see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, held: Held, *, is_left_over: bool) -> Seen:
     """Return what stands there. Of the bitmaps it tells nothing."""
     ours = [*([held.image(request.above).identity] if request.above else []), *(one.identity for one in chain)]
-    folders = [os.path.dirname(layer.real_path) for layer in chain[: depth + 1] if not layer.is_device]
-    standing = [path for layer in chain[: depth + 1] for path in standing_on(layer.identity, folders, ours)]
+    changing = chain[: depth if is_left_over else depth + 1]
+    folders = [os.path.dirname(layer.real_path) for layer in changing if not layer.is_device]
+    standing = [path for layer in changing for path in standing_on(layer.identity, folders, ours)]
     return Seen(
         chain=chain,
         depth=depth,

@@ -347,6 +347,27 @@ def test_an_image_that_another_one_stands_on(tmp_path, disk):
     assert states(merge([CommitRequest(path, disk, vm="web")], Hypervisor())) == ["committed"]
 
 
+def test_what_is_left_over_is_put_aside_though_the_vm_stands_on_the_image_below(tmp_path, disk):
+    left = overlay(tmp_path / "mon.qcow2", disk)
+    overlay(tmp_path / "tue.qcow2", disk, OF_WEB._replace(snapshot="tue"))  # what the VM has now
+    hypervisor = Hypervisor()
+    hypervisor.gone.add(left)
+    request = CommitRequest(left, disk, vm="web")
+    foretold, outcome = merge([request], hypervisor, CHECK), merge([request], hypervisor)
+    assert foretold.as_result("x")["x"] == outcome.as_result("x")["x"]
+    assert states(outcome) == ["committed"]
+    assert sorted(os.listdir(tmp_path)) == ["disk.qcow2", "mon.qcow2.committed", "tue.qcow2"]
+
+
+def test_what_is_left_over_stays_if_another_image_stands_on_it(tmp_path, disk):
+    left = overlay(tmp_path / "mon.qcow2", disk)
+    overlay(tmp_path / "clone.qcow2", left, None)
+    hypervisor = Hypervisor()
+    hypervisor.gone.add(left)
+    outcome = merge([CommitRequest(left, disk, vm="web")], hypervisor)
+    assert [failure.code for failure in outcome.failures] == ["has_overlay"]
+
+
 def test_an_overlay_that_is_smaller_than_the_image_below(tmp_path):
     base = qemu.create(tmp_path / "base.qcow2", "2M")
     path = overlay(tmp_path / "mon.qcow2", base)
