@@ -25,7 +25,7 @@ between=("2.19 3.11 3.9" "2.20 3.12 3.13")
 [ -z "${LEG:-}" ] || { legs=("$LEG"); between=(); }
 # The groups of cases of the target domain_overlay that run with one core alone when both run, or they would take half as long
 # again. What is not here depends most on Ansible and on Python. One leg alone runs all.
-declare -A only_with=([healed]=2.18 [tools]=2.18 [refused]=2.18 [failures]=2.18 [started]=2.18 [restarted]=2.18
+declare -A only_with=([healed]=2.18 [tools]=2.18 [refused]=2.18 [failures]=2.18 [started]=2.18 [restarted]=2.18 [retention]=2.18
   [kinds]=2.21 [names]=2.21 [volumes]=2.21 [info]=2.21 [health]=2.21 [quiesced]=2.21)
 system_core=2.19  # for a machine with one Python only, such as a fresh Debian
 
