@@ -101,10 +101,10 @@ def asked(state: str, given: t.Mapping[str, t.Any], unknown: t.Sequence[str]) ->
         state,
         options,
         domains,
-        boolean(given.get("all_or_none", False)),
-        boolean(given.get("install", False)),
+        boolean(given.get("all_or_none") or False),  # an empty key is none
+        boolean(given.get("install") or False),
         int(seconds) if seconds.isdecimal() else 0,
-        boolean(given.get("progress", True)),
+        given.get("progress") is None or boolean(given["progress"]),
         " ".join(unknown) or _mistake(given, domains, picks=picks),
     )
 

@@ -133,3 +133,11 @@ def test_only_what_has_a_meaning_is_looked_into():
 @pytest.mark.parametrize("given, seconds", [({}, 0), ({"task_timeout": None}, 0), ({"task_timeout": "600"}, 600)])
 def test_a_call_may_take_so_many_seconds(given, seconds):
     assert asked("present", {"snapshot": "s", **given}, ()).timeout == seconds
+
+
+@pytest.mark.parametrize("empty", [{}, {"all_or_none": None, "install": None, "progress": None}])
+def test_an_empty_key_is_none(empty):
+    wish = asked("present", {"snapshot": "s", **empty}, ())
+    assert (wish.all_or_none, wish.installs, wish.progress) == (False, False, True)
+    wish = asked("present", {"snapshot": "s", "all_or_none": "yes", "install": True, "progress": "no"}, ())
+    assert (wish.all_or_none, wish.installs, wish.progress) == (True, True, False)
