@@ -103,10 +103,13 @@ class ActionModule(Caller):
 def _told(host: HostRun) -> dict[str, t.Any]:
     """Return what Ansible shows and counts of the results of modules."""
     lost = next((one for one in host.results if one.get("unreachable")), None)
+    # Which Python was discovered, so that the next task need not look for it.
+    facts = {name: fact for one in host.results for name, fact in (one.get("ansible_facts") or {}).items()}
     return {
         "changed": any(one.get("changed") for one in host.runs),
         "diff": [one["diff"] for one in host.runs if one.get("diff")],
         **{key: _each_once(one.get(key) for one in host.results) for key in ("warnings", "deprecations")},
+        **({"ansible_facts": facts} if facts else {}),
         **({"unreachable": True, "msg": lost["msg"]} if lost else {}),
     }
 
