@@ -41,7 +41,7 @@ OPTIONS = yaml.safe_load((ROLE / "meta/argument_specs.yml").read_text(encoding="
     "options"
 ]
 
-STATES = OPTIONS["overlay_state"]["choices"]
+OVERLAY_STATES = OPTIONS["overlay_state"]["choices"]
 
 
 def load_validator():
@@ -69,7 +69,7 @@ def names(folder):
 
 
 def test_the_known_variables_are_those_that_role_and_playbook_use():
-    read = {_asked.PREFIX + name for state in STATES for name in _asked.variables(state)}
+    read = {_asked.PREFIX + name for state in OVERLAY_STATES for name in _asked.variables(state)}
     used = {"overlay_state", *read} | names("tasks") | names("vars") | names("defaults")
     assert used - {"overlay_result", "overlay_host"} == set(OPTIONS)
     of_playbook = set(NAME.findall(PLAYBOOK)) - set(OPTIONS) - {"overlay_result"}
