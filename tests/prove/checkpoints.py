@@ -129,7 +129,8 @@ class Mended:
     def subjects(self) -> tuple[str, ...]:
         """With one of which each message begins."""
         ground = self._ground
-        return (str(ground.place), "libvirt cannot ", ground.daemon.uri, *(f"{name}: " for name in ground.numbers))
+        shared = str(ground.place.parents[1] / "below.qcow2")  # which a run in another lab may hold just now
+        return (str(ground.place), shared, "libvirt cannot ", ground.daemon.uri, *(f"{name}: " for name in ground.numbers))
 
     def prepare(self) -> None:
         """Note nothing: libvirt gives the images to the user of QEMU, and bitmaps of each image may go."""
