@@ -130,7 +130,13 @@ class Mended:
         """With one of which each message begins."""
         ground = self._ground
         shared = str(ground.place.parents[1] / "below.qcow2")  # which a run in another lab may hold just now
-        return (str(ground.place), shared, "libvirt cannot ", ground.daemon.uri, *(f"{name}: " for name in ground.numbers))
+        return (
+            str(ground.place),
+            shared,
+            "libvirt cannot ",
+            ground.daemon.uri,
+            *(f"{name}: " for name in ground.numbers),
+        )
 
     def prepare(self) -> None:
         """Note nothing: libvirt gives the images to the user of QEMU, and bitmaps of each image may go."""
