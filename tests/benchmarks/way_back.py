@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -109,8 +110,8 @@ class Pair(t.NamedTuple):
         return self.folder / "base"
 
 
-def module(name: str, /, **options: t.Any) -> Job:
-    """Return a module in a Python of its own, as Ansible starts it on a host."""
+def module(name: str, options: dict[str, t.Any]) -> Job:
+    """Return a module with its options in a Python of its own, as Ansible starts it on a host."""
     return Job([[sys.executable, "-m", f"{MODULES}.{name}"]], json.dumps({"ANSIBLE_MODULE_ARGS": options}))
 
 
@@ -249,7 +250,7 @@ def commit_ways(pair: Pair, libvirt: Libvirt) -> list[Way]:
     copy = str(pair.folder / "copy")
     overlays = [{"path": top, "backing_file": base}]
     return [
-        Way("module", lambda: module("qcow2_overlay", state="committed", overlays=overlays)),
+        Way("module", lambda: module("qcow2_overlay", {"state": "committed", "overlays": overlays})),
         Way("shell", lambda: Job([["bash", "-c", SHELL_COMMIT, "bash", top, base]])),
         Way(
             "libvirt",
@@ -425,7 +426,7 @@ def rebuilds(libvirt: Libvirt, rounds: int) -> list[str]:
         top, backup = str(pair.top), str(folder / "backup")
         convert = ["qemu-img", "convert", "-f", "qcow2", "-O", "qcow2", top, backup]
         ways = [
-            Way("module", lambda: module("qcow2_bitmap", state="valid", path=top)),
+            Way("module", lambda: module("qcow2_bitmap", {"state": "valid", "path": top})),
             Way("full backup", lambda: Job([convert, ["sync", backup]])),
         ]
 
@@ -443,7 +444,6 @@ def rebuilds(libvirt: Libvirt, rounds: int) -> list[str]:
 def live(libvirt: Libvirt, rounds: int) -> list[str]:
     """Take snapshots of running domains, each of which has two checkpoints."""
     lines = []
-    numbers = iter(range(1_000_000))
     with mounted(libvirt, "ext4", 12 * GiB) as folder:
         for count in (1, 10, 50):
             names = [f"live{count}-{number}" for number in range(count)]
@@ -454,28 +454,34 @@ def live(libvirt: Libvirt, rounds: int) -> list[str]:
                     f"define {name} \"$(disk vda '{path}')\" > /dev/null; virsh -q start {name};"
                     f"for c in one two; do virsh -q checkpoint-create-as {name} $c > /dev/null; done"
                 )
-            snapshot = ["s0"]
-
-            def prepare(_way: Way, snapshot: list[str] = snapshot) -> None:
-                snapshot[0] = f"s{next(numbers)}"
-
-            def ours(names: list[str] = names, snapshot: list[str] = snapshot) -> Job:
-                options = {"name": names, "snapshot": snapshot[0], "running": "live", "uri": uri_of(libvirt)}
-                return module("domain_overlay", **options)
-
-            def theirs(names: list[str] = names, snapshot: list[str] = snapshot) -> Job:
-                command = ["bash", "-c", VIRSH_SNAPSHOTS, "bash", snapshot[0], str(folder), *names]
-                return Job([command], environment=libvirt.environment)
-
-            def judge(_way: Way, _cost: Cost, names: list[str] = names, snapshot: list[str] = snapshot) -> str:
-                wrong = sum(not is_on(libvirt, name, f"{name}.{snapshot[0]}.qcow2") for name in names)
-                return f"**{wrong} are not on it, or do not record**" if wrong else "right"
-
-            ways = [Way("module", ours, libvirt.daemon), Way("loop of virsh", theirs, libvirt.daemon)]
-            what = f"Snapshot of {side_by_side.count(count, 'running domain')}"
-            lines += measure(Trial(what, ways, prepare, judge, folder), rounds)
+            lines += measure(live_trial(libvirt, folder, names), rounds)
             libvirt.bash(f"for name in {' '.join(names)}; do virsh -q destroy $name; done")
     return lines
+
+
+def live_trial(libvirt: Libvirt, folder: pathlib.Path, names: list[str]) -> Trial:
+    """Return the trial of one snapshot more of these domains."""
+    taken = itertools.count()
+    snapshot = ""
+
+    def prepare(_way: Way) -> None:
+        nonlocal snapshot
+        snapshot = f"s{next(taken)}"
+
+    def ours() -> Job:
+        options = {"name": names, "snapshot": snapshot, "running": "live", "uri": uri_of(libvirt)}
+        return module("domain_overlay", options)
+
+    def theirs() -> Job:
+        command = ["bash", "-c", VIRSH_SNAPSHOTS, "bash", snapshot, str(folder), *names]
+        return Job([command], environment=libvirt.environment)
+
+    def judge(_way: Way, _cost: Cost) -> str:
+        wrong = sum(not is_on(libvirt, name, f"{name}.{snapshot}.qcow2") for name in names)
+        return f"**{wrong} are not on it, or do not record**" if wrong else "right"
+
+    ways = [Way("module", ours, libvirt.daemon), Way("loop of virsh", theirs, libvirt.daemon)]
+    return Trial(f"Snapshot of {side_by_side.count(len(names), 'running domain')}", ways, prepare, judge, folder)
 
 
 def uri_of(libvirt: Libvirt) -> str:
@@ -510,7 +516,7 @@ def health(libvirt: Libvirt, rounds: int) -> list[str]:
                 f"virsh -q snapshot-create-as {name} s --disk-only --no-metadata; virsh -q destroy {name}"
             )
         ways = [
-            Way("module", lambda: module("domain_info", name=["health*"], uri=uri_of(libvirt)), libvirt.daemon),
+            Way("module", lambda: module("domain_info", {"name": ["health*"], "uri": uri_of(libvirt)}), libvirt.daemon),
             Way("loop", lambda: Job([["bash", "-c", LOOK]], environment=libvirt.environment), libvirt.daemon),
         ]
 

@@ -167,6 +167,6 @@ def test_the_next_run_thaws_what_was_left_frozen(number, thaws, frozen):
 def test_a_guest_that_cannot_be_thawed_is_told_of_again_and_again():
     with pytest.raises(UnknownOutcomeError):
         take(Host(failure("end of file"), was_away=None))
-    for _ in range(2):
+    for _time in range(2):
         told = quiesced.thaw_left(Host(thaws=[failure("agent has died")]), DOMAIN)
         assert "cannot be thawed. libvirt says: agent has died" in told
