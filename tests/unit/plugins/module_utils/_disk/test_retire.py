@@ -14,12 +14,11 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import publish, retire
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.retire import (
-    DELETE,
-    KEEP,
     kept_path,
     why_not_kept,
     why_not_retired,
 )
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.verdict import DELETE, KEEP
 
 
 @pytest.fixture(name="path")
