@@ -41,7 +41,8 @@ class ActionModule(Caller):
         result: dict[str, t.Any] = super().run(tmp, task_vars)
         _result, arguments = self.validate_argument_spec({"begin": {"type": "bool", "default": True}})
         self._given = task_vars or {}
-        state = self._values([PREFIX + "state"]).get(PREFIX + "state") or PRESENT
+        state = self._values([PREFIX + "state"]).get(PREFIX + "state")
+        state = PRESENT if state is None else state  # an empty text may have been meant for another one
         names = [PREFIX + name for name in variables(state)]
         given = {name[len(PREFIX) :]: value for name, value in self._values(names).items()}
         wish = asked(state, given, self._values([_UNKNOWN]).get(_UNKNOWN, ()))

@@ -594,6 +594,7 @@ from ..module_utils._domain.run import Aim, Call
 from ..module_utils._domain.wayback import WayBack
 from ..module_utils._libvirt.bindings import LIBVIRT_IMPORT_ERROR
 from ..module_utils._libvirt.connection import Libvirt
+from ..module_utils._libvirt.quiesced import thaw_left
 from ..module_utils._module import Module, Report, require, run
 from ..module_utils._options import (
     MERGING,
@@ -750,7 +751,9 @@ def work(module: AnsibleModule) -> Report:
         request = _way_back(params)
         return _report(*merge_old(daemon, params["name"], request, retention, lambda one: _merge(one, live), settings))
 
-    return verified(once, settings, params, "domains")
+    thawed = thaw_left(lambda: Libvirt(params["uri"]), check_mode=settings.check_mode)
+    report = verified(once, settings, params, "domains")
+    return report._replace(warnings=[*thawed, *report.warnings])
 
 
 def _report(domains: t.Sequence[DomainOutcome], warnings: t.Sequence[str]) -> Report:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import typing as t
 
@@ -86,7 +87,7 @@ def asked(state: str, given: t.Mapping[str, t.Any], unknown: t.Sequence[str]) ->
     `unknown`: a sentence for each variable that is most likely misspelt.
     """
     picks = state == COMMITTED and ("older_than" in given or "keep" in given)
-    names = given.get("domains", ["*"] if "snapshot" in given or picks else [])
+    names = _as_list(given.get("domains", ["*"] if "snapshot" in given or picks else []))
     domains = names if isinstance(names, str) else [str(name) for name in _flat([names])]
     disks = given.get("disks") or []  # an empty key is none
     seconds = str(given.get("task_timeout") or 0)
@@ -104,9 +105,18 @@ def asked(state: str, given: t.Mapping[str, t.Any], unknown: t.Sequence[str]) ->
         boolean(given.get("all_or_none") or False),  # an empty key is none
         boolean(given.get("install") or False),
         int(seconds) if seconds.isdecimal() else 0,
-        given.get("progress") is None or boolean(given["progress"]),
+        given.get("progress") in (None, "") or boolean(given["progress"]),
         " ".join(unknown) or _mistake(given, domains, picks=picks),
     )
+
+
+def _as_list(names: t.Any) -> t.Any:
+    """Return the list that a text is, such as `["web"]` from the command line; a pattern such as `[ab]*` is none."""
+    try:
+        value = ast.literal_eval(names) if isinstance(names, str) else names
+    except (ValueError, SyntaxError):
+        return names
+    return value if isinstance(value, list) else names
 
 
 def _options(module: str, state: str, given: t.Mapping[str, t.Any]) -> dict[str, t.Any]:

@@ -11,6 +11,7 @@ import re
 
 import pytest
 import yaml
+from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils import _asked
 from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils._variables import known_variables
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -94,6 +95,18 @@ def test_private_code_says_so():
     for room in ("module_utils", "plugin_utils"):
         for path in (ROOT / "plugins" / room).rglob("*.py"):
             assert "\n# PRIVATE to this collection: may change at any time.\n" in path.read_text(encoding="utf-8"), path
+
+
+# What the role says by itself, in other words than the module's option.
+SAID_BY_THE_ROLE = {
+    _asked.DISKS: {"state", "overlays", "verify", "all_or_none", "path", "backing_file", "backing_format", "above"},
+    _asked.DOMAINS: {"state", "name", "snapshot", "verify", "all_or_none"},
+}
+
+
+@pytest.mark.parametrize("module", SAID_BY_THE_ROLE)
+def test_each_option_of_a_module_can_be_given_by_a_variable_of_the_role(module):
+    assert set(options(module)) == {*_asked.OPTIONS[module], *SAID_BY_THE_ROLE[module]}
 
 
 def test_the_defaults_of_the_role_are_documented():

@@ -39,7 +39,8 @@ def leave_sign(file: OpenImage, *, has_job: bool = True) -> None:
 def has_begun_job(file: OpenImage) -> bool:
     """Return whether an earlier run has begun a job of this very image."""
     try:
-        fd = os.open(_place_of(file, file.path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        # Another user may have put a FIFO there, which would have us wait.
+        fd = os.open(_place_of(file, file.path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
     try:

@@ -16,7 +16,6 @@ from .._disk.session import Operation, Settings, Vm
 from .._disk.verdict import FAILED, SKIPPED, root_causes
 from .._libvirt.connection import Domain, Kept, Libvirt, LiveBitmaps, Unreadable
 from .._libvirt.definition import DomainDisk
-from .._libvirt.quiesced import thaw_left
 from .._libvirt.switch import forget
 from .checkpoints import Chain, chain_of, judge_checkpoints
 from .inventory import DiskFacts, Inventory
@@ -108,7 +107,6 @@ class Call:
 
     def run(self) -> tuple[list[DomainOutcome], list[str]]:
         """Do it, each domain all or none; return what became of them, and warnings."""
-        thawed = self._thaw()
         sound = [plan for plan in self._plans.values() if not plan.problems and not self._is_left_out(plan)]
         switches = {plan.domain.uuid: one for plan in sound if (one := self._switch(plan)) is not None}
         # Its first image is locked too where only images further down change: see Held.lock().
@@ -135,14 +133,8 @@ class Call:
         unmatched = (f"{one}: no domain of this host matches it." for one in self._unmatched)
         of_domains = (warning for result in results for warning in result.warnings)
         of_images = (warning for outcome in outcomes for warning in outcome.warnings)
-        warnings = [*unmatched, *thawed, *of_domains, *of_images, *self._refresh_pools(all_verdicts)]
+        warnings = [*unmatched, *of_domains, *of_images, *self._refresh_pools(all_verdicts)]
         return results, list(dict.fromkeys(warnings))
-
-    def _thaw(self) -> list[str]:
-        """Thaw the guests that an earlier run has left frozen; return warnings."""
-        running = [one for one, _kept in self._found if isinstance(one, Domain) and one.state is not None]
-        told = [] if self._settings.check_mode else [thaw_left(self._daemon, domain) for domain in running]
-        return [warning for warning in told if warning is not None]
 
     def _switch(self, plan: DomainPlan) -> _Switch | None:
         """Return the last step for a domain; None if it is on its images already and loses no checkpoint."""

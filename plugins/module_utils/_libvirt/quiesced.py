@@ -32,6 +32,7 @@ NO_ANSWER = f"its guest agent has not answered within {PATIENCE:.0f} seconds"
 MAY_BE_FROZEN = (
     "an earlier run or libvirt's daemon has ended while the file systems of its guest were being frozen, so they may be"
 )
+_SEE_TO_AGENT = "See to the guest agent, or leave out quiesce."
 
 
 class Note:
@@ -39,7 +40,7 @@ class Note:
 
     def __init__(self, domain: Domain, number: int) -> None:
         """Leave it."""
-        self._path = _place_of(domain)
+        self._path = _place_of(domain.uuid)
         self._fd: int | None = None
         # It is a second net: where it cannot be left, libvirt thaws all the same.
         with contextlib.suppress(OSError):
@@ -82,10 +83,18 @@ def check_answers(handle: t.Any, domain: Domain) -> None:
     try:
         in_time(handle.getTime)
     except TimeoutError as exc:
-        remedy = "See to the guest agent, or leave out quiesce."
-        raise Refusal("not_quiesced", domain.name, f"cannot be quiesced: {NO_ANSWER}", remedy) from exc
-    except LibvirtError:
-        pass  # an answer, such as that it may not tell the time
+        raise Refusal("not_quiesced", domain.name, f"cannot be quiesced: {NO_ANSWER}", _SEE_TO_AGENT) from exc
+    except LibvirtError as exc:
+        if is_no_answer(exc):
+            why = f"cannot be quiesced. libvirt says: {words_of(exc)}"
+            raise Refusal("not_quiesced", domain.name, why, _SEE_TO_AGENT) from exc
+        # Else it is an answer, such as that it may not tell the time.
+
+
+def is_no_answer(exc: t.Any) -> bool:
+    """Return whether the agent has answered nothing, or there is none."""
+    codes = (libvirt.VIR_ERR_AGENT_UNRESPONSIVE, libvirt.VIR_ERR_AGENT_UNSYNCED, libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED)
+    return exc.get_error_code() in codes
 
 
 def is_freeze(exc: t.Any) -> bool:
@@ -95,31 +104,51 @@ def is_freeze(exc: t.Any) -> bool:
 
 def is_left(daemon: Libvirt, domain: Domain) -> bool:
     """Return whether the guest of a domain may have been left frozen."""
-    with _locked(_place_of(domain)) as number:
-        return number is not None and _number_of(daemon, domain) == number
+    with _locked(_place_of(domain.uuid)) as number:
+        return number is not None and _number_of(daemon, domain.uuid) in (number, None)
 
 
-def thaw_left(daemon: Libvirt, domain: Domain) -> str | None:
-    """Thaw a guest that was left frozen; return a warning if it was, or may be still."""
-    path = _place_of(domain)
-    with _locked(path) as number:
+def thaw_left(connect: t.Callable[[], Libvirt], *, check_mode: bool) -> list[str]:
+    """Thaw all guests of a daemon that were left frozen; return warnings of those that were, or may be still.
+
+    Whatever a run is asked for: a frozen guest hangs, and nobody else knows why. Connect only if there may be one.
+    """
+    uuids: list[str] = []
+    with contextlib.suppress(OSError):
+        uuids = sorted(os.listdir(FOLDER))
+    if not uuids:
+        return []
+    daemon = connect()
+    told = [_told_of_one_left(daemon, uuid, check_mode=check_mode) for uuid in uuids]
+    return [warning for warning in told if warning is not None]
+
+
+def _told_of_one_left(daemon: Libvirt, uuid: str, *, check_mode: bool) -> str | None:
+    with _locked(_place_of(uuid)) as number:
         if number is None:
             return None
-        if _number_of(daemon, domain) != number:  # it was started anew
-            _remove(path)
-            return None
         try:
-            count = thaw(daemon.connection.lookupByUUIDString(domain.uuid), RECONNECT)
-        except LibvirtError as exc:
-            return f"{domain.name}: {MAY_BE_FROZEN}, and cannot be thawed. libvirt says: {words_of(exc)}."
-        except TimeoutError:
-            return f"{domain.name}: {MAY_BE_FROZEN}, and cannot be thawed: {NO_ANSWER}."
-        _remove(path)
-        return f"{domain.name}: {MAY_BE_FROZEN}. {count} of them were, and are thawed now." if count else None
+            handle = daemon.connection.lookupByUUIDString(uuid)
+            name, number_now = handle.name(), handle.ID()
+        except LibvirtError:  # it is another daemon's, or this one does not answer: nobody knows, so the note stays
+            return None
+        if number_now == number and check_mode:
+            return f"{name}: {MAY_BE_FROZEN}. A run without check mode thaws them."
+        count = 0
+        if number_now == number:  # else it was started anew
+            try:
+                count = thaw(handle, RECONNECT)
+            except LibvirtError as exc:
+                return f"{name}: {MAY_BE_FROZEN}, and cannot be thawed. libvirt says: {words_of(exc)}."
+            except TimeoutError:
+                return f"{name}: {MAY_BE_FROZEN}, and cannot be thawed: {NO_ANSWER}."
+        if not check_mode:
+            _remove(_place_of(uuid))
+        return f"{name}: {MAY_BE_FROZEN}. {count} of them were, and are thawed now." if count else None
 
 
-def _place_of(domain: Domain) -> str:
-    return os.path.join(FOLDER, domain.uuid)
+def _place_of(uuid: str) -> str:
+    return os.path.join(FOLDER, uuid)
 
 
 @contextlib.contextmanager
@@ -141,9 +170,10 @@ def _locked(path: str) -> t.Iterator[int | None]:
         close(fd)
 
 
-def _number_of(daemon: Libvirt, domain: Domain) -> int | None:
+def _number_of(daemon: Libvirt, uuid: str) -> int | None:
+    """Return the number of a domain that runs, another one after each start; None if libvirt does not tell."""
     try:
-        return t.cast("int", daemon.connection.lookupByUUIDString(domain.uuid).ID())
+        return t.cast("int", daemon.connection.lookupByUUIDString(uuid).ID())
     except LibvirtError:
         return None
 

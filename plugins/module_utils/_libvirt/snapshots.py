@@ -18,6 +18,10 @@ from .definition import Definition, Source
 from .running import RunningDisk, running_disks, snapshot_xml
 
 _Answer = t.TypeVar("_Answer")
+_MAY_BE_FROZEN = (
+    "The file systems of its guest may be frozen, since its agent has not said that it has thawed them. "
+    "The next run thaws them."
+)
 _RESTART = 60.0  # seconds in which a daemon that is started anew, as by an update, is back
 
 
@@ -38,10 +42,15 @@ def take_snapshot(daemon: Libvirt, domain: Domain, sources: t.Mapping[str, Sourc
     with quiesced.Note(domain, number) if quiesce else contextlib.nullcontext() as note:
         error = _attempt(handle, wanted, quiesce=quiesce)
         new_handle = _handle_after(daemon, domain, error) if error is not None else None
-        seconds = quiesced.RECONNECT if new_handle is not None else 0
-        if note is not None and (error is None or _is_thawed(new_handle or handle, error, seconds)):
+        may_be_frozen = note is not None and error is not None and not _is_thawed(new_handle or handle, error)
+        if note is not None and not may_be_frozen:
             note.drop()
-    check_switched(daemon, new_handle or handle, domain, sources, error, was_away=new_handle is not None)
+    try:
+        check_switched(daemon, new_handle or handle, domain, sources, error, was_away=new_handle is not None)
+    except Refusal as exc:
+        raise (exc.with_note(_MAY_BE_FROZEN) if may_be_frozen else exc) from error
+    if may_be_frozen:
+        raise UnknownOutcomeError(domain.name, "runs on its new images, but that is not all", _MAY_BE_FROZEN)
 
 
 def _attempt(handle: t.Any, wanted: str, *, quiesce: bool) -> t.Any:
@@ -57,12 +66,12 @@ def _attempt(handle: t.Any, wanted: str, *, quiesce: bool) -> t.Any:
     return None
 
 
-def _is_thawed(handle: t.Any, error: t.Any, seconds: float) -> bool:
+def _is_thawed(handle: t.Any, error: t.Any) -> bool:
     """Thaw a guest after an error; return whether it is. libvirt has done so itself, unless that is what failed."""
     if quiesced.is_freeze(error):
         return True
     try:
-        quiesced.thaw(handle, seconds)
+        quiesced.thaw(handle, quiesced.RECONNECT)
     except (LibvirtError, TimeoutError):
         return False
     return True
@@ -178,8 +187,7 @@ def check_switched(
 def _refusal(domain: Domain, error: t.Any) -> Refusal:
     """Return the refusal of a snapshot that libvirt has not taken."""
     why = f"libvirt took no snapshot, and it goes on with the images that it had. libvirt says: {words_of(error)}"
-    agent = (libvirt.VIR_ERR_AGENT_UNRESPONSIVE, libvirt.VIR_ERR_AGENT_UNSYNCED, libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED)
-    if error.get_error_code() in agent or quiesced.is_freeze(error):
+    if quiesced.is_no_answer(error) or quiesced.is_freeze(error):
         return Refusal("not_quiesced", domain.name, why, "See to the guest agent, or leave out quiesce.")
     return Refusal("libvirt_failed", domain.name, why, "See its log and that of the domain, then run this again.")
 

@@ -56,6 +56,8 @@ class Host:
         return 1
 
     def ID(self):  # noqa: N802
+        if isinstance(self.number, Exception):
+            raise self.number
         return self.number
 
     def XMLDesc(self, _flags):  # noqa: N802
@@ -64,10 +66,13 @@ class Host:
     def snapshotCreateXML(self, _text, flags):  # noqa: N802
         assert flags & libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_QUIESCE
         self.notes.append(os.listdir(quiesced.FOLDER))
-        assert quiesced.thaw_left(self, DOMAIN) is None  # of a run that lives
+        assert thaw_left(self) == []  # of a run that lives
         if self.fails is not None:
             raise self.fails
         self.text = NEW
+
+    def name(self):
+        return "web"
 
     def getTime(self):  # noqa: N802
         if self.time is not None:
@@ -90,6 +95,10 @@ def fixture_folder(tmp_path, monkeypatch):
 
 def take(host):
     snapshots.take_snapshot(host, DOMAIN, {"vda": Source("/new")}, quiesce=True)
+
+
+def thaw_left(host, *, check_mode=False):
+    return quiesced.thaw_left(lambda: host, check_mode=check_mode)
 
 
 def left():
@@ -159,14 +168,50 @@ def test_the_next_run_thaws_what_was_left_frozen(number, thaws, frozen):
     host = Host(thaws=thaws)
     host.number = number  # after a start it is another one
     assert quiesced.is_left(host, DOMAIN) == (number == 7)
-    told = quiesced.thaw_left(host, DOMAIN)
-    assert ("2 of them were, and are thawed now" in (told or "")) == frozen
-    assert (left(), host.thaws, quiesced.thaw_left(host, DOMAIN)) == ([], len(thaws), None)
+    told = thaw_left(host, check_mode=True)
+    assert ["A run without check mode thaws them" in one for one in told] == [True] * (number == 7)
+    assert (left(), host.thaws) == (["uuid-of-web"], 0)
+    assert ["2 of them were, and are thawed now" in one for one in thaw_left(host)] == [True] * frozen
+    assert (left(), host.thaws, thaw_left(host)) == ([], len(thaws), [])
+
+
+def test_a_note_stays_while_libvirt_does_not_tell_of_the_domain():
+    with pytest.raises(UnknownOutcomeError):
+        take(Host(failure("end of file"), was_away=None))
+    host = Host()
+    host.number = failure("connection lost")
+    assert (thaw_left(host), left(), quiesced.is_left(host, DOMAIN)) == ([], ["uuid-of-web"], True)
+
+
+def test_without_notes_nobody_connects_to_the_daemon():
+    assert quiesced.thaw_left(lambda: pytest.fail("connected"), check_mode=False) == []
 
 
 def test_a_guest_that_cannot_be_thawed_is_told_of_again_and_again():
     with pytest.raises(UnknownOutcomeError):
         take(Host(failure("end of file"), was_away=None))
     for _time in range(2):
-        told = quiesced.thaw_left(Host(thaws=[failure("agent has died")]), DOMAIN)
+        (told,) = thaw_left(Host(thaws=[failure("agent has died")]))
         assert "cannot be thawed. libvirt says: agent has died" in told
+
+
+def test_a_run_that_leaves_the_guest_frozen_says_so():
+    class Switched(Host):
+        def snapshotCreateXML(self, text, flags):  # noqa: N802
+            self.text = NEW
+            super().snapshotCreateXML(text, flags)
+
+    dead = failure("agent has died")
+    for host in (Switched(failure("end of file"), [dead], was_away=True), Host(failure("no space"), [dead])):
+        with pytest.raises(Refusal, match="may be frozen"):
+            take(host)
+        assert left() == ["uuid-of-web"]
+
+
+@pytest.mark.parametrize("code", ["AGENT_UNRESPONSIVE", "AGENT_UNSYNCED", "ARGUMENT_UNSUPPORTED"])
+def test_an_agent_that_is_not_there_is_not_told_to_freeze(code):
+    host = Host()
+    host.time = failure("no agent", getattr(libvirt, f"VIR_ERR_{code}"))
+    with pytest.raises(Refusal, match="no agent") as caught:
+        take(host)
+    assert (caught.value.code, host.notes) == ("not_quiesced", [])
