@@ -36,6 +36,15 @@ def leave_sign(file: OpenImage, *, has_job: bool = True) -> None:
         publish_over(staged)
 
 
+def end_job(file: OpenImage) -> None:
+    """Say that no job of the open image is there any more; its sign stays, since data may be below."""
+    if has_begun_job(file):
+        place = _place_of(file, file.path)
+        with StagedFile(place, os.path.dirname(place)) as staged:
+            os.fsync(staged.file.fd)
+            publish_over(staged)
+
+
 def has_begun_job(file: OpenImage) -> bool:
     """Return whether an earlier run has begun a job of this very image."""
     try:

@@ -11,7 +11,6 @@ hypervisor is asked.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import time
 import typing as t
@@ -24,7 +23,7 @@ from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer
 from .._qcow2.growth import most_growth
 from . import commit
-from .begun import find_sign, has_begun_job, leave_sign, remove_sign
+from .begun import end_job, find_sign, has_begun_job, leave_sign, remove_sign
 from .bitmap_rules import BROKEN, names_of
 from .build import MakeOverlays
 from .commit import CommitRequest, CommitVerdict
@@ -61,7 +60,28 @@ class Known(t.NamedTuple):
     unusable: tuple[str, ...] = ()
 
 
-Begin = t.Callable[[], t.Callable[[], None]]
+class Signs:
+    """The signs beside the images of a VM that are still to be merged; there is a job of the first one alone."""
+
+    def __init__(self, files: t.Sequence[OpenImage]) -> None:
+        """Leave them."""
+        self._file = files[0]
+        self._new = [file for file in files if find_sign(file) is None]
+        for number, file in enumerate(files):
+            leave_sign(file, has_job=number == 0)
+
+    def withdraw(self) -> None:
+        """Take back that anything was begun; older signs stay."""
+        for file in self._new:
+            remove_sign(file, os.path.realpath(file.path))
+        self.end()
+
+    def end(self) -> None:
+        """Say that the job is not there any more: one that comes is somebody else's."""
+        end_job(self._file)
+
+
+Begin = t.Callable[[], Signs]
 
 
 class Hypervisor(t.Protocol):
@@ -226,13 +246,9 @@ class MergeRunning(MergeLayers):
             raise self._ended
         done: list[CommitVerdict] = []
 
-        def begin() -> t.Callable[[], None]:
+        def begin() -> Signs:
             # With one disk merged the VM cannot go back with the others, either.
-            files = [held.image(verdict.request.path) for verdict in verdicts[len(done) :] if verdict.changed]
-            new = [file for file in files if find_sign(file) is None]
-            for number, file in enumerate(files):
-                leave_sign(file, has_job=number == 0)
-            return functools.partial(_withdraw, new)
+            return Signs([held.image(verdict.request.path) for verdict in verdicts[len(done) :] if verdict.changed])
 
         for verdict in verdicts:
             failed = next((one for one in done if one.state == FAILED), None)
@@ -276,12 +292,6 @@ class MergeRunning(MergeLayers):
         how: How = DELETE if verdict.retired[0].kept_as is None else KEEP
         kept_as = retire(request.path, _alone(request.path, held), how, KEPT_AS)
         return verdict._replace(retired=(Retired(request.path, kept_as),))
-
-
-def _withdraw(files: t.Sequence[OpenImage]) -> None:
-    """Take back that the merges of these images are begun."""
-    for file in files:
-        remove_sign(file, os.path.realpath(file.path))
 
 
 def _above(request: CommitRequest, held: Held) -> Layer | None:

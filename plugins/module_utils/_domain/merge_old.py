@@ -9,11 +9,14 @@ They are picked once, since each merge writes to the image from whose last write
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import typing as t
 
 from .._base.errors import Refusal, printable
+from .._base.files import open_image
+from .._disk.begun import find_sign
 from .._disk.session import Settings
 from .._disk.verdict import COMMITTED, FAILED
 from .._libvirt.connection import Domain, Libvirt
@@ -120,6 +123,9 @@ def _find_old(daemon: Libvirt, names: t.Sequence[str], request: WayBack, retenti
             images = [image for one in facts for image in _own_images(domain.uuid, one)]
             # What is left over stands on images that others are to go into, so it goes first.
             left = [name for one in facts for name in signed_leftovers(domain, one, request)]
+            # Unless a snapshot of the same name was made since on another disk: a merge leaves signs on all.
+            new = {name for one in facts for name in _without_sign(domain.uuid, one)} if left else set()
+            left = [name for name in left if name not in new]
             begun = list(dict.fromkeys([*left, *(name for one in facts for name in _begun(domain.uuid, one))]))
             picked = pick(images, begun, retention)
             # libvirt merges one image of a running domain at a time.
@@ -140,6 +146,15 @@ def _snapshot_of(layer: Layer, uuid: str, facts: DiskFacts) -> str | None:
     """Return the name of the snapshot that an image is by its mark; None if it is none of this domain."""
     mark = layer.image.mark if layer.image else None
     return mark.snapshot if mark is not None and mark.vm == uuid and layer in facts.own else None
+
+
+def _without_sign(uuid: str, facts: DiskFacts) -> t.Iterator[str]:
+    """Yield the snapshots that a disk is on, and of whose images no merge was begun while the VM ran."""
+    for layer in facts.layers:
+        snapshot = _snapshot_of(layer, uuid, facts)
+        with contextlib.suppress(Refusal, OSError), open_image(layer.path) as file:
+            if snapshot is not None and find_sign(file) is None:
+                yield snapshot
 
 
 def _begun(uuid: str, facts: DiskFacts) -> t.Iterator[str]:

@@ -17,7 +17,19 @@ from .running import RunningDisk, RunningImage, running_disks
 from .snapshots import gone_meanwhile, shut_off_meanwhile
 
 Watch = t.Callable[[int, int], None]  # is called with the bytes that are done, and with all
-Begin = t.Callable[[], t.Callable[[], None]]  # what it returns is called if nothing was begun after all
+
+
+class Begun(t.Protocol):
+    """That a job was begun, as others can see it."""
+
+    def withdraw(self) -> None:
+        """Nothing was begun after all."""
+
+    def end(self) -> None:
+        """The job has come to an end, and was not complete."""
+
+
+Begin = t.Callable[[], Begun]
 
 _PAUSES = (0.02, 0.1, 0.5)  # seconds between two looks at a job; the last one again and again
 _STEP = 32 << 20  # bytes that QEMU moves at most before it pauses for the sake of a speed
@@ -58,6 +70,7 @@ class _Merging:
         self._begin = begin
         self._is_ours = merge.resumes  # a job of the disk
         self._is_started = False
+        self._begun: Begun | None = None
 
     def run(self) -> None:
         """Do it."""
@@ -86,8 +99,12 @@ class _Merging:
             info = handle.blockJobInfo(self._merge.target, 0)
             if info:
                 self._check_job(info)
-                self._begin()
+                self._begun = self._begin()
             elif self._is_started:
+                # A daemon that was just started tells first what was, and is asked once it knows of the job.
+                if _disk_of(handle, self._merge).place_of(self._merge.path) is None:
+                    return
+                self._end()
                 raise _ended(self._merge)
             else:
                 self._start(handle, disk, place)
@@ -107,16 +124,18 @@ class _Merging:
             flags |= libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE
         elif merge.relative:
             flags |= libvirt.VIR_DOMAIN_BLOCK_COMMIT_RELATIVE
-        withdraw = self._begin()
+        self._begun = begun = self._begin()
         # If the daemon goes now, the job may have begun, and nobody tells.
         self._is_ours = True
         try:
             handle.blockCommit(merge.target, disk.name_of(place + 1), disk.name_of(place), merge.speed, flags)
         except LibvirtError as exc:
-            if exc.get_error_code() != libvirt.VIR_ERR_BLOCK_COPY_ACTIVE:
-                raise
-            withdraw()
-            raise _busy(merge, "that has just been begun") from exc
+            if exc.get_error_code() == libvirt.VIR_ERR_BLOCK_COPY_ACTIVE:
+                begun.withdraw()
+                raise _busy(merge, "that has just been begun") from exc
+            if self._daemon.is_there() and not handle.blockJobInfo(merge.target, 0):
+                begun.withdraw()  # libvirt has refused it
+            raise
         self._is_started = True
 
     def _follow(self, handle: t.Any) -> None:
@@ -149,8 +168,15 @@ class _Merging:
         try:
             self._handle().blockJobAbort(self._merge.target, 0)
         except LibvirtError:
-            return self._daemon.is_there()  # there may have been no job
+            if not self._daemon.is_there():
+                return False
+        self._end()  # also where there was no job
         return True
+
+    def _end(self) -> None:
+        """Say that no job of ours is there any more: one that comes is somebody else's."""
+        if self._begun is not None:
+            self._begun.end()
 
     def _is_away(self, exc: t.Any) -> bool:
         """Return after an error whether the daemon was away, and is back; Refusal if the merge has failed."""

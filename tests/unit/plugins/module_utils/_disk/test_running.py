@@ -12,7 +12,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.attributes im
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal, UnknownOutcomeError
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import OpenImage, open_image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.signals import GoesOn, Interrupted
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.begun import leave_sign
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.begun import find_sign, has_begun_job, leave_sign
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import CommitRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.observe import observe_chain
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay import OverlayRequest
@@ -57,9 +57,9 @@ class Hypervisor:
 
     def merge(self, request, watch, _seconds, begin, *, relative, resumes):
         self.resumed[os.path.basename(request.path)] = resumes
-        withdraw = begin()
+        signs = begin()
         if request.path in self.taken:
-            withdraw()
+            signs.withdraw()
             raise Refusal("block_job", "web", "has a job of somebody else")
         watch(1, 2)
         if request.path in self.fails:
@@ -259,8 +259,24 @@ def test_a_merge_of_somebody_else_that_came_first_leaves_no_sign(three):
     assert states(merge(three[:3], hypervisor)) == ["failed"] * 3
     assert [name for name in os.listdir(os.path.dirname(three[0].path)) if "kvmfleet" in name] == []
     merge(three[:3], Hypervisor(fails={three[0].path: Interrupted("SIGTERM")}))
-    merge(three[:3], hypervisor)  # the signs of an earlier run stay
+    assert has_job(three[0].path)
+    merge(three[:3], hypervisor)  # the signs of an earlier run stay, but its job is not there any more
+    assert not has_job(three[0].path)
     assert [go_back(request) for request in three[:3]] == [["unfinished"]] * 3
+
+
+def has_job(path):
+    with open_image(path) as file:
+        return has_begun_job(file)
+
+
+def test_a_pipe_in_the_place_of_a_sign_is_not_waited_for(tmp_path, disk):
+    with open_image(overlay(tmp_path / "disk.mon.qcow2", disk)) as file:
+        leave_sign(file)
+        place = find_sign(file)
+        os.unlink(place)
+        os.mkfifo(place)
+        assert not has_begun_job(file)
 
 
 def test_a_merge_that_nobody_can_end_is_told_to_go_on(three):

@@ -43,7 +43,14 @@ class Running:
 
     def begin(self):
         self.signs.append(self.is_begun)
-        return self.signs.clear
+        self.has_ended = False
+        return self
+
+    def withdraw(self):
+        self.signs.clear()
+
+    def end(self):
+        self.has_ended = True
 
     def isActive(self):  # noqa: N802  libvirt's name
         return 1
@@ -289,6 +296,7 @@ def test_a_job_without_progress_is_given_up():
         merged(handle, "/mid", seconds=0.05)
     assert handle.calls[1:] == [0]
     assert handle.chain == ["/top", "/mid", "/base"]
+    assert (handle.signs, handle.has_ended) == ([False], True)  # the sign stays, and a job that comes is not ours
 
 
 def test_a_signal_gives_the_job_up_without_a_pivot():
@@ -302,3 +310,36 @@ def test_a_signal_gives_the_job_up_without_a_pivot():
         merge_down(Daemon(handle), Merge(DOMAIN, "vda", "/mid"), tell, 60, handle.begin)
     assert handle.calls[1:] == [0]
     assert handle.chain == ["/top", "/mid", "/base"]
+    assert (handle.signs, handle.has_ended) == ([False], True)
+
+
+def test_a_job_that_libvirt_refuses_leaves_no_sign():
+    handle = Running([None], merges="/mid")
+
+    def refuse(*_arguments):
+        raise failure(libvirt.VIR_ERR_OPERATION_UNSUPPORTED)
+
+    handle.blockCommit = refuse
+    with pytest.raises(Refusal, match="libvirt could not merge /mid down"):
+        merged(handle, "/mid")
+    assert handle.signs == []
+
+
+def test_a_daemon_that_tells_of_the_disk_before_it_knows_that_the_job_has_ended():
+    handle = Running([None, (COMMIT, 3)], merges="/mid")
+    daemon, look, tell = Daemon(handle), handle.blockJobInfo, handle.XMLDesc
+    said = []
+
+    def look_or_fail(target, flags):
+        if handle.is_begun and not daemon.returns:
+            daemon.is_away, handle.looks = True, []
+            look(target, flags)  # it ends while the daemon is away
+            said.append(old)
+            raise failure(libvirt.VIR_ERR_RPC)
+        return look(target, flags)
+
+    old = tell(0)
+    handle.XMLDesc = lambda flags: said.pop() if said else tell(flags)
+    handle.blockJobInfo = look_or_fail
+    assert merged(handle, "/mid", daemon=daemon) == []
+    assert handle.chain == ["/top", "/base"]

@@ -1,0 +1,58 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What retention takes for a merge that a killed run has begun."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import OpenImage, open_image
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.begun import leave_sign
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain import merge_old
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.retention import Retention
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.wayback import WayBack
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection import Domain
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import Definition
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import Mark, write_mark
+
+from .. import qemu
+
+MONTH = 30 * 86400
+
+
+class Daemon:
+    """Knows one domain, with these images at vda and vdb."""
+
+    def __init__(self, *paths):
+        disk = "<disk type='file'><driver type='qcow2'/><source file='{}'/><target dev='{}'/></disk>"
+        disks = "".join(disk.format(path, target) for path, target in zip(paths, ("vda", "vdb")))
+        definition = Definition(f"<domain><devices>{disks}</devices></domain>")
+        self._domain = Domain("web", "uuid", "running", True, False, definition, definition)
+
+    def domains(self):
+        return {"web": self._domain}
+
+
+def snapshot(tmp_path, target):
+    """Make a disk with a snapshot of today, and return the path of both."""
+    base, top = tmp_path / f"{target}.qcow2", tmp_path / f"{target}.mon.qcow2"
+    qemu.create(base, "1M")
+    qemu.create(top, "1M", "-b", str(base), "-F", "qcow2")
+    with OpenImage(str(top), os.open(top, os.O_RDWR)) as file:
+        write_mark(file, Mark("uuid", target, "mon"))
+    return str(base), str(top)
+
+
+@pytest.mark.parametrize("is_begun, picked", [(True, ["mon"]), (False, [])])
+def test_a_snapshot_that_was_made_since_by_the_name_of_a_leftover_is_not_merged_down(tmp_path, is_begun, picked):
+    _base, on_it = snapshot(tmp_path, "vda")
+    base, left_over = snapshot(tmp_path, "vdb")  # the domain is on the image below it
+    for path in (left_over, *([on_it] if is_begun else [])):
+        with open_image(path) as file:
+            leave_sign(file)
+    retention = Retention(MONTH, 0, time.time())
+    old = merge_old._find_old(Daemon(on_it, base), ["web"], WayBack(""), retention)
+    assert [one.snapshot for one in old["uuid"].picked] == picked
