@@ -29,20 +29,13 @@ def leave_sign(file: OpenImage, *, has_job: bool = True) -> None:
     """
     if not has_job and find_sign(file) is not None:
         return
-    place = _place_of(file, file.path)
-    with StagedFile(place, os.path.dirname(place)) as staged:
-        os.write(staged.file.fd, _HAS_JOB if has_job else b"")
-        os.fsync(staged.file.fd)
-        publish_over(staged)
+    _write_sign(file, _HAS_JOB if has_job else b"")
 
 
 def end_job(file: OpenImage) -> None:
     """Say that no job of the open image is there any more; its sign stays, since data may be below."""
     if has_begun_job(file):
-        place = _place_of(file, file.path)
-        with StagedFile(place, os.path.dirname(place)) as staged:
-            os.fsync(staged.file.fd)
-            publish_over(staged)
+        _write_sign(file, b"")
 
 
 def has_begun_job(file: OpenImage) -> bool:
@@ -75,6 +68,15 @@ def remove_sign(file: OpenImage, real_path: str) -> None:
         os.fsync(folder_fd)
     finally:
         close(folder_fd)
+
+
+def _write_sign(file: OpenImage, text: bytes) -> None:
+    """Put a sign beside the open image, in place of one that is there; it is on stable storage then."""
+    place = _place_of(file, file.path)
+    with StagedFile(place, os.path.dirname(place)) as staged:
+        os.write(staged.file.fd, text)
+        os.fsync(staged.file.fd)
+        publish_over(staged)
 
 
 def _place_of(file: OpenImage, path: str) -> str:

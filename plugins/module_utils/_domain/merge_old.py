@@ -152,8 +152,10 @@ def _without_sign(uuid: str, facts: DiskFacts) -> t.Iterator[str]:
     """Yield the snapshots that a disk is on, and of whose images no merge was begun while the VM ran."""
     for layer in facts.layers:
         snapshot = _snapshot_of(layer, uuid, facts)
+        if snapshot is None:
+            continue
         with contextlib.suppress(Refusal, OSError), open_image(layer.path) as file:
-            if snapshot is not None and find_sign(file) is None:
+            if find_sign(file) is None:
                 yield snapshot
 
 
