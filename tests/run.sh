@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # run.sh STEP...: build, galaxy, lint, sanity, quick, units, page, integration, between, fleet, prove, bench, bench-fleet,
-# bench-side, bench-back or screenshot, in the order given, build, galaxy and lint side by side; what is missing is installed.
+# bench-side, bench-back or screenshot, in the order given; what is missing is installed. Side by side run build, galaxy and
+# lint, and fleet and prove.
 # $PROVE has the options of the programs of step prove, which tell them with --help.
 # A line tells what came of each step, or of each leg of it; its output lies in .cache/log. VERBOSE=1 shows that, too.
 # All that it makes lies in .cache: virtual environments, a copy of the collection at the path that Ansible wants.
@@ -26,7 +27,7 @@ between=("2.19 3.11 3.9" "2.20 3.12 3.13")
 # The groups of cases of the target domain_overlay that run with one core alone when both run, or they would take half as long
 # again. What is not here depends most on Ansible and on Python. One leg alone runs all.
 declare -A only_with=([healed]=2.18 [tools]=2.18 [refused]=2.18 [failures]=2.18 [started]=2.18 [restarted]=2.18 [retention]=2.18
-  [kinds]=2.21 [names]=2.21 [volumes]=2.21 [info]=2.21 [health]=2.21 [quiesced]=2.21)
+  [health]=2.18 [kinds]=2.21 [names]=2.21 [volumes]=2.21 [info]=2.21 [quiesced]=2.21)
 system_core=2.19  # for a machine with one Python only, such as a fresh Debian
 
 # Put before a command: processes, mounts and loopback of its own. Two libvirt daemons would now and then choose the same
@@ -459,11 +460,11 @@ run() {  # run STEP
       done
       await
       ;;
-    build | galaxy | lint) begin "$1" "$1" "$1" ;;  # with those that come next
+    build | galaxy | lint | fleet) begin "$1" "$1" "$1" ;;  # with those that come next
     prove)
       make_prove_venv > /dev/null  # before two programs would make it
       for program in kills faults commits mending reverts powerloss domains leaving checkpoints hostile storage; do
-        await 1  # two side by side
+        await 1  # two side by side, or one beside fleet
         begin "prove-$program" "prove, $program" prove "$program"
       done
       await
@@ -473,7 +474,7 @@ run() {  # run STEP
   esac
 }
 
-[ "$#" -gt 0 ] || { sed -n '2,7s/^# //p' "$0"; exit 2; }
+[ "$#" -gt 0 ] || { sed -n '2,8s/^# //p' "$0"; exit 2; }
 prepared=''
 [ "$1" != --prepared ] || { prepared=yes; shift; }  # by as_root alone
 for step; do
@@ -494,7 +495,7 @@ fi
 find_legs
 copy_collection "$copy"
 for step; do
-  case $step in build | galaxy | lint) ;; *) await ;; esac
+  case $step in build | galaxy | lint | prove) ;; *) await ;; esac
   case $step in
     integration | quick | between | fleet | prove | bench-fleet | bench-side | bench-back) [ "$(id -u)" -eq 0 ] || { as_root "$step"; continue; } ;;
   esac
