@@ -463,7 +463,7 @@ run() {  # run STEP
     build | galaxy | lint | fleet) begin "$1" "$1" "$1" ;;  # with those that come next
     prove)
       make_prove_venv > /dev/null  # before two programs would make it
-      for program in kills faults commits mending reverts powerloss domains leaving checkpoints hostile storage; do
+      for program in domains faults checkpoints hostile leaving storage running commits mending powerloss reverts kills; do
         await 1  # two side by side, or one beside fleet
         begin "prove-$program" "prove, $program" prove "$program"
       done

@@ -47,6 +47,17 @@ def test_an_option_without_meaning_in_the_state_is_left_out():
     assert reverted[DOMAINS] == {"state": "reverted", **both, **away, "confirm_all": True}
 
 
+def test_an_empty_state_is_passed_on_and_never_taken_for_present():
+    wish = asked("", {"disks": [DISK], "owner": "root"}, ())
+    assert wish.options == {DISKS: {"state": "", "overlays": [DISK]}}
+
+
+def test_progress_is_shown_unless_it_is_turned_off():
+    given = [{}, {"progress": ""}, {"progress": None}, {"progress": "no"}, {"progress": False}]
+    shown = [asked("present", {"disks": [DISK], **one}, ()).progress for one in given]
+    assert shown == [True, True, True, False, False]
+
+
 def test_quiesce_has_a_meaning_only_with_live():
     assert "quiesce" not in options("present", snapshot="monday", quiesce=True)[DOMAINS]
     assert "quiesce" not in options("present", snapshot="monday", quiesce=True, running="skip")[DOMAINS]
