@@ -90,8 +90,8 @@ class Hypervisor(t.Protocol):
     def known(self, vm: str | None, paths: t.Sequence[str]) -> Known:
         """Return the bitmaps of the disk that has the first of these images that any disk has in its chain."""
 
-    def has(self, request: CommitRequest) -> bool:
-        """Return whether the VM has the image that is to be merged in the chain of a disk, or is defined with it."""
+    def has(self, request: CommitRequest | OverlayRequest) -> bool:
+        """Return whether the VM has the image at `path` in the chain of a disk, or is defined with it."""
 
     def merge(
         self,
@@ -131,6 +131,9 @@ class MakeForRunning(MakeOverlays):
     def judge(self, request: OverlayRequest, held: Held) -> OverlayVerdict:
         """Look at ACTIVE and at the place, and decide."""
         verdict = super().judge(request, held)
+        if verdict.state == FAILED and request.must_be_fresh and self._hypervisor.has(request):
+            why = "was given to its VM meanwhile, most likely by another run"
+            return self.refused(request, [Refusal("changed_meanwhile", request.path, why, "Run this again.")])
         if verdict.state == PRESENT and not request.must_be_fresh:
             return self._foretold(verdict, held)
         if verdict.spec is not None:  # of ACTIVE's bitmaps QEMU could witness nothing

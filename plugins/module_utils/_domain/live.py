@@ -15,6 +15,7 @@ import typing as t
 from .._base.attributes import AttributeOptions
 from .._base.errors import Refusal
 from .._disk.commit import CommitRequest
+from .._disk.overlay import OverlayRequest
 from .._disk.retire import is_kept
 from .._disk.running import Begin, Known, MakeForRunning, MergeRunning
 from .._disk.verdict import KEEP
@@ -248,8 +249,8 @@ class RunningDomains:
             tuple(name for name, is_usable in own.items() if not is_usable),
         )
 
-    def has(self, request: CommitRequest) -> bool:
-        """Return whether the domain has the image in the chain of a disk, or is defined with it."""
+    def has(self, request: CommitRequest | OverlayRequest) -> bool:
+        """Return whether the domain has the image at `path` in the chain of a disk, or is defined with it."""
         domain = self._domains[request.vm or ""]
         if self._disk_with(domain, request.path) is not None:
             return True

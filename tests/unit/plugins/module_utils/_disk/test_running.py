@@ -95,6 +95,23 @@ def snapshot(tmp_path, disk, switch, known=Known(("sunday", "new")), settings=SE
     return run(operation, [request], settings, {"web": Vm(switch)})
 
 
+@pytest.mark.parametrize(
+    "is_of_the_vm, code, said",
+    [(True, "changed_meanwhile", "was given to its VM meanwhile"), (False, "differs", "has it open for writing")],
+)
+def test_an_overlay_that_another_run_has_given_to_the_vm_since_the_look(tmp_path, disk, is_of_the_vm, code, said):
+    path = tmp_path / "disk.mon.qcow2"
+    overlay(path, disk)
+    request = OverlayRequest(str(path), disk, vm="web", must_be_fresh=True, mark=OF_WEB)
+    hypervisor = Hypervisor()
+    hypervisor.gone |= set() if is_of_the_vm else {str(path)}
+    with qemu.opened_for_writing(path):
+        outcome = run(MakeForRunning(AttributeOptions(), hypervisor), [request], SETTINGS, {"web": Vm(lambda: None)})
+    (problem,) = outcome.failures
+    assert problem.code == code
+    assert said in str(problem)
+
+
 def test_an_overlay_is_complete_before_the_hypervisor_opens_it(tmp_path, disk):
     seen = []
 
