@@ -5,9 +5,9 @@
 """Keep: that the merge of an image was begun while its VM ran, in a file beside it.
 
 From then on the image below is not what it was at the snapshot, and the images do not tell. The hypervisor's job can
-be given up, end with the VM, or go on without us. So the sign is there before the job, and goes after the image. It
-tells whether a job of this very image was begun, or only one of another disk of the VM: a job without such a sign is
-somebody else's.
+be given up, end with the VM, or go on without us. So the sign is there before the job, and goes when the image is
+retired. It tells whether a job of this very image was begun, or only one of another disk of the VM: a job without such
+a sign is somebody else's.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def find_sign(file: OpenImage) -> str | None:
 
 
 def remove_sign(file: OpenImage, real_path: str) -> None:
-    """Remove the sign of an open image that has gone from this path."""
+    """Remove the sign of an open image whose place is this path, if there is one."""
     place = _place_of(file, real_path)
     if not os.path.lexists(place):
         return

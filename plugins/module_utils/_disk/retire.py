@@ -35,6 +35,8 @@ def retire(path: str, file: OpenImage, how: How, suffix: str) -> str | None:
     try:
         name = os.path.basename(real)
         _check_place(path, file, name, folder_fd)
+        # First: no VM has the image, and a sign that is left would be the next one's that gets its name and inode.
+        remove_sign(file, real)
         if how == KEEP:
             kept = os.path.join(folder, _move_aside(file, name, f"{name}.{suffix}", folder_fd))
         else:
@@ -44,7 +46,6 @@ def retire(path: str, file: OpenImage, how: How, suffix: str) -> str | None:
     finally:
         close(folder_fd)
     _remove_link(path, real)
-    remove_sign(file, real)
     return kept
 
 

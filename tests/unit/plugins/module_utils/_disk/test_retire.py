@@ -13,6 +13,7 @@ import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import publish, retire
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.begun import find_sign, leave_sign
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.retire import (
     kept_path,
     why_not_kept,
@@ -46,6 +47,18 @@ def do(path, how):
 
 def test_delete(tmp_path, path):
     assert do(path, DELETE) is None
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_sign_of_a_merge_goes_before_its_image(tmp_path, path, monkeypatch):
+    gone, unlink = [], os.unlink
+    monkeypatch.setattr(os, "unlink", lambda name, **folder: (gone.append(name), unlink(name, **folder)))
+    with open_image(path) as file:
+        leave_sign(file)
+        sign = os.path.basename(find_sign(file))
+        gone.clear()
+        retire.retire(path, file, DELETE, "committed")
+    assert gone == [sign, "a.qcow2"]
     assert os.listdir(tmp_path) == []
 
 

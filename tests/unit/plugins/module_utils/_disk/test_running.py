@@ -12,6 +12,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.attributes im
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal, UnknownOutcomeError
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import OpenImage, open_image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.signals import GoesOn, Interrupted
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import publish
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.begun import find_sign, has_begun_job, leave_sign
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import CommitRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.observe import observe_chain
@@ -110,6 +111,20 @@ def test_an_overlay_that_another_run_has_given_to_the_vm_since_the_look(tmp_path
     (problem,) = outcome.failures
     assert problem.code == code
     assert said in str(problem)
+
+
+def test_an_overlay_has_not_the_sign_of_an_image_that_had_its_name_and_inode(tmp_path, disk, monkeypatch):
+    make = publish._new_file
+
+    def with_a_sign(*args):
+        monkeypatch.setattr(publish, "_new_file", make)
+        name, file = make(*args)
+        leave_sign(file)
+        return name, file
+
+    monkeypatch.setattr(publish, "_new_file", with_a_sign)
+    assert states(snapshot(tmp_path, disk, lambda: None)) == ["created"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk.mon.qcow2", "disk.qcow2"]
 
 
 def test_an_overlay_is_complete_before_the_hypervisor_opens_it(tmp_path, disk):
