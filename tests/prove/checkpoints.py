@@ -27,7 +27,6 @@ import kills
 import kinds
 import lab
 import leaving
-import leftover
 import promise
 import qemu
 import rounds
@@ -116,30 +115,16 @@ class Ground(leaving.Ground):
             assert not said, said
 
 
-class Mended:
+class Mended(estate.OfDomains[Ground]):
     """The checkpoints are valid, or gone, or can be made so by the next run, and look valid only if they are."""
 
     module = "domain_checkpoint"
 
-    def __init__(self, ground: Ground) -> None:
-        self._ground = ground
-        self.before: dict[pathlib.Path, tuple[t.Any, ...]] = {}
-
     @property
     def subjects(self) -> tuple[str, ...]:
         """With one of which each message begins."""
-        ground = self._ground
-        shared = str(ground.place.parents[1] / "below.qcow2")  # which a run in another lab may hold just now
-        return (
-            str(ground.place),
-            shared,
-            "libvirt cannot ",
-            ground.daemon.uri,
-            *(f"{name}: " for name in ground.numbers),
-        )
-
-    def prepare(self) -> None:
-        """Note nothing: libvirt gives the images to the user of QEMU, and bitmaps of each image may go."""
+        shared = str(self._ground.place.parents[1] / "below.qcow2")  # which a run in another lab may hold just now
+        return (*super().subjects, shared)
 
     def arguments(self, _disks: t.Sequence[kinds.Disk] | None = None, **options: t.Any) -> dict[str, t.Any]:
         """Return the options of the module, which takes domains as a whole."""
@@ -148,9 +133,9 @@ class Mended:
 
     def done(self) -> list[bool]:
         """Whether nothing is left to do, for each domain."""
-        return [not self._undone(name) for name in self._ground.numbers]
+        return [not self.undone(name) for name in self._ground.numbers]
 
-    def _undone(self, name: str) -> list[str]:
+    def undone(self, name: str) -> list[str]:
         """Return what is left to do for a domain."""
         ground = self._ground
         vaults = [path.name for path in ground.folder.parent.rglob(f"*{VAULT}")]
@@ -198,8 +183,8 @@ class Mended:
                 wrong += [problem for disk in ground.disks_of(name) for problem in self._disk_wrong(disk)]
         known = {path.name for disk in ground.disks for path in (disk.active, disk.target)}
         known |= {f".{name}{VAULT}" for name in known}
-        there = [path for folder in (ground.folder, ground.actives_folder) for path in folder.iterdir()]
-        return wrong + [f"there is {path.name}" for path in there if path.name not in known and not _is_left(path)]
+        folders = (ground.folder, ground.actives_folder)
+        return wrong + [problem for folder in folders for problem in promise.names_wrong(folder, known)]
 
     def _disk_wrong(self, disk: kinds.Disk) -> list[str]:
         """Return what is wrong with the images of a disk that nobody has open."""
@@ -212,36 +197,7 @@ class Mended:
         wrong += [f"{path.name} is locked" for path in (disk.target, disk.active) if lab.is_locked(path)]
         return wrong + [damage for path in (disk.target, disk.active) for damage in [chains.damage(path)] if damage]
 
-    def told_wrong(self, run: runs.Run) -> list[str]:
-        """Return what is wrong with what a run says of what it has left, domain by domain."""
-        wrong = []
-        for name in self._ground.numbers if run.domains else ():
-            if run.domain(name).get("state") != "failed":
-                state = run.domain(name)["state"]
-                wrong += [f"{name} is said to be {state}: {what}" for what in self._undone(name)]
-        if (run.status == 0) != (bool(run.domains) and all(one["state"] != "failed" for one in run.domains)):
-            wrong.append(f"exit {run.status} with {[one['state'] for one in run.domains]}: {run.message}")
-        return wrong
-
-    def unsaid(self, _run: runs.Run) -> list[str]:
-        """Return nothing: what a failed run has left, the next one goes on with."""
-        return []
-
-    def rerun_wrong(self) -> list[str]:
-        """Return what is wrong with a second run, which completes the work, a third one, and libvirt's verdict."""
-        ground, leftovers = self._ground, self._ground.leftovers()
-        second = ground.run()
-        wrong = [*self.images_wrong(), *ground.cleared_wrong(second, leftovers)]
-        wrong += [f"{name}: {what}" for name in ground.numbers for what in self._undone(name)]
-        if second.status:
-            wrong.append(f"exit {second.status}: {second.message} {second.stderr}")
-        third = ground.run()
-        if third.status or (third.result or {}).get("changed"):
-            wrong.append(f"third run: exit {third.status}: {third.message} {third.domains}")
-        wrong += self._libvirts_verdict()
-        return [f"second run: {problem}" for problem in wrong]
-
-    def _libvirts_verdict(self) -> list[str]:
+    def third_wrong(self, _third: runs.Run) -> list[str]:
         """Return what libvirt says of the checkpoints once the domains run."""
         ground, wrong = self._ground, []
         for name in ground.numbers:
@@ -265,14 +221,6 @@ class Mended:
     def vm_wrong(self, _run: runs.Run, runs_on: bool, _too_early: bool) -> list[str]:
         """Return what is wrong after a run into which a domain came."""
         return [] if runs_on else self.images_wrong()
-
-    def without_folder_wrong(self, _run: runs.Run, _done: list[bool], _elsewhere: pathlib.Path) -> list[str]:
-        """Return nothing: no round takes a folder away."""
-        return []
-
-
-def _is_left(path: pathlib.Path) -> bool:
-    return leftover.is_one(path.name)
 
 
 def started_at_step(ground: Ground, number: int) -> rounds.Finding:

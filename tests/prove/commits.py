@@ -42,27 +42,45 @@ SCENES: dict[kinds.Kind, tuple[disks.Scene, ...]] = {
 IS_DONE = ("committed", "absent")
 
 
-class Committed:
+S = t.TypeVar("S", bound="Stack")
+
+
+class OfStacks(promise.OfImages[S]):
+    """What the promises of disks with several images have in common."""
+
+    def images_wrong(self) -> list[str]:
+        """Return what is wrong with the images, whatever the run was to do."""
+        wrong = self.changed_wrong()
+        for disk, (_checkpoints, _now, images) in zip(self._ground.stacks, self._ground.scenery.then):
+            folder = pathlib.Path(disk.folder)
+            known = self.known(disk, list(map(os.path.basename, images)))
+            wrong += [*self.disk_wrong(disk), *promise.locks_wrong(folder), *promise.names_wrong(folder, known)]
+        return wrong
+
+    def known(self, disk: disks.Disk, images: t.Sequence[str]) -> set[str]:
+        """Return the names that there may be, out of those that the images had in the beginning."""
+        raise NotImplementedError
+
+    def disk_wrong(self, disk: disks.Disk) -> list[str]:
+        """Return what is wrong with the images of a disk."""
+        raise NotImplementedError
+
+    def done(self) -> list[bool]:
+        """Whether nothing is left to do, for each disk."""
+        raise NotImplementedError
+
+    def done_at(self) -> float:
+        """Return when the last name went; 0 if something is to be done."""
+        return max(os.stat(disk.folder).st_mtime for disk in self._ground.stacks) if all(self.done()) else 0.0
+
+
+class Committed(OfStacks["Stack"]):
     """All from TOP down to BASE is in BASE, or the VM can go on with TOP; and the next run completes it."""
 
-    module = "qcow2_overlay"
-
-    def __init__(self, ground: Stack) -> None:
-        self._ground = ground
-        self.before: dict[pathlib.Path, tuple[t.Any, ...]] = {}
-
-    @property
-    def subjects(self) -> tuple[str, ...]:
-        """With one of which each message begins."""
-        return (str(self._ground.place),)
-
-    def prepare(self) -> None:
-        """Note what no run may change: the images below BASE."""
-        self.before = {
-            pathlib.Path(path): lab.identity(pathlib.Path(path))
-            for disk in self._ground.stacks
-            for path in disk.images[disk.images.index(disk.base) + 1 :]
-        }
+    def untouched(self) -> list[pathlib.Path]:
+        """Return the images below BASE."""
+        stacks = self._ground.stacks
+        return [pathlib.Path(path) for disk in stacks for path in disk.images[disk.images.index(disk.base) + 1 :]]
 
     def arguments(self, _disks: t.Sequence[kinds.Disk] | None = None, **options: t.Any) -> dict[str, t.Any]:
         """Return the options of the module."""
@@ -76,12 +94,6 @@ class Committed:
         """Whether nothing is left of the commit, for each disk."""
         return [not os.path.lexists(disk.path) and disk.vault is None for disk in self._ground.stacks]
 
-    def done_at(self) -> float:
-        """Return when TOP went last; 0 if one is there."""
-        if not all(self.done()):
-            return 0.0
-        return max(os.stat(disk.folder).st_mtime for disk in self._ground.stacks)
-
     def outcome(self) -> str:
         """Return in a few words what a run has left."""
         found = {"vaulted" if disk.vault else "merged" if done else "whole" for done, disk in self._each()}
@@ -92,18 +104,13 @@ class Committed:
     def _each(self) -> t.Iterator[tuple[bool, disks.Disk]]:
         return zip(self.done(), self._ground.stacks)
 
-    def images_wrong(self) -> list[str]:
-        """Return what is wrong with the images, whatever the run was to do."""
-        wrong = [f"{path.name} was changed" for path, was in self.before.items() if lab.identity(path) != was]
-        for disk, (_checkpoints, _now, images) in zip(self._ground.stacks, self._ground.scenery.then):
-            wrong += disks.wrong_with(disk, with_base=not self._ground.has_run)
-            for name in os.listdir(disk.folder):
-                path = pathlib.Path(disk.folder, name)
-                if lab.is_locked(path):
-                    wrong.append(f"{name} is locked")
-                if str(path) not in (*images, disk.vault) and not leftover.is_one(name):
-                    wrong.append(f"there is {name}")
-        return wrong
+    def known(self, disk: disks.Disk, images: t.Sequence[str]) -> set[str]:
+        """Return the names that there may be: of the images, and of the vault."""
+        return {*images, *([os.path.basename(disk.vault)] if disk.vault else [])}
+
+    def disk_wrong(self, disk: disks.Disk) -> list[str]:
+        """Return what is wrong with the images of a disk."""
+        return disks.wrong_with(disk, with_base=not self._ground.has_run)
 
     def told_wrong(self, run: runs.Run) -> list[str]:
         """Return what is wrong with what a run says of what it has left."""
@@ -111,10 +118,6 @@ class Committed:
         is_good = run.status == 0 and all(done) and set(said) <= set(IS_DONE)
         is_bad = run.status == 1 and set(said) == {"failed"}
         return [] if is_good or is_bad else [f"exit {run.status}, says {said} of what is {done}: {run.message!r}"]
-
-    def unsaid(self, _run: runs.Run) -> list[str]:
-        """Return nothing: what a failed run has left, the next one goes on with."""
-        return []
 
     def rerun_wrong(self) -> list[str]:
         """Return what is wrong with a second run, which must complete the commit, and a third one."""
@@ -147,10 +150,6 @@ class Committed:
         """Return what is wrong after a run into which a VM came, or tried to."""
         wrong = ["the VM had TOP open, and it was merged all the same"] if run.status == 0 and too_early else []
         return wrong if runs_on else wrong + self.images_wrong()
-
-    def without_folder_wrong(self, _run: runs.Run, _done: list[bool], _elsewhere: pathlib.Path) -> list[str]:
-        """Return nothing: no round takes a folder away."""
-        return []
 
 
 class Scenery(t.NamedTuple):

@@ -206,6 +206,58 @@ class Estate(lab.Lab):
         return True if now == ET.canonicalize(ET.tostring(new, encoding="unicode")) else None
 
 
+class OfDomains(promise.OfImages[E]):
+    """What the promises of domains on a snapshot have in common; every image of theirs may change."""
+
+    module = "domain_overlay"
+
+    @property
+    def subjects(self) -> tuple[str, ...]:
+        """With one of which each message begins."""
+        ground = self._ground
+        return (*super().subjects, "libvirt cannot ", ground.daemon.uri, *(f"{name}: " for name in ground.numbers))
+
+    def told_wrong(self, run: runs.Run) -> list[str]:
+        """Return what is wrong with what a run says of what it has left, domain by domain."""
+        wrong = []
+        for name in self._ground.numbers if run.domains else ():
+            state = str(run.domain(name).get("state"))
+            if state != "failed":
+                wrong += [f"{name} is said to be {state}: {what}" for what in self.said_wrong(name, state)]
+        if (run.status == 0) != (bool(run.domains) and all(one["state"] != "failed" for one in run.domains)):
+            wrong.append(f"exit {run.status} with {[one['state'] for one in run.domains]}: {run.message}")
+        return wrong
+
+    def said_wrong(self, name: str, _state: str) -> list[str]:
+        """Return what is not as it is said to be of a domain that has not failed."""
+        return self.undone(name)
+
+    def undone(self, name: str) -> list[str]:
+        """Return what is left to do for a domain."""
+        raise NotImplementedError
+
+    def images_wrong(self) -> list[str]:
+        """Return what is wrong with the images and definitions, whatever the run was to do."""
+        raise NotImplementedError
+
+    def rerun_wrong(self) -> list[str]:
+        """Return what is wrong with a second run, which completes everything, and a third, which changes nothing."""
+        ground, leftovers = self._ground, self._ground.leftovers()
+        second = ground.run()
+        wrong = [*self.images_wrong(), *ground.cleared_wrong(second, leftovers)]
+        wrong += [f"{name}: {what}" for name in ground.numbers for what in self.undone(name)]
+        if second.status:
+            wrong.append(f"exit {second.status}: {second.message} {second.stderr}")
+        third = ground.run()
+        if third.status or (third.result or {}).get("changed"):
+            wrong.append(f"third run: exit {third.status}: {third.message} {third.domains}")
+        return [f"second run: {problem}" for problem in [*wrong, *self.third_wrong(third)]]
+
+    def third_wrong(self, _third: runs.Run) -> list[str]:
+        """Return what else is wrong when all is done, and with what a third run says."""
+        return []
+
+
 def definition_of(domain: t.Any) -> str:
     """Return what the next start of a domain uses."""
     flags = libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE

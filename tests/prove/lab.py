@@ -17,8 +17,10 @@ import typing as t
 
 import kinds
 import leftover
-import promise
 import runs
+
+if t.TYPE_CHECKING:
+    import promise
 
 _OFD_GETLK = 36  # Linux, fcntl(2)
 _FLOCK = struct.Struct("@hhqqi4x")

@@ -84,15 +84,13 @@ class Ground(estate.Estate):
     def lay_out(self) -> None:
         """Have the domains on the snapshot, with a checkpoint of before and one of since."""
         known: dict[kinds.Kind, Scenery] = self.__dict__.setdefault("_known", {})
-        self.has_died = False
         if self.kind not in known:
             known[self.kind] = self._build()
         self.scenery = known[self.kind]
-        self._definitions = dict(self.scenery.before)
         for folder in (self.folder, self.actives_folder):
             shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(self.scenery.kept / folder.name, folder)
-        self._define()
+            shutil.copytree(self.scenery.kept / folder.name, folder, dirs_exist_ok=True)  # a file system may lie there
+        self.begin()
 
     def _build(self) -> Scenery:
         super().lay_out()
@@ -131,8 +129,10 @@ class Ground(estate.Estate):
             shutil.copytree(folder, kept / folder.name)
         return Scenery(kept, dict(self._definitions), definitions, checkpoints, known)
 
-    def _define(self) -> None:
+    def begin(self) -> None:
         """Have libvirt know the domains as they were in the beginning."""
+        self.has_died = False
+        self._definitions = dict(self.scenery.before)
         for domain in self.daemon.connection.listAllDomains():
             if domain.isActive():
                 domain.destroy()
@@ -171,23 +171,8 @@ def _allocated(raw: pathlib.Path) -> chains.Bits:
     return chains.changed(b"", raw.read_bytes())
 
 
-class Left:
+class Left(estate.OfDomains[Ground]):
     """Each domain is off the snapshot with all that it promises, or can go on; and the next run completes it."""
-
-    module = "domain_overlay"
-
-    def __init__(self, ground: Ground) -> None:
-        self._ground = ground
-        self.before: dict[pathlib.Path, tuple[t.Any, ...]] = {}
-
-    @property
-    def subjects(self) -> tuple[str, ...]:
-        """With one of which each message begins."""
-        ground = self._ground
-        return (str(ground.place), "libvirt cannot ", ground.daemon.uri, *(f"{name}: " for name in ground.numbers))
-
-    def prepare(self) -> None:
-        """Note nothing: every image of the domains may change."""
 
     def arguments(self, _disks: t.Sequence[kinds.Disk] | None = None, **options: t.Any) -> dict[str, t.Any]:
         """Return the options of the module, which takes domains as a whole."""
@@ -247,11 +232,7 @@ class Left:
         known |= {os.path.basename(vault) for disk in ground.disks if (vault := ground.vault_of(disk))}
         known |= {f"{disk.target.name}.{REVERTED}" for disk in ground.disks}
         for folder in (ground.folder, ground.actives_folder):
-            for path in folder.iterdir():
-                if lab.is_locked(path):
-                    wrong.append(f"{path.name} is locked")
-                if path.name not in known and not leftover.is_one(path.name):
-                    wrong.append(f"there is {path.name}")
+            wrong += [*promise.locks_wrong(folder), *promise.names_wrong(folder, known)]
         return wrong + [
             damage
             for disk in ground.disks
@@ -261,21 +242,12 @@ class Left:
             if damage
         ]
 
-    def told_wrong(self, run: runs.Run) -> list[str]:
-        """Return what is wrong with what a run says of what it has left, domain by domain."""
-        wrong = []
-        for name in self._ground.numbers if run.domains else ():
-            state = run.domain(name).get("state")
-            if state == "failed":
-                continue
-            if state not in (self._ground.state, "absent"):
-                wrong.append(f"{name} is said to be {state}")
-            wrong += self._unfinished(name)
-        if (run.status == 0) != (bool(run.domains) and all(one["state"] != "failed" for one in run.domains)):
-            wrong.append(f"exit {run.status} with {[one['state'] for one in run.domains]}: {run.message}")
-        return wrong
+    def said_wrong(self, name: str, state: str) -> list[str]:
+        """Return what is not as it is said to be of a domain that has not failed."""
+        wrong = [] if state in (self._ground.state, "absent") else ["it is not asked for"]
+        return wrong + self.undone(name)
 
-    def _unfinished(self, name: str) -> list[str]:
+    def undone(self, name: str) -> list[str]:
         """Return what is not done for a domain that is said to be done."""
         ground, wrong = self._ground, []
         if ground.switched(name) is not False:
@@ -310,24 +282,10 @@ class Left:
             return [f"{kept.name} is not there"]
         return _unlike(kept, "qcow2", self._ground.scenery.disks[disk.number].now)
 
-    def unsaid(self, _run: runs.Run) -> list[str]:
-        """Return nothing: what a failed run has left, the next one goes on with."""
-        return []
-
-    def rerun_wrong(self) -> list[str]:
-        """Return what is wrong with a second run, which completes everything, and a third, which changes nothing."""
-        ground = self._ground
-        leftovers = ground.leftovers()
-        second = ground.run()
-        wrong = [*self.images_wrong(), *ground.cleared_wrong(second, leftovers)]
-        wrong += [problem for name in ground.numbers for problem in self._unfinished(name)]
-        if second.status:
-            wrong.append(f"exit {second.status}: {second.message} {second.stderr}")
-        third = ground.run()
+    def third_wrong(self, third: runs.Run) -> list[str]:
+        """Return what else is wrong with what a third run says."""
         states = {domain["state"] for domain in third.domains}
-        if third.status or (third.result or {}).get("changed") or states != {"absent"}:
-            wrong.append(f"third run: exit {third.status}, {states}: {third.message}")
-        return [f"second run: {problem}" for problem in wrong]
+        return [] if states == {"absent"} else [f"third run: {states}: {third.message}"]
 
     def raced_wrong(
         self, _rival: promise.Rival, _theirs: list[kinds.Disk], first: runs.Run, second: runs.Run, stopped: bool
@@ -348,10 +306,6 @@ class Left:
             else []
         )
         return wrong if runs_on else wrong + self.images_wrong()
-
-    def without_folder_wrong(self, _run: runs.Run, _done: list[bool], _elsewhere: pathlib.Path) -> list[str]:
-        """Return nothing: no round takes a folder away."""
-        return []
 
 
 def _unlike(path: pathlib.Path, image_format: str, raw: pathlib.Path) -> list[str]:

@@ -23,8 +23,6 @@ import typing as t
 import commits
 import kills
 import kinds
-import lab
-import leftover
 import promise
 import qemu
 import rounds
@@ -109,25 +107,15 @@ WISHES = {
 }
 
 
-class Mended:
+class Mended(commits.OfStacks["Chain"]):
     """The bitmaps are valid, or gone, or can be made so by the next run, and look valid only if they are."""
 
     module = "qcow2_bitmap"
 
-    def __init__(self, ground: Chain) -> None:
-        self._ground = ground
-        self.before: dict[pathlib.Path, tuple[t.Any, ...]] = {}
-
-    @property
-    def subjects(self) -> tuple[str, ...]:
-        """With one of which each message begins."""
-        return (str(self._ground.place),)
-
-    def prepare(self) -> None:
-        """Note what no run may change: a BASE that is not to be written."""
-        wish = self._ground.wish
+    def untouched(self) -> list[pathlib.Path]:
+        """Return the BASE of each disk where it is not to be written."""
         below = [pathlib.Path(disk.base) for disk in self._ground.stacks if disk.base != disk.path]
-        self.before = {path: lab.identity(path) for path in below if wish.state == "valid"}
+        return below if self._ground.wish.state == "valid" else []
 
     def arguments(self, _disks: t.Sequence[kinds.Disk] | None = None, **options: t.Any) -> dict[str, t.Any]:
         """Return the options of the module."""
@@ -152,27 +140,18 @@ class Mended:
             return set(names)
         return there & set(names)
 
-    def done_at(self) -> float:
-        """Return when the last vault went; 0 if something is to be done."""
-        return max(os.stat(disk.folder).st_mtime for disk in self._ground.stacks) if all(self.done()) else 0.0
-
     def outcome(self) -> str:
         """Return in a few words what a run has left."""
         vaults = [name for disk in self._ground.stacks for name in os.listdir(disk.folder) if name.endswith(VAULT)]
         return f"{len(vaults)} vaults, {sum(self.done())} of {len(self._ground.stacks)} done"
 
-    def images_wrong(self) -> list[str]:
-        """Return what is wrong with the images, whatever the run was to do."""
-        wrong = [f"{path.name} was changed" for path, was in self.before.items() if lab.identity(path) != was]
-        for disk in self._ground.stacks:
-            wrong += disks.wrong_with(disk)
-            known = {os.path.basename(path) for path in disk.images}
-            for name in os.listdir(disk.folder):
-                if lab.is_locked(pathlib.Path(disk.folder, name)):
-                    wrong.append(f"{name} is locked")
-                if name not in {*known, *(f".{one}{VAULT}" for one in known)} and not leftover.is_one(name):
-                    wrong.append(f"there is {name}")
-        return wrong
+    def known(self, _disk: disks.Disk, images: t.Sequence[str]) -> set[str]:
+        """Return the names that there may be: of the images, and of a vault of each."""
+        return {*images, *(f".{one}{VAULT}" for one in images)}
+
+    def disk_wrong(self, disk: disks.Disk) -> list[str]:
+        """Return what is wrong with the images of a disk."""
+        return disks.wrong_with(disk)
 
     def told_wrong(self, run: runs.Run) -> list[str]:
         """Return what is wrong with what a run says of what it has left."""
@@ -182,10 +161,6 @@ class Mended:
         return (
             [] if is_good or is_bad else [f"exit {run.status}, says {said} of what is {self.done()}: {run.message!r}"]
         )
-
-    def unsaid(self, _run: runs.Run) -> list[str]:
-        """Return nothing: what a failed run has left, the next one goes on with."""
-        return []
 
     def rerun_wrong(self) -> list[str]:
         """Return what is wrong with a second run, which must complete the work, and a third one."""
@@ -217,10 +192,6 @@ class Mended:
         """Return what is wrong after a run into which a VM came, or tried to."""
         wrong = ["the VM had the image open, and its bitmaps were written"] if run.status == 0 and too_early else []
         return wrong if runs_on else wrong + self.images_wrong()
-
-    def without_folder_wrong(self, _run: runs.Run, _done: list[bool], _elsewhere: pathlib.Path) -> list[str]:
-        """Return nothing: no round takes a folder away."""
-        return []
 
 
 def _codes(run: runs.Run) -> set[str]:

@@ -13,7 +13,6 @@ import typing as t
 
 import kinds
 import lab
-import leftover
 import promise
 import qemu
 import runs
@@ -22,23 +21,12 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.dirty import
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.image import read_image
 
 
-class Made:
+class Made(promise.OfImages[lab.Lab]):
     """Each overlay is complete, or it is not there; ACTIVE is not touched; and the run says which."""
 
-    module = "qcow2_overlay"
-
-    def __init__(self, ground: lab.Lab) -> None:
-        self._ground = ground
-        self.before: dict[pathlib.Path, tuple[t.Any, ...]] = {}
-
-    @property
-    def subjects(self) -> tuple[str, ...]:
-        """With one of which each message begins."""
-        return (str(self._ground.place),)
-
-    def prepare(self) -> None:
-        """Note what ACTIVE is."""
-        self.before = {disk.active: lab.identity(disk.active) for disk in self._ground.disks}
+    def untouched(self) -> list[pathlib.Path]:
+        """Return ACTIVE of each disk."""
+        return [disk.active for disk in self._ground.disks]
 
     def arguments(self, disks: t.Sequence[kinds.Disk] | None = None, **options: t.Any) -> dict[str, t.Any]:
         """Return the options of the module, for all disks of the lab if none are given."""
@@ -63,7 +51,7 @@ class Made:
 
     def images_wrong(self) -> list[str]:
         """Return what is wrong with the images, whatever the run was to do."""
-        wrong = [f"{path.name} was changed" for path, was in self.before.items() if lab.identity(path) != was]
+        wrong = self.changed_wrong()
         for disk in self._ground.disks:
             if os.path.lexists(disk.target):
                 wrong += incomplete(disk)
@@ -72,13 +60,7 @@ class Made:
             wrong += [
                 f"{path.name} is locked" for path in (disk.active, disk.target) if path.exists() and lab.is_locked(path)
             ]
-        expected = {disk.target.name for disk in self._ground.disks}
-        wrong += [
-            f"there is {name}"
-            for name in os.listdir(self._ground.folder)
-            if name not in expected and not leftover.is_one(name)
-        ]
-        return wrong
+        return wrong + promise.names_wrong(self._ground.folder, {disk.target.name for disk in self._ground.disks})
 
     def told_wrong(self, run: runs.Run) -> list[str]:
         """Return what is wrong with what a run says of what it has left: all or none."""

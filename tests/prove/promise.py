@@ -8,11 +8,16 @@ The programs know how to kill a run and what can go wrong around it. What must b
 
 from __future__ import annotations
 
+import os
 import pathlib
 import typing as t
 
 import kinds
+import lab
+import leftover
 import runs
+
+G = t.TypeVar("G", bound=lab.Lab)
 
 
 class Rival(t.NamedTuple):
@@ -72,3 +77,48 @@ class Promise(t.Protocol):
 
     def without_folder_wrong(self, run: runs.Run, done: list[bool], elsewhere: pathlib.Path) -> list[str]:
         """Judge a run whose folder was moved there, or removed, when so much was done."""
+
+
+class OfImages(t.Generic[G]):
+    """What all promises begin with: what no run may change, and which names there may be in a folder."""
+
+    module = "qcow2_overlay"
+
+    def __init__(self, ground: G) -> None:
+        self._ground = ground
+        self.before: dict[pathlib.Path, tuple[t.Any, ...]] = {}
+
+    @property
+    def subjects(self) -> tuple[str, ...]:
+        """With one of which each message begins."""
+        return (str(self._ground.place),)
+
+    def prepare(self) -> None:
+        """Note what no run may change."""
+        self.before = {path: lab.identity(path) for path in self.untouched()}
+
+    def untouched(self) -> t.Iterable[pathlib.Path]:
+        """Return the images that no run may change."""
+        return ()
+
+    def changed_wrong(self) -> list[str]:
+        """Return which of these images are others than before."""
+        return [f"{path.name} was changed" for path, was in self.before.items() if lab.identity(path) != was]
+
+    def unsaid(self, _run: runs.Run) -> list[str]:
+        """Return nothing: what a failed run has left, the next one goes on with."""
+        return []
+
+    def without_folder_wrong(self, _run: runs.Run, _done: list[bool], _elsewhere: pathlib.Path) -> list[str]:
+        """Return nothing: no round takes a folder away."""
+        return []
+
+
+def names_wrong(folder: pathlib.Path, known: t.Container[str]) -> list[str]:
+    """Return what must not be in a folder: what has none of these names, unless a killed run has left it."""
+    return [f"there is {name}" for name in os.listdir(folder) if name not in known and not leftover.is_one(name)]
+
+
+def locks_wrong(folder: pathlib.Path) -> list[str]:
+    """Return what is locked in a folder in which nobody is at work."""
+    return [f"{path.name} is locked" for path in folder.iterdir() if lab.is_locked(path)]

@@ -24,8 +24,6 @@ import typing as t
 import commits
 import kills
 import kinds
-import lab
-import leftover
 import promise
 import rounds
 import runs
@@ -39,24 +37,13 @@ WISHES: dict[kinds.Kind, tuple[tuple[disks.Scene, ...], str]] = {
 }
 
 
-class GoneBack:
+class GoneBack(commits.OfStacks["Overlays"]):
     """Each overlay is there with all that it holds, or retired as it was asked for; what is below is untouched."""
 
-    module = "qcow2_overlay"
-
-    def __init__(self, ground: Overlays) -> None:
-        self._ground = ground
-        self.before: dict[pathlib.Path, tuple[t.Any, ...]] = {}
-
-    @property
-    def subjects(self) -> tuple[str, ...]:
-        """With one of which each message begins."""
-        return (str(self._ground.place),)
-
-    def prepare(self) -> None:
-        """Note what no run may change: BASE and the images below it."""
-        below = [path for disk in self._ground.stacks for path in disk.images[disk.images.index(disk.base) :]]
-        self.before = {pathlib.Path(path): lab.identity(pathlib.Path(path)) for path in below}
+    def untouched(self) -> list[pathlib.Path]:
+        """Return BASE and the images below it."""
+        stacks = self._ground.stacks
+        return [pathlib.Path(path) for disk in stacks for path in disk.images[disk.images.index(disk.base) :]]
 
     def arguments(self, _disks: t.Sequence[kinds.Disk] | None = None, **options: t.Any) -> dict[str, t.Any]:
         """Return the options of the module."""
@@ -68,31 +55,17 @@ class GoneBack:
         """Whether nothing is left to do, for each disk."""
         return [not any(map(os.path.lexists, _above(disk))) for disk in self._ground.stacks]
 
-    def done_at(self) -> float:
-        """Return when TOP went last; 0 if one is there."""
-        return max(os.stat(disk.folder).st_mtime for disk in self._ground.stacks) if all(self.done()) else 0.0
-
     def outcome(self) -> str:
         """Return in a few words what a run has left."""
         kept = sum(name.endswith(f".{REVERTED}") for disk in self._ground.stacks for name in os.listdir(disk.folder))
         return f"{sum(self.done())} of {len(self._ground.stacks)} done, {kept} kept"
 
-    def images_wrong(self) -> list[str]:
-        """Return what is wrong with the images, whatever the run was to do."""
-        wrong = [f"{path.name} was changed" for path, was in self.before.items() if lab.identity(path) != was]
-        for disk in self._ground.stacks:
-            known = {os.path.basename(path) for path in disk.images}
-            known |= {f"{name}.{REVERTED}" for name in known}
-            for name in os.listdir(disk.folder):
-                if lab.is_locked(pathlib.Path(disk.folder, name)):
-                    wrong.append(f"{name} is locked")
-                if name not in known and not leftover.is_one(name):
-                    wrong.append(f"there is {name}")
-            wrong += self._overlays_wrong(disk)
-        return wrong
+    def known(self, _disk: disks.Disk, images: t.Sequence[str]) -> set[str]:
+        """Return the names that there may be: of the images, and those that they are kept by."""
+        return {*images, *(f"{name}.{REVERTED}" for name in images)}
 
-    def _overlays_wrong(self, disk: disks.Disk) -> list[str]:
-        """Return what is wrong with the overlays, wherever they are."""
+    def disk_wrong(self, disk: disks.Disk) -> list[str]:
+        """Return what is wrong with the overlays of a disk, wherever they are."""
         places = [_place(path) for path in disk.images]
         if None in places:
             may_be_gone = self._ground.retire == "delete"
@@ -107,10 +80,6 @@ class GoneBack:
         is_good = run.status == 0 and all(done) and set(said) <= {REVERTED, "absent"}
         is_bad = run.status == 1 and "failed" in said
         return [] if is_good or is_bad else [f"exit {run.status}, says {said} of what is {done}: {run.message!r}"]
-
-    def unsaid(self, _run: runs.Run) -> list[str]:
-        """Return nothing: what a failed run has left, the next one goes on with."""
-        return []
 
     def rerun_wrong(self) -> list[str]:
         """Return what is wrong with a second run, which must complete it, and a third one."""
@@ -136,10 +105,6 @@ class GoneBack:
         is_there = any(map(os.path.lexists, (disk.path for disk in self._ground.stacks)))
         wrong = ["the VM had TOP open, and it was retired all the same"] if too_early and not is_there else []
         return wrong if runs_on else [*wrong, *self.images_wrong()]
-
-    def without_folder_wrong(self, _run: runs.Run, _done: list[bool], _elsewhere: pathlib.Path) -> list[str]:
-        """Return nothing: no round takes a folder away."""
-        return []
 
 
 def _above(disk: disks.Disk) -> list[str]:
