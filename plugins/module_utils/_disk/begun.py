@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 
-from .._base.files import OpenImage, close
+from .._base.files import OpenImage, close, read_note
 from .publish import StagedFile, open_to_list, publish_over
 
 _SUFFIX = ".kvmfleet-merging"
@@ -39,16 +39,8 @@ def end_job(file: OpenImage) -> None:
 
 
 def has_begun_job(file: OpenImage) -> bool:
-    """Return whether an earlier run has begun a job of this very image."""
-    try:
-        # Another user may have put a FIFO there, which would have us wait.
-        fd = os.open(_place_of(file, file.path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        return os.read(fd, len(_HAS_JOB)) == _HAS_JOB
-    finally:
-        os.close(fd)
+    """Return whether an earlier run has begun a job of this very image; what another user says of that counts not."""
+    return read_note(_place_of(file, file.path), len(_HAS_JOB)) == _HAS_JOB
 
 
 def find_sign(file: OpenImage) -> str | None:

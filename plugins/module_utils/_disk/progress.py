@@ -18,10 +18,12 @@ import time
 import typing as t
 
 from .._base.errors import printable
+from .._base.files import is_private, read_note, write_all
 from .._base.signals import interruptible
 
 FOLDER = "/run/kvmfleet-qcow2"
 _SUFFIX = ".json"
+_MOST = 65536  # bytes of a file; it has two paths
 _PAUSE = 0.2  # seconds between two looks at a process that is to end
 _NUMBERS = itertools.count(1)
 
@@ -68,17 +70,16 @@ def telling(subject: Subject) -> t.Iterator[t.Callable[[int, int], None]]:
 
     with contextlib.suppress(OSError):
         os.makedirs(FOLDER, 0o700, exist_ok=True)
-        _remove_those_of_killed_runs()
+    _remove_those_of_killed_runs()
     try:
         yield tell
     finally:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
+        _remove(path)
 
 
 def how_far() -> frozenset[tuple[int, int]]:
     """Return how far each merge of this host is, by its process; nothing where that cannot be read."""
-    return frozenset((about["pid"], about["bytes"]) for about in _told())
+    return frozenset((about.pid, about.bytes) for about in _told())
 
 
 def await_merges_of(vms: t.Container[str], seconds: float) -> bool:
@@ -86,7 +87,7 @@ def await_merges_of(vms: t.Container[str], seconds: float) -> bool:
 
     One that has not moved on for `seconds` is not waited for any more; the locks of its images will tell of it.
     """
-    others = {about["pid"] for about in _told() if about["vm"] in vms and about["pid"] != os.getpid()}
+    others = {about.pid for about in _told() if about.vm in vms and about.pid != os.getpid()}
     for pid in others:
         seen, deadline = how_far(), time.monotonic() + seconds
         while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline:
@@ -98,30 +99,58 @@ def await_merges_of(vms: t.Container[str], seconds: float) -> bool:
     return bool(others)
 
 
-def _told() -> list[dict[str, t.Any]]:
+class _Told(t.NamedTuple):
+    """What a file tells of a merge."""
+
+    pid: int
+    bytes: int
+    vm: str | None
+
+
+def _told() -> list[_Told]:
     """Return what is told of the merges that move data now."""
-    found = []
-    with contextlib.suppress(OSError):
-        for name in filter(lambda name: name.endswith(_SUFFIX), os.listdir(FOLDER)):
-            with contextlib.suppress(OSError), open(os.path.join(FOLDER, name), "rb") as file:  # it may end meanwhile
-                about = json.load(file)
-                if os.path.exists(f"/proc/{about['pid']}"):
-                    found.append(about)
-    return found
+    read = (read_note(os.path.join(FOLDER, name), _MOST) for name in _names() if name.endswith(_SUFFIX))
+    found = (_parsed(text) for text in read if text is not None)  # one may have ended meanwhile
+    return [told for told in found if told is not None and os.path.exists(f"/proc/{told.pid}")]
+
+
+def _parsed(text: bytes) -> _Told | None:
+    """Return what the text of a file tells; None if it is none of ours, or not whole."""
+    try:
+        about = json.loads(text)
+        vm = about["vm"]
+        return _Told(int(about["pid"]), int(about["bytes"]), vm if isinstance(vm, str) else None)
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def _write(path: str, text: str) -> None:
     """Write the file so that whoever reads it sees the old text or the new one."""
+    if not is_private(FOLDER):
+        return
     new = f"{path}.new"
-    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    _remove(new)  # whatever it is: it is never written to
+    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        os.write(fd, text.encode("utf-8"))
+        write_all(fd, text.encode("utf-8"), 0)
     finally:
         os.close(fd)
     os.rename(new, path)
 
 
+def _names() -> list[str]:
+    """Return the names of the files; none where somebody else could have put them."""
+    with contextlib.suppress(OSError):
+        return os.listdir(FOLDER) if is_private(FOLDER) else []
+    return []
+
+
 def _remove_those_of_killed_runs() -> None:
-    for name in os.listdir(FOLDER):
+    for name in _names():
         if not os.path.exists(f"/proc/{name.split('-')[0]}"):
-            os.unlink(os.path.join(FOLDER, name))
+            _remove(os.path.join(FOLDER, name))
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)

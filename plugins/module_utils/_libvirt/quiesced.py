@@ -19,7 +19,7 @@ import time
 import typing as t
 
 from .._base.errors import Refusal
-from .._base.files import close
+from .._base.files import close, is_private
 from .bindings import LibvirtError, libvirt, words_of
 from .connection import PATIENCE, Domain, Libvirt, in_time
 
@@ -45,6 +45,8 @@ class Note:
         # It is a second net: where it cannot be left, libvirt thaws all the same.
         with contextlib.suppress(OSError):
             os.makedirs(FOLDER, 0o700, exist_ok=True)
+            if not is_private(FOLDER):
+                return
             self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(self._fd, 0)
@@ -59,7 +61,8 @@ class Note:
 
     def drop(self) -> None:
         """Remove it: the guest is thawed."""
-        _remove(self._path)
+        if self._fd is not None:
+            _remove(self._path)
 
 
 def thaw(handle: t.Any, seconds: float) -> int:
@@ -115,7 +118,7 @@ def thaw_left(connect: t.Callable[[], Libvirt], *, check_mode: bool) -> list[str
     """
     uuids: list[str] = []
     with contextlib.suppress(OSError):
-        uuids = sorted(os.listdir(FOLDER))
+        uuids = sorted(os.listdir(FOLDER)) if is_private(FOLDER) else []
     if not uuids:
         return []
     daemon = connect()
@@ -155,17 +158,17 @@ def _place_of(uuid: str) -> str:
 def _locked(path: str) -> t.Iterator[int | None]:
     """Yield the number in a note of a run that does not live any more; None if there is none."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        # To open a FIFO would hang.
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         yield None
         return
     try:
-        with contextlib.suppress(BlockingIOError):
+        text = b""
+        with contextlib.suppress(OSError):  # a run that lives has it, or it is no file
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            text = os.read(fd, 20)
-            yield int(text) if text.isdigit() else None
-            return
-        yield None
+            text = os.read(fd, 20) if is_private(FOLDER) else b""
+        yield int(text) if text.isdigit() else None
     finally:
         close(fd)
 

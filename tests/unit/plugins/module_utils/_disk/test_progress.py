@@ -117,6 +117,67 @@ def test_what_a_killed_run_has_left_goes_and_that_of_a_living_one_stays(folder):
         assert [file.name for file in folder.iterdir()] == [f"{os.getppid()}-7.json"]
 
 
+ODD_TEXTS = (b"", b"\xff\xfe{", b'{"pid": 1, "by', b"[1]", b'{"pid": "x", "bytes": 1, "vm": "web"}', b'{"pid": 1}')
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS)
+def test_a_text_that_is_not_whole_tells_nothing(folder, text):
+    folder.mkdir()
+    (folder / f"{os.getppid()}-1.json").write_bytes(text)
+    with progress.telling(REQUEST) as tell:
+        tell(25, 100)
+        assert progress.how_far() == {(os.getpid(), 25)}
+    assert not progress.await_merges_of({"web"}, 60)
+
+
+def test_what_is_no_file_is_not_waited_for(folder, tmp_path):
+    folder.mkdir()
+    (tmp_path / "bait").write_text(json.dumps({"pid": 1, "bytes": 1, "vm": "web"}))
+    os.mkfifo(folder / "1-1.json")
+    (folder / "1-2.json").mkdir()
+    (folder / "1-3.json").symlink_to(tmp_path / "bait")
+    (folder / f"{_gone()}-1.json").mkdir()
+    (folder / f"{_gone()}-2.json").touch()
+    with progress.telling(REQUEST):
+        assert sorted(one.is_file() for one in folder.iterdir()) == [False, False, False, True]
+        assert progress.how_far() == frozenset()
+
+
+def test_what_stands_in_the_place_of_the_next_text_is_not_written_to(folder, tmp_path):
+    (tmp_path / "bait").write_text("bait")
+    lures = (lambda place: place.hardlink_to(tmp_path / "bait"), os.mkfifo, lambda place: place.symlink_to("bait"))
+    for lure in lures:
+        with progress.telling(REQUEST) as tell:
+            tell(1, 100)
+            (file,) = folder.iterdir()
+            lure(file.with_name(f"{file.name}.new"))
+            tell(25, 100)
+            assert progress.how_far() == {(os.getpid(), 25)}
+    assert ((tmp_path / "bait").read_text(), list(folder.iterdir())) == ("bait", [])
+
+
+@pytest.mark.parametrize("kind", ["of another user", "for all", "a symlink"])
+def test_in_a_folder_of_others_nothing_is_told_believed_or_removed(folder, tmp_path, monkeypatch, kind):
+    real = tmp_path / "real" if kind == "a symlink" else folder
+    real.mkdir()
+    if kind == "a symlink":
+        folder.symlink_to(real)
+    elif kind == "for all":
+        real.chmod(0o777)
+    elif os.geteuid() == 0:
+        os.chown(real, 4242, 4242)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 4242)
+    theirs = {f"{os.getppid()}-1.json", f"{_gone()}-1.json"}
+    for name in theirs:
+        (real / name).write_text(json.dumps({"pid": os.getppid(), "bytes": 1, "vm": "web"}))
+    with progress.telling(REQUEST) as tell:
+        tell(25, 100)
+        assert progress.how_far() == frozenset()
+        assert set(os.listdir(real)) == theirs
+    assert not progress.await_merges_of({"web"}, 60)
+
+
 def test_where_nothing_can_be_told_the_work_goes_on(folder):
     folder.parent.joinpath("file").touch()
     progress.FOLDER = str(folder.parent / "file" / "run")

@@ -311,6 +311,21 @@ def test_a_pipe_in_the_place_of_a_sign_is_not_waited_for(tmp_path, disk):
         assert not has_begun_job(file)
 
 
+def test_a_sign_of_another_user_tells_of_no_job(tmp_path, disk, monkeypatch):
+    with open_image(overlay(tmp_path / "disk.mon.qcow2", disk)) as file:
+        leave_sign(file)
+        assert has_begun_job(file)
+        if os.geteuid() == 0:
+            os.chown(find_sign(file), 4242, 4242)
+        else:
+            monkeypatch.setattr(os, "geteuid", lambda: 4242)
+        assert not has_begun_job(file)
+        os.rename(find_sign(file), tmp_path / "aside")
+        os.symlink(tmp_path / "aside", os.path.join(tmp_path, f".disk.mon.qcow2.{file.identity[1]}.kvmfleet-merging"))
+        assert find_sign(file) is not None
+        assert not has_begun_job(file)
+
+
 def test_a_merge_that_nobody_can_end_is_told_to_go_on(three):
     outcome = merge(three[:1], Hypervisor(fails={three[0].path: GoesOn("SIGTERM")}))
     assert "the run was ended by SIGTERM, and its merge goes on" in outcome.verdicts[0].problems[0].why

@@ -183,6 +183,26 @@ def test_a_note_stays_while_libvirt_does_not_tell_of_the_domain():
     assert (thaw_left(host), left(), quiesced.is_left(host, DOMAIN)) == ([], ["uuid-of-web"], True)
 
 
+@pytest.mark.parametrize("lure", [os.mkfifo, os.mkdir, lambda place: os.symlink("/dev/zero", place)])
+def test_what_stands_in_the_place_of_a_note_is_not_waited_for(lure):
+    os.mkdir(quiesced.FOLDER)
+    lure(os.path.join(quiesced.FOLDER, "uuid-of-web"))
+    host = Host(thaws=[])
+    assert (thaw_left(host), quiesced.is_left(host, DOMAIN)) == ([], False)
+    take(Host())  # it goes on without a note, since libvirt thaws
+
+
+def test_in_a_folder_of_others_no_note_is_left_or_believed():
+    os.mkdir(quiesced.FOLDER)
+    os.chmod(quiesced.FOLDER, 0o777)
+    with open(os.path.join(quiesced.FOLDER, "uuid-of-web"), "w", encoding="ascii") as file:
+        file.write("7")
+    host = Host(thaws=[])
+    assert (thaw_left(host), quiesced.is_left(host, DOMAIN)) == ([], False)
+    take(host)
+    assert open(os.path.join(quiesced.FOLDER, "uuid-of-web"), encoding="ascii").read() == "7"
+
+
 def test_without_notes_nobody_connects_to_the_daemon():
     assert quiesced.thaw_left(lambda: pytest.fail("connected"), check_mode=False) == []
 
