@@ -20,6 +20,7 @@ import pathlib
 import sys
 import typing as t
 
+import commits
 import domains
 import estate
 import faults
@@ -273,6 +274,8 @@ def jobs_for(crew: rounds.Crew[Ground], asked: rounds.Choice) -> list[rounds.Job
         jobs += around(ground, kind)
         if wish.broken in (dropped, lost):
             jobs += faults.injected(ground, kind)
+        if not wish.runs:
+            jobs += faults.quota_jobs(kind, commits.QUOTAS)
     return rounds.sampled(list(map(rounds.of_all_kinds, jobs)), asked)
 
 

@@ -40,6 +40,7 @@ SCENES: dict[kinds.Kind, tuple[disks.Scene, ...]] = {
     for scenes in ((disks.plain,), (disks.unlike,), (disks.two,), (disks.below,), (disks.faulty, disks.bare))
 }
 IS_DONE = ("committed", "absent")
+QUOTAS = 66  # nodes of btrfs: more than a run takes
 
 
 S = t.TypeVar("S", bound="Stack")
@@ -336,6 +337,7 @@ def fault_jobs(ground: Stack, kind: kinds.Kind) -> list[rounds.Job[Stack]]:
             rounds.Job(f"{kind.name}: full disk", f"{kind.name}-full-{n}", functools.partial(full, pages=n), kind)
             for n in range(0, 400, 7)
         ),
+        *faults.quota_jobs(kind, QUOTAS),
     ]
 
 

@@ -116,6 +116,11 @@ class Estate(lab.Lab):
     ) -> None:
         # A daemon's words about a call that is meant to fail are no news.
         libvirt.registerErrorHandler(lambda _context, _error: None, None)
+        # What is mounted there later is to be seen by the daemon, too, which has mounts of its own.
+        self._shared = base / "disks"
+        self._shared.mkdir(parents=True)
+        lab.quietly(["mount", "--bind", str(self._shared), str(self._shared)])
+        lab.quietly(["mount", "--make-shared", str(self._shared)])
         self.daemon = Daemon(base / "libvirt")
         self._definitions: dict[str, str] = {}  # before the snapshot, by name; of the kind that is in use
         self.numbers: dict[str, tuple[int, ...]] = {}
@@ -125,6 +130,7 @@ class Estate(lab.Lab):
         """End all that runs."""
         super().close()
         self.daemon.close()
+        lab.quietly(["umount", "-l", str(self._shared)])
 
     def use(self, kind: kinds.Kind) -> None:
         """Have the domains of this kind."""

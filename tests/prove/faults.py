@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import pathlib
 import re
-import select
 import shutil
 import subprocess
 import sys
@@ -28,6 +26,7 @@ import typing as t
 import kinds
 import lab
 import leftover
+import machine
 import overlays
 import promise
 import rounds
@@ -146,11 +145,8 @@ def small_disk(ground: lab.Lab, options: str) -> t.Iterator[t.Callable[[], None]
 
 
 @contextlib.contextmanager
-def quota(ground: lab.Lab, limit: int) -> t.Iterator[t.Callable[[], None]]:
-    """Have a quota of so many bytes for the overlays, of btrfs, whose quotas hold for root too.
-
-    What is yielded lifts it.
-    """
+def quotas(ground: lab.Lab) -> t.Iterator[t.Callable[[int | None], None]]:
+    """Have btrfs for the overlays, whose quotas hold for root, too; what is yielded sets one, in bytes, or lifts it."""
     image, top = ground.papers / "btrfs.img", ground.papers / "btrfs"
     image.unlink(missing_ok=True)
     image.touch()
@@ -162,10 +158,53 @@ def quota(ground: lab.Lab, limit: int) -> t.Iterator[t.Callable[[], None]]:
         stack.callback(lab.quietly, ["umount", "-l", str(top)])
         lab.quietly(["btrfs", "quota", "enable", str(top)])
         lab.quietly(["btrfs", "subvolume", "create", str(top / "overlays")])
-        lab.quietly(["btrfs", "qgroup", "limit", str(limit), FIRST_SUBVOLUME, str(top)])
         lab.quietly(["mount", "--bind", str(top / "overlays"), str(ground.folder)])
         stack.callback(lab.quietly, ["umount", "-l", str(ground.folder)])
-        yield lambda: lab.quietly(["btrfs", "qgroup", "limit", "none", FIRST_SUBVOLUME, str(top)])
+
+        def limit(size: int | None) -> None:
+            words = "none" if size is None else str(size)
+            lab.quietly(["btrfs", "qgroup", "limit", words, FIRST_SUBVOLUME, str(top)])
+
+        yield limit
+
+
+@contextlib.contextmanager
+def quota(ground: lab.Lab, limit: int) -> t.Iterator[t.Callable[[], None]]:
+    """Have a quota of so many bytes for the overlays; what is yielded lifts it."""
+    with quotas(ground) as set_limit:
+        set_limit(limit)
+        yield lambda: set_limit(None)
+
+
+def within_quota(ground: lab.Lab, room: int) -> rounds.Finding:
+    """Run the module where a quota leaves so many bytes beside the images, then on the same without one."""
+    with quotas(ground) as set_limit:
+        ground.reset()
+        set_limit(_taken(ground.folder) + room)
+        run = ground.run()
+        wrong = [*ground.ended_wrong(run), *message_wrong(ground, run)]
+        set_limit(None)
+        who = "QEMU" if any("QEMU says" in message for message in run.messages) else "the module"
+        outcome = "told as success: it was enough" if run.status == 0 else f"told as failure, which {who} has met"
+        return rounds.Finding(outcome, wrong + ground.promise.rerun_wrong(), told(ground, run))
+
+
+def _taken(folder: pathlib.Path) -> int:
+    """Return the bytes of a subvolume, as its quota counts them."""
+    lab.quietly(["sync", "--file-system", str(folder)])
+    command = ["btrfs", "qgroup", "show", "--raw", "-f", str(folder)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return next(int(line.split()[1]) for line in said if line.startswith(FIRST_SUBVOLUME))
+
+
+def quota_jobs(kind: kinds.Kind, most: int) -> list[rounds.Job[lab.Lab]]:
+    """Return a round for each size of a quota, from none up to so many nodes, which are more than a run takes."""
+    return [
+        rounds.Job(
+            f"{kind.name}: quota", f"{kind.name}-quota-{n}", functools.partial(within_quota, room=n * BTRFS_NODE), kind
+        )
+        for n in range(most + 1)
+    ]
 
 
 Unfit = t.Callable[[lab.Lab], t.ContextManager[t.Callable[[], None]]]
@@ -273,45 +312,6 @@ def race(ground: lab.Lab, rival: promise.Rival, pause: float, step: int | None) 
     return rounds.Finding(" and ".join(words), wrong, told(ground, first) + told(ground, second))
 
 
-class VM:
-    """A QEMU that opens an image for writing, as a VM does, and goes on holding it if it could."""
-
-    def __init__(self, image: pathlib.Path, image_format: str, emulator: bool) -> None:
-        command = ["qemu-io", "-f", image_format, str(image)]
-        if emulator:
-            node = {"driver": image_format, "node-name": "d", "file": {"driver": "file", "filename": str(image)}}
-            command = [f"qemu-system-{os.uname().machine}", "-machine", "none", "-nodefaults", "-display", "none"]
-            command += ["-qmp", "stdio", "-blockdev", json.dumps(node)]
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, bufsize=0, stdin=pipe, stdout=pipe, stderr=pipe)
-        self._word = b'{"execute": "qmp_capabilities"}\n' if emulator else b"length\n"
-        self._sign = b'"return"' if emulator else b"MiB"
-        self._farewell = b'{"execute": "quit"}\n' if emulator else b"quit\n"
-        self.opened_at: float | None = None
-
-    def settle(self) -> bool:
-        """Return whether it has the image open, once that is decided."""
-        stdin, stdout = t.cast("t.IO[bytes]", self._process.stdin), t.cast("t.IO[bytes]", self._process.stdout)
-        with contextlib.suppress(BrokenPipeError):
-            stdin.write(self._word)
-        seen = b""
-        while self._sign not in seen:
-            select.select([stdout], [], [], 30)
-            piece = stdout.read(4096)
-            if not piece:
-                return False
-            seen += piece
-        self.opened_at = time.time()
-        return True
-
-    def end(self) -> str:
-        """Have it end by itself, which stores its bitmaps, and return what it said."""
-        try:
-            return self._process.communicate(self._farewell, timeout=30)[1].decode()
-        finally:
-            self._process.kill()
-
-
 Opened = t.Callable[[kinds.Disk], tuple[pathlib.Path, str]]  # the image of a disk that a VM opens, and its format
 
 
@@ -331,7 +331,7 @@ def vm_at_step(ground: lab.Lab, image: Opened, number: int) -> rounds.Finding:
         return rounds.Finding("the run was over", [])
     done = all(ground.promise.done())
     disk = ground.disks[number % len(ground.disks)]
-    vm = VM(*image(disk), emulator=False)
+    vm = machine.VM(*image(disk), emulator=False)
     runs_on = vm.settle()
     run = ground.runner.resume()
     said = vm.end()
@@ -344,7 +344,7 @@ def vm_at_moment(ground: lab.Lab, image: Opened, pause: float, emulator: bool) -
     time.sleep(pause)
     path, image_format = image(ground.disks[-1])
     # An emulator with no device takes a raw image without asking to write to it.
-    vm = VM(path, image_format, emulator and image_format == "qcow2")
+    vm = machine.VM(path, image_format, emulator and image_format == "qcow2")
     runs_on = vm.settle()
     run = ground.runner.ended()
     said = vm.end()

@@ -33,7 +33,7 @@ CONF
   export -f state_of
   export lab
   # shellcheck disable=SC2016  # the shell inside expands it
-  setsid unshare --mount --propagation private bash -c '
+  setsid unshare --mount --propagation slave bash -c '
     for place in etc lib cache log run; do mount --bind "$lab/$place" "$(state_of "$place")"; done
     for file in passwd group; do mount --bind "$lab/$file" "/etc/$file"; done
     exec libvirtd --config "$lab/libvirtd.conf" --pid-file "$lab/libvirtd.pid"
