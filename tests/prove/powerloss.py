@@ -3,12 +3,14 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Have the power go while overlays are merged down or given up, or bitmaps healed or removed, at any write of the disk.
 
-Run as root, with the Python of an environment that has ansible-core: python tests/prove/powerloss.py. Needs QEMU with
-FUSE exports, gcc, e2fsprogs, xfsprogs and btrfs-progs.
+Run as root, with the Python of an environment that has ansible-core and libvirt-python:
+python tests/prove/powerloss.py. Needs QEMU with FUSE exports, libvirt, gcc, e2fsprogs, xfsprogs and btrfs-progs.
 
 Writes of the last moment are lost. A disk with a file system lies on a QEMU that logs what is written to it and when it
 is flushed. What was on the disk at a moment is made again from that log: all up to the last flush, and some of what
 came after it. The file system is mounted, the promise is judged there, and the next run completes what was begun.
+Of domains the images lie there, overlays and what is below; what libvirt keeps of them lies elsewhere, and is what it
+was before the run.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import sys
 import time
 import typing as t
 
+import checkpoints
 import commits
 import kinds
 import lab
@@ -37,6 +40,7 @@ _SUPER = struct.Struct("<QQQI")  # of the log, as of dm-log-writes: magic, versi
 _ENTRY = struct.Struct("<QQQQ")  # sector, sectors, flags, bytes of data
 _FLUSH, _DISCARD = 1, 4
 FILE_SYSTEMS = {"ext4": 64 << 20, "xfs": 320 << 20, "btrfs": 128 << 20}  # bytes; they make no smaller ones
+SHUT_OFF = [kind for kind, wish in checkpoints.WISHES.items() if not wish.runs]
 
 
 class Write(t.NamedTuple):
@@ -55,8 +59,15 @@ class Recording(t.NamedTuple):
     writes: list[Write]
 
 
-class Mains(commits.Stack):
+class Mains(lab.Lab):
     """A lab whose disk can lose its power."""
+
+    begin: t.Callable[[], None]  # have the rest as it was in the beginning
+
+    @property
+    def on_disk(self) -> pathlib.Path:
+        """The folder that is on that disk."""
+        return self.folder
 
     def recording(self, kind: kinds.Kind, system: str) -> Recording:
         """Return the recording of a run on a file system, which is made once."""
@@ -70,16 +81,16 @@ class Mains(commits.Stack):
         before.touch()
         os.truncate(before, FILE_SYSTEMS[system])
         lab.quietly([f"mkfs.{system}", str(before)])
-        with mounted(before, self.folder):
+        with mounted(before, self.on_disk):
             self.lay_out()
         disk, log = before.with_suffix(".disk"), before.with_suffix(".log")
         _copy(before, disk)
         log.touch()
         os.truncate(log, 0)
-        with logged(disk, log) as place, mounted(place, self.folder):
+        with logged(disk, log) as place, mounted(place, self.on_disk):
             run = self.run()
             assert run.status == 0, run
-            lab.quietly(["sync", "--file-system", str(self.folder)])
+            lab.quietly(["sync", "--file-system", str(self.on_disk)])
         writes = read_log(log)
         disk.unlink()
         log.unlink()
@@ -157,7 +168,7 @@ def power_goes(ground: Mains, kind: kinds.Kind, system: str, share: float, seed:
             file.write(bytes(write.length) if write.data is None else write.data)
     ground.begin()
     was = {path: identity[0] for path, identity in ground.promise.before.items()}
-    with mounted(disk, ground.folder):
+    with mounted(disk, ground.on_disk):
         ground.promise.prepare()  # files have other numbers and times there
         outcome = ground.promise.outcome()
         found = [f"{path} was changed" for path, now in ground.promise.before.items() if now[0] != was[path]]
@@ -166,12 +177,25 @@ def power_goes(ground: Mains, kind: kinds.Kind, system: str, share: float, seed:
         return rounds.Finding(outcome, wrong + ground.promise.rerun_wrong())
 
 
+class MergingMains(Mains, commits.Stack):
+    """The same for overlays that are merged down."""
+
+
 class HealingMains(Mains, mending.Chain):
     """The same for bitmaps that are healed or removed."""
 
 
 class RevertingMains(Mains, reverts.Overlays):
     """The same for overlays that are given up."""
+
+
+class DomainMains(Mains, checkpoints.Ground):
+    """The same for the checkpoints of domains."""
+
+    @property
+    def on_disk(self) -> pathlib.Path:
+        """The folder that is on that disk."""
+        return self.place
 
 
 def jobs_for(
@@ -192,9 +216,10 @@ def jobs_for(
 def main() -> int:
     """Play the rounds of each operation; return the exit code."""
     plays: list[tuple[t.Collection[kinds.Kind], rounds.MakeLab[Mains]]] = [
-        (commits.SCENES, functools.partial(Mains, make_promise=commits.Committed)),
+        (commits.SCENES, functools.partial(MergingMains, make_promise=commits.Committed)),
         (mending.WISHES, functools.partial(HealingMains, make_promise=mending.Mended)),
         (reverts.WISHES, functools.partial(RevertingMains, make_promise=reverts.GoneBack)),
+        (SHUT_OFF, functools.partial(DomainMains, make_promise=checkpoints.Mended)),
     ]
     asked = rounds.choice(str(__doc__), 10)
     ended = [
