@@ -25,6 +25,16 @@ import rounds
 import runs
 
 NOBODY = 65534
+# What can be put in the place of a file; what lies outside is not to be changed, nor made.
+LURES: dict[str, t.Callable[[pathlib.Path, pathlib.Path], None]] = {
+    "symlink": lambda place, outside: place.symlink_to(outside / "bait"),
+    "new": lambda place, outside: place.symlink_to(outside / "new"),
+    "link": lambda place, outside: place.hardlink_to(outside / "bait"),
+    "fifo": lambda place, _outside: os.mkfifo(place),
+    "folder": lambda place, _outside: place.mkdir(),
+    "away": lambda place, outside: place.symlink_to(outside),
+    "device": lambda place, _outside: os.mknod(place, stat.S_IFCHR | 0o600, os.makedev(1, 3)),
+}
 
 
 class Shared(t.NamedTuple):
@@ -147,14 +157,8 @@ def trick(shared: Shared, disk: kinds.Disk, what: str) -> bool:
             if thing == "target" and place.exists():
                 return False  # the overlay is there already, and who takes it away is told nothing
             place.unlink()
-        if way == "symlink":
-            place.symlink_to(shared.outside / "bait")
-        elif way == "new":
-            place.symlink_to(shared.outside / "new")
-        elif way == "link":
-            place.hardlink_to(shared.outside / "bait")
-        elif way == "folder":
-            place.mkdir()
+        if way != "gone":
+            LURES[way](place, shared.outside)
     return bool(places)
 
 
@@ -203,16 +207,7 @@ def planted(ground: lab.Lab, way: str) -> rounds.Finding:
     with shared_folder(ground, 0o777) as shared:
         disk = ground.disks[0]._replace(target=shared.folder / "disk.snap.qcow2")
         place = shared.folder / leftover.EXAMPLE
-        if way == "symlink":
-            place.symlink_to(shared.outside / "bait")
-        elif way == "link":
-            place.hardlink_to(shared.outside / "bait")
-        elif way == "fifo":
-            os.mkfifo(place)
-        elif way == "folder":
-            place.mkdir()
-        else:
-            os.mknod(place, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+        LURES[way](place, shared.outside)
         ended = make(ground, disk)
         wrong = race_wrong(ground, shared, disk, ended)
         if ended.states != ["created"]:

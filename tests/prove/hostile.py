@@ -33,7 +33,7 @@ def jobs_for(crew: rounds.Crew[lab.Lab], asked: rounds.Choice) -> list[rounds.Jo
     """Return all rounds."""
     ground = crew.labs[0]
     jobs = [*images.bomb_jobs(), *names.name_jobs(), *folders.folder_jobs(ground, asked), *bait.bait_jobs(asked)]
-    jobs += tampered.planted_jobs(asked)
+    jobs += tampered.planted_jobs(ground, asked)
     if asked.only is None or asked.only.startswith(("*", "mutant", "reader")):  # the corpus takes seconds
         corpus = ground.papers / "corpus"
         corpus.mkdir()

@@ -30,6 +30,7 @@ import ansible_collections.kvmfleet.qcow2.plugins.module_utils._module  # noqa: 
 MODULES = "ansible_collections.kvmfleet.qcow2.plugins.modules"
 _SET_CHILD_SUBREAPER = 36
 _SET_PDEATHSIG = 1
+_CLONE_NEWNS, _MS_BIND, _MS_REC, _MS_PRIVATE = 0x20000, 0x1000, 0x4000, 0x40000  # Linux, unshare(2) and mount(2)
 _SECONDS_TO_END = 5.0  # for what a run has left
 
 
@@ -62,10 +63,23 @@ def become_run(request: dict[str, t.Any]) -> t.NoReturn:
     random.seed()
     if request["memory"]:
         resource.setrlimit(resource.RLIMIT_AS, (request["memory"], request["memory"]))
+    if "PROVE_RUN" in os.environ:
+        have_as_run(os.environ["PROVE_RUN"])
     if "LD_PRELOAD" in os.environ:
         ctypes.CDLL(None).prove_begin()
     runpy.run_module(module, run_name="__main__", alter_sys=True)
     sys.exit(0)
+
+
+def have_as_run(folder: str) -> None:
+    """Have this folder as /run, in this process and those that it starts."""
+    libc = ctypes.CDLL(None)
+    for done in (
+        libc.unshare(_CLONE_NEWNS),
+        libc.mount(None, b"/", None, _MS_REC | _MS_PRIVATE, None),
+        libc.mount(os.fsencode(folder), b"/run", None, _MS_BIND, None),
+    ):
+        assert done == 0
 
 
 def qemu_of(pid: int) -> int | None:

@@ -142,6 +142,11 @@ class Runner:
         stderr = (self._papers / "stderr").read_text(encoding="utf-8", errors="replace")
         return Run(**said, result=_json(text), stderr=stderr)
 
+    def pid(self) -> int:
+        """Return the process of the run that has stopped itself."""
+        runner = self._process.pid
+        return int(pathlib.Path(f"/proc/{runner}/task/{runner}/children").read_text(encoding="ascii").split()[0])
+
     def ended(self) -> Run:
         """Return how the run ended, which does not stop itself any more."""
         run = self.answer()

@@ -1,15 +1,21 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What another user plants beside images that are healed, merged down or given up; and mutants of such images."""
+"""What another user plants beside images that are healed, merged down or given up, or swaps meanwhile; and mutants.
+
+Planted are vaults, signs and kept overlays, and what tells of the progress of runs. Swapped are the vaults of a run,
+also while they are written. In the end nothing outside is changed, no bitmap is valid that lacks changes, and each run
+is done or says what is in its way; to tell of progress is a comfort, which is in no run's way.
+"""
 
 from __future__ import annotations
 
 import functools
+import json
 import os
 import pathlib
 import shutil
-import stat
+import signal
 import subprocess
 import typing as t
 
@@ -21,10 +27,12 @@ import modules
 import mutants
 import qemu
 import rounds
-from ansible_collections.kvmfleet.qcow2.tests.unit.plugins.module_utils import chains
+import runs
+from ansible_collections.kvmfleet.qcow2.tests.unit.plugins.module_utils import chains, disks
 
 WAYS = ("symlink", "link", "fifo", "folder", "device", "garbage", "theirs", "foreign")
-# What is planted in place of: the vault of a commit, done or not, of a healing, the sign of a merge, a kept overlay.
+# What is planted in place of: the vault of a commit, done or not, of a healing, the sign of a merge, a kept overlay, a
+# temporary file.
 PLACES = {
     "vault": ".base.qcow2.kvmfleet-vault",
     "given vault": ".base.qcow2.kvmfleet-vault-given",
@@ -32,6 +40,7 @@ PLACES = {
     "sign of a merge": ".top.qcow2.{inode}.kvmfleet-merging",
     "kept overlay": "top.qcow2.reverted",
     "odd name": ".top.qcow2\n.kvmfleet-healing",
+    "temporary file": leftover.EXAMPLE,
 }
 CALLS: dict[str, tuple[str, dict[str, t.Any]]] = {
     "healed": ("qcow2_bitmap", {}),
@@ -39,16 +48,41 @@ CALLS: dict[str, tuple[str, dict[str, t.Any]]] = {
     "committed": ("qcow2_overlay", {"state": "committed"}),
     "reverted": ("qcow2_overlay", {"state": "reverted"}),
 }
+VAULTS = (PLACES["vault"], PLACES["given vault"], PLACES["vault of a healing"])
+SWAPPED = ("healed", "committed")
+SWAPS = (*WAYS, "image", "gone")
+# What is planted below /run, in place of: the text of another run and of the run itself, the next one, their folder.
+TOLD = {
+    "progress of another run": "kvmfleet-qcow2/1-1.json",
+    "progress of the run": "kvmfleet-qcow2/{pid}-1.json",
+    "next progress of the run": "kvmfleet-qcow2/{pid}-1.json.new",
+    "next progress, in their own folder": "kvmfleet-qcow2/{pid}-1.json.new",
+    "folder of progress": "kvmfleet-qcow2",
+}
+TEXTS = {
+    "garbage": b"\xff\xfe{",
+    "cut": b'{"pid": 1, "bytes',
+    "odd": b'[{"pid": "1"}]',
+    "theirs": json.dumps({"pid": 1, "bytes": 1, "total_bytes": 2, "vm": None}).encode(),
+}
+TELLING_WAYS = (*folders.LURES, *TEXTS)
 SIZE = 4 << 20
 
 
 class Pair(t.NamedTuple):
-    """An overlay whose bitmap is inconsistent, on a base; both are root's, their folder is not."""
+    """An overlay that lacks a bitmap of its base, and has one more; both are root's, their folder is not."""
 
     top: pathlib.Path
     base: pathlib.Path
     now: bytes  # what a guest reads
-    then: bytes  # what it read when the checkpoint was made
+    then: dict[str, bytes]  # what it read when the checkpoints were made
+    all_stay: bool = True  # so that a run which is done has made each of them usable
+
+    def arguments(self, call: str) -> dict[str, t.Any]:
+        """Return the options of a call."""
+        module, options = CALLS[call]
+        base = {"backing_file": str(self.base)} if module == "qcow2_overlay" else {}
+        return {"path": str(self.top), "timeout": 15, **base, **options}
 
 
 def lay_out(folder: pathlib.Path) -> Pair:
@@ -61,8 +95,10 @@ def lay_out(folder: pathlib.Path) -> Pair:
     qemu.add_bitmaps(base, [qemu.Bitmap("monday", 65536, True, False)])
     _write(base, "write -P 2 1M 64k")
     qemu.create(top, SIZE, "-b", str(base), "-F", "qcow2")
+    later = chains.content(top)
+    qemu.add_bitmaps(top, [qemu.Bitmap("tuesday", 65536, True, False)])
     _write(top, "write -P 3 2M 128k")
-    return Pair(top, base, chains.content(top), then)
+    return Pair(top, base, chains.content(top), {"monday": then, "tuesday": later})
 
 
 def _write(path: pathlib.Path, command: str) -> None:
@@ -71,46 +107,99 @@ def _write(path: pathlib.Path, command: str) -> None:
 
 def plant(way: str, place: pathlib.Path, shared: folders.Shared) -> None:
     """Put something there."""
-    if way == "symlink":
-        place.symlink_to(shared.outside / "bait")
-    elif way == "link":
-        place.hardlink_to(shared.outside / "bait")
-    elif way == "fifo":
-        os.mkfifo(place)
-    elif way == "folder":
-        place.mkdir()
-    elif way == "device":
-        os.mknod(place, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    if way in folders.LURES:
+        folders.LURES[way](place, shared.outside)
     elif way == "garbage":
         place.write_bytes(b"QFI\xfb" + bytes(100))
+    elif way == "image":
+        qemu.create(place, SIZE)
     else:  # a vault as far as its form goes, of another image: it would make a bitmap valid that lacks all
         qemu.create(place, SIZE)
-        status = os.stat(place.with_name("top.qcow2"))
+        status = os.stat(place.with_name("top.qcow2") if place.with_name("top.qcow2").exists() else place)
         names = ["t/0123456789abcdef", f"i/{status.st_dev}:{status.st_ino}", "b/never", "b/monday"]
         if way == "foreign":
             names[1] = "i/1:1"
         qemu.add_bitmaps(place, [qemu.Bitmap(name, 65536, name.startswith("b/"), False) for name in names])
-    if way in ("garbage", "theirs", "fifo", "folder"):
-        os.chown(place, folders.NOBODY, folders.NOBODY)
+    if way not in ("link", "device", "foreign", "image"):
+        os.chown(place, folders.NOBODY, folders.NOBODY, follow_symlinks=False)
 
 
 def planted(ground: lab.Lab, what: str, way: str, call: str) -> rounds.Finding:
     """Run a module where somebody else has planted something."""
-    module, options = CALLS[call]
     with folders.shared_folder(ground, 0o777) as shared:
         pair = lay_out(shared.folder)
         place = shared.folder / PLACES[what].format(inode=pair.top.stat().st_ino)
         plant(way, place, shared)
-        if module == "qcow2_overlay":
-            options = {**options, "backing_file": str(pair.base)}
-        ended = modules.run(ground, module, path=str(pair.top), timeout=15, **options)
-        wrong = modules.run_wrong(ended, [ground.place, "monday"])
-        if folders.snapshot(shared.outside) != shared.before:
-            wrong.append("something outside was changed")
-        wrong += left_wrong(pair, call, ended.status == 0)
-        left = [path.name for path in shared.folder.iterdir() if leftover.is_one(path.name)]
-        wrong += [f"left {left}"] if left else []
+        ended = modules.run(ground, CALLS[call][0], **pair.arguments(call))
+        wrong = run_wrong(ground, shared, pair, call, ended)
+        left = [path for path in shared.folder.iterdir() if leftover.is_one(path.name)]
+        wrong += [f"left {path.name}" for path in left if path != place or path.is_file()]
     return rounds.Finding(f"{call}: {'done' if ended.status == 0 else 'refused'}", wrong)
+
+
+def swapped(ground: lab.Lab, call: str, way: str, number: int, killed: bool) -> rounds.Finding:
+    """Swap the vaults of a run, finished or not, while it is at a step, or kill it then; run again on what is left."""
+    with folders.shared_folder(ground, 0o777) as shared:
+        pair = lay_out(shared.folder)
+        rule = ground.environment(f"module:*:{number}:stop")
+        ground.runner.start(CALLS[call][0], pair.arguments(call), rule)
+        first, places = ground.runner.answer(), []
+        if first is None:
+            places = [path for path in shared.folder.iterdir() if path.name in VAULTS or leftover.is_one(path.name)]
+            for place in places:
+                place.unlink()
+                if way != "gone":
+                    plant(way, place, shared)
+            if killed:
+                os.killpg(ground.runner.pid(), signal.SIGKILL)
+            first = ground.runner.resume()
+        wrong = run_wrong(ground, shared, pair, call, first)
+        if killed and places and pair.top.exists():  # a VM dies as it opens its image: only the vault knew of some then
+            disks.lose_bitmaps(str(pair.top))
+            pair = pair._replace(all_stay=False)
+        second = modules.run(ground, CALLS[call][0], **pair.arguments(call))
+        wrong += [f"second run: {what}" for what in run_wrong(ground, shared, pair, call, second)]
+    ends = {0: "done", -signal.SIGKILL: "killed"}
+    words = " and ".join(ends.get(one.status, "refused") for one in (first, second))
+    return rounds.Finding(f"{call}: {words}" if places else f"{call}: nothing to be swapped", wrong)
+
+
+def run_wrong(ground: lab.Lab, shared: folders.Shared, pair: Pair, call: str, ended: runs.Run) -> list[str]:
+    """Return what is wrong after a run in a folder of another user, which may have been killed."""
+    wrong = [] if ended.status < 0 else modules.run_wrong(ended, [ground.place, *pair.then])
+    if folders.snapshot(shared.outside) != shared.before:
+        wrong.append("something outside was changed")
+    return wrong + left_wrong(pair, call, ended.status == 0)
+
+
+def telling(ground: lab.Lab, what: str, way: str) -> rounds.Finding:
+    """Plant something where runs tell of their progress, while one is at work and another one waits for it."""
+    folder = ground.papers / "run"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    with folders.shared_folder(ground, 0o777) as shared:
+        pair = lay_out(shared.folder)
+        environment = {**ground.environment("module:fork:1:stop"), "PROVE_RUN": str(folder)}
+        module, arguments = CALLS["committed"][0], pair.arguments("committed")
+        ground.runner.start(module, arguments, environment)
+        stopped = ground.runner.answer()
+        assert stopped is None, stopped
+        place = folder / TOLD[what].format(pid=ground.runner.pid())
+        place.parent.mkdir(0o700, exist_ok=True)
+        if way in TEXTS:
+            place.write_bytes(TEXTS[way])
+        else:
+            folders.LURES[way](place, shared.outside)
+        for path in (*([] if way == "link" else [place]), *([place.parent] if "their" in what else [])):
+            os.chown(path, folders.NOBODY, folders.NOBODY, follow_symlinks=False)
+        ground.second.start(module, {**arguments, "timeout": 1}, {**ground.environment(), "PROVE_RUN": str(folder)})
+        second = ground.second.ended()
+        first = ground.runner.resume()
+        wrong = [f"the one that waits: {problem}" for problem in modules.run_wrong(second, [ground.place])]
+        wrong += run_wrong(ground, shared, pair, "committed", first)
+        if first.status or not second.status:
+            wrong.append(f"exit {first.status} and {second.status}: {first.message} / {second.message}")
+    return rounds.Finding("done, and the other one waited", wrong)
 
 
 def left_wrong(pair: Pair, call: str, is_done: bool) -> list[str]:
@@ -122,10 +211,11 @@ def left_wrong(pair: Pair, call: str, is_done: bool) -> list[str]:
     usable = chains.usable(top)
     if "never" in usable:
         wrong.append("a bitmap that no image ever had is valid")
-    if chains.changed(pair.then, pair.now) & ~usable.get("monday", -1):
-        wrong.append("monday lacks changes")
-    if is_done and call in ("healed", "committed") and "monday" not in usable:
-        wrong.append("monday is not valid")
+    for name, then in pair.then.items():
+        if chains.changed(then, pair.now) & ~usable.get(name, -1):
+            wrong.append(f"{name} lacks changes")
+        if is_done and pair.all_stay and call in SWAPPED and name not in usable:
+            wrong.append(f"{name} is not valid")
     return wrong
 
 
@@ -184,8 +274,22 @@ def _quietly(command: list[str]) -> int:
         return -1
 
 
-def planted_jobs(asked: rounds.Choice) -> list[rounds.Job[lab.Lab]]:
-    """Return the rounds with what is planted: all, if so asked, else a share."""
+def steps_of(ground: lab.Lab, call: str) -> range:
+    """Return the steps of a call at which something of a vault is there, if nothing happens to it."""
+    log = ground.papers / "log"
+    log.unlink(missing_ok=True)
+    with folders.shared_folder(ground, 0o777) as shared:
+        arguments = lay_out(shared.folder).arguments(call)
+        ground.runner.start(CALLS[call][0], arguments, {**ground.environment(), "PROVE_LOG": str(log)})
+        ended = ground.runner.ended()
+        assert ended.status == 0, ended
+    lines = log.read_text(encoding="ascii").splitlines()
+    steps = [line.removeprefix("module ") for line in lines if line.startswith("module ")]
+    return range(steps.index("create") + 1, len(steps) + 1 - steps[::-1].index("unlinkat"))
+
+
+def planted_jobs(ground: lab.Lab, asked: rounds.Choice) -> list[rounds.Job[lab.Lab]]:
+    """Return the rounds with what is planted or swapped: all, if so asked, else a share."""
     jobs = [
         rounds.Job(
             f"planted: {what}",
@@ -197,11 +301,23 @@ def planted_jobs(asked: rounds.Choice) -> list[rounds.Job[lab.Lab]]:
         for way in WAYS
         for call in CALLS
     ]
-    share = max(1, asked.rounds // 4)
-    if asked.full or asked.only:
-        return jobs
-    series = {what: [job for job in jobs if job.series == f"planted: {what}"] for what in PLACES}
-    return [job for what, some in series.items() for job in asked.randomness(what).sample(some, min(len(some), share))]
+    jobs += [
+        rounds.Job(f"planted: {what}", f"planted-{what}-{way}", functools.partial(telling, what=what, way=way))
+        for what in TOLD
+        for way in TELLING_WAYS
+    ]
+    jobs += [
+        rounds.Job(
+            f"swapped: the vault of what is {call}, and the run {'is killed' if killed else 'goes on'}",
+            f"swapped-{call}-{way}-{number}{'-killed' * killed}",
+            functools.partial(swapped, call=call, way=way, number=number, killed=killed),
+        )
+        for call in SWAPPED
+        for killed in (False, True)
+        for way in SWAPS
+        for number in steps_of(ground, call)
+    ]
+    return rounds.sampled(jobs, asked._replace(rounds=max(1, asked.rounds // 4)))
 
 
 def mutant_jobs(corpus: list[mutants.Seed], asked: rounds.Choice) -> list[rounds.Job[lab.Lab]]:
