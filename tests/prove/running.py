@@ -26,7 +26,6 @@ import kills
 import kinds
 import lab
 import leaving
-import leftover
 import libvirt_qemu
 import promise
 import rounds
@@ -120,23 +119,8 @@ class Ground(leaving.Ground):
         return list(map(pathlib.Path, domains.sources(self.domain(name).XMLDesc(0))))
 
 
-class RanOn:
+class RanOn(estate.OfDomains[Ground]):
     """Each domain runs on, with all its checkpoints, on old or new images; and the next run completes it."""
-
-    module = "domain_overlay"
-
-    def __init__(self, ground: Ground) -> None:
-        self._ground = ground
-        self.before: dict[pathlib.Path, tuple[t.Any, ...]] = {}
-
-    @property
-    def subjects(self) -> tuple[str, ...]:
-        """With one of which each message begins."""
-        ground = self._ground
-        return (str(ground.place), "libvirt cannot ", ground.daemon.uri, *(f"{name}: " for name in ground.numbers))
-
-    def prepare(self) -> None:
-        """Note nothing: every image of the domains may change."""
 
     def arguments(self, _disks: t.Sequence[kinds.Disk] | None = None, **options: t.Any) -> dict[str, t.Any]:
         """Return the options of the module, which takes domains as a whole."""
@@ -147,9 +131,9 @@ class RanOn:
 
     def done(self) -> list[bool]:
         """Whether nothing is left to do, for each domain."""
-        return [not self._undone(name) for name in self._ground.numbers]
+        return [not self.undone(name) for name in self._ground.numbers]
 
-    def _undone(self, name: str) -> list[str]:
+    def undone(self, name: str) -> list[str]:
         """Return what is left to do for a domain."""
         ground = self._ground
         wanted = [ground.after(disk) for disk in ground.disks_of(name)]
@@ -176,12 +160,9 @@ class RanOn:
         known = {path.name for disk in ground.disks for path in (disk.active, disk.target, ground.after(disk))}
         # An overlay that libvirt alone has merged down, since nobody knows what became of it meanwhile.
         known |= {f"{disk.target.name}.{leaving.COMMITTED}" for disk in ground.disks}
-        there = [path.name for folder in (ground.folder, ground.actives_folder) for path in folder.iterdir()]
-        return wrong + [
-            f"there is {name}"
-            for name in there
-            if name not in known and not name.endswith(SIGN) and not leftover.is_one(name)
-        ]
+        folders = (ground.folder, ground.actives_folder)
+        known |= {path.name for folder in folders for path in folder.glob(f"*{SIGN}")}
+        return wrong + [problem for folder in folders for problem in promise.names_wrong(folder, known)]
 
     def _domain_wrong(self, name: str) -> list[str]:
         ground, domain = self._ground, self._ground.domain(name)
@@ -192,9 +173,8 @@ class RanOn:
                 wrong.append(f"{name} is on {path}")
             elif not ground.is_running(name):
                 wrong += self._disk_wrong(name, disk, path)
-        if ground.is_running(name) and not any(
-            domain.blockJobInfo(f"vd{place}") for place in "ab"[: len(ground.numbers[name])]
-        ):
+        targets = [f"vd{'abc'[place]}" for place, _disk in enumerate(ground.disks_of(name))]
+        if ground.is_running(name) and not any(map(domain.blockJobInfo, targets)):
             wrong += [f"{name}: {one} is broken" for one in CHECKPOINTS if not ground.daemon.size_told(name, one)]
         return wrong
 
@@ -208,39 +188,20 @@ class RanOn:
         wrong += [f"{one.name} is locked" for one in images if lab.is_locked(one)]
         return wrong + [damage for one in images for damage in [chains.damage(one)] if damage]
 
-    def told_wrong(self, run: runs.Run) -> list[str]:
-        """Return what is wrong with what a run says of what it has left, domain by domain."""
-        wrong = []
-        for name in self._ground.numbers if run.domains else ():
-            if run.domain(name).get("state") != "failed":
-                wrong += [f"it is said to be {run.domain(name)['state']}: {what}" for what in self._undone(name)]
-        if (run.status == 0) != (bool(run.domains) and all(one["state"] != "failed" for one in run.domains)):
-            wrong.append(f"exit {run.status} with {[one['state'] for one in run.domains]}: {run.message}")
-        return wrong
-
-    def unsaid(self, _run: runs.Run) -> list[str]:
-        """Return nothing: what a failed run has left, the next one goes on with."""
-        return []
-
     def rerun_wrong(self) -> list[str]:
-        """Return what is wrong with a second run, which completes it, a third one, and the images in the end."""
+        """Return what is wrong with the next run, before which the domains write, and with one more."""
+        self._ground.write()
+        return super().rerun_wrong()
+
+    def third_wrong(self, third: runs.Run) -> list[str]:
+        """Return what is wrong with what a third run says, and once the domains have written again and are shut off."""
         ground = self._ground
-        ground.write()
-        leftovers = ground.leftovers()
-        second = ground.run()
-        wrong = [*self.images_wrong(), *ground.cleared_wrong(second, leftovers)]
-        wrong += [problem for name in ground.numbers for problem in self._undone(name)]
-        if second.status:
-            wrong.append(f"exit {second.status}: {second.message} {second.stderr}")
-        ground.write()
-        third = ground.run()
         states = {domain["state"] for domain in third.domains}
-        if third.status or (third.result or {}).get("changed") or states != {ground.wish.found}:
-            wrong.append(f"third run: exit {third.status}, {states}: {third.message}")
+        wrong = [] if states == {ground.wish.found} else [f"third run: {states}: {third.message}"]
+        ground.write()
         for name in filter(ground.is_running, ground.numbers):
             ground.domain(name).destroy()
-        wrong += [f"in the end: {problem}" for problem in self.images_wrong()]
-        return [f"second run: {problem}" for problem in wrong]
+        return wrong + [f"in the end: {problem}" for problem in self.images_wrong()]
 
     def raced_wrong(
         self, _rival: promise.Rival, _theirs: list[kinds.Disk], _first: runs.Run, _second: runs.Run, _stopped: bool
@@ -251,10 +212,6 @@ class RanOn:
     def vm_wrong(self, _run: runs.Run, _runs_on: bool, _too_early: bool) -> list[str]:
         """Return what is wrong after a run in which a domain came or went."""
         return self.images_wrong()
-
-    def without_folder_wrong(self, _run: runs.Run, _done: list[bool], _elsewhere: pathlib.Path) -> list[str]:
-        """Return nothing: no round takes a folder away."""
-        return []
 
 
 def meanwhile(ground: Ground, number: int, happens: t.Callable[[Ground], None]) -> rounds.Finding:
