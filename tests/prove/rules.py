@@ -226,6 +226,20 @@ RULES = (
         ("test_retire", "test_revert"),
     ),
     Rule(
+        "nothing is believed in a folder of others",
+        "progress",
+        "return os.listdir(FOLDER) if is_private(FOLDER) else []",
+        "return os.listdir(FOLDER)",
+        ("test_progress",),
+    ),
+    Rule(
+        "what stands in the place of the next text is not written to",
+        "progress",
+        "_remove(new)",
+        "pass",
+        ("test_progress",),
+    ),
+    Rule(
         "the way down stays while TOP is there",
         "revert",
         "_retire(one.path, held.image(one.path), KEEP))",
