@@ -145,7 +145,7 @@ def test_what_is_no_file_is_not_waited_for(folder, tmp_path):
 
 def test_what_stands_in_the_place_of_the_next_text_is_not_written_to(folder, tmp_path):
     (tmp_path / "bait").write_text("bait")
-    lures = (lambda place: place.hardlink_to(tmp_path / "bait"), os.mkfifo, lambda place: place.symlink_to("bait"))
+    lures = (lambda place: os.link(tmp_path / "bait", place), os.mkfifo, lambda place: place.symlink_to("bait"))
     for lure in lures:
         with progress.telling(REQUEST) as tell:
             tell(1, 100)
