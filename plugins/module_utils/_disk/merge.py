@@ -321,7 +321,9 @@ def name_for_above(request: CommitRequest, seen: Seen) -> str:
 
 def _problems_in_the_end(seen: Seen, request: CommitRequest, held: Held) -> list[Refusal]:
     """Return why the last steps would fail, which is told before the first one."""
-    found = [why_not_retired(layer.path, file, request.retire, KEPT_AS) for layer, file in layers_of(seen, held)]
+    # The way out of a device that goes back, to use the image below, would lose what is to be merged.
+    files = [(layer.path, file) for layer, file in layers_of(seen, held) if not file.is_device]
+    found = [why_not_retired(path, file, request.retire, KEPT_AS) for path, file in files]
     if request.above is not None:
         name = name_for_above(request, seen)
         found.append(why_not_changeable(held.image(request.above), name, request.backing_format))

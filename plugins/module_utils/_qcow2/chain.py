@@ -180,7 +180,9 @@ def _check_depth(layer: Layer, above: Layer, seen: set[Identity], top_path: str)
     seen.add(layer.identity)
     if len(seen) > MAX_LAYERS:
         why = f"its backing chain has more than {MAX_LAYERS} images"
-        raise Refusal("chain_too_long", top_path, why, "Merge some with 'qemu-img commit'.")
+        # Not with 'qemu-img commit', which loses their bitmaps.
+        remedy = "Merge the lowest ones down with state=committed of kvmfleet.qcow2.qcow2_overlay, naming above."
+        raise Refusal("chain_too_long", top_path, why, remedy)
 
 
 def _read_layer(file: OpenImage, path: str, image_format: str | None, read: Reader) -> Layer:

@@ -11,8 +11,10 @@ import typing as t
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import OpenImage, open_image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import CommitRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.merge import MergeLayers
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.retire import why_not_retired
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
 
 from .. import qemu
@@ -135,6 +137,16 @@ def test_internal_snapshots_in_an_image_that_goes_in(chain, which):
     path = getattr(chain, which)
     qemu.qemu_img("snapshot", "-c", "s", path)
     refused(chain, "unsupported", path, "1 internal snapshots")
+
+
+def test_a_block_device_that_goes_in_has_no_way_out_that_loses_its_data(chain, monkeypatch):
+    """What is to be done before going back, to use the image below, would."""
+    is_device = property(lambda file: file.path == chain.top)
+    monkeypatch.setattr(OpenImage, "is_device", is_device)
+    (told,) = run(MergeLayers(), [CommitRequest(chain.top, chain.base)], SETTINGS).verdicts[0].problems
+    assert (told.code, told.subject) == ("unsupported", chain.top)
+    with open_image(chain.top) as file:
+        assert why_not_retired(chain.top, file, "delete", "committed").code == "block_device"
 
 
 def test_a_data_file_of_an_image_that_goes_in(tmp_path):

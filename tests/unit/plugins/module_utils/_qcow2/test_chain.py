@@ -12,10 +12,14 @@ import subprocess
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import CommitRequest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.merge import MergeLayers
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.chain import MAX_LAYERS, has_protocol, read_chain
 
 from .. import qemu
+from .._disk.overlays import SETTINGS
 
 
 def chain_of(path):
@@ -99,6 +103,10 @@ def test_a_chain_has_an_end(tmp_path):
     assert len(chain_of(tmp_path / str(MAX_LAYERS - 1))) == MAX_LAYERS
     with pytest.raises(Refusal, match="more than 200 images"):
         chain_of(tmp_path / str(MAX_LAYERS))
+    # What the refusal says to do.
+    names = [str(tmp_path / number) for number in ("1", "0", "2")]
+    assert run(MergeLayers(), [CommitRequest(*names[:2], above=names[2])], SETTINGS).failures == []
+    assert len(chain_of(tmp_path / str(MAX_LAYERS))) == MAX_LAYERS
 
 
 @pytest.mark.parametrize("name", ["json:{}", "nbd://127.0.0.1/x", "foo:bar"])
