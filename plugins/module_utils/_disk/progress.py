@@ -17,9 +17,9 @@ import os
 import time
 import typing as t
 
-from .._base.errors import printable
+from .._base.errors import Refusal, printable
 from .._base.files import is_private, read_note, write_all
-from .._base.signals import interruptible
+from .._base.signals import Interrupted, interruptible
 
 FOLDER = "/run/kvmfleet-qcow2"
 _SUFFIX = ".json"
@@ -86,13 +86,18 @@ def await_merges_of(vms: t.Container[str], seconds: float) -> bool:
     """Wait until every other process has ended that merges something of these VMs; return whether there was one.
 
     One that has not moved on for `seconds` is not waited for any more; the locks of its images will tell of it.
+    Refusal if a signal ends the run meanwhile.
     """
     others = {about.pid for about in _told() if about.vm in vms and about.pid != os.getpid()}
     for pid in others:
         seen, deadline = how_far(), time.monotonic() + seconds
         while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline:
-            with interruptible():
-                time.sleep(_PAUSE)
+            try:
+                with interruptible():
+                    time.sleep(_PAUSE)
+            except Interrupted as exc:
+                why = f"the run was ended by {exc} while it waited for process {pid}, which merges images of a VM"
+                raise Refusal("interrupted", "", why, "That goes on. Run this again.") from exc
             now = how_far()
             if now != seen:
                 seen, deadline = now, time.monotonic() + seconds

@@ -244,7 +244,10 @@ class MergeRunning(MergeLayers):
     def publish(
         self, verdicts: t.Sequence[CommitVerdict], held: Held, switch: t.Callable[[], None]
     ) -> t.Sequence[CommitVerdict]:
-        """Merge the disks one after the other, until one fails; what is done is done."""
+        """Merge the disks one after the other, until one fails; what is done is done.
+
+        `switch` only looks whether the VM has the images below, and is the one to tell if it does not.
+        """
         if self._ended is not None:
             raise self._ended
         done: list[CommitVerdict] = []
@@ -263,7 +266,8 @@ class MergeRunning(MergeLayers):
             else:
                 done.append(self._attempt(verdict, held, begin))
         if all(verdict.state != FAILED for verdict in done):
-            switch()
+            with contextlib.suppress(Refusal):
+                switch()
         return done
 
     def _attempt(self, verdict: CommitVerdict, held: Held, begin: Begin) -> CommitVerdict:
@@ -271,12 +275,20 @@ class MergeRunning(MergeLayers):
             return self._merge(verdict, held, begin)
         except Interrupted as exc:
             self._ended = exc  # for the VMs whose turn is still to come
-            why = f"its merge was given up, because the run was ended by {exc}; the VM goes on with it"
-            if isinstance(exc, GoesOn):
-                why = f"the run was ended by {exc}, and its merge goes on, since libvirt's daemon is away"
+            why = self._how_ended(verdict.request, exc)
             return verdict.failed(Refusal("interrupted", verdict.request.path, why, "Run this again."))
         except (Refusal, OSError) as exc:
             return failed_by(verdict, exc)
+
+    def _how_ended(self, request: CommitRequest, exc: Interrupted) -> str:
+        """Return what has become of a merge when a signal has ended the run."""
+        if isinstance(exc, GoesOn):
+            return f"the run was ended by {exc}, and its merge goes on, since libvirt's daemon is away"
+        with contextlib.suppress(Refusal):
+            if self._hypervisor.has(request):
+                return f"its merge was given up, because the run was ended by {exc}; the VM goes on with it"
+            return f"is merged down, and was not retired, because the run was ended by {exc}"
+        return f"the run was ended by {exc}, and whether it is merged down could not be told"
 
     def _merge(self, verdict: CommitVerdict, held: Held, begin: Begin) -> CommitVerdict:
         """Have one image merged down, and retire it."""
@@ -286,15 +298,24 @@ class MergeRunning(MergeLayers):
             with telling(request) as tell:
                 relative = _is_relative(request, held)
                 self._hypervisor.merge(request, tell, held.seconds, begin, relative=relative, resumes=resumes)
-        if self._hypervisor.has(request):
-            why = "is merged down, but the definition of its VM still has it, so it is left in place"
-            raise Refusal(
-                "not_switched", request.path, why, "Look at 'virsh domblklist --inactive', then run this again."
-            )
+            self._check_left(request)
         os.fsync(held.image(request.backing_file).fd)  # before the only other copy of the data goes
         how: How = DELETE if verdict.retired[0].kept_as is None else KEEP
         kept_as = retire(request.path, _alone(request.path, held), how, KEPT_AS)
         return verdict._replace(retired=(Retired(request.path, kept_as),))
+
+    def _check_left(self, request: CommitRequest) -> None:
+        """Refuse to retire an image that is merged down if its VM still has it, or if that cannot be told."""
+        try:
+            still_has = self._hypervisor.has(request)
+        except Refusal as exc:
+            note = f"{request.path} is merged down, and left in place until it is known that its VM does not have it."
+            raise exc.with_note(note) from exc
+        if still_has:
+            why = "is merged down, but the definition of its VM still has it, so it is left in place"
+            raise Refusal(
+                "not_switched", request.path, why, "Look at 'virsh domblklist --inactive', then run this again."
+            )
 
 
 def _above(request: CommitRequest, held: Held) -> Layer | None:
@@ -354,7 +375,8 @@ def _problems(request: CommitRequest, seen: Seen, known: Known, held: Held) -> t
         wrong = wrongly_mended(above, [named(layer.image) for layer in seen.chain], seen.depth)
         if wrong:
             yield commit.closes_gap(seen.above.path, [above[name] for name in wrong])
-    problem = why_not_retired(request.path, held.image(request.path), request.retire, KEPT_AS)
+    file = held.image(request.path)
+    problem = None if file.is_device else why_not_retired(request.path, file, request.retire, KEPT_AS)
     if problem is not None:
         yield problem
 

@@ -120,6 +120,7 @@ class HealCall:
         found, self._unmatched = self._inventory.select(names)
         self._plans = [one if isinstance(one, Unreadable) else self._plan(one) for one in found]
         self._begun: set[str] = set()  # UUIDs of domains of which checkpoints were forgotten
+        self._is_ended = False  # by a signal, while images were mended
 
     def _plan(self, domain: Domain) -> ShutOff | Running | Unreadable:
         if domain.state is not None:
@@ -215,6 +216,7 @@ class HealCall:
         }
         run_all([batch], self._settings, vms)
         outcome = batch.outcome()
+        self._is_ended = any(failure.code == "interrupted" for failure in outcome.failures)
         return dict(zip(keys, outcome.verdicts)), outcome.warnings
 
     def _check(self, plan: ShutOff) -> None:
@@ -249,6 +251,8 @@ class HealCall:
             refusal = Refusal("running", domain.name, f"is {domain.state}", remedy)
             return HealedDomain(domain.name, domain.uuid, FAILED, plan.fates, problems=(refusal,), is_undone=True)
         try:
+            if plan.has_work and self._is_ended:
+                raise _ended(domain)
             fates = remove_from_running(self._daemon, domain, plan.fates, check_mode=self._settings.check_mode)
         except Refusal as exc:
             return HealedDomain(domain.name, domain.uuid, FAILED, plan.fates, problems=(exc,), is_undone=True)
@@ -279,8 +283,7 @@ class HealCall:
             failed = self._forget_alone(plan)
         if not failed and self._is_left_undone(plan):
             # Its turn did not come, although its images were ready already: then no image tells of the signal.
-            why = "its checkpoints were not removed, because the run was ended"
-            failed = [Refusal("interrupted", domain.name, why, "Run this again.")]
+            failed = [_ended(domain)]
         begun = domain.uuid in self._begun
         done = () if failed else tuple(verdicts.items())
         items = [(target, item) for target, verdict in done for item in verdict.items]
@@ -322,6 +325,12 @@ class HealCall:
         except Refusal as exc:
             return [exc]
         return []
+
+
+def _ended(domain: Domain) -> Refusal:
+    """Return the refusal of a domain whose turn did not come."""
+    why = "its checkpoints were not removed, because the run was ended"
+    return Refusal("interrupted", domain.name, why, "Run this again.")
 
 
 def _why_not(domain: Domain, facts: t.Sequence[DiskFacts], decision: Decision) -> list[Refusal]:

@@ -23,7 +23,7 @@ from .._libvirt.connection import Domain, Kept, Libvirt
 from .._libvirt.definition import Definition, DomainDisk
 from .._libvirt.jobs import Merge, merge_down
 from .._libvirt.running import RunningDisk, why_not_quiesced
-from .._libvirt.snapshots import check_switched, defined_now, disks_now, look_up, take_snapshot
+from .._libvirt.snapshots import check_on, defined_now, disks_now, take_snapshot
 from .._qcow2.mark import Mark
 from .aims import MergeDown, PutOnOverlays
 from .checkpoints import Chain
@@ -120,7 +120,10 @@ class MergeRunningDown(_OfRunning, MergeDown):
 
     def switch(self, daemon: Libvirt, plan: DomainPlan, _seconds: float) -> None:
         """See that the domain is on the images below: libvirt has put it there with the end of each merge."""
-        check_switched(daemon, look_up(daemon, plan.domain), plan.domain, plan.sources, None)
+        try:
+            check_on(daemon, plan.domain, plan.sources)
+        except Refusal as exc:
+            raise exc.with_note(f"All images of {plan.domain.name} are merged down already.") from exc
 
 
 def _shown(version: tuple[int, int, int]) -> str:

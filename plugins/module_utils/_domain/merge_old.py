@@ -58,8 +58,16 @@ def merge_old(
             continue
         gone = [path for one in outcomes.values() for path in _merged(one)] if settings.check_mode else []
         aims = make_aims(request._replace(steps=own, gone=gone))
-        call = Call(daemon, goes_on if number else names, aims, settings)
-        found, more = call.run()
+        try:
+            if _is_ended(outcomes.values()):
+                raise Refusal("interrupted", "", "not all is merged down, because the run was ended", "Run this again.")
+            found, more = Call(daemon, goes_on if number else names, aims, settings).run()
+        except Refusal as exc:
+            if not number:
+                raise
+            # What the rounds before have done is told.
+            outcomes.update((name, _cut_off(outcomes[name], exc)) for name in goes_on)
+            break
         warnings += more
         for one in found:
             first = outcomes.get(one.name)
@@ -67,6 +75,16 @@ def merge_old(
             outcomes[one.name] = then if first is None else _together(first, then)
     told = [one._replace(picked=old[one.uuid].picked) if one.uuid in old else one for one in outcomes.values()]
     return told, list(dict.fromkeys(warnings))
+
+
+def _is_ended(outcomes: t.Iterable[DomainOutcome]) -> bool:
+    """Return whether a signal has ended the run."""
+    return any(problem.code == "interrupted" for one in outcomes for problem in one.problems)
+
+
+def _cut_off(outcome: DomainOutcome, problem: Refusal) -> DomainOutcome:
+    """Return what became of a domain whose next round was not made."""
+    return outcome._replace(state=FAILED, problems=(problem if problem.subject else problem.about(outcome.name),))
 
 
 def _as_after(first: DomainOutcome, then: DomainOutcome) -> DomainOutcome:

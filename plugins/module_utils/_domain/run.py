@@ -265,11 +265,17 @@ class _Switch:
                 raise Refusal("changed_meanwhile", gone[0], "was removed meanwhile", "Run this again.")
             if sources:
                 self._aim.switch(self._daemon, self._plan, self._seconds)
-            forget(self._daemon, self._plan.domain, self.lost)
+            self._forget()
         except Refusal as exc:
             self._problem = exc
             raise
         self._is_done = True
+
+    def _forget(self) -> None:
+        try:
+            forget(self._daemon, self._plan.domain, self.lost)
+        except Refusal as exc:
+            raise exc.with_note("It is defined with the images that it is to have.") from exc
 
     def problems(self, *, is_expected: bool) -> list[Refusal]:
         """Return why the domain is not switched; `is_expected`: nothing else has failed, so it should be."""

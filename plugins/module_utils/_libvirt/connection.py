@@ -86,6 +86,7 @@ class Libvirt:
         """Connect; Refusal if that is not possible."""
         libvirt.registerErrorHandler(lambda _context, _error: None, None)  # or every error is on standard error too
         self._uri = uri
+        self._is_lost = False  # it was waited for in vain
         try:
             self.connection = libvirt.open(uri)
         except LibvirtError as exc:
@@ -111,18 +112,19 @@ class Libvirt:
     def is_back(self, seconds: float, *, can_end: bool = True) -> bool:
         """Return after an error whether the daemon was away, and is back; False if it was there all the time.
 
-        One that is started anew is waited for. Refusal if it is not back within `seconds`. All handles are to be looked
-        up again. Without `can_end` no signal ends the run meanwhile.
+        One that is started anew is waited for, but once only if it does not come. Refusal if it is not back within
+        `seconds`. All handles are to be looked up again. Without `can_end` no signal ends the run meanwhile.
         """
         if self.is_there():
             return False
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + (0.0 if self._is_lost else seconds)
         while True:
             with contextlib.suppress(LibvirtError):
                 self.connection = libvirt.open(self._uri)
-                self.pools = Pools(self.connection)
+                self.pools, self._is_lost = Pools(self.connection), False
                 return True
             if time.monotonic() > deadline:
+                self._is_lost = True
                 why = f"libvirt's daemon went away, and is not back after {seconds:.0f} s. What it was told may go on"
                 raise Refusal("libvirt_unreachable", self._uri, why, "Start it, then run this again.")
             with interruptible() if can_end else contextlib.nullcontext():

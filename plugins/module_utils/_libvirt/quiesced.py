@@ -24,7 +24,7 @@ from .bindings import LibvirtError, libvirt, words_of
 from .connection import PATIENCE, Domain, Libvirt, in_time
 
 FOLDER = "/run/kvmfleet-qcow2.quiesced"
-RECONNECT = 10.0  # seconds in which a daemon that was just started is connected to the agent of a guest
+_RECONNECT = 10.0  # seconds in which a daemon that was just started is connected to the agent of a guest
 _PAUSE = 0.1  # seconds between two attempts
 _FREEZE = "'guest-fsfreeze-freeze'"  # the command, in libvirt's words
 
@@ -36,42 +36,66 @@ _SEE_TO_AGENT = "See to the guest agent, or leave out quiesce."
 
 
 class Note:
-    """That the file systems of a domain are being frozen. Unless it is dropped, it stays."""
+    """That the file systems of a domain are being frozen. It stays until its guest is known to be thawed."""
 
-    def __init__(self, domain: Domain, number: int) -> None:
-        """Leave it."""
-        self._path = _place_of(domain.uuid)
-        self._fd: int | None = None
+    def __init__(self, path: str | None, number: int) -> None:
+        self._path = path  # None of one that could not be left
+        self.number = number  # of the domain then
+
+    def drop(self) -> None:
+        """Remove it: the guest is thawed, or was started anew."""
+        if self._path is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._path)
+
+    def thaw(self, handle: t.Any) -> int:
+        """Have the guest thaw its file systems, then remove the note; return how many were frozen, by its agent.
+
+        The note stays if that raises LibvirtError, or TimeoutError since the agent does not answer.
+        """
+        count = _thaw(handle)
+        self.drop()
+        return count
+
+    def is_settled(self, handle: t.Any, error: t.Any) -> bool:
+        """Return after a snapshot whether the guest is thawed; after an `error` have it thawed.
+
+        libvirt has thawed it itself, unless that is what failed.
+        """
+        if error is None or is_freeze(error):
+            self.drop()
+            return True
+        try:
+            self.thaw(handle)
+        except (LibvirtError, TimeoutError):
+            return False
+        return True
+
+
+@contextlib.contextmanager
+def noted(domain: Domain, number: int) -> t.Iterator[Note]:
+    """Leave a note, and hold its lock in the block."""
+    with contextlib.ExitStack() as held:
+        path = None
         # It is a second net: where it cannot be left, libvirt thaws all the same.
         with contextlib.suppress(OSError):
             os.makedirs(FOLDER, 0o700, exist_ok=True)
-            if not is_private(FOLDER):
-                return
-            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(self._fd, 0)
-            os.write(self._fd, str(number).encode("ascii"))
-
-    def __enter__(self) -> Note:
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        if self._fd is not None:
-            close(self._fd)
-
-    def drop(self) -> None:
-        """Remove it: the guest is thawed."""
-        if self._fd is not None:
-            _remove(self._path)
+            if is_private(FOLDER):
+                fd = os.open(_place_of(domain.uuid), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+                held.callback(close, fd)
+                path = _place_of(domain.uuid)
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.ftruncate(fd, 0)
+                os.write(fd, str(number).encode("ascii"))
+        yield Note(path, number)
 
 
-def thaw(handle: t.Any, seconds: float) -> int:
+def _thaw(handle: t.Any) -> int:
     """Have the guest thaw its file systems; return of how many its agent says that they were frozen.
 
-    Wait so long for the agent: a daemon that was just started has to connect to it first. TimeoutError if it does not
-    answer.
+    Wait for the agent: a daemon that was just started has to connect to it first.
     """
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + _RECONNECT
     while True:
         try:
             return in_time(lambda: t.cast("int", handle.fsThaw()))
@@ -107,8 +131,8 @@ def is_freeze(exc: t.Any) -> bool:
 
 def is_left(daemon: Libvirt, domain: Domain) -> bool:
     """Return whether the guest of a domain may have been left frozen."""
-    with _locked(_place_of(domain.uuid)) as number:
-        return number is not None and _number_of(daemon, domain.uuid) in (number, None)
+    with _left(domain.uuid) as note:
+        return note is not None and _number_of(daemon, domain.uuid) in (note.number, None)
 
 
 def thaw_left(connect: t.Callable[[], Libvirt], *, check_mode: bool) -> list[str]:
@@ -127,26 +151,26 @@ def thaw_left(connect: t.Callable[[], Libvirt], *, check_mode: bool) -> list[str
 
 
 def _told_of_one_left(daemon: Libvirt, uuid: str, *, check_mode: bool) -> str | None:
-    with _locked(_place_of(uuid)) as number:
-        if number is None:
+    with _left(uuid) as note:
+        if note is None:
             return None
         try:
             handle = daemon.connection.lookupByUUIDString(uuid)
-            name, number_now = handle.name(), handle.ID()
+            name, number = handle.name(), handle.ID()
         except LibvirtError:  # it is another daemon's, or this one does not answer: nobody knows, so the note stays
             return None
-        if number_now == number and check_mode:
+        if number != note.number:  # it was started anew
+            if not check_mode:
+                note.drop()
+            return None
+        if check_mode:
             return f"{name}: {MAY_BE_FROZEN}. A run without check mode thaws them."
-        count = 0
-        if number_now == number:  # else it was started anew
-            try:
-                count = thaw(handle, RECONNECT)
-            except LibvirtError as exc:
-                return f"{name}: {MAY_BE_FROZEN}, and cannot be thawed. libvirt says: {words_of(exc)}."
-            except TimeoutError:
-                return f"{name}: {MAY_BE_FROZEN}, and cannot be thawed: {NO_ANSWER}."
-        if not check_mode:
-            _remove(_place_of(uuid))
+        try:
+            count = note.thaw(handle)
+        except LibvirtError as exc:
+            return f"{name}: {MAY_BE_FROZEN}, and cannot be thawed. libvirt says: {words_of(exc)}."
+        except TimeoutError:
+            return f"{name}: {MAY_BE_FROZEN}, and cannot be thawed: {NO_ANSWER}."
         return f"{name}: {MAY_BE_FROZEN}. {count} of them were, and are thawed now." if count else None
 
 
@@ -155,8 +179,9 @@ def _place_of(uuid: str) -> str:
 
 
 @contextlib.contextmanager
-def _locked(path: str) -> t.Iterator[int | None]:
-    """Yield the number in a note of a run that does not live any more; None if there is none."""
+def _left(uuid: str) -> t.Iterator[Note | None]:
+    """Yield the note of a run that does not live any more, and hold its lock in the block; None if there is none."""
+    path = _place_of(uuid)
     try:
         # To open a FIFO would hang.
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -168,7 +193,7 @@ def _locked(path: str) -> t.Iterator[int | None]:
         with contextlib.suppress(OSError):  # a run that lives has it, or it is no file
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             text = os.read(fd, 20) if is_private(FOLDER) else b""
-        yield int(text) if text.isdigit() else None
+        yield Note(path, int(text)) if text.isdigit() else None
     finally:
         close(fd)
 
@@ -179,8 +204,3 @@ def _number_of(daemon: Libvirt, uuid: str) -> int | None:
         return t.cast("int", daemon.connection.lookupByUUIDString(uuid).ID())
     except LibvirtError:
         return None
-
-
-def _remove(path: str) -> None:
-    with contextlib.suppress(OSError):
-        os.unlink(path)

@@ -39,12 +39,10 @@ def take_snapshot(daemon: Libvirt, domain: Domain, sources: t.Mapping[str, Sourc
         raise unreadable(domain.name, exc) from exc
     if quiesce:
         quiesced.check_answers(handle, domain)
-    with quiesced.Note(domain, number) if quiesce else contextlib.nullcontext() as note:
+    with quiesced.noted(domain, number) if quiesce else contextlib.nullcontext() as note:
         error = _attempt(handle, wanted, quiesce=quiesce)
         new_handle = _handle_after(daemon, domain, error) if error is not None else None
-        may_be_frozen = note is not None and error is not None and not _is_thawed(new_handle or handle, error)
-        if note is not None and not may_be_frozen:
-            note.drop()
+        may_be_frozen = note is not None and not note.is_settled(new_handle or handle, error)
     try:
         check_switched(daemon, new_handle or handle, domain, sources, error, was_away=new_handle is not None)
     except Refusal as exc:
@@ -64,17 +62,6 @@ def _attempt(handle: t.Any, wanted: str, *, quiesce: bool) -> t.Any:
     except LibvirtError as exc:
         return exc
     return None
-
-
-def _is_thawed(handle: t.Any, error: t.Any) -> bool:
-    """Thaw a guest after an error; return whether it is. libvirt has done so itself, unless that is what failed."""
-    if quiesced.is_freeze(error):
-        return True
-    try:
-        quiesced.thaw(handle, quiesced.RECONNECT)
-    except (LibvirtError, TimeoutError):
-        return False
-    return True
 
 
 def _handle_after(daemon: Libvirt, domain: Domain, error: t.Any) -> t.Any:
@@ -124,7 +111,8 @@ def _asked(daemon: Libvirt, domain: Domain, ask: t.Callable[[t.Any], _Answer]) -
         try:
             return ask(daemon.connection.lookupByUUIDString(domain.uuid))
         except LibvirtError as exc:
-            if daemon.is_back(_RESTART):
+            # No signal ends this: images of the domain may be merged down and retired already, which is to be told.
+            if daemon.is_back(_RESTART, can_end=False):
                 continue
             if exc.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
                 raise gone_meanwhile(domain) from exc
@@ -151,6 +139,14 @@ def gone_meanwhile(domain: Domain) -> Refusal:
     return Refusal("changed_meanwhile", domain.name, why, "Run this on the host that it is on now.")
 
 
+def check_on(daemon: Libvirt, domain: Domain, sources: t.Mapping[str, Source]) -> None:
+    """Raise Refusal unless a domain, of which a merge was the last that was done, has these images."""
+    there = _asked(daemon, domain, lambda handle: _images_now(daemon, handle))
+    if not all(_images(sources) <= images for images in there):
+        why = "was given other images than those below its snapshot, which all of it is merged into"
+        raise UnknownOutcomeError(domain.name, why, "Look at 'virsh domblklist', then run this again.")
+
+
 def check_switched(
     daemon: Libvirt,
     handle: t.Any,
@@ -167,21 +163,30 @@ def check_switched(
     """
     try:
         is_active = handle.isActive()
-        parts = [definition_of(handle), *([Definition(handle.XMLDesc(0))] if is_active else [])]
+        there = _images_now(daemon, handle)
     except LibvirtError as exc:
         raise _unknown(domain, f"libvirt says: {words_of(exc)}") from exc
-    wanted = {(target, os.path.realpath(source.path)) for target, source in sources.items()}
-    # With the end of a merge libvirt has the domain on the volume again that it was on before the snapshot.
-    tops = [daemon.placed(part).tops for part in parts]
-    there = [{(target, os.path.realpath(path)) for target, path in part.items()} for part in tops]
-    if (error is None or was_away) and all(wanted <= tops for tops in there):
+    wanted = _images(sources)
+    if (error is None or was_away) and all(wanted <= images for images in there):
         return
     words = f"libvirt says: {words_of(error)}" if error is not None else "libvirt reports no error"
-    if error is None or was_away or any(wanted & tops for tops in there):
+    if error is None or was_away or any(wanted & images for images in there):
         raise _unknown(domain, words)
     if not is_active:
         raise shut_off_meanwhile(domain)
     raise _refusal(domain, error) from error
+
+
+def _images(sources: t.Mapping[str, Source]) -> set[tuple[str, str]]:
+    return {(target, os.path.realpath(source.path)) for target, source in sources.items()}
+
+
+def _images_now(daemon: Libvirt, handle: t.Any) -> list[set[tuple[str, str]]]:
+    """Return the topmost images of a domain by its definition, and those that it runs with, if it does."""
+    parts = [definition_of(handle), *([Definition(handle.XMLDesc(0))] if handle.isActive() else [])]
+    # With the end of a merge libvirt has the domain on the volume again that it was on before the snapshot.
+    tops = [daemon.placed(part).tops for part in parts]
+    return [{(target, os.path.realpath(path)) for target, path in part.items()} for part in tops]
 
 
 def _refusal(domain: Domain, error: t.Any) -> Refusal:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import threading
 import time
 
 import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.signals import ending_cleanly
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import progress
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import CommitRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.merge import MergeLayers
@@ -89,6 +92,17 @@ def test_a_run_that_does_not_move_on_is_not_awaited_for_ever(folder):
         begun = time.monotonic()
         assert progress.await_merges_of({"web"}, 0.5)
         assert 0.5 < time.monotonic() - begun < 30
+        other.kill()
+
+
+def test_a_signal_ends_the_wait_for_another_run_with_a_message(folder):
+    folder.mkdir()
+    with subprocess.Popen(["sleep", "60"]) as other, ending_cleanly():
+        (folder / f"{other.pid}-1.json").write_text(json.dumps({"pid": other.pid, "bytes": 1, "vm": "web"}))
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Refusal, match=f"ended by SIGTERM while it waited for process {other.pid}") as caught:
+            progress.await_merges_of({"web"}, 60)
+        assert caught.value.code == "interrupted"
         other.kill()
 
 

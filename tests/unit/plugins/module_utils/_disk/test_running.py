@@ -49,11 +49,15 @@ class Hypervisor:
         self.taken = set()  # paths of images that somebody else begins to merge
         self.resumed = {}
         self.relative = None
+        self.is_lost = False  # it cannot be asked for anything any more
+        self.loses = ()  # paths of images with the merge of which it goes
 
     def known(self, _vm, _paths):
         return self._known
 
     def has(self, request):
+        if self.is_lost:
+            raise Refusal("libvirt_unreachable", "uri", "went away")
         return request.path in self.keeps or request.path not in self.gone
 
     def merge(self, request, watch, _seconds, begin, *, relative, resumes):
@@ -63,13 +67,17 @@ class Hypervisor:
             signs.withdraw()
             raise Refusal("block_job", "web", "has a job of somebody else")
         watch(1, 2)
-        if request.path in self.fails:
-            raise self.fails[request.path]
+        failure = self.fails.get(request.path)
+        if failure is not None and request.path not in self.loses:
+            raise failure
         self.relative = relative
         qemu.qemu_img("commit", "-q", "-d", "-b", request.backing_file, request.path)
         if request.above:
             qemu.qemu_img("rebase", "-q", "-u", "-b", request.backing_file, "-F", "qcow2", request.above)
         self.gone.add(request.path)
+        self.is_lost = request.path in self.loses
+        if failure is not None:
+            raise failure
 
 
 def overlay(path, below, mark=OF_WEB, bitmaps=()):
@@ -261,6 +269,49 @@ def test_a_signal_ends_the_run_and_what_is_done_stays_done(three):
     codes = [verdict.problems[0].code for verdict in outcome.verdicts[1:]]
     assert codes == ["interrupted", "group_failed", "interrupted"]
     assert [os.path.exists(request.path) for request in three] == [False, True, True, True]
+
+
+def test_what_is_merged_down_is_told_although_its_vm_cannot_be_looked_at_any_more(three):
+    def lost():
+        raise Refusal("libvirt_unreachable", "uri", "went away")
+
+    outcome = run(MergeRunning(Hypervisor()), three, SETTINGS, {"web": Vm(lost), "db": Vm(lost)})
+    assert states(outcome) == ["committed"] * 4
+    assert outcome.failures == []  # whoever looks tells of it
+    assert [os.path.exists(request.path) for request in three] == [False] * 4
+
+
+def test_a_merge_that_is_complete_when_the_hypervisor_goes_is_told_and_its_image_kept(three):
+    hypervisor = Hypervisor()
+    hypervisor.loses = {three[0].path}
+    first = merge(three[:1], hypervisor).verdicts[0].problems[0]
+    assert (first.code, f"{three[0].path} is merged down, and left in place" in str(first)) == (
+        "libvirt_unreachable",
+        True,
+    )
+    assert os.path.exists(three[0].path)
+    again = Hypervisor()
+    again.gone.add(three[0].path)
+    assert merge(three[:1], again).verdicts[0].retired[0].kept_as == f"{three[0].path}.committed"
+
+
+@pytest.mark.parametrize(
+    "is_lost, words", [(False, "is merged down, and was not retired"), (True, "could not be told")]
+)
+def test_a_signal_at_the_end_of_a_merge_does_not_have_it_called_given_up(three, is_lost, words):
+    hypervisor = Hypervisor(fails={three[0].path: Interrupted("SIGTERM")})
+    hypervisor.loses = {three[0].path}
+    real = hypervisor.merge
+
+    def complete(request, *more, **options):
+        try:
+            real(request, *more, **options)
+        finally:
+            hypervisor.is_lost = is_lost
+
+    hypervisor.merge = complete
+    (problem,) = merge(three[:1], hypervisor).verdicts[0].problems
+    assert (problem.code, words in problem.why, "given up" in problem.why) == ("interrupted", True, False)
 
 
 def go_back(request):

@@ -28,6 +28,7 @@ from .._disk.healing import as_info_tells, overlay
 from .hosts import SETTINGS
 
 UUID = "4dea22b3-1d52-d8f3-2516-782e98ab3fa0"
+OTHER_UUID = "4dea22b3-1d52-d8f3-2516-782e98ab3fa1"
 
 
 class Fleet:
@@ -341,3 +342,19 @@ def test_a_domain_whose_turn_did_not_come_is_not_said_to_be_done(fleet, monkeypa
     (done,), _warnings = call(removes_unusable=True)
     assert (done.state, states(done), done.changed) == ("failed", {"one": "interrupted", "two": "valid"}, False)
     assert fleet.checkpoints(domain) == ["one", "two"]
+
+
+def test_a_domain_that_runs_is_left_alone_once_a_signal_has_ended_the_healing_of_another(fleet, monkeypatch):
+    base(fleet, "a.qcow2", bitmap("two"))
+    fleet.define("web", "a.qcow2", checkpoints=["one", "two"])
+    running = fleet.define("db", "b.qcow2", checkpoints=["three"], uuid=OTHER_UUID)
+    running.create()
+
+    def asked():
+        raise Interrupted("SIGTERM")
+
+    monkeypatch.setattr(image_run, "stop_here_if_asked", asked)
+    heal = HealCall(Libvirt("test:///default"), ["web", "db"], CheckpointRequest(state="absent"), SETTINGS, live=True)
+    outcomes, _warnings = heal.run()
+    assert [(one.name, one.problems[0].code) for one in outcomes] == [("web", "interrupted"), ("db", "interrupted")]
+    assert fleet.checkpoints(running) == ["three"]

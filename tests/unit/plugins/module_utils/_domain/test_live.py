@@ -10,9 +10,11 @@ import re
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.attributes import AttributeOptions
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.begun import leave_sign
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay import Creation
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain import live
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.checkpoints import Chain, judge_checkpoints
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.inventory import Inventory
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.live import (
@@ -109,6 +111,17 @@ def test_layers_are_merged_on_top_and_further_down(host):
     assert (codes(down), names(down)) == ([], [])  # libvirt sees to the definition
     assert os.path.basename(down.disks[0].request.above) == "web.tue.qcow2"
     assert host.merge("web", "wed").disks == ()
+
+
+def test_that_all_is_merged_down_is_told_if_libvirt_cannot_be_asked_afterwards(host, monkeypatch):
+    def lost(*_more):
+        raise Refusal("libvirt_unreachable", "uri", "libvirt's daemon went away", "Start it, then run this again.")
+
+    host.snapshot("web", "mon")
+    host.start("web")
+    monkeypatch.setattr(live, "check_on", lost)
+    with pytest.raises(Refusal, match="Start it, then run this again. All images of web are merged down already."):
+        MergeRunningDown(WayBack("mon"), LIVE).switch(None, host.merge("web", "mon"), 1)
 
 
 def start_on_volume(host, name, image):

@@ -9,16 +9,19 @@ import os
 import time
 
 import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import OpenImage, open_image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.begun import leave_sign
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain import merge_old
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.retention import Retention
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.plan import DomainOutcome
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.retention import Retention, Step
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.wayback import WayBack
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection import Domain
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import Definition
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import Mark, write_mark
 
 from .. import qemu
+from .hosts import SETTINGS
 
 MONTH = 30 * 86400
 
@@ -56,3 +59,36 @@ def test_a_snapshot_that_was_made_since_by_the_name_of_a_leftover_is_not_merged_
     retention = Retention(MONTH, 0, time.time())
     old = merge_old._find_old(Daemon(on_it, base), ["web"], WayBack(""), retention)
     assert [one.snapshot for one in old["uuid"].picked] == picked
+
+
+@pytest.mark.parametrize("ends", ["refused", "signal"])
+def test_what_earlier_rounds_have_done_is_told_if_a_later_one_is_not_made(monkeypatch, ends):
+    """Two domains have two old snapshots each; a signal cuts off the first merge of the second one, or libvirt goes."""
+    names = []
+
+    class Rounds:
+        def __init__(self, _daemon, names_now, _aims, _settings):
+            names.append(list(names_now))
+            if len(names) == 2:
+                raise Refusal("libvirt_failed", "", "libvirt cannot list its domains")
+
+        def run(self):
+            cut_off = Refusal("interrupted", "db", "is not done")
+            web = DomainOutcome("web", "web", "committed", changed=True)
+            db = DomainOutcome("db", "db", "committed", changed=True)
+            if ends == "signal":
+                db = db._replace(state="failed", changed=False, problems=(cut_off,))
+            return [web, db], ["odd"]
+
+    steps = (Step("mon", "mon"), Step("tue", "tue"))
+    monkeypatch.setattr(merge_old, "Call", Rounds)
+    monkeypatch.setattr(
+        merge_old, "_find_old", lambda *_more: {name: merge_old._Old((), steps) for name in ("web", "db")}
+    )
+    (web, db), warnings = merge_old.merge_old(
+        None, ["*"], WayBack(""), Retention(MONTH, 0, time.time()), lambda _request: [], SETTINGS
+    )
+    assert names == ([["*"]] if ends == "signal" else [["*"], ["web", "db"]])
+    code = "interrupted" if ends == "signal" else "libvirt_failed"
+    assert [(one.state, one.problems[0].code) for one in (web, db)] == [("failed", code)] * 2
+    assert (web.changed, warnings, web.problems[0].subject) == (True, ["odd"], "web")

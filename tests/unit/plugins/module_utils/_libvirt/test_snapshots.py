@@ -1,0 +1,75 @@
+# Copyright: Contributors to the kvmfleet.qcow2 collection
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Questions about a domain to a daemon that has gone, by libvirt's driver for tests; the rest is in live.yml."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal, UnknownOutcomeError
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.signals import (
+    Interrupted,
+    ending_cleanly,
+    stop_here_if_asked,
+)
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt import snapshots
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection import Domain, Libvirt
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import Definition, Source
+
+IMAGE = "/guest/diskimage1"
+DOMAIN = Domain(
+    "test",
+    "6695eb01-f6a4-8304-79aa-97f2502e193f",  # the one that the driver for tests always has
+    "running",
+    True,
+    False,
+    Definition("<domain/>"),
+    Definition("<domain/>"),
+)
+
+
+@pytest.fixture(name="daemon")
+def fixture_daemon(monkeypatch):
+    """Have a daemon that has gone since."""
+    monkeypatch.setattr(snapshots, "_RESTART", 0.5)
+    daemon = Libvirt("test:///default")
+    daemon.connection.close()
+    return daemon
+
+
+def test_a_daemon_that_is_back_answers(daemon):
+    assert [disk.target for disk in snapshots.disks_now(daemon, DOMAIN)] == ["vda"]
+
+
+def test_a_signal_does_not_end_the_wait_for_a_daemon_but_the_run_after_it(daemon):
+    """What was done before it could not be told any more."""
+    daemon._uri = "test:///nowhere"
+    with ending_cleanly():
+        os.kill(os.getpid(), signal.SIGTERM)
+        begun = time.monotonic()
+        with pytest.raises(Refusal, match="is not back after 0 s") as caught:
+            snapshots.disks_now(daemon, DOMAIN)
+        assert (caught.value.code, time.monotonic() - begun >= 0.5) == ("libvirt_unreachable", True)
+        with pytest.raises(Interrupted):
+            stop_here_if_asked()
+
+
+def test_a_daemon_that_does_not_come_is_waited_for_once(daemon):
+    daemon._uri = "test:///nowhere"
+    for seconds in (0.5, 0.0):
+        begun = time.monotonic()
+        with pytest.raises(Refusal, match="went away"):
+            snapshots.defined_now(daemon, DOMAIN)
+        assert seconds <= time.monotonic() - begun < seconds + 0.4
+    daemon._uri = "test:///default"
+    assert snapshots.defined_now(daemon, DOMAIN).tops == {"vda": IMAGE}
+
+
+def test_a_domain_that_was_given_other_images_after_its_merge_is_told(daemon):
+    snapshots.check_on(daemon, DOMAIN, {"vda": Source(IMAGE)})
+    with pytest.raises(UnknownOutcomeError, match="test: was given other images"):
+        snapshots.check_on(daemon, DOMAIN, {"vda": Source("/below")})
