@@ -24,10 +24,16 @@ legs=("2.18 3.11 3.9" "2.21 3.13 3.13")
 between=("2.19 3.11 3.9" "2.20 3.12 3.13")
 # One leg alone, such as "devel 3.14 3.14"; then nothing is in between.
 [ -z "${LEG:-}" ] || { legs=("$LEG"); between=(); }
-# The groups of cases of the target domain_overlay that run with one core alone when both run, or they would take half as long
-# again. What is not here depends most on Ansible and on Python. One leg alone runs all.
-declare -A only_with=([healed]=2.18 [tools]=2.18 [refused]=2.18 [failures]=2.18 [started]=2.18 [restarted]=2.18 [retention]=2.18
-  [health]=2.18 [kinds]=2.21 [names]=2.21 [volumes]=2.21 [info]=2.21 [quiesced]=2.21)
+# The groups of cases that run with one core alone when both run, or integration would take half as long again. What is not
+# here depends most on Ansible and on Python. One leg alone runs all.
+declare -A only_with=(
+  [domain_overlay/healed]=2.18 [domain_overlay/tools]=2.18 [domain_overlay/refused]=2.18 [domain_overlay/failures]=2.18
+  [domain_overlay/started]=2.18 [domain_overlay/restarted]=2.18 [domain_overlay/retention]=2.18 [domain_overlay/health]=2.18
+  [domain_overlay/kinds]=2.21 [domain_overlay/names]=2.21 [domain_overlay/volumes]=2.21 [domain_overlay/info]=2.21
+  [domain_overlay/quiesced]=2.21
+  [qcow2_overlay/refused_target]=2.18 [qcow2_overlay/in_use]=2.18 [qcow2_overlay/full_disk]=2.18 [qcow2_overlay/no_links]=2.18
+  [qcow2_overlay/refused_active]=2.21 [qcow2_overlay/names]=2.21 [qcow2_overlay/layouts]=2.21 [qcow2_overlay/devices]=2.21
+  [qcow2_overlay/killed]=2.21)
 system_core=2.19  # for a machine with one Python only, such as a fresh Debian
 
 # Put before a command: processes, mounts and loopback of its own. Two libvirt daemons would now and then choose the same
@@ -227,12 +233,15 @@ screenshot() {  # writes docs/health.png
 
 integration() {  # with a copy of the collection and a home of its own, since the legs run side by side
   local copy=$cache/leg-$1/ansible_collections/kvmfleet/qcow2 home=$cache/leg-$1/home
-  local alone=("${own_world[@]}") config=$copy/tests/integration/integration_config.yml group
+  local alone=("${own_world[@]}") config=$copy/tests/integration/integration_config.yml target group
   copy_collection "$copy"
   printf '%s\n' "ansible_python_interpreter: $cache/venv/host-$3/bin/python" "domain_overlay_guest: $cache/guest" > "$config"
-  echo "domain_overlay_left_out:" >> "$config"
-  for group in "${!only_with[@]}"; do
-    [ "${#usable[@]}" -eq 1 ] || [ "${only_with[$group]}" = "$1" ] || echo "  - $group" >> "$config"
+  for target in domain_overlay qcow2_overlay; do
+    echo "${target}_left_out:" >> "$config"
+    for group in "${!only_with[@]}"; do
+      [ "${#usable[@]}" -eq 1 ] || [ "${only_with[$group]}" = "$1" ] || [ "${group%/*}" != "$target" ] ||
+        echo "  - ${group#*/}" >> "$config"
+    done
   done
   ansible_test "$1" integration --local --python "$2" --allow-root --allow-destructive "${@:4}"
 }
