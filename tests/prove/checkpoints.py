@@ -35,7 +35,6 @@ import runs
 from ansible_collections.kvmfleet.qcow2.tests.unit.plugins.module_utils import chains
 
 VAULT = ".kvmfleet-healing"
-PAIR = kinds.Kind("two domains", (0, 1, 2))
 Break = t.Callable[[list[pathlib.Path]], None]  # what happens to the overlays
 
 
@@ -71,8 +70,8 @@ def lost(overlays: list[pathlib.Path]) -> None:
 
 BOTH, FIRST = (leaving.LATER, estate.CHECKPOINT), (estate.CHECKPOINT,)
 WISHES = {
-    kinds.Kind("healed", (0, 1, 2)): Wish(PAIR, {"assume_not_emptied": True}, died, BOTH),
-    kinds.Kind("healed or removed", (0, 1, 2)): Wish(PAIR, {"unusable": "remove"}, dropped, BOTH),
+    kinds.Kind("healed", (0, 1, 2)): Wish(estate.PAIR, {"assume_not_emptied": True}, died, BOTH),
+    kinds.Kind("healed or removed", (0, 1, 2)): Wish(estate.PAIR, {"unusable": "remove"}, dropped, BOTH),
     kinds.Kind("removed", (0, 1, 2)): Wish(
         estate.THREE, {"state": "absent", "checkpoints": [leaving.LATER]}, lost, FIRST
     ),
@@ -85,7 +84,7 @@ WISHES = {
 class Ground(leaving.Ground):
     """A lab whose domains have checkpoints that are broken."""
 
-    known_kinds: t.ClassVar = {**estate.DOMAINS, PAIR: {"web": (0, 1), "db": (2,)}}
+    known_kinds = estate.WITH_PAIR
     wish: Wish
 
     def use(self, kind: kinds.Kind) -> None:
@@ -132,10 +131,6 @@ class Mended(estate.OfDomains[Ground]):
         what = {"name": list(self._ground.numbers), "uri": self._ground.daemon.uri, "timeout": 20}
         return {**what, **self._ground.wish.options, **options}
 
-    def done(self) -> list[bool]:
-        """Whether nothing is left to do, for each domain."""
-        return [not self.undone(name) for name in self._ground.numbers]
-
     def undone(self, name: str) -> list[str]:
         """Return what is left to do for a domain."""
         ground = self._ground
@@ -159,10 +154,6 @@ class Mended(estate.OfDomains[Ground]):
 
     def _known(self, name: str) -> set[str]:
         return {checkpoint.getName() for checkpoint in self._ground.domain(name).listAllCheckpoints()}
-
-    def done_at(self) -> float:
-        """Return 0: that the last step is one of libvirt's, no clock of files tells."""
-        return 0.0
 
     def outcome(self) -> str:
         """Return in a few words what a run has left."""
@@ -212,12 +203,6 @@ class Mended(estate.OfDomains[Ground]):
             ]
             ground.domain(name).destroy()
         return wrong
-
-    def raced_wrong(
-        self, _rival: promise.Rival, _theirs: list[kinds.Disk], _first: runs.Run, _second: runs.Run, _stopped: bool
-    ) -> list[str]:
-        """Return what is wrong after two runs; the next one completes what neither of them could."""
-        return self.images_wrong()
 
     def vm_wrong(self, _run: runs.Run, runs_on: bool, _too_early: bool) -> list[str]:
         """Return what is wrong after a run into which a domain came."""

@@ -27,11 +27,13 @@ _SECONDS_TO_SETTLE = 0.1  # in which the daemon does what a run has asked for th
 
 THREE = kinds.Kind("one domain", (0, 1, 2))
 TWO = kinds.Kind("two domains", (0, 1, 4))
+PAIR = kinds.Kind("two domains", (0, 1, 2))  # whose disks are all qcow2
 # The numbers of their disks.
 DOMAINS: dict[kinds.Kind, dict[str, tuple[int, ...]]] = {
     THREE: {"web": (0, 1, 2)},
     TWO: {"web": (0, 1), "db": (4,)},
 }
+WITH_PAIR = {**DOMAINS, PAIR: {"web": (0, 1), "db": (2,)}}
 
 
 class Daemon:
@@ -233,6 +235,20 @@ class OfDomains(promise.OfImages[E]):
         if (run.status == 0) != (bool(run.domains) and all(one["state"] != "failed" for one in run.domains)):
             wrong.append(f"exit {run.status} with {[one['state'] for one in run.domains]}: {run.message}")
         return wrong
+
+    def done(self) -> list[bool]:
+        """Whether nothing is left to do, for each domain."""
+        return [not self.undone(name) for name in self._ground.numbers]
+
+    def done_at(self) -> float:
+        """Return 0: that the last step is one of libvirt's, no clock of files tells."""
+        return 0.0
+
+    def raced_wrong(
+        self, _rival: promise.Rival, _theirs: list[kinds.Disk], _first: runs.Run, _second: runs.Run, _stopped: bool
+    ) -> list[str]:
+        """Return what is wrong after two runs; the next one completes what neither of them could."""
+        return self.images_wrong()
 
     def said_wrong(self, name: str, _state: str) -> list[str]:
         """Return what is not as it is said to be of a domain that has not failed."""

@@ -32,7 +32,6 @@ import rounds
 import runs
 from ansible_collections.kvmfleet.qcow2.tests.unit.plugins.module_utils import chains
 
-PAIR = kinds.Kind("two domains", (0, 1, 2))
 NEXT = "next"  # the snapshot that is taken
 SIGN = ".kvmfleet-merging"
 CHECKPOINTS = {estate.CHECKPOINT, leaving.LATER}
@@ -50,22 +49,22 @@ class Wish(t.NamedTuple):
 
 
 WISHES = {
-    kinds.Kind("taken", PAIR.numbers): Wish("present", NEXT, "present"),
-    kinds.Kind("merged", PAIR.numbers): Wish(leaving.COMMITTED, estate.SNAPSHOT, "absent"),
+    kinds.Kind("taken", estate.PAIR.numbers): Wish("present", NEXT, "present"),
+    kinds.Kind("merged", estate.PAIR.numbers): Wish(leaving.COMMITTED, estate.SNAPSHOT, "absent"),
 }
 
 
 class Ground(leaving.Ground):
     """A lab whose domains run, on a snapshot."""
 
-    known_kinds: t.ClassVar = {**estate.DOMAINS, PAIR: {"web": (0, 1), "db": (2,)}}
+    known_kinds = estate.WITH_PAIR
     wish: Wish
 
     def use(self, kind: kinds.Kind) -> None:
         """Have these domains, and ask this of them."""
         self.wish = WISHES.get(kind, next(iter(WISHES.values())))
-        estate.Estate.use(self, PAIR)
-        self.kind = PAIR
+        estate.Estate.use(self, estate.PAIR)
+        self.kind = estate.PAIR
 
     def lay_out(self) -> None:
         """Have the domains run, and have written."""
@@ -129,10 +128,6 @@ class RanOn(estate.OfDomains[Ground]):
         what = {"name": list(ground.numbers), "state": ground.wish.state, "snapshot": ground.wish.snapshot}
         return {**what, **place, **options}
 
-    def done(self) -> list[bool]:
-        """Whether nothing is left to do, for each domain."""
-        return [not self.undone(name) for name in self._ground.numbers]
-
     def undone(self, name: str) -> list[str]:
         """Return what is left to do for a domain."""
         ground = self._ground
@@ -144,10 +139,6 @@ class RanOn(estate.OfDomains[Ground]):
             undone += [f"{disk.target.name} is left" for disk in ground.disks_of(name) if disk.target.exists()]
             undone += [f"{sign.name} is left" for sign in ground.folder.glob(f".{name}.*{SIGN}")]
         return undone
-
-    def done_at(self) -> float:
-        """Return 0: that the last step is one of libvirt's, no clock of files tells."""
-        return 0.0
 
     def outcome(self) -> str:
         """Return in a few words what a run has left."""
@@ -202,12 +193,6 @@ class RanOn(estate.OfDomains[Ground]):
         for name in filter(ground.is_running, ground.numbers):
             ground.domain(name).destroy()
         return wrong + [f"in the end: {problem}" for problem in self.images_wrong()]
-
-    def raced_wrong(
-        self, _rival: promise.Rival, _theirs: list[kinds.Disk], _first: runs.Run, _second: runs.Run, _stopped: bool
-    ) -> list[str]:
-        """Return what is wrong after two runs; the next one completes what neither of them could."""
-        return self.images_wrong()
 
     def vm_wrong(self, _run: runs.Run, _runs_on: bool, _too_early: bool) -> list[str]:
         """Return what is wrong after a run in which a domain came or went."""
