@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # run.sh STEP...: build, galaxy, lint, sanity, quick, units, page, integration, between, fleet, prove, bench, bench-fleet,
-# bench-side, bench-back or screenshot, in the order given; what is missing is installed. Side by side run build, galaxy and
-# lint, and fleet and prove.
+# bench-side, bench-back or screenshot, in the order given; what is missing is installed. Side by side run build, galaxy, lint and
+# sanity; page and quick; fleet and prove.
 # $PROVE has the options of the programs of step prove, which tell them with --help.
 # A line tells what came of each step, or of each leg of it; its output lies in .cache/log. VERBOSE=1 shows that, too.
 # All that it makes lies in .cache: virtual environments, a copy of the collection at the path that Ansible wants.
@@ -33,7 +33,7 @@ declare -A only_with=(
   [domain_overlay/quiesced]=2.21
   [qcow2_overlay/refused_target]=2.18 [qcow2_overlay/in_use]=2.18 [qcow2_overlay/full_disk]=2.18 [qcow2_overlay/no_links]=2.18
   [qcow2_overlay/refused_active]=2.21 [qcow2_overlay/names]=2.21 [qcow2_overlay/layouts]=2.21 [qcow2_overlay/devices]=2.21
-  [qcow2_overlay/killed]=2.21)
+  [qcow2_overlay/killed]=2.21 [overlay_role/states]=2.18)
 system_core=2.19  # for a machine with one Python only, such as a fresh Debian
 
 # Put before a command: processes, mounts and loopback of its own. Two libvirt daemons would now and then choose the same
@@ -236,7 +236,7 @@ integration() {  # with a copy of the collection and a home of its own, since th
   local alone=("${own_world[@]}") config=$copy/tests/integration/integration_config.yml target group
   copy_collection "$copy"
   printf '%s\n' "ansible_python_interpreter: $cache/venv/host-$3/bin/python" "domain_overlay_guest: $cache/guest" > "$config"
-  for target in domain_overlay qcow2_overlay; do
+  for target in domain_overlay qcow2_overlay overlay_role; do
     echo "${target}_left_out:" >> "$config"
     for group in "${!only_with[@]}"; do
       [ "${#usable[@]}" -eq 1 ] || [ "${only_with[$group]}" = "$1" ] || [ "${group%/*}" != "$target" ] ||
@@ -469,7 +469,7 @@ run() {  # run STEP
       done
       await
       ;;
-    build | galaxy | lint | fleet) begin "$1" "$1" "$1" ;;  # with those that come next
+    build | galaxy | lint | page | fleet) begin "$1" "$1" "$1" ;;  # with those that come next
     prove)
       make_prove_venv > /dev/null  # before two programs would make it
       for program in domains faults checkpoints hostile leaving storage running commits mending powerloss reverts kills; do
@@ -504,7 +504,7 @@ fi
 find_legs
 copy_collection "$copy"
 for step; do
-  case $step in build | galaxy | lint | prove) ;; *) await ;; esac
+  case $step in build | galaxy | lint | sanity | quick | prove) ;; *) await ;; esac
   case $step in
     integration | quick | between | fleet | prove | bench-fleet | bench-side | bench-back) [ "$(id -u)" -eq 0 ] || { as_root "$step"; continue; } ;;
   esac

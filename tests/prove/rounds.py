@@ -142,6 +142,7 @@ class Choice(t.NamedTuple):
     seed: int
     only: str | None
     workers: int
+    at_most: int | None
 
     def randomness(self, name: str) -> random.Random:
         """Return the random numbers of one round, the same whenever it is played with this seed."""
@@ -169,6 +170,9 @@ def choice(about: str, rounds: int) -> Choice:
     parser.add_argument("--full", action="store_true", help="every step, not only those that change or hold something")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**9))
     parser.add_argument("--only", help="play only the rounds of this name; * stands for anything")
+    parser.add_argument(
+        "--at-most", type=int, metavar="N", help="of all rounds, picked at random (storage.py: of each series)"
+    )
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="rounds side by side")
     return Choice(**vars(parser.parse_args()))
 
@@ -187,5 +191,5 @@ def prove(about: str, rounds: int, jobs_for: t.Callable[[Crew[L], Choice], list[
         chosen = [job for job in jobs if asked.only is None or fnmatch.fnmatch(job.name, asked.only)]
         # Side by side work best when long and short rounds are mixed.
         random.Random(asked.seed).shuffle(chosen)
-        crew.play(chosen, book)
+        crew.play(chosen[: asked.at_most], book)
         return book.close(start)

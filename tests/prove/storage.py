@@ -353,6 +353,7 @@ def play_series(
     jobs = [job for job in jobs if asked.only is None or fnmatch.fnmatch(job.name, asked.only)]
     if not jobs:
         return
+    jobs = jobs[: asked.at_most]
     with place as folder:
         for job in jobs:
             try:

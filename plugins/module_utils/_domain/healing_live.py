@@ -22,6 +22,12 @@ from .live import OLDEST
 from .look import DomainLook
 from .verdicts import DomainCheckpoint
 
+_WRITES_BELOW = (
+    6,
+    1,
+    0,
+)  # the oldest QEMU that can open an image below the topmost one for writing later (blockdev-reopen)
+
 _SHUT_OFF_HEALS = (
     "Shut it down and run this again, which makes it valid if that is provable. Or have it deleted at once with "
     "running=live and unusable=remove, and make a full backup with a new checkpoint."
@@ -63,16 +69,47 @@ def why_not_deleted(version: tuple[int, int, int], domain: Domain) -> Refusal | 
     """Return why this libvirt cannot delete checkpoints of a domain that runs; None if it can."""
     if version >= OLDEST:
         return None
-    shown, oldest = ".".join(map(str, version)), ".".join(map(str, OLDEST))
-    why = f"libvirt {shown} would change the bitmaps of other checkpoints, too, when it deletes one; {oldest} does not"
+    why = (
+        f"libvirt {_shown(version)} would change the bitmaps of other checkpoints, too, when it deletes one; "
+        f"{_shown(OLDEST)} does not"
+    )
     return Refusal("old_libvirt", domain.name, why, "Update libvirt, or shut the domain down and run this again.")
 
 
-def remove_from_running(daemon: Libvirt, domain: Domain, fates: t.Sequence[Fate], *, check_mode: bool) -> list[Fate]:
+def why_left_below(version: tuple[int, int, int], look: DomainLook, fate: Fate) -> Refusal | None:
+    """Return why this QEMU cannot remove the bitmaps of a checkpoint from all images of a disk; None if it can.
+
+    It must not be asked to: before it fails, it takes the bitmap out of the topmost image, on disk, and if it is killed
+    then, the checkpoint is broken.
+    """
+    if version >= _WRITES_BELOW:
+        return None
+    for disk in look.disks:
+        below = disk.chain.layers[1:] if disk.chain is not None else ()
+        bitmap = fate.bitmaps.get(disk.disk.target)
+        for image in (one.layer.path for one in below if bitmap in one.bitmaps().bitmaps):
+            why = (
+                f"{image} has a bitmap of its checkpoint {fate.name!r}, and QEMU {_shown(version)} lets libvirt write "
+                "only to the topmost image while it runs"
+            )
+            remedy = f"Shut it down and run this again. Or update QEMU: {_shown(_WRITES_BELOW)} can."
+            return Refusal("old_libvirt", look.domain.name, why, remedy)
+    return None
+
+
+def _shown(version: tuple[int, int, int]) -> str:
+    return ".".join(map(str, version))
+
+
+def remove_from_running(daemon: Libvirt, look: DomainLook, fates: t.Sequence[Fate], *, check_mode: bool) -> list[Fate]:
     """Have libvirt delete the checkpoints that are to go; return the fates as they are then."""
-    names = [one.name for one in fates if one.state == heal.REMOVED]
-    refusal = why_not_deleted(daemon.version, domain) if names else None
-    if refusal is not None:
-        return [one._replace(problem=refusal) if one.name in names else one for one in fates]
-    problems = {} if check_mode else delete_live(daemon, domain, names)
-    return [one._replace(problem=problems.get(one.name, one.problem)) for one in fates]
+    going = [one for one in fates if one.state == heal.REMOVED]
+    if not going:
+        return list(fates)
+    too_old = why_not_deleted(daemon.version, look.domain)
+    version = daemon.qemu_version
+    problems = {one.name: too_old or why_left_below(version, look, one) for one in going}
+    names = [name for name, problem in problems.items() if problem is None]
+    if not check_mode:
+        problems.update(delete_live(daemon, look.domain, names))
+    return [one._replace(problem=problems.get(one.name) or one.problem) for one in fates]

@@ -253,7 +253,7 @@ class HealCall:
         try:
             if plan.has_work and self._is_ended:
                 raise _ended(domain)
-            fates = remove_from_running(self._daemon, domain, plan.fates, check_mode=self._settings.check_mode)
+            fates = remove_from_running(self._daemon, plan.look, plan.fates, check_mode=self._settings.check_mode)
         except Refusal as exc:
             return HealedDomain(domain.name, domain.uuid, FAILED, plan.fates, problems=(exc,), is_undone=True)
         gone = [one.name for one in fates if one.state == heal.REMOVED and one.problem is None]

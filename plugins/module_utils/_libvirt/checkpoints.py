@@ -68,7 +68,7 @@ def _lacks_bitmap(error: t.Any) -> bool:
 
 
 def _delete(checkpoint: t.Any) -> t.Any:
-    """Delete a checkpoint with its bitmaps, in all images of all disks, or not at all; return the error, if any."""
+    """Delete a checkpoint with its bitmaps, in all images of all disks; return the error, if any."""
     try:
         checkpoint.delete(0)
     except LibvirtError as exc:

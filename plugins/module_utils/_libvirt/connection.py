@@ -98,7 +98,19 @@ class Libvirt:
     @property
     def version(self) -> tuple[int, int, int]:
         """The version of the daemon."""
-        number = self.connection.getLibVersion()
+        return self._version(self.connection.getLibVersion)
+
+    @property
+    def qemu_version(self) -> tuple[int, int, int]:
+        """The version of the host's QEMU, as the daemon has found it."""
+        return self._version(self.connection.getVersion)
+
+    def _version(self, ask: t.Callable[[], int]) -> tuple[int, int, int]:
+        """Return a version, which libvirt tells as 1,000,000 * major + 1,000 * minor + release."""
+        try:
+            number = ask()
+        except LibvirtError as exc:
+            raise unreadable(self._uri, exc) from exc
         return number // 1_000_000, number // 1000 % 1000, number % 1000
 
     def is_there(self) -> bool:

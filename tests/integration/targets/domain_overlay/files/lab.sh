@@ -67,13 +67,14 @@ stop_daemon() {
 }
 
 # Print all that the module could change: the files in the folder of the disks, with checksums, and the definitions.
+# One virsh for all domains: one for each would take most of the time of a case.
 world() {
-  local name names
+  local commands
   (cd "$lab/disks" && find . | sort && find . -type f -exec sha256sum {} + | sort -k 2)
-  names=$(virsh list --all --name | sort)
-  for name in $names; do virsh dumpxml --inactive "$name"; done
-  names=$(! has_pools || virsh pool-list --name | sort)
-  for name in $names; do virsh vol-list "$name"; done
+  commands=$(virsh list --all --uuid | sort | sed -n 's/..*/dumpxml --inactive &;/p' | tr -d '\n')
+  [ -z "$commands" ] || virsh -q "$commands"
+  commands=$(! has_pools || virsh pool-list --uuid | sort | sed -n 's/..*/vol-list &;/p' | tr -d '\n')
+  [ -z "$commands" ] || virsh -q "$commands"
 }
 
 # From libvirt 9 on, the storage driver can be a package of its own.

@@ -8,8 +8,12 @@ What libvirt itself does is in the integration target domain_overlay.
 
 from __future__ import annotations
 
+import subprocess
+
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.bitmap_rules import Checkpoint
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.examine import examine_chain
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain import healing_live
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.healing import CheckpointRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.healing_live import (
     fates_of_running,
@@ -40,12 +44,16 @@ VERDICTS = {
 }
 
 
-def fates(names=tuple(VERDICTS), **request):
-    """Return by name what is to become of these checkpoints, in order."""
+def looked(names=tuple(VERDICTS), chain=None):
+    """Return the look at a domain that has these checkpoints."""
     known = [KnownCheckpoint(name, {"vdx" if name == "diskless" else "vda": name}) for name in names]
     judged = tuple(DomainCheckpoint(one, VERDICTS[one.name], None, None) for one in known)
-    look = DomainLook(DOMAIN, Kept(tuple(known)), (DiskLook(DISK, None, None),), judged, NextBackup("full", None, ""))
-    return fates_of_running(look, CheckpointRequest(**request))
+    return DomainLook(DOMAIN, Kept(tuple(known)), (DiskLook(DISK, None, chain),), judged, NextBackup("full", None, ""))
+
+
+def fates(names=tuple(VERDICTS), **request):
+    """Return what is to become of these checkpoints, in order."""
+    return fates_of_running(looked(names), CheckpointRequest(**request))
 
 
 def told(found):
@@ -80,17 +88,57 @@ def test_absent_takes_what_is_asked_for_the_newest_first():
     assert told(fates(checkpoints=("never",))) == [("never", "no_checkpoint")]
 
 
-class OldLibvirt:
-    """A daemon that is only asked for its version."""
+class Daemon:
+    """A daemon that is only asked for versions, since it is to be told nothing."""
 
-    version = (6, 5, 0)
+    def __init__(self, version=(7, 0, 0), qemu_version=(5, 2, 0)):
+        self.version, self.qemu_version = version, qemu_version
 
 
 def test_an_old_libvirt_is_asked_to_delete_nothing():
-    found = remove_from_running(OldLibvirt(), DOMAIN, fates(state="absent", checkpoints=("valid",)), check_mode=False)
-    assert told(found) == [("valid", "old_libvirt")]
+    going = fates(state="absent", checkpoints=("valid",))
+    assert told(remove_from_running(Daemon((6, 5, 0)), looked(), going, check_mode=False)) == [("valid", "old_libvirt")]
     kept = fates(names=("valid",))
-    assert remove_from_running(OldLibvirt(), DOMAIN, kept, check_mode=False) == kept
+    assert remove_from_running(Daemon((6, 5, 0)), looked(), kept, check_mode=False) == kept
+
+
+@pytest.fixture(name="chain")
+def chain_with_a_bitmap_below(tmp_path):
+    """Return a chain of which both images have the bitmap valid, and the topmost one alone has the bitmap unknown."""
+
+    def qemu_img(*arguments):
+        subprocess.run(["qemu-img", *arguments], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+
+    qemu_img("create", "-f", "qcow2", "base.qcow2", "1M")
+    qemu_img("bitmap", "--add", "base.qcow2", "valid")
+    qemu_img("create", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "top.qcow2")
+    for name in ("valid", "unknown"):
+        qemu_img("bitmap", "--add", "top.qcow2", name)
+    return examine_chain(str(tmp_path / "top.qcow2"), follow=True, count=False, image_format="qcow2")
+
+
+def test_an_old_qemu_is_asked_to_remove_nothing_from_images_below(chain, monkeypatch):
+    # QEMU 5.2 takes the bitmap of the topmost image from the disk before it fails, so it must not be tried.
+    deleted = []
+    monkeypatch.setattr(healing_live, "delete_live", lambda _daemon, _domain, names: deleted.extend(names) or {})
+    look = looked(chain=chain)
+    going = fates_of_running(look, CheckpointRequest(state="absent", checkpoints=("valid", "unknown")))
+    for check_mode in (True, False):
+        found = remove_from_running(Daemon(), look, going, check_mode=check_mode)
+        assert told(found) == [("unknown", "removed"), ("valid", "old_libvirt")]
+    (problem,) = (one.problem for one in found if one.problem)
+    assert "base.qcow2 has a bitmap of its checkpoint 'valid', and QEMU 5.2.0" in str(problem)
+    assert deleted == ["unknown"]
+
+
+def test_a_newer_qemu_is_asked_to_remove_all(chain, monkeypatch):
+    deleted = []
+    monkeypatch.setattr(healing_live, "delete_live", lambda _daemon, _domain, names: deleted.extend(names) or {})
+    look = looked(chain=chain)
+    going = fates_of_running(look, CheckpointRequest(state="absent", checkpoints=("valid",)))
+    newer = Daemon((9, 0, 0), (6, 1, 0))
+    assert told(remove_from_running(newer, look, going, check_mode=False)) == [("valid", "removed")]
+    assert deleted == ["valid"]
 
 
 @pytest.mark.parametrize("target, bitmaps", [("vda", {"vda": "one"}), ("vdb", {"vdb": "one"}), ("vdz", {})])
