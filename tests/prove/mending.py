@@ -168,7 +168,9 @@ class Mended(commits.OfStacks["Chain"]):
         run = ground.run()
         wrong = [f"second run: {what}" for what in [*self.images_wrong(), *ground.cleared_wrong(run, leftovers)]]
         needed = () if ground.may_refuse else ground.wish.asked
-        undone = [self._undone(disk, needed) for disk in ground.stacks]
+        # A vault of an image that is gone stays, as that refusal says: somebody may put the image back.
+        is_of_another = ground.may_refuse and _codes(run) == {"unfinished"}
+        undone = [] if is_of_another else [self._undone(disk, needed) for disk in ground.stacks]
         wrong += [f"second run: {sorted(names)} are left" for names in undone if names]
         if run.status and not (ground.may_refuse and _codes(run) <= set(BY_WORD)):
             wrong.append(f"second run: exit {run.status}: {run.message} {run.stderr}")

@@ -4,8 +4,9 @@
 """What another user plants beside images that are healed, merged down or given up, or swaps meanwhile; and mutants.
 
 Planted are vaults, signs and kept overlays, and what tells of the progress of runs. Swapped are the vaults of a run,
-also while they are written. In the end nothing outside is changed, no bitmap is valid that lacks changes, and each run
-is done or says what is in its way; to tell of progress is a comfort, which is in no run's way.
+also while they are written, or an older one is put back. In the end nothing outside is changed, no bitmap is valid
+that lacks changes, and each run is done or says what is in its way; to tell of progress is a comfort, which is in no
+run's way.
 """
 
 from __future__ import annotations
@@ -164,6 +165,37 @@ def swapped(ground: lab.Lab, call: str, way: str, number: int, killed: bool) -> 
     return rounds.Finding(f"{call}: {words}" if places else f"{call}: nothing to be swapped", wrong)
 
 
+def replayed(ground: lab.Lab, call: str, number: int, lost: bool) -> rounds.Finding:
+    """Put an older vault back, which is the run's own and root's, when the work is done and a guest has written on."""
+    with folders.shared_folder(ground, 0o777) as shared:
+        pair = lay_out(shared.folder)
+        ground.runner.start(CALLS[call][0], pair.arguments(call), ground.environment(f"module:*:{number}:stop"))
+        if ground.runner.answer() is not None:
+            return rounds.Finding(f"{call}: nothing to be put back", [])
+        places = [path for path in shared.folder.iterdir() if path.name in VAULTS]
+        for place in places:
+            place.rename(place.with_name(f"aside{place.name}"))
+        os.killpg(ground.runner.pid(), signal.SIGKILL)
+        ground.runner.resume()
+        if places:  # which may have had the only bits of some
+            pair = pair._replace(all_stay=False)
+        second = modules.run(ground, CALLS[call][0], **pair.arguments(call))
+        wrong = run_wrong(ground, shared, pair, call, second)
+        if not pair.top.exists():  # another one by its name, which often gets its inode
+            _write(pair.base, "write -P 4 3M 64k")
+            qemu.create(pair.top, SIZE, "-b", str(pair.base), "-F", "qcow2")
+        _write(pair.top, "write -P 5 3584k 64k")
+        pair = pair._replace(now=chains.content(pair.top), all_stay=False)
+        if lost:
+            disks.lose_bitmaps(str(pair.top))
+        for place in places:
+            place.with_name(f"aside{place.name}").rename(place)
+        third = modules.run(ground, CALLS[call][0], **pair.arguments(call))
+        wrong += [f"third run: {what}" for what in run_wrong(ground, shared, pair, call, third)]
+    words = " and ".join("done" if one.status == 0 else "refused" for one in (second, third))
+    return rounds.Finding(f"{call}: {words}" if places else f"{call}: nothing to be put back", wrong)
+
+
 def run_wrong(ground: lab.Lab, shared: folders.Shared, pair: Pair, call: str, ended: runs.Run) -> list[str]:
     """Return what is wrong after a run in a folder of another user, which may have been killed."""
     wrong = [] if ended.status < 0 else modules.run_wrong(ended, [ground.place, *pair.then])
@@ -315,6 +347,16 @@ def planted_jobs(ground: lab.Lab, asked: rounds.Choice) -> list[rounds.Job[lab.L
         for call in SWAPPED
         for killed in (False, True)
         for way in SWAPS
+        for number in steps_of(ground, call)
+    ]
+    jobs += [
+        rounds.Job(
+            f"put back: an older vault of what is {call}{', and bitmaps are lost' * lost}",
+            f"replayed-{call}-{number}{'-lost' * lost}",
+            functools.partial(replayed, call=call, number=number, lost=lost),
+        )
+        for call in SWAPPED
+        for lost in (False, True)
         for number in steps_of(ground, call)
     ]
     return rounds.sampled(jobs, asked._replace(rounds=max(1, asked.rounds // 4)))
