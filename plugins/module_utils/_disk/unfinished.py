@@ -47,7 +47,7 @@ def unfinished_work(chain: t.Sequence[Layer], top_bitmaps: t.Iterable[Bitmap]) -
             found += [_commit(layer, path, vault, chain)] if vault is not None else []
         kept = healing_vault(layer, chain[0])
         vault = _read(kept) if kept is not None and os.path.lexists(kept) else None
-        is_other = isinstance(vault, Vault) and not vault.is_of(layer.identity, layer.path)
+        is_other = isinstance(vault, Vault) and not _is_of(vault, layer)
         if vault is not None and kept is not None and not is_other:
             found.append(_healing(layer, kept, vault, chain[0]))
     marks = [bitmap.name for bitmap in top_bitmaps if bitmap.name.startswith(MARK)]
@@ -88,7 +88,7 @@ def _mark(path: str, name: str) -> Unfinished:
 def _commit(layer: Layer, path: str, vault: Vault | Refusal, chain: t.Sequence[Layer]) -> Unfinished:
     if isinstance(vault, Refusal):
         return Unfinished(COMMIT, layer.path, f"the vault {path} {vault.why}", vault.remedy)
-    place = next((place for place, one in enumerate(chain) if vault.is_of(one.identity, one.path)), None)
+    place = next((place for place, one in enumerate(chain) if _is_of(vault, one)), None)
     top = chain[place].path if place is not None else vault.top_path or "the overlay"
     options = [f"path={top}", f"backing_file={layer.path}"]
     options += ["backing_format=raw"] if layer.image is None else []
@@ -101,6 +101,10 @@ def _commit(layer: Layer, path: str, vault: Vault | Refusal, chain: t.Sequence[L
         return Unfinished(COMMIT, layer.path, what, call, mark=mark)
     what = f"of the commit of {top} into it only the end is missing: what went in is to be retired (vault {path})"
     return Unfinished(COMMIT, layer.path, what, call, is_in_the_way=place is not None, mark=mark)
+
+
+def _is_of(vault: Vault, layer: Layer) -> bool:
+    return vault.is_of(layer.identity, layer.path, layer.generation)
 
 
 def _call_of_commit(of_images: str, mark: Mark | None) -> str:

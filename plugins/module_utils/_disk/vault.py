@@ -68,11 +68,11 @@ class Vault(t.NamedTuple):
     is_given: bool  # whether all work on the bitmaps is done
     given_at: int  # ns since 1970; when it was renamed last
 
-    def is_of(self, identity: Identity, path: str, generation: int | None = None) -> bool:
+    def is_of(self, identity: Identity, path: str, generation: int | None) -> bool:
         """Whether this file is the topmost image that takes part; by its number alone if its generation is unknown."""
         return self._is_same(identity, path, generation, (self.top, self.top_path))
 
-    def took_in(self, identity: Identity, path: str, generation: int | None = None) -> bool:
+    def took_in(self, identity: Identity, path: str, generation: int | None) -> bool:
         """Whether this file is an image between the two."""
         return any(self._is_same(identity, path, generation, other) for other in self.others)
 

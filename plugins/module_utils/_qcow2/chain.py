@@ -43,6 +43,7 @@ class Layer(t.NamedTuple):
     virtual_size: int  # bytes
     is_device: bool
     image: Image | None  # None if the layer is not qcow2
+    generation: int | None = None  # as OpenImage has it
 
     def is_bottom(self) -> bool:
         """Whether nothing is below it, as far as that can be known: what other formats say is not read."""
@@ -203,6 +204,7 @@ def _read_layer(file: OpenImage, path: str, image_format: str | None, read: Read
         virtual_size=virtual_size,
         is_device=file.is_device,
         image=image,
+        generation=file.generation,
     )
 
 

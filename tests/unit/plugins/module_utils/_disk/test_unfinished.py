@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import OpenImage, open_image
@@ -91,12 +92,15 @@ def test_a_healing_keeps_other_work_off(half_healed, tmp_path):
     assert not make_overlays([OverlayRequest(str(tmp_path / "next.qcow2"), top)], SETTINGS).failures
 
 
-def test_a_vault_of_another_file_is_no_unfinished_work(half_healed):
+@pytest.mark.parametrize("gets_its_inode", [False, True])
+def test_a_vault_of_another_file_is_no_unfinished_work(half_healed, monkeypatch, gets_its_inode):
     top, base = half_healed
-    os.unlink(top)
-    qemu.create(top, SIZE)  # keeps the old inode from being given again
     os.rename(top, f"{top}.other")
     recording_overlay(top, base)
+    if gets_its_inode:  # as when the other one is gone: then the generation alone tells them apart
+        shutil.copyfile(top, f"{top}.other")
+        os.rename(f"{top}.other", top)
+        monkeypatch.setattr(OpenImage, "generation", property(lambda _self: 7))
     assert unfinished(top) is None
     disk, changed = mend(top)
     assert (changed, disk["state"]) == (True, "valid")  # the vault is gone
