@@ -18,6 +18,7 @@ from .._base.files import OpenImage
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.dirty import DirtyBits, is_union, maps_of, united
 from .._qcow2.image import Image, read_image
+from .._qcow2.in_use import set_in_use
 from .._qcow2.scratch import write_scratch
 from .._qemu.monitor import Monitor
 from .._qemu.nodes import SCRATCH
@@ -64,6 +65,7 @@ def bring(
             wrong = wrong_bitmaps(place, expected)
             if not wrong:
                 return True
+            _disown_wrong(place, expected)
     words = monitor().stderr()
     why = f"its bitmaps are not as they should be: {'; '.join(wrong)}" + (f". QEMU says: {words}" if words else "")
     raise Refusal("not_verified", place.file.path, why, CHECK_STORAGE)
@@ -83,6 +85,13 @@ def wrong_bitmaps(place: Place, wanted: t.Sequence[Wanted]) -> list[str]:
         return wrong
     maps, size = maps_of(place.file, image), place.virtual_size
     return [f"{name!r} has other bits" for name, _b, own in _parts(wanted) if not is_union(maps[name], own, size)]
+
+
+def _disown_wrong(place: Place, wanted: t.Sequence[Wanted]) -> None:
+    """Have no backup use bitmaps that have other bits: the next run makes them again, by the vault."""
+    maps, size = maps_of(place.file, read_image(place.file)), place.virtual_size
+    wrong = [name for name, _b, own in _parts(wanted) if name in maps and not is_union(maps[name], own, size)]
+    set_in_use(place.file, wrong, in_use=True)
 
 
 def _parts(wanted: t.Sequence[Wanted]) -> t.Iterator[tuple[str, Bitmap, t.Sequence[DirtyBits]]]:
