@@ -1,7 +1,7 @@
 # Copyright: Contributors to the kvmfleet.qcow2 collection
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What QEMU has not stored, although it says that it has, is found by reading back, where bitmaps are healed or merged."""
+"""What QEMU says that it has stored, and has not, is found by reading back, where bitmaps are healed or merged down."""
 
 from __future__ import annotations
 
