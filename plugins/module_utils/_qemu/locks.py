@@ -98,7 +98,8 @@ def take_turn(file: OpenImage, seconds: float, how_far: t.Callable[[], object] =
 
 
 def _has_taken_turn(file: OpenImage) -> bool:
-    _hold(file, OUR_TURN)
+    if not _try_lock(file, OUR_TURN, fcntl.F_RDLCK):  # a run has claimed it, since it has made it
+        return False
     if not is_locked(file, OUR_TURN):
         return True
     _set_lock(file.fd, OUR_TURN, fcntl.F_UNLCK)
@@ -107,23 +108,24 @@ def _has_taken_turn(file: OpenImage) -> bool:
 
 def claim(file: OpenImage) -> bool:
     """Mark a file of ours, open for writing, as in work; False if somebody else has. The mark goes with the process."""
+    return _try_lock(file, OUR_TURN, fcntl.F_WRLCK)
+
+
+def _hold(file: OpenImage, byte: int) -> None:
+    """Take a shared lock on a byte, as QEMU does."""
+    if not _try_lock(file, byte, fcntl.F_RDLCK):
+        raise in_use(file.path)
+
+
+def _try_lock(file: OpenImage, byte: int, kind: int) -> bool:
+    """Return whether a lock on a byte could be taken."""
     try:
-        _set_lock(file.fd, OUR_TURN, fcntl.F_WRLCK)
+        _set_lock(file.fd, byte, kind)
     except OSError as exc:
         if exc.errno in (errno.EACCES, errno.EAGAIN):
             return False
         raise _no_locks(file, exc) from exc
     return True
-
-
-def _hold(file: OpenImage, byte: int) -> None:
-    """Take a shared lock on a byte, as QEMU does."""
-    try:
-        _set_lock(file.fd, byte, fcntl.F_RDLCK)
-    except OSError as exc:
-        if exc.errno in (errno.EACCES, errno.EAGAIN):
-            raise in_use(file.path) from exc
-        raise _no_locks(file, exc) from exc
 
 
 def _no_locks(file: OpenImage, exc: OSError) -> Refusal:

@@ -115,12 +115,15 @@ def test_a_run_that_goes_on_is_waited_for(chain):
         assert list(told) == []
 
 
-def test_a_file_in_work_is_known_as_such(tmp_path):
+def test_a_file_in_work_is_known_as_such_and_waited_for(tmp_path):
     path = str(tmp_path / "ours")
     ours = OpenImage(path, os.open(path, os.O_RDWR | os.O_CREAT))
     with open_image(path) as file:
         assert not locks.is_locked(file, locks.OUR_TURN)
         assert locks.claim(ours)
         assert locks.is_locked(file, locks.OUR_TURN)
+        with pytest.raises(Refusal, match="another run of this collection"):  # and not that a VM has it open
+            locks.take_turn(file, 0.1)
         ours.close()
         assert not locks.is_locked(file, locks.OUR_TURN)
+        locks.take_turn(file, 0)
