@@ -83,15 +83,18 @@ def wrong_bitmaps(place: Place, wanted: t.Sequence[Wanted]) -> list[str]:
         wrong.append(f"{image.lost_bitmaps} are lost")
     if wrong:
         return wrong
-    maps, size = maps_of(place.file, image), place.virtual_size
-    return [f"{name!r} has other bits" for name, _b, own in _parts(wanted) if not is_union(maps[name], own, size)]
+    return [f"{name!r} has other bits" for name in _with_other_bits(place, image, wanted)]
 
 
 def _disown_wrong(place: Place, wanted: t.Sequence[Wanted]) -> None:
     """Have no backup use bitmaps that have other bits: the next run makes them again, by the vault."""
-    maps, size = maps_of(place.file, read_image(place.file)), place.virtual_size
-    wrong = [name for name, _b, own in _parts(wanted) if name in maps and not is_union(maps[name], own, size)]
-    set_in_use(place.file, wrong, in_use=True)
+    set_in_use(place.file, _with_other_bits(place, read_image(place.file), wanted), in_use=True)
+
+
+def _with_other_bits(place: Place, image: Image, wanted: t.Sequence[Wanted]) -> list[str]:
+    """Return the names of the bitmaps that the image has, and that do not mark what they are to."""
+    maps, size = maps_of(place.file, image), place.virtual_size
+    return [name for name, _b, own in _parts(wanted) if name in maps and not is_union(maps[name], own, size)]
 
 
 def _parts(wanted: t.Sequence[Wanted]) -> t.Iterator[tuple[str, Bitmap, t.Sequence[DirtyBits]]]:

@@ -18,15 +18,12 @@ from .._disk.heal import ABSENT, VALID
 from .._libvirt.checkpoints import delete_live
 from .._libvirt.connection import Domain, Libvirt
 from .healing import CheckpointRequest, Fate, no_such_checkpoint, without_disks
-from .live import OLDEST
+from .live import OLDEST, shown
 from .look import DomainLook
 from .verdicts import DomainCheckpoint
 
-_WRITES_BELOW = (
-    6,
-    1,
-    0,
-)  # the oldest QEMU that can open an image below the topmost one for writing later (blockdev-reopen)
+# The oldest QEMU that can open an image below the topmost one for writing later (blockdev-reopen).
+_WRITES_BELOW = (6, 1, 0)
 
 _SHUT_OFF_HEALS = (
     "Shut it down and run this again, which makes it valid if that is provable. Or have it deleted at once with "
@@ -70,8 +67,8 @@ def why_not_deleted(version: tuple[int, int, int], domain: Domain) -> Refusal | 
     if version >= OLDEST:
         return None
     why = (
-        f"libvirt {_shown(version)} would change the bitmaps of other checkpoints, too, when it deletes one; "
-        f"{_shown(OLDEST)} does not"
+        f"libvirt {shown(version)} would change the bitmaps of other checkpoints, too, when it deletes one; "
+        f"{shown(OLDEST)} does not"
     )
     return Refusal("old_libvirt", domain.name, why, "Update libvirt, or shut the domain down and run this again.")
 
@@ -89,16 +86,12 @@ def why_left_below(version: tuple[int, int, int], look: DomainLook, fate: Fate) 
         bitmap = fate.bitmaps.get(disk.disk.target)
         for image in (one.layer.path for one in below if bitmap in one.bitmaps().bitmaps):
             why = (
-                f"{image} has a bitmap of its checkpoint {fate.name!r}, and QEMU {_shown(version)} lets libvirt write "
+                f"{image} has a bitmap of its checkpoint {fate.name!r}, and QEMU {shown(version)} lets libvirt write "
                 "only to the topmost image while it runs"
             )
-            remedy = f"Shut it down and run this again. Or update QEMU: {_shown(_WRITES_BELOW)} can."
+            remedy = f"Shut it down and run this again. Or update QEMU: {shown(_WRITES_BELOW)} can."
             return Refusal("old_libvirt", look.domain.name, why, remedy)
     return None
-
-
-def _shown(version: tuple[int, int, int]) -> str:
-    return ".".join(map(str, version))
 
 
 def remove_from_running(daemon: Libvirt, look: DomainLook, fates: t.Sequence[Fate], *, check_mode: bool) -> list[Fate]:

@@ -126,7 +126,8 @@ class MergeRunningDown(_OfRunning, MergeDown):
             raise exc.with_note(f"All images of {plan.domain.name} are merged down already.") from exc
 
 
-def _shown(version: tuple[int, int, int]) -> str:
+def shown(version: tuple[int, int, int]) -> str:
+    """Return a version as it is written."""
     return ".".join(map(str, version))
 
 
@@ -140,7 +141,7 @@ def not_live(domain: Domain, live: Live) -> list[Refusal]:
     """Return why a domain that runs cannot be worked on."""
     if live.version < OLDEST:
         what = "does not keep bitmaps over snapshots of a running domain"
-        why = f"libvirt {_shown(live.version)} {what}; {_shown(OLDEST)} does"
+        why = f"libvirt {shown(live.version)} {what}; {shown(OLDEST)} does"
         return [Refusal("old_libvirt", domain.name, why, "Update libvirt, or shut the domain down and run this again.")]
     if not domain.persistent:
         why = "is transient: it has no definition that could be changed"
@@ -161,8 +162,8 @@ def _volumes_left(domain: Domain, disks: t.Sequence[DiskPlan], live: Live) -> li
     if live.version >= _KNOWS_VOLUMES or not left:
         return []
     why = (
-        f"its disk {left[0]} is defined by the volume {volumes[left[0]].name}. libvirt {_shown(live.version)} would "
-        f"leave it so, and the next start would go on below the overlay; {_shown(_KNOWS_VOLUMES)} would not"
+        f"its disk {left[0]} is defined by the volume {volumes[left[0]].name}. libvirt {shown(live.version)} would "
+        f"leave it so, and the next start would go on below the overlay; {shown(_KNOWS_VOLUMES)} would not"
     )
     remedy = "Update libvirt, define the disk by its path, or shut the domain down; then run this again."
     return [Refusal("old_libvirt", domain.name, why, remedy)]

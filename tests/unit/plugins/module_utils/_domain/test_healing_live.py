@@ -8,8 +8,6 @@ What libvirt itself does is in the integration target domain_overlay.
 
 from __future__ import annotations
 
-import subprocess
-
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.bitmap_rules import Checkpoint
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.examine import examine_chain
@@ -32,6 +30,8 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition
     checkpoint_from,
     only_disk,
 )
+
+from .. import qemu
 
 DOMAIN = Domain("web", "uuid", "running", True, False, Definition("<domain/>"), Definition("<domain/>"))
 DISK = DomainDisk("vda", "file", "/a", "qcow2", None, False, None)
@@ -105,16 +105,13 @@ def test_an_old_libvirt_is_asked_to_delete_nothing():
 @pytest.fixture(name="chain")
 def chain_with_a_bitmap_below(tmp_path):
     """Return a chain of which both images have the bitmap valid, and the topmost one alone has the bitmap unknown."""
-
-    def qemu_img(*arguments):
-        subprocess.run(["qemu-img", *arguments], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
-
-    qemu_img("create", "-f", "qcow2", "base.qcow2", "1M")
-    qemu_img("bitmap", "--add", "base.qcow2", "valid")
-    qemu_img("create", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "top.qcow2")
+    base, top = tmp_path / "base.qcow2", tmp_path / "top.qcow2"
+    qemu.create(base, "1M")
+    qemu.qemu_img("bitmap", "--add", str(base), "valid")
+    qemu.create(top, "1M", "-b", str(base), "-F", "qcow2")
     for name in ("valid", "unknown"):
-        qemu_img("bitmap", "--add", "top.qcow2", name)
-    return examine_chain(str(tmp_path / "top.qcow2"), follow=True, count=False, image_format="qcow2")
+        qemu.qemu_img("bitmap", "--add", str(top), name)
+    return examine_chain(str(top), follow=True, count=False, image_format="qcow2")
 
 
 def test_an_old_qemu_is_asked_to_remove_nothing_from_images_below(chain, monkeypatch):
