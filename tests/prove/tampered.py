@@ -173,8 +173,9 @@ def replayed(ground: lab.Lab, call: str, number: int, lost: bool) -> rounds.Find
         if ground.runner.answer() is not None:
             return rounds.Finding(f"{call}: nothing to be put back", [])
         places = [path for path in shared.folder.iterdir() if path.name in VAULTS]
+        aside = {place: place.with_name(f"aside{place.name}") for place in places}
         for place in places:
-            place.rename(place.with_name(f"aside{place.name}"))
+            place.rename(aside[place])
         os.killpg(ground.runner.pid(), signal.SIGKILL)
         ground.runner.resume()
         if places:  # which may have had the only bits of some
@@ -189,7 +190,7 @@ def replayed(ground: lab.Lab, call: str, number: int, lost: bool) -> rounds.Find
         if lost:
             disks.lose_bitmaps(str(pair.top))
         for place in places:
-            place.with_name(f"aside{place.name}").rename(place)
+            aside[place].rename(place)
         third = modules.run(ground, CALLS[call][0], **pair.arguments(call))
         wrong += [f"third run: {what}" for what in run_wrong(ground, shared, pair, call, third)]
     words = " and ".join("done" if one.status == 0 else "refused" for one in (second, third))
@@ -322,6 +323,7 @@ def steps_of(ground: lab.Lab, call: str) -> range:
 
 def planted_jobs(ground: lab.Lab, asked: rounds.Choice) -> list[rounds.Job[lab.Lab]]:
     """Return the rounds with what is planted or swapped: all, if so asked, else a share."""
+    steps = {call: steps_of(ground, call) for call in SWAPPED}
     jobs = [
         rounds.Job(
             f"planted: {what}",
@@ -347,7 +349,7 @@ def planted_jobs(ground: lab.Lab, asked: rounds.Choice) -> list[rounds.Job[lab.L
         for call in SWAPPED
         for killed in (False, True)
         for way in SWAPS
-        for number in steps_of(ground, call)
+        for number in steps[call]
     ]
     jobs += [
         rounds.Job(
@@ -357,7 +359,7 @@ def planted_jobs(ground: lab.Lab, asked: rounds.Choice) -> list[rounds.Job[lab.L
         )
         for call in SWAPPED
         for lost in (False, True)
-        for number in steps_of(ground, call)
+        for number in steps[call]
     ]
     return rounds.sampled(jobs, asked._replace(rounds=max(1, asked.rounds // 4)))
 
