@@ -67,10 +67,10 @@ stop_daemon() {
 }
 
 # Print all that the module could change: the files in the folder of the disks, with checksums, and the definitions.
-# One virsh for all domains: one for each would take most of the time of a case.
+# One virsh for all domains, and cksum, not sha256sum: either would take most of the time of a case.
 world() {
   local commands
-  (cd "$lab/disks" && find . | sort && find . -type f -exec sha256sum {} + | sort -k 2)
+  (cd "$lab/disks" && find . | sort && find . -type f -exec cksum {} + | sort -k 3)
   commands=$(virsh list --all --uuid | sort | sed -n 's/..*/dumpxml --inactive &;/p' | tr -d '\n')
   [ -z "$commands" ] || virsh -q "$commands"
   commands=$(! has_pools || virsh pool-list --uuid | sort | sed -n 's/..*/vol-list &;/p' | tr -d '\n')
