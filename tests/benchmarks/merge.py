@@ -9,8 +9,8 @@ killed. Each figure is the median of the rounds; both sides take turns within a 
 On XFS and btrfs the module shares extents. These file systems are made in files, which needs root. --large adds an
 overlay of 20 GiB there, which needs 45 GiB in the temporary folder, and minutes.
 
-Nothing of the images is in the host's page cache, as VMs with cache='none' leave them, but where the line says "cached".
-There the kernel frees the pages of the overlay when it is removed, for either side.
+Nothing of the images is in the host's page cache, as VMs with cache='none' leave them, but where the line says
+"cached". There the kernel frees the pages of the overlay when it is removed, for either side.
 """
 
 from __future__ import annotations

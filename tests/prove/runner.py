@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
+import importlib
 import json
 import os
 import pathlib
+import pkgutil
 import random
 import resource
 import runpy
@@ -25,13 +28,20 @@ import time
 import typing as t
 
 import ansible.module_utils.basic  # noqa: F401  # pylint: disable=unused-import
-import ansible_collections.kvmfleet.qcow2.plugins.module_utils._module  # noqa: F401  # pylint: disable=unused-import
 
 MODULES = "ansible_collections.kvmfleet.qcow2.plugins.modules"
 _SET_CHILD_SUBREAPER = 36
 _SET_PDEATHSIG = 1
 _CLONE_NEWNS, _MS_BIND, _MS_REC, _MS_PRIVATE = 0x20000, 0x1000, 0x4000, 0x40000  # Linux, unshare(2) and mount(2)
 _SECONDS_TO_END = 5.0  # for what a run has left
+
+
+def import_all() -> None:
+    """Import all modules and what they need: without bytecode on the disk, each run would compile it again."""
+    package = importlib.import_module(MODULES)
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{MODULES}.{module.name}")
+    gc.freeze()  # or each run would copy the pages of what it has inherited, only to look through it
 
 
 def lines() -> t.Iterator[str]:
@@ -143,6 +153,7 @@ def nothing_left() -> bool:
 def main() -> None:
     """Serve."""
     ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1)
+    import_all()
     commands = lines()
     for line in commands:
         request = json.loads(line)
