@@ -193,7 +193,9 @@ class _Draft:
             names = [self._asked[name][target] for name in self._healed if target in self._asked[name]]
             removed = [self._asked[name][target] for name in self._removed if target in self._asked[name]]
             removed += self._orphans.get(target, ())
-            if names or removed:
+            if disk.has_vault:  # a killed run may have had libvirt forget them, and left the vaults
+                removed += self._forgotten_before()
+            if names or removed or disk.has_vault:
                 requests[target] = HealRequest(
                     path=disk.path,
                     names=tuple(names),
@@ -204,6 +206,13 @@ class _Draft:
                     others=disk.others,
                 )
         return requests
+
+    def _forgotten_before(self) -> list[str]:
+        """Return the bitmaps of checkpoints that are to be absent and that libvirt does not know any more.
+
+        It names a bitmap as its checkpoint, unless it is asked for another name.
+        """
+        return self._request.unknown(self._known) if self._request.state == ABSENT else []
 
     def _plans(self) -> dict[str, heal.Plan]:
         return {target: heal.decide(one, self._disks[target].images) for target, one in self._requests().items()}

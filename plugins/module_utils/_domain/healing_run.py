@@ -147,13 +147,15 @@ class HealCall:
         return ShutOff(domain, kept, decision, has_work, tuple(problems))
 
     def _disks(self, domain: Domain, kept: Kept) -> list[DomainDisk]:
-        """Return the disks that the checkpoints asked for are about; with orphans all that the domain writes to."""
+        """Return the disks that the checkpoints asked for are about, and all that the domain writes to.
+
+        Beside those a killed run may have left vaults once libvirt had forgotten the checkpoints.
+        """
         asked = {target for one in self._request.select(kept.checkpoints) for target in one.bitmaps}
         return [
             disk
             for disk in domain.definition.disks
-            if disk.target in asked
-            or (self._request.removes_orphans and disk.format == QCOW2 and disk.why_unfit is None)
+            if disk.target in asked or (disk.format == QCOW2 and disk.why_unfit is None)
         ]
 
     def _decide(self, domain: Domain, kept: Kept, chains: t.Sequence[DiskChain]) -> Decision:

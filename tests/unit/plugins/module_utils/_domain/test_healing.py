@@ -66,6 +66,17 @@ def test_where_all_is_valid_nothing_is_written():
     assert (states, decision.writes, decision.fates[0].is_as_wanted) == ({"one": "valid"}, False, True)
 
 
+def test_a_vault_is_completed_though_libvirt_has_forgotten_its_checkpoint():
+    disks = [disk("vda", {"two": "s"}, has_vault=True), disk("vdb", {"two": "s"})]
+    decision, states = decided([checkpoint("two")], disks, state="absent", checkpoints=("one", "o*"))
+    assert states == {"one": "absent"}
+    assert {target: (one.names, one.removed) for target, one in decision.requests.items()} == {"vda": ((), ("one",))}
+    assert decision.writes
+    decision, states = decided([], disks, removes_unusable=True)
+    assert states == {}
+    assert {target: (one.names, one.removed) for target, one in decision.requests.items()} == {"vda": ((), ())}
+
+
 def test_what_is_hopeless_on_one_disk_is_not_touched_on_the_others():
     decision, states = decided([checkpoint("one")], [disk("vda", *LOST_IN_TOP), disk("vdb", *HOPELESS)])
     assert states == {"one": "not_healable"}
