@@ -31,9 +31,7 @@ def delete_live(daemon: Libvirt, domain: Domain, names: t.Sequence[str]) -> dict
     try:
         there = {one.getName(): one for one in known(handle.listAllCheckpoints)}
         for name in (name for name in names if name in there):
-            error = _delete(there[name])
-            if error is not None and _lacks_bitmap(error):
-                error = _delete_by_disk(handle, there[name])
+            error = _delete_wholly(handle, there[name])
             if error is not None:
                 problems[name] = _refusal(handle, domain, name, error)
         left = {one.getName() for one in known(handle.listAllCheckpoints)}
@@ -46,13 +44,22 @@ def delete_live(daemon: Libvirt, domain: Domain, names: t.Sequence[str]) -> dict
     return problems
 
 
-def _delete_by_disk(handle: t.Any, checkpoint: t.Any) -> t.Any:
-    """Delete what each disk has of a checkpoint; return the error, if any.
+def _delete_wholly(handle: t.Any, checkpoint: t.Any) -> t.Any:
+    """Delete a checkpoint, or what a killed run has left of it; return the error, if any."""
+    text = checkpoint.getXMLDesc(libvirt.VIR_DOMAIN_CHECKPOINT_XML_SECURE)
+    if not checkpoint_from(text).is_half_deleted:
+        error = _delete(checkpoint)
+        if error is None or not _lacks_bitmap(error):
+            return error
+    return _delete_by_disk(handle, text)
+
+
+def _delete_by_disk(handle: t.Any, text: str) -> t.Any:
+    """Delete what each disk has of the checkpoint with this XML; return the error, if any.
 
     libvirt deletes nothing of a checkpoint of which one disk lacks the bitmap. So describe it to libvirt anew, with one
-    disk after the other.
+    disk after the other. Its description tells the next run, if this one is killed, that it is about more disks.
     """
-    text = checkpoint.getXMLDesc(libvirt.VIR_DOMAIN_CHECKPOINT_XML_SECURE)
     for target in checkpoint_from(text).bitmaps:
         one = handle.checkpointCreateXML(only_disk(text, target), libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE)
         error = _delete(one)

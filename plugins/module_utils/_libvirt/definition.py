@@ -11,6 +11,7 @@ inside the element of a switched disk stays as it was, byte by byte.
 from __future__ import annotations
 
 import functools
+import json
 import typing as t
 import xml.dom.minidom
 import xml.parsers.expat
@@ -33,6 +34,7 @@ _SOURCE_ATTRIBUTES = {"file": "file", "block": "dev"}  # which attribute of <sou
 # address, cookies, ssl, readahead, timeout, knownHosts, identity.
 _REPLACED = ("file", "dev", "pool", "volume", "mode")
 _ALLOWED = frozenset((*_REPLACED, "startupPolicy", "index", "seclabel", "dataStore"))
+_HAD = "kvmfleet.qcow2 deletes it disk by disk. The bitmaps that it had: "  # description of a checkpoint, then JSON
 
 
 class Source(t.NamedTuple):
@@ -100,13 +102,14 @@ class DomainDisk(t.NamedTuple):
 class CheckpointParts(t.NamedTuple):
     """What is kept of the XML of a checkpoint, which has the whole definition of the domain at that time."""
 
-    bitmaps: t.Mapping[str, str]  # by target
+    bitmaps: t.Mapping[str, str]  # by target; those that it had if its deletion was begun
     images: frozenset[str]  # paths of the disks that the domain had, and could write to
     volumes: frozenset[Volume]  # those of them that were volumes
     left_out: frozenset[str]  # targets of the other disks that the domain had
     created: int  # seconds since 1970
     parent: str | None  # name of the checkpoint before
     sizes: t.Mapping[str, int]  # dirty bytes by target, of the disks of which libvirt tells them
+    is_half_deleted: bool  # a run that was killed had begun to delete it disk by disk
 
 
 class Definition:
@@ -208,31 +211,56 @@ def checkpoint_from(text: str) -> CheckpointParts:
     root = _parse(text).documentElement
     disks = [disk for part in _children(root, "disks") for disk in _children(part, "disk")]
     with_bitmap = [disk for disk in disks if disk.getAttribute("checkpoint") == "bitmap"]
+    had = _bitmaps_before(root)
+    bitmaps = had or {disk.getAttribute("name"): disk.getAttribute("bitmap") for disk in with_bitmap}
     times = [_text_of(time) for time in _children(root, "creationTime")]
     parents = [_text_of(name) for parent in _children(root, "parent") for name in _children(parent, "name")]
-    had = [disk for domain in _children(root, "domain") for disk in _disks_of(domain) if _is_written(disk)]
-    paths = [_source_of(disk, disk.getAttribute("type") or "file") for disk in had]
-    sources = [source for disk in had for source in _children(disk, "source") if source.hasAttribute("volume")]
+    written = [disk for domain in _children(root, "domain") for disk in _disks_of(domain) if _is_written(disk)]
+    paths = [_source_of(disk, disk.getAttribute("type") or "file") for disk in written]
+    sources = [source for disk in written for source in _children(disk, "source") if source.hasAttribute("volume")]
     return CheckpointParts(
-        {disk.getAttribute("name"): disk.getAttribute("bitmap") for disk in with_bitmap},
+        bitmaps,
         frozenset(path for path in paths if path is not None),
         frozenset(_volume_from(source) for source in sources),
-        left_out=frozenset(disk.getAttribute("name") for disk in disks if disk not in with_bitmap),
+        left_out=frozenset(disk.getAttribute("name") for disk in disks) - set(bitmaps),
         created=int(times[0]) if times else 0,
         parent=parents[0] if parents else None,
         sizes={d.getAttribute("name"): int(d.getAttribute("size")) for d in with_bitmap if d.hasAttribute("size")},
+        is_half_deleted=bool(had),
     )
 
 
+def _bitmaps_before(root: t.Any) -> dict[str, str]:
+    """Return the bitmaps that only_disk() has noted in the description of a checkpoint, by target."""
+    for text in (_text_of(one) for one in _children(root, "description")):
+        try:
+            had = json.loads(text[len(_HAD) :]) if text.startswith(_HAD) else None
+        except ValueError:
+            continue
+        if isinstance(had, dict) and all(isinstance(bitmap, str) for bitmap in had.values()):
+            return had
+    return {}
+
+
 def only_disk(text: str, target: str) -> str:
-    """Return the XML of a checkpoint that has the bitmap of this disk alone."""
+    """Return the XML of a checkpoint that has the bitmap of this disk alone, and notes those that it had."""
     document = _parse(text)
-    for part in _children(document.documentElement, "disks"):
-        for disk in _children(part, "disk"):
-            if disk.getAttribute("name") != target and disk.hasAttribute("bitmap"):
-                disk.setAttribute("checkpoint", "no")
-                disk.removeAttribute("bitmap")
-    return t.cast("str", document.documentElement.toxml())
+    root = document.documentElement
+    bitmaps = checkpoint_from(text).bitmaps
+    for disk in (disk for part in _children(root, "disks") for disk in _children(part, "disk")):
+        name = disk.getAttribute("name")
+        if name == target and name in bitmaps:
+            disk.setAttribute("checkpoint", "bitmap")
+            disk.setAttribute("bitmap", bitmaps[name])
+        elif disk.hasAttribute("bitmap"):
+            disk.setAttribute("checkpoint", "no")
+            disk.removeAttribute("bitmap")
+    for description in list(_children(root, "description")):
+        root.removeChild(description)
+    description = document.createElement("description")
+    description.appendChild(document.createTextNode(_HAD + json.dumps(bitmaps)))
+    root.appendChild(description)
+    return t.cast("str", root.toxml())
 
 
 def pool_from(text: str) -> tuple[str, str | None]:

@@ -8,6 +8,8 @@ What libvirt itself does is in the integration target domain_overlay.
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.bitmap_rules import Checkpoint
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.examine import examine_chain
@@ -138,12 +140,26 @@ def test_a_newer_qemu_is_asked_to_remove_all(chain, monkeypatch):
     assert deleted == ["valid"]
 
 
-@pytest.mark.parametrize("target, bitmaps", [("vda", {"vda": "one"}), ("vdb", {"vdb": "one"}), ("vdz", {})])
-def test_a_checkpoint_is_described_with_one_disk(target, bitmaps):
-    disks = "".join(f"<disk name='{name}' checkpoint='bitmap' bitmap='one'/>" for name in ("vda", "vdb"))
-    text = (
-        f"<domaincheckpoint><name>one</name><disks>{disks}<disk name='vdc' checkpoint='no'/></disks></domaincheckpoint>"
-    )
-    parts = checkpoint_from(only_disk(text, target))
-    assert parts.bitmaps == bitmaps
-    assert parts.left_out == {"vda", "vdb", "vdc"} - set(bitmaps)
+DESCRIBED = """<domaincheckpoint><name>one</name><description>{}</description><disks>
+<disk name='vda' checkpoint='bitmap' bitmap='one'/><disk name='vdb' checkpoint='bitmap' bitmap='&quot;ö\n'/>
+<disk name='vdc' checkpoint='no'/></disks></domaincheckpoint>"""
+
+
+@pytest.mark.parametrize("target, bitmap", [("vda", ("vda", "one")), ("vdb", ("vdb", '"ö ')), ("vdc", None)])
+def test_a_checkpoint_is_described_with_one_disk_and_known_as_it_was(target, bitmap):
+    whole = DESCRIBED.format("weekly")
+    was = checkpoint_from(whole)
+    assert not was.is_half_deleted
+    for text in (only_disk(whole, target), only_disk(only_disk(whole, "vda"), target)):
+        with_bitmap = re.findall(r'<disk name="(\w+)" checkpoint="bitmap"', text)
+        assert with_bitmap == ([bitmap[0]] if bitmap else [])
+        assert text.count("<description>") == 1
+        assert checkpoint_from(text) == was._replace(is_half_deleted=True)
+
+
+@pytest.mark.parametrize("rest", ["", "[1]", "{", '{"vda": 1}', "null"])
+def test_a_description_that_is_not_whole_tells_nothing(rest):
+    begun = only_disk(DESCRIBED.format(""), "vda")
+    start = begun.index("The bitmaps that it had: ") + len("The bitmaps that it had: ")
+    parts = checkpoint_from(begun[:start] + rest + begun[begun.index("</description>") :])
+    assert (parts.bitmaps, parts.is_half_deleted) == ({"vda": "one"}, False)
