@@ -20,7 +20,6 @@ from .._disk.verdict import FAILED, SKIPPED, problem_fields, root_causes
 from .._libvirt.connection import Domain, Kept, Libvirt, Unreadable
 from .._libvirt.definition import DomainDisk
 from .._libvirt.switch import check_unchanged, forget
-from .._qcow2.formats import QCOW2
 from .healing import CheckpointRequest, Decision, DiskChain, Fate, decide
 from .healing_live import fates_of_running, remove_from_running
 from .inventory import DiskFacts, Inventory, first_image
@@ -152,11 +151,7 @@ class HealCall:
         Beside those a killed run may have left vaults once libvirt had forgotten the checkpoints.
         """
         asked = {target for one in self._request.select(kept.checkpoints) for target in one.bitmaps}
-        return [
-            disk
-            for disk in domain.definition.disks
-            if disk.target in asked or (disk.format == QCOW2 and disk.why_unfit is None)
-        ]
+        return [disk for disk in domain.definition.disks if disk.target in asked or disk.can_have_bitmaps]
 
     def _decide(self, domain: Domain, kept: Kept, chains: t.Sequence[DiskChain]) -> Decision:
         return decide((domain.name, domain.uuid), self._request, kept.checkpoints, chains)
@@ -164,7 +159,7 @@ class HealCall:
     def _chain(self, facts: DiskFacts, *, with_all: bool) -> DiskChain:
         """Return a disk with its chain; `with_all`: and with what else stands on its images."""
         disk = facts.disk
-        if disk.source is None or disk.format != QCOW2 or disk.why_unfit is not None:
+        if disk.source is None or not disk.can_have_bitmaps:
             why = disk.why_unfit or f"format {disk.format}"
             refusal = Refusal("disk_unfit", disk.source or disk.target, f"cannot be looked at: {why}", "Make it fit.")
             return DiskChain(disk.target, disk.source or "", problem=refusal)

@@ -47,21 +47,23 @@ def delete_live(daemon: Libvirt, domain: Domain, names: t.Sequence[str]) -> dict
 def _delete_wholly(handle: t.Any, checkpoint: t.Any) -> t.Any:
     """Delete a checkpoint, or what a killed run has left of it; return the error, if any."""
     text = checkpoint.getXMLDesc(libvirt.VIR_DOMAIN_CHECKPOINT_XML_SECURE)
-    if not checkpoint_from(text).is_half_deleted:
+    parts = checkpoint_from(text)
+    if not parts.is_half_deleted:
         error = _delete(checkpoint)
         if error is None or not _lacks_bitmap(error):
             return error
-    return _delete_by_disk(handle, text)
+    return _delete_by_disk(handle, text, parts.bitmaps)
 
 
-def _delete_by_disk(handle: t.Any, text: str) -> t.Any:
-    """Delete what each disk has of the checkpoint with this XML; return the error, if any.
+def _delete_by_disk(handle: t.Any, text: str, bitmaps: t.Mapping[str, str]) -> t.Any:
+    """Delete the bitmaps that the disks have of the checkpoint with this XML; return the error, if any.
 
     libvirt deletes nothing of a checkpoint of which one disk lacks the bitmap. So describe it to libvirt anew, with one
     disk after the other. Its description tells the next run, if this one is killed, that it is about more disks.
     """
-    for target in checkpoint_from(text).bitmaps:
-        one = handle.checkpointCreateXML(only_disk(text, target), libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE)
+    for target in bitmaps:
+        xml = only_disk(text, bitmaps, target)
+        one = handle.checkpointCreateXML(xml, libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE)
         error = _delete(one)
         if error is not None and _lacks_bitmap(error):
             error = _forget(one)

@@ -98,6 +98,11 @@ class DomainDisk(t.NamedTuple):
     volume: Volume | None = None
     suspect: str | None = None  # as Place has it
 
+    @property
+    def can_have_bitmaps(self) -> bool:
+        """Whether its images are ones that can be looked at, and whose format can keep bitmaps."""
+        return self.source is not None and self.format == "qcow2" and self.why_unfit is None
+
 
 class CheckpointParts(t.NamedTuple):
     """What is kept of the XML of a checkpoint, which has the whole definition of the domain at that time."""
@@ -209,7 +214,7 @@ class Definition:
 def checkpoint_from(text: str) -> CheckpointParts:
     """Return what the XML of a checkpoint says (libvirt, "Checkpoint XML format")."""
     root = _parse(text).documentElement
-    disks = [disk for part in _children(root, "disks") for disk in _children(part, "disk")]
+    disks = _disks_of_checkpoint(root)
     with_bitmap = [disk for disk in disks if disk.getAttribute("checkpoint") == "bitmap"]
     had = _bitmaps_before(root)
     bitmaps = had or {disk.getAttribute("name"): disk.getAttribute("bitmap") for disk in with_bitmap}
@@ -230,6 +235,10 @@ def checkpoint_from(text: str) -> CheckpointParts:
     )
 
 
+def _disks_of_checkpoint(root: t.Any) -> list[t.Any]:
+    return [disk for part in _children(root, "disks") for disk in _children(part, "disk")]
+
+
 def _bitmaps_before(root: t.Any) -> dict[str, str]:
     """Return the bitmaps that only_disk() has noted in the description of a checkpoint, by target."""
     for text in (_text_of(one) for one in _children(root, "description")):
@@ -242,23 +251,21 @@ def _bitmaps_before(root: t.Any) -> dict[str, str]:
     return {}
 
 
-def only_disk(text: str, target: str) -> str:
-    """Return the XML of a checkpoint that has the bitmap of this disk alone, and notes those that it had."""
+def only_disk(text: str, bitmaps: t.Mapping[str, str], target: str) -> str:
+    """Return the XML of a checkpoint with the bitmap of this disk alone; note in it the `bitmaps` that it had."""
     document = _parse(text)
     root = document.documentElement
-    bitmaps = checkpoint_from(text).bitmaps
-    for disk in (disk for part in _children(root, "disks") for disk in _children(part, "disk")):
-        name = disk.getAttribute("name")
-        if name == target and name in bitmaps:
+    for disk in _disks_of_checkpoint(root):
+        if disk.getAttribute("name") == target:
             disk.setAttribute("checkpoint", "bitmap")
-            disk.setAttribute("bitmap", bitmaps[name])
+            disk.setAttribute("bitmap", bitmaps[target])
         elif disk.hasAttribute("bitmap"):
             disk.setAttribute("checkpoint", "no")
             disk.removeAttribute("bitmap")
     for description in list(_children(root, "description")):
         root.removeChild(description)
     description = document.createElement("description")
-    description.appendChild(document.createTextNode(_HAD + json.dumps(bitmaps)))
+    description.appendChild(document.createTextNode(_HAD + json.dumps(dict(bitmaps))))
     root.appendChild(description)
     return t.cast("str", root.toxml())
 
