@@ -101,15 +101,16 @@ fall_back_on_system_python() {
 }
 
 prepare() {
+  local drivers leg core controller host
+  drivers=/usr/lib/$(uname -m)-linux-gnu/libvirt/connection-driver
   install qemu-img=qemu-utils qemu-nbd=qemu-utils qemu-storage-daemon=qemu-system-common qemu-system-x86_64=qemu-system-x86 \
     shellcheck=shellcheck ip=iproute2 jq=jq gcc=gcc mkfs.ext4=e2fsprogs setfacl=acl strace=strace mount.exfat-fuse=exfat-fuse mkfs.exfat=exfatprogs mkfs.btrfs=btrfs-progs mkfs.xfs=xfsprogs \
     libvirtd=libvirt-daemon virsh=libvirt-clients virtnbdbackup=virtnbdbackup pkg-config=pkg-config /usr/include/libvirt/libvirt.h=libvirt-dev \
-    "/usr/lib/$(uname -m)-linux-gnu/libvirt/connection-driver/libvirt_driver_qemu.so=libvirt-daemon-driver-qemu"
+    "$drivers/libvirt_driver_qemu.so=libvirt-daemon-driver-qemu" "$drivers/libvirt_driver_storage.so=libvirt-daemon-driver-storage"
   # Elsewhere the group quiesced fails, which needs it.
   if command -v apt-get > /dev/null; then tests/guest.sh "$cache/guest" | announce; fi
   python3 -c 'import ensurepip' 2> /dev/null || install no-ensurepip-yet=python3-venv
   find_legs
-  local leg core controller host
   for leg in "${usable[@]}"; do
     read -r core controller host <<< "$leg"
     make_venv "core-$core" "$(find_python "$controller")" "$(core_package "$core")" -r tests/unit/requirements.txt

@@ -43,6 +43,9 @@ build_root() {  # build_root HOST
   done
   case $suite in
     bullseye | bookworm) packages+=,qemu-system-common ;;  # where qemu-storage-daemon is, up to Debian 12
+    *) packages+=,libvirt-daemon-driver-storage ;;  # a package of its own from Debian 13 on
+  esac
+  case $suite in
     forky) options+=('--aptopt=Acquire::Check-Valid-Until "false"') ;;  # a mirror may lag behind
   esac
   mark=$(printf '%s\n' "$suite" "$packages" "${options[@]}" | sha256sum)

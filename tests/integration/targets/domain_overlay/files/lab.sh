@@ -73,12 +73,9 @@ world() {
   (cd "$lab/disks" && find . | sort && find . -type f -exec cksum {} + | sort -k 3)
   commands=$(virsh list --all --uuid | sort | sed -n 's/..*/dumpxml --inactive &;/p' | tr -d '\n')
   [ -z "$commands" ] || virsh -q "$commands"
-  commands=$(! has_pools || virsh pool-list --uuid | sort | sed -n 's/..*/vol-list &;/p' | tr -d '\n')
+  commands=$(virsh pool-list --uuid | sort | sed -n 's/..*/vol-list &;/p' | tr -d '\n')
   [ -z "$commands" ] || virsh -q "$commands"
 }
-
-# From libvirt 9 on, the storage driver can be a package of its own.
-has_pools() { virsh pool-list > /dev/null 2>&1; }
 
 # define NAME DISK-ELEMENT...: define a domain with these disks; it needs no operating system.
 define() {
