@@ -16,6 +16,7 @@ import signal
 import typing as t
 
 _ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+_came: list[str] = []  # names of the signals that have asked this run to end
 
 
 class Interrupted(BaseException):
@@ -32,7 +33,8 @@ def ending_cleanly() -> t.Iterator[None]:
 
     def end(number: int, _frame: t.Any) -> None:
         _ignore(changed)  # a second signal must not disturb the cleaning up
-        raise Interrupted(signal.Signals(number).name)
+        _came.append(signal.Signals(number).name)
+        raise Interrupted(_came[0])
 
     previous = {number: signal.getsignal(number) for number in _ENDING}
     changed = [number for number, handler in previous.items() if handler != signal.SIG_IGN]  # ignored under nohup
@@ -43,6 +45,7 @@ def ending_cleanly() -> t.Iterator[None]:
         yield
     finally:
         _ignore(changed)  # a signal that came too late: the run must still tell what it has done
+        _came.clear()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number in changed:
             signal.signal(number, previous[number] or signal.SIG_DFL)
@@ -60,9 +63,11 @@ def interruptible() -> t.Iterator[None]:
 
 
 def stop_here_if_asked() -> None:
-    """Raise Interrupted if a signal that ends the run waits already."""
+    """Raise Interrupted if a signal that ends the run waits already, or came before and only one VM's turn ended."""
     with interruptible():
         pass
+    if _came:
+        raise Interrupted(_came[0])
 
 
 def _ignore(signals: t.Iterable[signal.Signals]) -> None:

@@ -93,6 +93,9 @@ class Hypervisor(t.Protocol):
     def has(self, request: CommitRequest | OverlayRequest) -> bool:
         """Return whether the VM has the image at `path` in the chain of a disk, or is defined with it."""
 
+    def store(self, request: CommitRequest) -> None:
+        """Have the definition of the VM as it is now on disk, where the next start of the hypervisor finds it."""
+
     def merge(
         self,
         request: CommitRequest,
@@ -190,7 +193,6 @@ class MergeRunning(MergeLayers):
     def __init__(self, hypervisor: Hypervisor, gone: t.Collection[str] = ()) -> None:
         self._hypervisor = hypervisor
         self._gone = frozenset(map(os.path.realpath, gone))
-        self._ended: Interrupted | None = None
 
     def judge(self, request: CommitRequest, held: Held) -> CommitVerdict:
         """Look at the chain, and decide."""
@@ -204,6 +206,9 @@ class MergeRunning(MergeLayers):
             return self.refused(request, wrong)
         known = self._hypervisor.known(request.vm, [request.path, request.backing_file])
         is_left_over = not self._hypervisor.has(request)
+        if depth > 1 and not is_left_over:  # planned for a VM that was shut off then
+            why = "is to be merged down together with what is below it, and its VM was started meanwhile"
+            return self.refused(request, [Refusal("changed_meanwhile", request.path, why, "Run this again.")])
         # What is left over is put aside, and nothing below it changes: what stands there may be the VM's.
         seen = _see(request, chain, depth, held, is_left_over=is_left_over)
         seen = seen._replace(others=tuple(one for one in seen.others if os.path.realpath(one) not in self._gone))
@@ -248,8 +253,6 @@ class MergeRunning(MergeLayers):
 
         `switch` only looks whether the VM has the images below, and is the one to tell if it does not.
         """
-        if self._ended is not None:
-            raise self._ended
         done: list[CommitVerdict] = []
 
         def begin() -> Signs:
@@ -274,7 +277,6 @@ class MergeRunning(MergeLayers):
         try:
             return self._merge(verdict, held, begin)
         except Interrupted as exc:
-            self._ended = exc  # for the VMs whose turn is still to come
             why = self._how_ended(verdict.request, exc)
             return verdict.failed(Refusal("interrupted", verdict.request.path, why, "Run this again."))
         except (Refusal, OSError) as exc:
@@ -299,6 +301,7 @@ class MergeRunning(MergeLayers):
                 relative = _is_relative(request, held)
                 self._hypervisor.merge(request, tell, held.seconds, begin, relative=relative, resumes=resumes)
             self._check_left(request)
+        self._hypervisor.store(request)
         os.fsync(held.image(request.backing_file).fd)  # before the only other copy of the data goes
         how: How = DELETE if verdict.retired[0].kept_as is None else KEEP
         kept_as = retire(request.path, _alone(request.path, held), how, KEPT_AS)

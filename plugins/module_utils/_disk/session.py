@@ -43,6 +43,7 @@ class Vm(t.NamedTuple):
 
     switch: t.Callable[[], None]  # must succeed for what was published to stay
     first_image: str | None = None  # path of what it opens first for writing when it starts
+    confirm: t.Callable[[], None] | None = None  # raises Refusal if it is not any more what its requests were made for
 
 
 class Images(t.NamedTuple):
@@ -254,6 +255,8 @@ class Session(t.Generic[V]):
         images = self._images(verdicts)
         try:
             held.lock(images)
+            if self._vm is not None and self._vm.confirm is not None and not self._settings.check_mode:
+                self._vm.confirm()  # its turn can come hours after the plan was made; from here on it cannot start
         except (Refusal, OSError) as exc:
             return self._all_failed(verdicts, exc)
         acts = [self._operation.rehearse] if self._settings.check_mode else self._operation.phases()

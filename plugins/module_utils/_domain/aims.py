@@ -19,7 +19,7 @@ from .._disk.revert_rules import RevertVerdict
 from .._disk.verdict import ABSENT, COMMITTED, CREATED, PRESENT, REVERTED
 from .._libvirt.connection import Domain, Kept, Libvirt
 from .._libvirt.definition import DomainDisk
-from .._libvirt.switch import switch
+from .._libvirt.switch import check_unchanged, switch
 from .checkpoints import Chain, chain_of, promised
 from .inventory import DiskFacts, first_image
 from .names import same_names
@@ -34,6 +34,10 @@ class OfShutOff:
     def takes(self, _domain: Domain) -> bool:
         """Take every domain. One that is not shut off fails, or is left out, unless nothing is to be done."""
         return True
+
+    def confirm(self, daemon: Libvirt, domain: Domain) -> None:
+        """Refuse a domain that is not any more what was planned for."""
+        check_unchanged(daemon, domain)
 
     def guarded_image(self, domain: Domain) -> str | None:
         """Return the image that the domain opens first when it starts."""

@@ -68,23 +68,6 @@ class HealedDomain(t.NamedTuple):
         return {"name": printable(one.name), "state": state, **problem_fields([problem] if problem else [])}
 
 
-class MendDomains(MendBitmaps):
-    """Bitmaps of domains, which are asked once more, under locks, whether they are what was judged. An Operation."""
-
-    def __init__(self, confirm: t.Callable[[str], None]) -> None:
-        super().__init__()
-        self._confirm = confirm
-
-    def phases(self) -> t.Sequence[t.Callable[[HealVerdict, Held], HealVerdict]]:
-        """See that libvirt still says what was judged: nothing was written yet, and no VM can start."""
-        return [self.confirm, *super().phases()]
-
-    def confirm(self, verdict: HealVerdict, _held: Held) -> HealVerdict:
-        """Refuse a domain that has changed meanwhile."""
-        self._confirm(verdict.request.vm)
-        return verdict
-
-
 class ShutOff(t.NamedTuple):
     """A domain that is shut off, with what is to be done."""
 
@@ -204,17 +187,17 @@ class HealCall:
             if isinstance(one, ShutOff) and one.has_work and not one.problems
         }
         keys = [(uuid, target) for uuid, one in sound.items() for target in one.decision.requests]
-        batch = Batch(
-            MendDomains(lambda uuid: self._check(sound[uuid])),
-            [sound[uuid].decision.requests[target] for uuid, target in keys],
-        )
-        vms: dict[str | None, Vm] = {
-            uuid: Vm(functools.partial(self._forget, one), first_image(one.domain)) for uuid, one in sound.items()
-        }
+        batch = Batch(MendBitmaps(), [sound[uuid].decision.requests[target] for uuid, target in keys])
+        vms: dict[str | None, Vm] = {uuid: self._vm(one) for uuid, one in sound.items()}
         run_all([batch], self._settings, vms)
         outcome = batch.outcome()
         self._is_ended = any(failure.code == "interrupted" for failure in outcome.failures)
         return dict(zip(keys, outcome.verdicts)), outcome.warnings
+
+    def _vm(self, plan: ShutOff) -> Vm:
+        """Return what a session is to know of a domain."""
+        forget_them = functools.partial(self._forget, plan)
+        return Vm(forget_them, first_image(plan.domain), functools.partial(self._check, plan))
 
     def _check(self, plan: ShutOff) -> None:
         """Refuse a domain that is not any more what was judged."""

@@ -22,7 +22,12 @@ from .._libvirt.connection import Domain, Unreadable
 from .._libvirt.definition import DomainDisk
 from .._qcow2.chain import Layer, read_chain
 
+OthersWith = t.Callable[[str], t.Sequence[str]]
 READ_ONLY = ("cdrom", "floppy", "read-only")  # why a disk is unfit, of those that are not written to
+
+
+def _nobody(_path: str) -> tuple[str, ...]:
+    return ()
 
 
 class DiskFacts(t.NamedTuple):
@@ -37,6 +42,7 @@ class DiskFacts(t.NamedTuple):
     writers: tuple[str, ...] = ()  # names of other domains that write to its topmost image
     suspects: tuple[str, ...] = ()  # names of other domains that may, by a volume that libvirt cannot look up
     problem: Refusal | None = None  # why the chain cannot be read
+    others_with: OthersWith = _nobody  # by the path of any image, names of other domains that have it in a chain
 
 
 class _Chain(t.NamedTuple):
@@ -78,7 +84,7 @@ class Inventory:
         chain = self._chain(disk.source, disk.format)
         # A template belongs to all its clones; its snapshots are not those of this disk.
         below = itertools.takewhile(
-            lambda layer: self._users_of(layer) <= self._users_of(chain.layers[0]), chain.layers[1:]
+            lambda layer: self._users_of(layer.real_path) <= self._users_of(chain.layers[0].real_path), chain.layers[1:]
         )
         return known._replace(
             layers=chain.layers,
@@ -87,14 +93,15 @@ class Inventory:
             writers=tuple(sorted(self._writers_of(disk.source) - {domain.name})),
             suspects=tuple(sorted(self._suspects_of(disk.source) - {domain.name})),
             problem=chain.problem,
+            others_with=lambda path: self._others_with(os.path.realpath(path), domain),
         )
 
     def sharers(self, facts: DiskFacts) -> tuple[tuple[str, str], ...]:
         """Return the images of the chain that another disk has without the topmost one, and of which domain that is."""
         if not facts.layers:
             return ()
-        own = self._users_of(facts.layers[0])
-        others = [(layer, sorted(self._users_of(layer) - own)) for layer in facts.layers[1:]]
+        own = self._users_of(facts.layers[0].real_path)
+        others = [(layer, sorted(self._users_of(layer.real_path) - own)) for layer in facts.layers[1:]]
         return tuple((layer.real_path, f"a disk of the domain {users[0][0]}") for layer, users in others if users)
 
     def _disks(self) -> t.Iterator[tuple[Domain, DomainDisk]]:
@@ -107,7 +114,11 @@ class Inventory:
         """Yield every disk that has an image, with its domain and its path."""
         return ((domain, disk, disk.source) for domain, disk in self._disks() if disk.source is not None)
 
-    def _users_of(self, layer: Layer) -> set[tuple[str, str]]:
+    def _others_with(self, real_path: str, domain: Domain) -> list[str]:
+        """Return the names of the other domains that have an image anywhere in the chain of a disk."""
+        return sorted({name for name, _target in self._users_of(real_path)} - {domain.name})
+
+    def _users_of(self, real_path: str) -> set[tuple[str, str]]:
         """Return the disks, of all domains, that have the image anywhere in their chain."""
         if self._users is None:
             self._users = {}
@@ -115,8 +126,8 @@ class Inventory:
                 paths = [layer.real_path for layer in self._chain(source, disk.format).layers]
                 for path in [os.path.realpath(source), *paths]:
                     self._users.setdefault(path, set()).add((domain.name, disk.target))
-        suspects = {(name, "") for name in self._suspects_of(layer.real_path)}
-        return self._users.get(layer.real_path, set()) | suspects
+        suspects = {(name, "") for name in self._suspects_of(real_path)}
+        return self._users.get(real_path, set()) | suspects
 
     def _writers_of(self, source: str) -> set[str]:
         """Return the names of the domains that have the image as topmost one of a disk that they write to."""

@@ -16,14 +16,13 @@ from .._base.attributes import AttributeOptions
 from .._base.errors import Refusal
 from .._disk.commit import CommitRequest
 from .._disk.overlay import OverlayRequest
-from .._disk.retire import is_kept
 from .._disk.running import Begin, Known, MakeForRunning, MergeRunning
 from .._disk.verdict import KEEP
 from .._libvirt.connection import Domain, Kept, Libvirt
 from .._libvirt.definition import Definition, DomainDisk
 from .._libvirt.jobs import Merge, merge_down
 from .._libvirt.running import RunningDisk, why_not_quiesced
-from .._libvirt.snapshots import check_on, defined_now, disks_now, take_snapshot
+from .._libvirt.snapshots import check_on, defined_now, disks_now, store_definition, take_snapshot
 from .._qcow2.mark import Mark
 from .aims import MergeDown, PutOnOverlays
 from .checkpoints import Chain
@@ -34,12 +33,12 @@ from .plan import DiskPlan, DomainPlan, SnapshotRequest, running_elsewhere
 from .wayback import (
     WHY_SAVED,
     WayBack,
-    bears,
     flat_disk,
     half_committed_disk,
+    left_over,
     plan_merge,
     plan_way_back,
-    standing_on,
+    taken_over,
     unreadable_disk,
 )
 
@@ -61,6 +60,9 @@ class _OfRunning:
     def takes(self, domain: Domain) -> bool:
         """Take every domain that is not shut off."""
         return domain.state is not None
+
+    def confirm(self, _daemon: Libvirt, _domain: Domain) -> None:
+        """Ask nothing: libvirt does the work, and is asked for what the domain has at each step."""
 
     def guarded_image(self, _domain: Domain) -> str | None:
         """Return none: the domain has them all."""
@@ -214,20 +216,12 @@ def _is_volume(domain: Domain, facts: DiskFacts) -> list[Refusal]:
 
 def _left_over(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark) -> DiskPlan | None:
     """Return the plan for a snapshot that stands on an image of the disk and is not in its chain any more."""
-    chain = {layer.identity for layer in facts.layers}
-    for layer in facts.own:
-        for one in standing_on(layer, request):
-            if one.identity not in chain and not is_kept(one.path) and bears(one.path, mark):
-                left = CommitRequest(
-                    one.path,
-                    layer.path,
-                    layer.format or layer.format_found,
-                    domain.uuid,
-                    retire=KEEP,
-                    speed=request.speed,
-                )
-                return DiskPlan(mark.target, left, None)
-    return None
+    left = left_over(facts, facts.own, request, mark)
+    if left is None:
+        return None
+    image_format = left.below.format or left.below.format_found
+    aside = CommitRequest(left.path, left.below.path, image_format, domain.uuid, retire=KEEP, speed=request.speed)
+    return DiskPlan(mark.target, aside, None, tuple(taken_over(domain, facts, left.path, mark)))
 
 
 class RunningDomains:
@@ -260,6 +254,10 @@ class RunningDomains:
             return True
         paths = defined_now(self._daemon, domain).paths
         return os.path.realpath(request.path) in map(os.path.realpath, paths)
+
+    def store(self, request: CommitRequest) -> None:
+        """Have libvirt store the definition of the domain, which it may have only in its memory."""
+        store_definition(self._daemon, self._domains[request.vm or ""])
 
     def merge(
         self,

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import typing as t
 
@@ -54,6 +55,9 @@ class Aim(t.Protocol):
 
     def lost_checkpoints(self, plan: DomainPlan, kept: Kept) -> tuple[str, ...]:
         """Return the names of the checkpoints that libvirt is to forget once the domain is switched."""
+
+    def confirm(self, daemon: Libvirt, domain: Domain) -> None:
+        """Refuse a domain that is not any more what was planned for."""
 
     def guarded_image(self, domain: Domain) -> str | None:
         """Return the image by whose lock the domain is kept from starting meanwhile; None if it is not."""
@@ -111,10 +115,7 @@ class Call:
         switches = {plan.domain.uuid: one for plan in sound if (one := self._switch(plan)) is not None}
         # Its first image is locked too where only images further down change: see Held.lock().
         vms: dict[str | None, Vm] = {
-            plan.domain.uuid: Vm(
-                switches[plan.domain.uuid].run if plan.domain.uuid in switches else _nothing_to_switch,
-                self._aims[plan.domain.name].guarded_image(plan.domain),
-            )
+            plan.domain.uuid: self._vm(plan, switches.get(plan.domain.uuid))
             for plan in sound
             if plan.has_work or plan.domain.uuid in switches
         }
@@ -142,6 +143,13 @@ class Call:
         kept = next(kept for one, kept in self._found if one.name == plan.domain.name)
         lost = aim.lost_checkpoints(plan, kept)
         return _Switch(self._daemon, plan, lost, aim, self._settings) if plan.sources or lost else None
+
+    def _vm(self, plan: DomainPlan, switch: _Switch | None) -> Vm:
+        """Return what a session is to know of a domain."""
+        aim = self._aims[plan.domain.name]
+        confirm = functools.partial(aim.confirm, self._daemon, plan.domain)
+        # A definition that is to stay can have got images meanwhile that are to go.
+        return Vm(confirm if switch is None else switch.run, aim.guarded_image(plan.domain), confirm)
 
     def _by_aim(self, plans: t.Sequence[DomainPlan]) -> list[tuple[Aim, list[DomainPlan]]]:
         """Return the plans by their aims."""
@@ -230,10 +238,6 @@ class Call:
             diff=("", "") if problems else (_parts(plan, overlays, before=True), _parts(plan, overlays, before=False)),
             tops=definition.tops,
         )
-
-
-def _nothing_to_switch() -> None:
-    """Leave the definition as it is."""
 
 
 def _is_touched(disk: DiskPlan, verdicts: t.Mapping[str, t.Any]) -> bool:

@@ -61,9 +61,10 @@ class WayBack(t.NamedTuple):
 
 
 class Left(t.NamedTuple):
-    """A snapshot that is not in the chain of its disk any more, but is there, or a vault of it."""
+    """A snapshot that is not in the chain of its disk any more, but is there."""
 
     path: str
+    below: Layer  # that it stands on
 
 
 PlanDisk = t.Callable[[Domain, DiskFacts, WayBack, Mark], t.Optional[DiskPlan]]
@@ -137,7 +138,7 @@ def _commit_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark)
 
 def _merged_while_running(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark) -> DiskPlan | None:
     """Return the plan for a disk whose snapshot went in while its VM ran, but was not retired; None if it is none."""
-    left = left_over(facts, request, mark)
+    left = left_over(facts, facts.own, request, mark)
     if left is None:
         return None
     with open_image(left.path) as file:
@@ -169,7 +170,9 @@ def half_committed_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark
         finish = _half_committed(facts, request, domain, mark)
     except Refusal as exc:  # of a vault that cannot be read
         return unreadable_disk(domain, exc, mark)
-    return None if finish is None else DiskPlan(mark.target, finish, None)
+    if finish is None:
+        return None
+    return DiskPlan(mark.target, finish, None, tuple(taken_over(domain, facts, finish.path, mark)))
 
 
 def plan_merge(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark, found: Found) -> DiskPlan:
@@ -204,11 +207,11 @@ def _revert_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark)
         if flat is not None:
             gone = RevertRequest(flat.path, flat.path, vm=domain.uuid)
             return DiskPlan(mark.target, gone, None, (flattened(domain.name, flat, mark),))
-        left = left_over(facts, request, mark)
+        left = left_over(facts, facts.layers[:1], request, mark)
         if left is None:
             return None
-        source = facts.disk.source or ""
-        return DiskPlan(mark.target, RevertRequest(left.path, source, facts.disk.format, domain.uuid, retire), None)
+        finish = RevertRequest(left.path, facts.disk.source or "", facts.disk.format, domain.uuid, retire)
+        return DiskPlan(mark.target, finish, None, tuple(taken_over(domain, facts, left.path, mark)))
     back = RevertRequest(
         path=facts.layers[0].path,
         backing_file=found.below.path,
@@ -251,6 +254,16 @@ def _shared(domain: Domain, facts: DiskFacts, mark: Mark, part: t.Sequence[Layer
     return [Refusal("shared_disk", domain.name, why, remedy)]
 
 
+def taken_over(domain: Domain, facts: DiskFacts, path: str, mark: Mark) -> list[Refusal]:
+    """Return that another domain has an image by now that is left over from this one."""
+    whose = ", ".join(facts.others_with(path))
+    if not whose:
+        return []
+    why = f"{path}, which was a snapshot of its disk {mark.target}, is in the chain of a disk of {whose} now"
+    remedy = f"Leave {domain.name} out, or undefine the domain that is not needed any more."
+    return [Refusal("shared_disk", domain.name, why, remedy)]
+
+
 def _uncertain(domain: Domain, found: Found, mark: Mark) -> list[Refusal]:
     if found.is_certain:
         return []
@@ -268,7 +281,7 @@ def _half_committed(facts: DiskFacts, request: WayBack, domain: Domain, mark: Ma
         left = _left_by_commit(base, mark) if base in facts.own else None
         if left is not None:
             return CommitRequest(
-                path=left.path,
+                path=left,
                 backing_file=base.path if place else facts.disk.source or "",
                 backing_format=(base.format or base.format_found) if place else facts.disk.format,
                 vm=domain.uuid,
@@ -279,8 +292,8 @@ def _half_committed(facts: DiskFacts, request: WayBack, domain: Domain, mark: Ma
     return None
 
 
-def _left_by_commit(base: Layer, mark: Mark) -> Left | None:
-    """Return the snapshot that has gone into this image, if the vault of that is still there."""
+def _left_by_commit(base: Layer, mark: Mark) -> str | None:
+    """Return the path of the snapshot that has gone into this image, if the vault of that is still there."""
     # Of a block device the vault is beside the overlay, which nobody knows any more; it is in nobody's way there.
     path = None if base.is_device else find_vault(place_of(base.real_path, base.is_device, ""))
     if path is None:
@@ -291,7 +304,7 @@ def _left_by_commit(base: Layer, mark: Mark) -> Left | None:
     if top is None or not vault.is_given:
         return None
     is_it = bears(top, mark) if os.path.lexists(top) else top.endswith(f".{mark.snapshot}.qcow2")
-    return Left(top) if is_it else None
+    return top if is_it else None
 
 
 def begun_merge(base: Layer) -> Mark | None:
@@ -315,10 +328,14 @@ def _mark_of(path: str) -> Mark | None:
     return None
 
 
-def left_over(facts: DiskFacts, request: WayBack, mark: Mark) -> Left | None:
-    """Return the snapshot that stands on the disk's image, if a run was killed before it was retired."""
-    standing = standing_on(facts.layers[0], request)
-    return next((Left(one.path) for one in standing if not is_kept(one.path) and bears(one.path, mark)), None)
+def left_over(facts: DiskFacts, layers: t.Iterable[Layer], request: WayBack, mark: Mark) -> Left | None:
+    """Return the snapshot that stands on one of these images of a disk, if a run was killed before it was retired."""
+    chain = {layer.identity for layer in facts.layers}
+    for layer in layers:
+        for one in standing_on(layer, request):
+            if one.identity not in chain and not is_kept(one.path) and bears(one.path, mark):
+                return Left(one.path, layer)
+    return None
 
 
 def signed_leftovers(domain: Domain, facts: DiskFacts, request: WayBack) -> t.Iterator[str]:

@@ -30,15 +30,23 @@ def delete_live(daemon: Libvirt, domain: Domain, names: t.Sequence[str]) -> dict
     problems = dict[str, Refusal]()
     try:
         there = {one.getName(): one for one in known(handle.listAllCheckpoints)}
-        for name in (name for name in names if name in there):
+    except LibvirtError as exc:
+        raise unreadable(domain.name, exc) from exc
+    for name in (name for name in names if name in there):
+        try:
             error = _delete_wholly(handle, there[name])
             if error is not None:
                 problems[name] = _refusal(handle, domain, name, error)
+        except LibvirtError as exc:  # those that were deleted before are to be told of
+            problems[name] = unreadable(domain.name, exc)
+    try:
         left = {one.getName() for one in known(handle.listAllCheckpoints)}
     except LibvirtError as exc:
-        raise unreadable(domain.name, exc) from exc
+        return {**{name: unreadable(domain.name, exc) for name in there if name in names}, **problems}
     for name in names:
-        if name in left and name not in problems:
+        if name not in left:
+            problems.pop(name, None)  # somebody else has deleted it meanwhile
+        elif name not in problems:
             why = f"libvirt said that it deleted its checkpoint {name!r}, and still has it"
             problems[name] = Refusal("libvirt_failed", domain.name, why, "See its log, then run this again.")
     return problems

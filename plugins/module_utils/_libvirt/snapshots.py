@@ -105,6 +105,26 @@ def defined_now(daemon: Libvirt, domain: Domain) -> Definition:
     return _asked(daemon, domain, lambda handle: daemon.placed(definition_of(handle)))
 
 
+def store_definition(daemon: Libvirt, domain: Domain) -> None:
+    """Have libvirt store the definition of a domain as it has it; Refusal if it cannot.
+
+    With the end of a merge libvirt only logs that it could not, and has the new definition in its memory alone.
+    """
+
+    def ask(handle: t.Any) -> None:
+        if handle.isPersistent():  # or this would bring back what somebody has undefined
+            daemon.connection.defineXML(definition_of(handle).text)
+
+    try:
+        _asked(daemon, domain, ask)
+    except Refusal as exc:
+        if exc.code != "libvirt_failed":
+            raise
+        why = f"its new definition could not be stored, so it is lost when the daemon ends; {exc.why}"
+        remedy = "Make room where libvirt keeps its definitions, then run this again."
+        raise Refusal("not_switched", domain.name, why, remedy) from exc
+
+
 def _asked(daemon: Libvirt, domain: Domain, ask: t.Callable[[t.Any], _Answer]) -> _Answer:
     """Return what libvirt answers about a domain, also over a restart of its daemon; Refusal if it cannot tell."""
     while True:
@@ -167,8 +187,11 @@ def check_switched(
     except LibvirtError as exc:
         raise _unknown(domain, f"libvirt says: {words_of(exc)}") from exc
     wanted = _images(sources)
-    if (error is None or was_away) and all(wanted <= images for images in there):
+    is_on_all = all(wanted <= images for images in there)
+    if is_on_all and (error is None or was_away):
         return
+    if is_on_all:  # as if the definition could not be stored
+        store_definition(daemon, domain)
     words = f"libvirt says: {words_of(error)}" if error is not None else "libvirt reports no error"
     if error is None or was_away or any(wanted & images for images in there):
         raise _unknown(domain, words)

@@ -6,12 +6,18 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.attributes import AttributeOptions
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal, UnknownOutcomeError
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import OpenImage, open_image
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.signals import GoesOn, Interrupted
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.signals import (
+    GoesOn,
+    Interrupted,
+    ending_cleanly,
+    stop_here_if_asked,
+)
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import publish
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.begun import find_sign, has_begun_job, leave_sign
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import CommitRequest
@@ -51,6 +57,8 @@ class Hypervisor:
         self.relative = None
         self.is_lost = False  # it cannot be asked for anything any more
         self.loses = ()  # paths of images with the merge of which it goes
+        self.signals = ()  # paths of images in whose merge a signal comes
+        self.is_full = False  # where it keeps definitions
 
     def known(self, _vm, _paths):
         return self._known
@@ -60,6 +68,10 @@ class Hypervisor:
             raise Refusal("libvirt_unreachable", "uri", "went away")
         return request.path in self.keeps or request.path not in self.gone
 
+    def store(self, _request):
+        if self.is_full:
+            raise Refusal("not_switched", "web", "its new definition could not be stored")
+
     def merge(self, request, watch, _seconds, begin, *, relative, resumes):
         self.resumed[os.path.basename(request.path)] = resumes
         signs = begin()
@@ -67,6 +79,9 @@ class Hypervisor:
             signs.withdraw()
             raise Refusal("block_job", "web", "has a job of somebody else")
         watch(1, 2)
+        if request.path in self.signals:
+            os.kill(os.getpid(), signal.SIGTERM)
+            stop_here_if_asked()
         failure = self.fails.get(request.path)
         if failure is not None and request.path not in self.loses:
             raise failure
@@ -264,11 +279,35 @@ def test_disks_that_are_done_stay_done_if_another_one_fails(three):
 
 
 def test_a_signal_ends_the_run_and_what_is_done_stays_done(three):
-    outcome = merge(three, Hypervisor(fails={three[1].path: Interrupted("SIGTERM")}))
+    hypervisor = Hypervisor()
+    hypervisor.signals = {three[1].path}
+    with ending_cleanly():
+        outcome = merge(three, hypervisor)
     assert states(outcome) == ["committed", "failed", "failed", "failed"]
     codes = [verdict.problems[0].code for verdict in outcome.verdicts[1:]]
     assert codes == ["interrupted", "group_failed", "interrupted"]
     assert [os.path.exists(request.path) for request in three] == [False, True, True, True]
+
+
+def test_an_image_stays_as_long_as_the_definition_without_it_is_not_stored(three):
+    hypervisor = Hypervisor()
+    hypervisor.is_full = True
+    outcome = merge(three[:1], hypervisor)
+    assert [failure.code for failure in outcome.failures] == ["not_switched"]
+    assert os.path.exists(three[0].path)
+    hypervisor.is_full = False
+    outcome = merge(three[:1], hypervisor)
+    assert (states(outcome), os.path.exists(three[0].path)) == (["committed"], False)
+    assert os.path.exists(f"{three[0].path}.committed")  # it could be that of a VM that was put back
+
+
+def test_a_vm_that_was_started_meanwhile_is_not_merged_by_several_images_at_once(disk, tmp_path):
+    lower = overlay(tmp_path / "lower.qcow2", disk)
+    upper = overlay(tmp_path / "upper.qcow2", lower)
+    outcome = merge([CommitRequest(upper, str(disk), vm="web")], Hypervisor())
+    assert [failure.code for failure in outcome.failures] == ["changed_meanwhile"]
+    assert os.path.exists(upper)
+    assert os.path.exists(lower)
 
 
 def test_what_is_merged_down_is_told_although_its_vm_cannot_be_looked_at_any_more(three):

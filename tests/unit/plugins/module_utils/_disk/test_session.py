@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -13,7 +14,11 @@ import typing as t
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.signals import ending_cleanly
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.signals import (
+    Interrupted,
+    ending_cleanly,
+    stop_here_if_asked,
+)
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import Batch, run, run_all
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.session import Images, Settings, Vm
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.verdict import FAILED, Need, problem_fields
@@ -169,6 +174,34 @@ def test_a_signal_ends_the_run_between_two_vms(images, tmp_path):
     assert states(outcome) == ["retired", "retired", "failed"]
     assert [failure.code for failure in outcome.failures] == ["interrupted"]
     assert sorted(os.listdir(tmp_path)) == ["a.kept", "b.kept", "c"]
+
+
+def test_a_signal_that_one_vm_has_taken_ends_the_run_all_the_same(images, tmp_path):
+    def take_it():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with contextlib.suppress(Interrupted):
+            stop_here_if_asked()
+
+    with ending_cleanly():
+        outcome = run(Retire(), requests(images), SETTINGS, {"x": Vm(take_it)})
+    assert states(outcome) == ["retired", "retired", "failed"]
+    assert sorted(os.listdir(tmp_path)) == ["a.kept", "b.kept", "c"]
+    assert states(run(Retire(), requests(images[2:]), SETTINGS)) == ["retired"]  # the signal is not the next run's
+
+
+def test_a_vm_that_is_not_what_was_planned_is_left_alone_by_every_phase(images, tmp_path):
+    def changed():
+        raise Refusal("changed_meanwhile", "x", "was changed meanwhile")
+
+    operation = Retire()
+    check = SETTINGS._replace(check_mode=True)
+    assert states(run(operation, requests(images), check, {"x": Vm(lambda: None, None, changed)})) == ["retired"] * 3
+    operation = Retire()
+    outcome = run(operation, requests(images), SETTINGS, {"x": Vm(lambda: None, None, changed)})
+    assert states(outcome) == ["failed", "failed", "retired"]
+    assert [failure.code for failure in outcome.failures] == ["changed_meanwhile"]
+    assert operation.notes == ["keep c", "act c", "publish"]
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "c.kept"]
 
 
 def test_a_request_that_cannot_be_is_refused_without_a_look():

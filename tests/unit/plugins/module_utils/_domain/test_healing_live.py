@@ -9,8 +9,11 @@ What libvirt itself does is in the integration target domain_overlay.
 from __future__ import annotations
 
 import re
+import typing as t
 
+import libvirt
 import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.bitmap_rules import Checkpoint
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.examine import examine_chain
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain import healing_live
@@ -25,6 +28,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.verdicts im
     DomainCheckpoint,
     NextBackup,
 )
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt import checkpoints
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection import Domain, Kept, KnownCheckpoint
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import (
     Definition,
@@ -163,3 +167,66 @@ def test_a_description_that_is_not_whole_tells_nothing(rest):
     start = begun.index("The bitmaps that it had: ") + len("The bitmaps that it had: ")
     parts = checkpoint_from(begun[:start] + rest + begun[begun.index("</description>") :])
     assert (parts.bitmaps, parts.is_half_deleted) == ({"vda": "one"}, False)
+
+
+class Known(t.NamedTuple):
+    """A checkpoint that libvirt has; `fails` when it is asked for its XML."""
+
+    name: str
+    handle: Handle
+    fails: bool = False
+
+    def getName(self):  # noqa: N802  as libvirt has it
+        return self.name
+
+    def getXMLDesc(self, _flags):  # noqa: N802
+        if self.fails:
+            raise libvirt.libvirtError("end of file")
+        return f"<domaincheckpoint><name>{self.name}</name></domaincheckpoint>"
+
+    def delete(self, _flags):
+        self.handle.gone.add(self.name)
+
+
+class Handle:
+    """A domain with checkpoints; `answers` tells how often it lists them."""
+
+    def __init__(self, names, fails, answers, by_others=()):
+        self.gone = set()
+        self.by_others = by_others  # names of those that somebody deletes meanwhile
+        self.answers = answers
+        self.all = [Known(name, self, name in fails) for name in names]
+
+    def isActive(self):  # noqa: N802
+        return True
+
+    def listAllCheckpoints(self, _flags):  # noqa: N802
+        self.answers -= 1
+        if self.answers < 0:
+            raise libvirt.libvirtError("end of file")
+        found = [one for one in self.all if one.name not in self.gone]
+        self.gone.update(self.by_others)
+        return found
+
+
+@pytest.mark.parametrize(
+    "fails, answers, by_others, expected",
+    [
+        ((), 2, (), []),
+        (("b",), 2, (), ["b"]),  # of the two others it is told that they are gone
+        (("b",), 2, ("b",), []),
+        ((), 1, (), ["a", "b", "c"]),  # nobody can tell what is gone
+    ],
+)
+def test_what_libvirt_has_deleted_is_told_although_a_call_fails(monkeypatch, fails, answers, by_others, expected):
+    handle = Handle("abcd", fails, answers, by_others)
+    monkeypatch.setattr(checkpoints, "look_up", lambda _daemon, _domain: handle)
+    problems = checkpoints.delete_live(Daemon(), DOMAIN, ["a", "b", "c", "never"])
+    assert sorted(problems) == expected
+    assert handle.gone == {"a", "b", "c"} - (set(fails) - set(by_others))
+
+
+def test_a_daemon_that_lists_nothing_is_told_of(monkeypatch):
+    monkeypatch.setattr(checkpoints, "look_up", lambda _daemon, _domain: Handle("a", (), 0))
+    with pytest.raises(Refusal, match="libvirt cannot tell about it: end of file"):
+        checkpoints.delete_live(Daemon(), DOMAIN, ["a"])

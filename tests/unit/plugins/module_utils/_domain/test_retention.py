@@ -69,6 +69,15 @@ def test_the_old_ones_are_picked(images, more, expected):
     assert names(images, **more) == expected
 
 
+@pytest.mark.parametrize("count", range(6))
+@pytest.mark.parametrize("keep", range(13))
+def test_so_many_are_kept_however_many_there_are(count, keep):
+    own = [f"s{number}" for number in range(count)]
+    images = disk("vda", *((name, 60) for name in own))
+    assert names(images, older_than=None, keep=keep) == own[: max(count - keep, 0)]
+    assert names(images, keep=keep) == own[: max(count - keep, 0)]
+
+
 def test_what_each_would_free_is_told():
     images = [*disk("vda", ("a", 60)), *disk("vdb", ("a", 50))]
     picked = pick(images, [], Retention(30 * DAY, 0, NOW))

@@ -10,7 +10,9 @@ import unittest.mock
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import merge
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.begun import leave_sign
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.merge import MergeLayers
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.revert import GoBack
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
@@ -215,3 +217,25 @@ def test_checkpoints_that_the_images_below_lack_are_lost(host):
     kept = Kept((KnownCheckpoint("sunday", both), KnownCheckpoint("late", {"vda": "sunday", "vdb": "late"})))
     assert lost_checkpoints(host.plan_back(plan_revert, "web", "wed"), kept) == ("late",)
     assert lost_checkpoints(host.plan_back(plan_revert, "web", "thu"), kept) == ()
+
+
+@pytest.mark.parametrize("way", ["commit", "revert"])
+def test_what_is_left_over_stays_as_long_as_another_domain_has_it(host, way):
+    getattr(host, way)("web", "wed", dies=True)
+    host.define("old", "web-a.wed.qcow2")
+    before = host.files()
+    assert getattr(host, way)("web", "wed") == ["shared_disk"]
+    assert host.files() == before
+    del host.domains["old"]
+    assert getattr(host, way)("web", "wed")[0]
+    assert "web-a.wed.qcow2" not in host.files()
+
+
+def test_an_image_in_the_middle_that_went_in_while_its_vm_ran_is_told_of(host):
+    for disk in "ab":
+        with open_image(str(host.folder / f"web-{disk}.mon.qcow2")) as file:
+            leave_sign(file)
+        base = host.folder / f"web-{disk}.qcow2"
+        qemu.qemu_img("rebase", "-u", "-b", str(base), "-F", "qcow2", str(host.folder / f"web-{disk}.tue.qcow2"))
+    assert host.commit("web", "mon") == ["unfinished"] * 2
+    assert host.commit("web", "wed")[0] == ["committed"] * 2
