@@ -69,9 +69,10 @@ options:
   assume_not_emptied:
     description:
       - Rebuild a bitmap, too, that is inconsistent in the topmost image and that no image below has, as after a crash
-        of a domain without overlays. What the image holds tells all changes since, unless the image was emptied
-        meanwhile by C(qemu-img commit) without C(-d). That cannot be seen.
-      - Give your word that this did not happen since the checkpoints.
+        of a domain without overlays. If the checkpoint was made on this image, what the image holds tells all changes
+        since, unless the image was emptied meanwhile by C(qemu-img commit) without C(-d). Neither can be seen.
+      - Give your word that the checkpoints were made on these images, not on images below that have lost the bitmaps
+        since, as by C(qemu-img convert), and that the images were not emptied.
     type: bool
     default: false
   bitmap_content:

@@ -54,10 +54,11 @@ options:
     default: valid
   assume_not_emptied:
     description:
-      - Rebuild a bitmap, too, that is inconsistent in the topmost image and that no image below has. It was made in
-        that image, so what the image holds tells all changes since, unless the image was emptied meanwhile by
-        C(qemu-img commit) without C(-d). That cannot be seen.
-      - Give your word that this did not happen since the checkpoint.
+      - Rebuild a bitmap, too, that is inconsistent in the topmost image and that no image below has. If it was made in
+        that image, what the image holds tells all changes since, unless the image was emptied meanwhile by
+        C(qemu-img commit) without C(-d). Neither can be seen.
+      - Give your word that the checkpoint was made on this image, not on one below that has lost the bitmap since, as
+        by C(qemu-img convert), and that the image was not emptied.
     type: bool
     default: false
   bitmap_content:

@@ -51,8 +51,8 @@ _HEAL = (
 )
 _HEAL_BY_WORD = (
     "With the VM shut off, kvmfleet.qcow2.domain_checkpoint (without libvirt: kvmfleet.qcow2.qcow2_bitmap) can make it "
-    "valid again, from what the image holds, if you know that the image was not emptied since (assume_not_emptied). "
-    "Else: "
+    "valid again, from what the image holds, if you know that the checkpoint was made on this image and that nobody "
+    "has emptied the image since (assume_not_emptied). Else: "
 )
 _NO_HEALING = "It cannot be made valid again. "
 _ASK_LIBVIRT = (

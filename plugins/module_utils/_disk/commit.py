@@ -13,6 +13,8 @@ import typing as t
 from .._base.errors import Refusal, printable
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer, relative_data_file, resolve_name, why_unusable
+from .._qcow2.formats import PLAIN
+from .._qcow2.image import Image
 from .._qemu.locks import below_running_vm, in_use
 from .bitmap_rules import bitmap_problems, carries_over, names_of
 from .fates import DISABLED, INCONSISTENT, Fate, Named, fates, fault_below, wrongly_mended
@@ -28,6 +30,7 @@ SHARED = "shared"  # by extents that both files share
 COPIED = "copied"
 
 DEFAULT_GRANULARITY = 65536  # bytes; said of a bitmap that is gone from every image
+_SUBCLUSTERS = 32  # of a cluster with extended L2 entries
 _UNIT = 65536  # bytes that QEMU copies at once when it shares extents
 
 
@@ -230,9 +233,9 @@ def _rebuilt(seen: Seen, vault: Vault) -> dict[str, Fate]:
     for name, kept in vault.below.items():
         held = layers if kept.bitmap.recording else ()
         found[name] = Fate(kept.bitmap, bits=(seen.depth,), held=held, skipped=_skipped(kept.bitmap, seen))
-    for name, bitmap in vault.above.items():
+    for name, kept in vault.above.items():  # wanted_by() adds the bits of these
         below = found.get(name, Fate(None, held=layers))
-        found[name] = below._replace(bitmap=bitmap)
+        found[name] = below._replace(bitmap=kept.bitmap)
     for name, bitmap in there.items():
         if name not in found and name not in vault.dead:  # made since; to revive it needs the user's word
             found[name] = Fate(bitmap, bits=(0,)) if carries_over(bitmap) else Fate(None, skipped=INCONSISTENT)
@@ -244,6 +247,7 @@ def problems_of(seen: Seen, stage: Stage, request: CommitRequest, outcome: Outco
     # A VM has all of them open, and one reason is enough.
     problems = [in_use(path) for path in seen.open_for_writing] or [below_running_vm(p) for p in seen.below_running]
     problems += [*_begun_problems(seen, request), *image_problems(seen), *_size_problems(seen, stage)]
+    problems += _unordered(seen)
     lost = [bitmap for bitmap in seen.top.bitmaps if not bitmap.name.startswith(MARK) and not bitmap.inconsistent]
     if not seen.holds_bitmaps and lost and not request.accept_lost_bitmaps:
         kind = "raw" if seen.base.image is None else "an image of version 2 (compat 0.10)"
@@ -309,7 +313,7 @@ def _below_above(seen: Seen, stage: Stage) -> tuple[list[Named], int]:
     if stage.name in (CARRIED, GIVEN):  # TOP alone has all
         return [chain[0], *chain[seen.depth + 1 :]], 0
     if stage.name == REBUILT and seen.vault is not None:
-        chain[0] = seen.vault.above
+        chain[0] = {name: kept.bitmap for name, kept in seen.vault.above.items()}
         chain[seen.depth] = {name: kept.bitmap for name, kept in seen.vault.below.items()}
     return chain, seen.depth
 
@@ -400,7 +404,9 @@ def _hidden_ends(seen: Seen) -> list[Refusal]:
     QEMU would zero that, but it can be killed when BASE is longer already and the zeroes are not in the file yet.
     """
     size = seen.base.virtual_size
-    longer = [layer for layer in seen.chain[seen.depth + 1 :] if layer.virtual_size > size]
+    below = seen.chain[seen.depth + 1 :]
+    # Of other formats only the length of the file is known, which can be less than that of the disk.
+    longer = [one for one in below if one.virtual_size > size or (one.image is None and one.format_found not in PLAIN)]
     if not longer or size >= seen.chain[0].virtual_size:
         return []
     why = (
@@ -408,6 +414,27 @@ def _hidden_ends(seen: Seen) -> list[Refusal]:
         f"{longer[0].path} ({longer[0].virtual_size} bytes), which could become visible again"
     )
     return [Refusal("unsupported", seen.base.path, why, "Copy the disk ('qemu-img convert').")]
+
+
+def _unordered(seen: Seen) -> list[Refusal]:
+    """Return that QEMU would fill up clusters of BASE, and not flush them before the L2 entries that lead to them.
+
+    They are in the external data file, the entries in the image, and a loss of power could leave the entries alone.
+    """
+    base, below = seen.base.image, seen.chain[seen.depth + 1 :]
+    units = [_unit(layer.image) for layer in seen.chain[: seen.depth] if layer.image is not None]
+    if base is None or not base.has_data_file or not below or min(units) >= base.cluster_size:
+        return []
+    why = (
+        f"has an external data file and an image below, and larger clusters ({base.cluster_size} bytes) than what is "
+        f"to go in ({min(units)} bytes), so a loss of power could leave clusters that are filled up by half"
+    )
+    return [Refusal("unsupported", seen.base.path, why, "Copy the disk ('qemu-img convert').")]
+
+
+def _unit(image: Image) -> int:
+    """Return the smallest number of bytes that an image can hold by itself."""
+    return image.cluster_size // (_SUBCLUSTERS if image.extended_l2 else 1)
 
 
 def _name_problems(seen: Seen, outcome: Outcome) -> list[Refusal]:

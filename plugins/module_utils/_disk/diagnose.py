@@ -65,21 +65,14 @@ def look_at_chain(path: str, held: Held) -> list[Patient]:
     layers = observe_chain(held.image(path), "qcow2", relative=False).layers
     for layer in layers:
         held.unwritten(layer.path)
-    _check_bottom(layers[-1])
+    problem = layers[-1].why_no_bottom()
+    if problem is not None:
+        raise problem
     top_bitmaps = layers[0].image.bitmaps if layers[0].image else ()
     problem = why_in_the_way(layers, top_bitmaps, (COMMIT,))
     if problem is not None:
         raise problem
     return [_look(layer, layers[0], held) for layer in layers]
-
-
-def _check_bottom(bottom: Layer) -> None:
-    """Refuse a chain that cannot be read to its end."""
-    if bottom.is_bottom():
-        return
-    why = f"is an image of the format {bottom.format_found}, and what is below it cannot be read"
-    remedy = "Copy it into a qcow2 image ('qemu-img convert -O qcow2')."
-    raise bottom.why_not_read() or Refusal("unsupported", bottom.path, why, remedy)
 
 
 def _look(layer: Layer, top: Layer, held: Held) -> Patient:

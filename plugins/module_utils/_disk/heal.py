@@ -338,7 +338,7 @@ _WHY = {
     DIFFERENT_SIZE: "has another virtual size than the image below it with the bitmap {}; QEMU merges no such bitmaps",
     LOST: "has lost its bitmaps, because a program that does not know them has written to it, and {} may have been one",
     EMPTIED: "its bitmap {} is inconsistent, and no image below has it. It can be rebuilt from what the image holds, "
-    "unless the image was emptied since the bitmap was made, which cannot be seen",
+    "unless the bitmap is older than the image, or the image was emptied since, neither of which can be seen",
 }
 
 
@@ -353,7 +353,11 @@ def _why_not(name: str, request: HealRequest, layers: t.Sequence[LayerBitmaps]) 
     why = _WHY[found[0]].format(repr(name))
     if found[0] != EMPTIED:
         return Refusal("not_healable", found[1].path, why, _FULL)
-    remedy = "If nobody has run 'qemu-img commit' without -d on it since that checkpoint, use assume_not_emptied=true."
+    remedy = (
+        "If the checkpoint was made on this image, and nobody has run 'qemu-img commit' without -d on it since, use "
+        "assume_not_emptied=true. (On an older one: the images below have lost its bitmap, as by 'qemu-img convert', "
+        "and what it marked there is told nowhere.)"
+    )
     return Refusal("may_be_emptied", found[1].path, why, f"{remedy} Else: {_FULL}")
 
 

@@ -11,7 +11,7 @@ import os
 import typing as t
 
 from .._base.errors import QemuError, Refusal
-from .._base.files import identity_of, open_image
+from .._base.files import OpenImage, identity_of, open_image
 from .._qcow2.backing import change_backing_file, why_not_changeable
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer, read_head, resolve_name, walk_chain
@@ -26,7 +26,7 @@ from .commit import CommitRequest, CommitVerdict, Work
 from .observe import observe_chain
 from .progress import telling
 from .publish import StagedFile, publish_at_once
-from .retire import retire, stands, why_not_retired
+from .retire import remove_dangling_link, retire, stands, why_not_retired
 from .revert_rules import Retired
 from .session import Held, Images, failed_by
 from .stages import Seen
@@ -43,8 +43,9 @@ from .survey import (
     vault_place,
     wanted_by,
 )
-from .unfinished import HEALING, why_in_the_way
+from .unfinished import COMMIT, HEALING, why_in_the_way
 from .vault import (
+    GIVEN,
     MARK,
     Vault,
     find_vault,
@@ -54,6 +55,7 @@ from .vault import (
     remove_vault,
     sync_folder_of,
     take_back,
+    why_no_vault,
     write_vault,
 )
 from .verdict import FAILED
@@ -83,15 +85,21 @@ class MergeLayers:
     def judge(self, request: CommitRequest, held: Held) -> CommitVerdict:
         """Look at the chain, at what earlier runs have left, and decide."""
         base = held.image(request.backing_file)
-        if not stands(request.path):
+        if not stands(request.path) or _is_link_left(request, base):
             return judge_gone(request, base, held)
         chain = observe_chain(held.image(request.path), "qcow2", relative=False).layers
         depth = next((number for number, layer in enumerate(chain) if layer.identity == base.identity), 0)
         above = read_above(request, held)
         wrong = commit.chain_problems(request, chain, depth, above)
-        healing = why_in_the_way(chain[: depth + 1], (), (HEALING,))
-        if wrong or healing is not None:
-            return self.refused(request, [*wrong, *([healing] if healing is not None else [])])
+        in_the_way = (
+            chain[-1].why_no_bottom(),  # QEMU fills up BASE's clusters with what is below it
+            why_in_the_way(chain[: depth + 1], (), (HEALING,)),
+            # What went into an image between the two is in it, and a VM may have written to it since.
+            why_in_the_way(chain[:depth], (), (COMMIT,)),
+        )
+        wrong += [problem for problem in in_the_way if problem is not None]
+        if wrong:
+            return self.refused(request, wrong)
         seen = see(request, chain, depth, above, held)
         stage = stages.stage_of(seen)
         if isinstance(stage, Refusal):
@@ -123,7 +131,7 @@ class MergeLayers:
         return [_telling_that_it_goes_on(step) for step in steps]
 
     def keep(self, verdict: CommitVerdict, work: Work, held: Held) -> CommitVerdict:
-        """Put BASE's bits and TOP's names into a vault, or take one back that says too much."""
+        """Put the bits of BASE and TOP into a vault, or take one back that says too much."""
         vault = work.seen.vault
         if vault is not None and work.stage.stale_vault:
             remove_vault(vault.path)
@@ -189,6 +197,14 @@ class MergeLayers:
         """Put the VM, or the image above, onto BASE; then retire what went in, and the vault last."""
         switch()
         return [_finished(verdict, held) if verdict.changed else verdict for verdict in verdicts]
+
+
+def _is_link_left(request: CommitRequest, base: OpenImage) -> bool:
+    """Whether the path is a symlink to an image that went in and is gone: a run was killed before it removed both."""
+    if os.path.exists(request.path):
+        return False
+    vault = find_vault(vault_place(request, base))
+    return vault is not None and vault.endswith(GIVEN)
 
 
 def _touched(request: CommitRequest) -> dict[t.Hashable, str]:
@@ -324,6 +340,7 @@ def _problems_in_the_end(seen: Seen, request: CommitRequest, held: Held) -> list
     # The way out of a device that goes back, to use the image below, would lose what is to be merged.
     files = [(layer.path, file) for layer, file in layers_of(seen, held) if not file.is_device]
     found = [why_not_retired(path, file, request.retire, KEPT_AS) for path, file in files]
+    found.append(why_no_vault(vault_place(request, held.image(request.backing_file)), request.backing_file))
     if request.above is not None:
         name = name_for_above(request, seen)
         found.append(why_not_changeable(held.image(request.above), name, request.backing_format))
@@ -351,6 +368,7 @@ def _retire_all(verdict: CommitVerdict, held: Held) -> t.Iterator[Retired]:
         vault_path = find_vault(work.vault_place)
     else:
         sync_folder_of(os.path.realpath(request.path))  # TOP is gone, as far as the kernel knows
+        remove_dangling_link(request.path)
         if vault is not None:
             for _identity, path in vault.others:
                 yield from _retire_left_over(path, vault, request)

@@ -61,6 +61,12 @@ def _remove_link(path: str, real: str) -> None:
         close(folder_fd)
 
 
+def remove_dangling_link(path: str) -> None:
+    """Remove a symlink that leads nowhere, since what it led to was retired; nothing if there is none."""
+    if os.path.islink(path) and not os.path.exists(path):
+        _remove_link(path, os.path.realpath(path))
+
+
 def stands(path: str) -> bool:
     """Whether something stands there, and be it a symlink that leads nowhere."""
     try:

@@ -13,7 +13,7 @@
 Before BASE is touched, TOP gets all that BASE's bitmaps mark. From then on TOP alone is a right chain. Each state is
 told by a look, each step can be taken twice, and the same call goes on from any of them:
 
-1) WHOLE: no vault, no mark. Nothing was written. Next: keep BASE's bits and TOP's names in a vault.
+1) WHOLE: no vault, no mark. Nothing was written. Next: keep the bits of BASE and TOP in a vault.
 2) VAULTED: a vault, no mark. Next: carry BASE's bits into TOP's bitmaps, and give TOP a mark with the vault's token.
    A kill leaves TOP's bitmaps inconsistent or gone, which the vault tells: then they are made again (REBUILT).
 3) CARRIED: the mark, TOP's bitmaps in order. Next: strip BASE of its bitmaps, commit the data, give BASE those of TOP.
@@ -137,13 +137,20 @@ def stage_of(seen: Seen) -> Stage | Refusal:
     if seen.mark is not None:
         if seen.mark.name != MARK + seen.vault.token:
             return _unfinished(seen, "the vault beside BASE is of another commit", "Finish that one first.")
-        return Stage(CARRIED if _is_sound(seen) else REBUILT)
+        if not _is_sound(seen):
+            return Stage(REBUILT)
+        # BASE is as it was, or stripped, or has got some of TOP's bitmaps already.
+        return Stage(CARRIED) if seen.base_is_as_kept or seen.top_has_all else _excluded(seen)
     is_same = seen.is_top_of_vault
     if is_same and _has_lost_bitmaps(seen, seen.vault):
         if seen.base_is_as_kept or _is_stripped(seen):
             return Stage(REBUILT)
     elif seen.base_is_as_kept or (is_same and seen.top.version == 2 and _is_stripped(seen)):
         return Stage(VAULTED if is_same else WHOLE, stale_vault=not is_same)
+    return _excluded(seen)
+
+
+def _excluded(seen: Seen) -> Refusal:
     return _unfinished(
         seen,
         "BASE is not as the vault beside it says: it was written to since, or its bitmaps are in another overlay",
@@ -223,7 +230,9 @@ def _stage_when_given(seen: Seen, vault: Vault) -> Stage | Refusal:
         has_grown = seen.chain[0].virtual_size > seen.base.virtual_size
         has_run = has_grown or not (is_marked and _is_sound(seen) and seen.mark_is_empty)
     else:
-        has_run = seen.top_changed > vault.given_at
+        # It is never written to here. Times of the vault tell less: they change with its owner, and go by the clock.
+        kept = vault.top_changed
+        has_run = seen.top_changed > vault.given_at if kept is None else seen.top_changed != kept
     if not has_run:
         return Stage(GIVEN)
     # Of a block device only the bits tell whether it was written to.

@@ -200,6 +200,9 @@ def wanted_by(work: Work, held: Held) -> list[Wanted]:
         if fate.bitmap is None:
             continue
         own: list[DirtyBits] = [maps[place][name] for place in fate.bits]
+        if seen.vault is not None and work.stage.name == stages.REBUILT and name in seen.vault.above:
+            # TOP can have marked more than it holds: all of a cumulative bitmap, or what it held before it was emptied.
+            own.append(seen.vault.above[name].bits)
         held_all = [AllocationMap(held.image(seen.chain[place].path)) for place in fate.held]
         # QEMU merges no bitmaps of different sizes, and knows nothing of vaults and of what images hold.
         by_qemu = are_alike and not fate.held and work.stage.name != stages.REBUILT
@@ -224,7 +227,7 @@ def content_of(work: Work, held: Held) -> Content:
     seen = work.seen
     place = 0 if work.stage.name == stages.CARRIED else seen.depth
     layer = seen.chain[place]
-    maps = _maps(layer, held)
+    maps, tops = _maps(layer, held), _maps(seen.chain[0], held)
     below = [(b, [maps[b.name]]) for b in stages.named(layer.image).values() if b.name in maps]
     fates = work.outcome.fates
     above = [b for b in stages.named(seen.top).values() if carries_over(b) and fates[b.name].bitmap]
@@ -233,7 +236,7 @@ def content_of(work: Work, held: Held) -> Content:
         top=held.image(seen.chain[0].path),
         others=[held.image(one.path) for one in seen.chain[1 : seen.depth]],
         below=below,
-        above=[b for b in above if b.recording and fates[b.name].skipped != DISABLED],
+        above=[(b, [tops[b.name]]) for b in above if b.recording and fates[b.name].skipped != DISABLED],
         dead={name: fate.skipped for name, fate in fates.items() if fate.bitmap is None and fate.skipped in REASONS},
         virtual_size=seen.chain[0].virtual_size,
     )

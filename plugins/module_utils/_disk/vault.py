@@ -9,11 +9,12 @@ names of those of the image on top that takes part, go into a vault first: a sma
 bitmaps, and is never opened for writing once it is there::
 
     b/NAME    a bitmap of the image beside which the vault lies, with its bits
-    o/NAME    a bitmap of the topmost image; its bits are there
+    o/NAME    a bitmap of the topmost image, with its bits
     d…/NAME   a bitmap that must not become usable; the letter tells why
     t/TOKEN   which work it is; the mark in the topmost image has the same token
     i/DEV:INO the topmost image's file
     p/PATH    its path, as it was asked for
+    m/TIME    when it was last written to, in ns since 1970
     l/DEV:INO:PATH  an image between the two
     g/DEV:INO:GEN   the generation of one of these files, since another one can have its number when it is gone
 
@@ -41,7 +42,7 @@ MAX_NAME = MAX_BITMAP_NAME - 3  # bytes of a bitmap's name that a vault can keep
 MARK = "kvmfleet-carried-"  # begins the name of the mark, an empty bitmap in the topmost image
 SUFFIX = ".kvmfleet-vault"
 _HEALING = ".kvmfleet-healing"  # of a vault that no commit knows
-_GIVEN = "-given"  # behind the suffix, once all work on the bitmaps is done
+GIVEN = "-given"  # behind the suffix, once all work on the bitmaps is done
 _FLAT = Bitmap("", 65536, recording=False, inconsistent=False)  # of what is told by its name alone
 _DEAD = {DISABLED: "dd/", INCONSISTENT: "di/", GAP: "dg/"}
 
@@ -60,10 +61,11 @@ class Vault(t.NamedTuple):
     token: str
     top: Identity  # of the topmost image that takes part
     top_path: str | None  # None if it is longer than the name of a bitmap can be
+    top_changed: int | None  # ns since 1970; releases before 1.0.1 did not keep it
     others: t.Sequence[tuple[Identity, str]]  # identity and path of the images between the two
     generations: t.Mapping[Identity, int]  # of these files, as far as their file systems say
     below: t.Mapping[str, Kept]  # bitmaps of the image beside which it lies
-    above: t.Mapping[str, Bitmap]  # bitmaps of the topmost image
+    above: t.Mapping[str, Kept]  # bitmaps of the topmost image; releases before 1.0.1 kept no bits of them
     dead: t.Mapping[str, str]  # by name, why a bitmap must not become usable
     is_given: bool  # whether all work on the bitmaps is done
     given_at: int  # ns since 1970; when it was renamed last
@@ -85,7 +87,7 @@ class Vault(t.NamedTuple):
     @property
     def place(self) -> str:
         """The path of a vault of unfinished work."""
-        return self.path[: -len(_GIVEN)] if self.is_given else self.path
+        return self.path[: -len(GIVEN)] if self.is_given else self.path
 
 
 def _is_same(identity: Identity, path: str, kept: Identity, kept_path: str | None) -> bool:
@@ -106,9 +108,19 @@ def healing_place(real_path: str, folder: str) -> str:
     return os.path.join(folder, f".{os.path.basename(real_path)}{_HEALING}")
 
 
+def why_no_vault(place: str, path: str) -> Refusal | None:
+    """Return why no vault can be at this place, which is that of the image at `path`; None if one can."""
+    folder, name = os.path.split(place + GIVEN)
+    longest = os.pathconf(folder, "PC_NAME_MAX")
+    if len(os.fsencode(name)) <= longest:
+        return None
+    why = f"has a long name: with what a vault adds to it, it is more than the {longest} bytes of its file system"
+    return Refusal("name_too_long", path, why, "Rename the image, and what refers to it.")
+
+
 def find_vault(place: str) -> str | None:
     """Return the path of the vault, of unfinished work or of work that is done; None if there is none."""
-    return next((path for path in (place, place + _GIVEN) if os.path.lexists(path)), None)
+    return next((path for path in (place, place + GIVEN) if os.path.lexists(path)), None)
 
 
 def open_vault(path: str) -> OpenImage:
@@ -132,6 +144,7 @@ def read_vault(file: OpenImage) -> Vault:
     try:
         token = next(iter(named["t/"]))
         top = _identity(*next(iter(named["i/"])).split(":"))
+        top_changed = next(map(int, named["m/"]), None)
         others = [_named_file(*word.split(":", 2)) for word in named["l/"]]
         generations = {one: int(number) for one, number in (_named_file(*w.split(":", 2)) for w in named["g/"])}
     except (StopIteration, ValueError, TypeError) as exc:
@@ -143,12 +156,13 @@ def read_vault(file: OpenImage) -> Vault:
         token=token,
         top=top,
         top_path=next(iter(named["p/"]), None),
+        top_changed=top_changed,
         others=others,
         generations=generations,
         below={name: Kept(bitmap._replace(name=name), maps["b/" + name]) for name, bitmap in named["b/"].items()},
-        above={name: bitmap._replace(name=name) for name, bitmap in named["o/"].items()},
+        above={name: Kept(bitmap._replace(name=name), maps["o/" + name]) for name, bitmap in named["o/"].items()},
         dead={name: reason for reason, kind in _DEAD.items() for name in named[kind]},
-        is_given=file.path.endswith(SUFFIX + _GIVEN),
+        is_given=file.path.endswith(SUFFIX + GIVEN),
         given_at=file.status().st_ctime_ns,
     )
 
@@ -159,7 +173,7 @@ def _no_vault(path: str) -> Refusal:
     return Refusal("unfinished", path, why, remedy)
 
 
-_KINDS = ("b/", "o/", "t/", "i/", "p/", "l/", "g/", *_DEAD.values())
+_KINDS = ("b/", "o/", "t/", "i/", "p/", "m/", "l/", "g/", *_DEAD.values())
 
 
 def _identity(device: str, inode: str) -> Identity:
@@ -181,7 +195,7 @@ class Content(t.NamedTuple):
     top: OpenImage
     others: t.Sequence[OpenImage]  # between the two
     below: t.Sequence[tuple[Bitmap, t.Sequence[DirtyBits]]]  # with the maps whose union is kept
-    above: t.Sequence[Bitmap]
+    above: t.Sequence[tuple[Bitmap, t.Sequence[DirtyBits]]]
     dead: t.Mapping[str, str]
     virtual_size: int  # bytes; of the larger one of the two images
 
@@ -196,30 +210,42 @@ def write_vault(fd: int, content: Content) -> None:
     """Make the open, empty file a vault."""
     size = content.virtual_size
     words = [f"t/{content.token}", "i/{}:{}".format(*content.top.identity), f"p/{content.top.path}"]
+    words.append(f"m/{content.top.status().st_mtime_ns}")
     words += ["l/{}:{}:{}".format(*file.identity, file.path) for file in content.others]
     words += ["g/{}:{}:{}".format(*identity, number) for identity, number in content.generations.items()]
-    words = [word for word in words if len(os.fsencode(word)) <= MAX_BITMAP_NAME]  # of a longer path nothing is known
+    words = [word for word in words if _is_bitmap_name(word)]  # of any other path nothing is known
     words += [f"{_DEAD[reason]}{name}" for name, reason in content.dead.items()]
     with_bits = [
-        (bitmap._replace(name="b/" + bitmap.name), united(maps, bitmap.granularity, size))
-        for bitmap, maps in content.below
+        (bitmap._replace(name=kind + bitmap.name), united(maps, bitmap.granularity, size))
+        for kind, bitmaps in (("b/", content.below), ("o/", content.above))
+        for bitmap, maps in bitmaps
     ]
-    names_only = [
-        *(bitmap._replace(name="o/" + bitmap.name) for bitmap in content.above),
-        *(_FLAT._replace(name=word) for word in words),
-    ]
-    write_scratch(fd, size, [*with_bits, *((bitmap, ()) for bitmap in names_only)])
+    write_scratch(fd, size, [*with_bits, *((_FLAT._replace(name=word), ()) for word in words)])
+
+
+def _is_bitmap_name(word: str) -> bool:
+    """Whether a bitmap can have this name: paths can be longer, or no UTF-8."""
+    try:
+        return len(word.encode("utf-8")) <= MAX_BITMAP_NAME
+    except UnicodeEncodeError:
+        return False
 
 
 def holds(vault: Vault, content: Content) -> bool:
     """Whether a vault that was read back is what was to be written, bit by bit."""
-    below = {bitmap.name: (bitmap, maps) for bitmap, maps in content.below}
     return (
         (vault.token, vault.top, dict(vault.dead)) == (content.token, content.top.identity, dict(content.dead))
         and vault.generations == content.generations
-        and vault.above == {bitmap.name: bitmap for bitmap in content.above}
-        and {name: kept.bitmap for name, kept in vault.below.items()} == {n: one for n, (one, _m) in below.items()}
-        and all(is_union(vault.below[name].bits, maps, content.virtual_size) for name, (_b, maps) in below.items())
+        and _are(vault.above, content.above, content.virtual_size)
+        and _are(vault.below, content.below, content.virtual_size)
+    )
+
+
+def _are(kept: t.Mapping[str, Kept], wanted: t.Sequence[tuple[Bitmap, t.Sequence[DirtyBits]]], size: int) -> bool:
+    """Whether just these bitmaps were kept, bit by bit."""
+    bitmaps = {name: one.bitmap for name, one in kept.items()}
+    return bitmaps == {bitmap.name: bitmap for bitmap, _maps in wanted} and all(
+        is_union(kept[bitmap.name].bits, maps, size) for bitmap, maps in wanted
     )
 
 
@@ -232,12 +258,12 @@ def is_as_kept(vault: Vault, bitmaps: t.Mapping[str, Bitmap], maps: t.Mapping[st
 
 def mark_given(vault_path: str) -> None:
     """Say beside the image that all work on its bitmaps is done, in the vault's name."""
-    _rename(vault_path, vault_path + _GIVEN)
+    _rename(vault_path, vault_path + GIVEN)
 
 
 def take_back(vault_path: str) -> None:
     """Say that the work is unfinished again, because the topmost image was written to since."""
-    _rename(vault_path, vault_path[: -len(_GIVEN)])
+    _rename(vault_path, vault_path[: -len(GIVEN)])
 
 
 def _rename(path: str, new: str) -> None:

@@ -51,6 +51,14 @@ class Layer(t.NamedTuple):
             return self.image.backing_file is None
         return self.format_found in (WITHOUT_BACKING if self.format else PLAIN)
 
+    def why_no_bottom(self) -> Refusal | None:
+        """Return why nobody can tell whether anything is below it; None if nothing is."""
+        if self.is_bottom():
+            return None
+        why = f"is an image of the format {self.format_found}, and what is below it cannot be read"
+        remedy = "Copy it into a qcow2 image ('qemu-img convert -O qcow2')."
+        return self.why_not_read() or Refusal("unsupported", self.path, why, remedy)
+
     def why_not_read(self) -> Refusal | None:
         """Return why nobody can tell what is below it; None if the format of such an image is recorded, or plain."""
         if self.image is not None or self.format is not None or self.format_found in PLAIN:

@@ -15,6 +15,7 @@ written and fsync waits for it, or when a tenth of the host's memory waits for t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import typing as t
@@ -91,7 +92,14 @@ def _writable(base: t.Sequence[Opened]) -> Message:
     node = _node(base[0], read_only=False)
     if base[0].driver == "raw":
         return node
-    return {**node, "discard": "unmap", "backing": _read_only(base[1:], None) if base[1:] else None}
+    return {
+        **node,
+        "discard": "unmap",
+        # With them QEMU would not flush the data before the L2 entry that leads to it, and a cluster of BASE that it
+        # fills up from below would read as zeroes after a loss of power.
+        "lazy-refcounts": False,
+        "backing": _read_only(base[1:], None) if base[1:] else None,
+    }
 
 
 def _read_only(images: t.Sequence[Opened], below: Message | str | None) -> Message:
@@ -119,7 +127,8 @@ def _run(job: Job, command: str, arguments: Message, nodes: t.Sequence[str], tar
     try:
         monitor.start_job(command, _JOB, arguments)
     except QemuError:
-        _close(job, nodes)  # or what takes the place of this job could not open them
+        with contextlib.suppress(QemuError):  # a node that could not be opened cannot be closed either
+            _close(job, nodes)  # or what takes the place of this job could not open them
         raise
     error = _follow(job, [file for file in (target.data_file, target.file) if file is not None])
     monitor.command("job-dismiss", {"id": _JOB})

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import struct
 import typing as t
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import OpenImage, open_image
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import merge
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import CommitRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.merge import MergeLayers
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.retire import why_not_retired
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.in_use import set_in_use
 
 from .. import qemu
 from . import commits
@@ -272,10 +275,136 @@ def test_an_overlay_that_is_gone_after_its_commit(chain):
     assert commits.merged(chain.top, chain.base)["state"] == "absent"
 
 
-def test_base_was_written_to_after_the_vault_was_made(chain):
-    stop_before("carry", chain.top, chain.base)
+@pytest.mark.parametrize("step", ["carry", "strip"])
+def test_base_was_written_to_after_the_vault_was_made(chain, step):
+    stop_before(step, chain.top, chain.base)
     commits.write(chain.base, "write -P 9 9M 64k")
     refused(chain, "unfinished", chain.top, "BASE is not as the vault beside it says")
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_an_image_between_into_which_a_commit_is_unfinished(chain, step):
+    """A VM may have gone on with the middle one, whose new data the old overlay would come over."""
+    stop_before(step, chain.top, chain.middle)
+    refused(chain, "unfinished", chain.middle, f"of {chain.top} into it")
+    assert commits.merged(chain.top, chain.middle)["state"] == "committed"
+    assert commits.merged(chain.middle, chain.base)["state"] == "committed"
+
+
+def test_bits_of_what_the_overlay_holds_no_longer(tmp_path):
+    """A bitmap can mark more than its image holds: here somebody has emptied it since the checkpoint."""
+    base = qemu.create(tmp_path / "base", SIZE)
+    top = commits.overlay(tmp_path / "top", base)
+    qemu.add_bitmaps(top, [commits.bitmap("x", "recording", 65536)])
+    commits.write(top, "write -P 1 1M 256k")
+    qemu.qemu_img("commit", "-q", top)
+    commits.write(top, "write -P 2 4M 64k")
+    before = commits.granules(commits.bits_of(tmp_path, [top])[0]["x"].extents, 65536)
+    assert before == {16, 17, 18, 19, 64}
+    stop_before("carry", top, base)
+    with open_image(top) as file:
+        set_in_use(file, ["x"], in_use=True)  # as a kill leaves it
+    result = commits.merged(top, base)
+    assert (result["exact"], [one["name"] for one in result["bitmaps"]]) == (False, ["x"])
+    assert commits.granules(commits.bits_of(tmp_path, [base])[0]["x"].extents, 65536) >= before
+
+
+def test_an_overlay_of_version_2_that_was_written_to_after_all_was_given(tmp_path):
+    base = qemu.create(tmp_path / "base", SIZE)
+    top = commits.overlay(tmp_path / "top", base, "-o", "compat=0.10")
+    commits.write(top, "write -P 1 1M 64k")
+    vault = stop_before("publish", top, base)
+    commits.write(top, "write -P 2 4M 64k")
+    data = commits.content(top)
+    os.chown(vault, 1, 1)  # with a backup's restorer, say; its time says now that it is younger than the overlay
+    os.chown(vault, 0, 0)
+    assert commits.merged(top, base)["state"] == "committed"
+    assert commits.content(base) == data
+
+
+def test_a_symlink_whose_overlay_was_retired_by_a_killed_run(tmp_path):
+    base = qemu.create(tmp_path / "base", SIZE)
+    top, link = commits.overlay(tmp_path / "top", base), str(tmp_path / "link")
+    os.symlink(top, link)
+    stop_before("publish", link, base)
+    os.unlink(top)
+    assert commits.merged(link, base)["state"] == "committed"
+    assert os.listdir(tmp_path) == ["base"]
+    os.symlink(top, link)  # without a vault nobody knows what it led to
+    assert commits.refusal(link, base).code == "no_such_file"
+
+
+@pytest.mark.parametrize("length", [236, 230])
+def test_a_base_whose_name_leaves_no_room_for_the_vault(tmp_path, length):
+    base = qemu.create(tmp_path / ("b" * length), SIZE)
+    top = commits.overlay(tmp_path / "top", base)
+    if length == 230:
+        assert commits.merged(top, base)["state"] == "committed"
+        return
+    with untouched(top, base):
+        assert commits.refusal(top, base).code == "name_too_long"
+
+
+def test_an_image_between_whose_name_is_no_text(tmp_path):
+    base = qemu.create(tmp_path / "base", SIZE)
+    middle = commits.overlay(os.fsdecode(os.path.join(os.fsencode(tmp_path), b"middle-\xff")), base)
+    top = commits.overlay(tmp_path / "top", middle)
+    commits.write(top, "write -P 1 1M 64k")
+    assert commits.merged(top, base)["state"] == "committed"
+    assert os.listdir(tmp_path) == ["base"]
+
+
+def test_an_image_below_base_that_nobody_can_look_below(tmp_path):
+    """QEMU would fill up clusters of BASE from it without what is below it."""
+    root = tmp_path / "root"
+    root.write_bytes(b"r" * SIZE)
+    middle = str(tmp_path / "middle")
+    qemu.qemu_img("create", "-q", "-f", "qed", "-b", str(root), "-F", "raw", middle)
+    base = commits.overlay(tmp_path / "base", middle, form="qed")
+    top = commits.overlay(tmp_path / "top", base, "-o", "cluster_size=4k")
+    commits.write(top, "write -P 1 8k 4k")
+    with untouched(top, base, middle):
+        told = commits.refusal(top, base)
+    assert (told.code, told.subject) == ("unsupported", middle)
+
+
+def test_a_base_that_would_grow_over_an_image_of_unknown_size(tmp_path):
+    bottom = str(tmp_path / "bottom")
+    qemu.qemu_img("create", "-q", "-f", "vdi", bottom, "8M")
+    assert os.path.getsize(bottom) < 4 << 20  # of the file; the disk's end would become visible
+    base = commits.overlay(tmp_path / "base", bottom, form="vdi", size="4M")
+    top = commits.overlay(tmp_path / "top", base, size="8M")
+    with untouched(top, base, bottom):
+        told = commits.refusal(top, base)
+    assert (told.code, told.subject) == ("unsupported", base)
+
+
+def test_a_data_file_whose_clusters_would_be_filled_up_from_below(tmp_path):
+    bottom = qemu.create(tmp_path / "bottom", SIZE)
+    base = commits.overlay(tmp_path / "base", bottom, "-o", f"data_file={tmp_path}/data")
+    same = commits.overlay(tmp_path / "same", base)
+    commits.write(same, "write -P 1 8k 4k")
+    assert commits.merged(same, base)["state"] == "committed"
+    small = commits.overlay(tmp_path / "small", base, "-o", "extended_l2=on")
+    with untouched(small, base, bottom):
+        told = commits.refusal(small, base)
+    assert (told.code, told.subject) == ("unsupported", base)
+
+
+def test_a_base_with_lazy_refcounts_gets_its_data_before_what_leads_to_it(tmp_path, monkeypatch):
+    """QEMU marks such an image as dirty as long as it writes, and then leaves out the flush between the two."""
+    base = qemu.create(tmp_path / "base", SIZE, "-o", "lazy_refcounts=on")
+    top = commits.overlay(tmp_path / "top", base)
+    commits.write(top, "write -P 1 0 8M")
+    dirty = []
+
+    def look(_done: int, _total: int) -> None:
+        with open(base, "rb") as file:
+            dirty.append(struct.unpack(">Q", file.read(80)[72:])[0] & 1)
+
+    monkeypatch.setattr(merge, "telling", lambda _request: contextlib.nullcontext(look))
+    assert commits.merged(top, base, speed=8 << 20)["method"] == "copied"
+    assert set(dirty) == {0}
 
 
 def test_the_vault_and_the_bitmaps_are_gone(chain):

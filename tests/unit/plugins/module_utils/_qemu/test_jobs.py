@@ -66,3 +66,12 @@ def test_a_job_that_is_slow_because_it_was_told_so_is_not_given_up(tmp_path):
         jobs.commit(wanted, images[:1], images[1:])
     assert holds(pair[1], 7, 0, "48M")
     assert len({done for done, _total in told}) > 1
+
+
+def test_why_an_image_could_not_be_opened_is_told(tmp_path):
+    """And not that the node, which is not there, could not be closed."""
+    top, base = a_pair(tmp_path)
+    (tmp_path / "base").write_bytes(b"no qcow2" * 512)
+    never_qcow2 = pytest.raises(QemuError, match="not in qcow2 format")
+    with job(find_qemu(shutil.which), top, base) as (wanted, images, _told), never_qcow2:
+        jobs.commit(wanted, images[:1], images[1:])
