@@ -266,6 +266,9 @@ def _held_back(
     set_in_use(above, names, in_use=True)
     try:
         yield
+    except BaseException:
+        held.stop_qemu()  # it may be about to open TOP, whose bitmaps look sound until then
+        raise
     finally:
         sound = {bitmap.name for bitmap in read_image(top).bitmaps if not bitmap.inconsistent}
         set_in_use(above, [name for name in names if name in sound], in_use=False)

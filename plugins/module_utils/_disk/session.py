@@ -133,6 +133,10 @@ class Held:
         """Return the QEMU process."""
         return self._engine.monitor()
 
+    def stop_qemu(self) -> None:
+        """End the QEMU process, whatever it is doing, so that images stay as they are."""
+        self._engine.stop()
+
     def stage(self, path: str, folder: str) -> StagedFile:
         """Return a new file of ours, to be published at `path`, a resolved path in `folder`."""
         staged = self._stack.enter_context(StagedFile(path, folder))

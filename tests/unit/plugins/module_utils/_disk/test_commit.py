@@ -171,7 +171,7 @@ def test_a_data_file_without_its_folder(tmp_path, which, monkeypatch):
 
 
 def test_an_encrypted_image_below_base(tmp_path):
-    secret = ["--object", "secret,id=s,data=x", "-o", "encrypt.format=luks,encrypt.key-secret=s"]
+    secret = ["--object", "secret,id=s,data=x", "-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"]
     low = qemu.create(tmp_path / "low", SIZE, *secret)
     for path, below in (("base", "low"), ("top", "base")):
         more = ["-u", "-b", str(tmp_path / below), "-F", "qcow2"]

@@ -272,6 +272,31 @@ def test_what_top_alone_protects_no_backup_uses_while_top_is_open_for_writing(tm
     assert {"a", "newest"} == set(chains.usable(above))
 
 
+def test_what_top_alone_protects_stays_in_use_until_qemu_has_ended(tmp_path, monkeypatch):
+    """A run that is told to end stops QEMU, which can be about to open TOP: until then its bitmaps look sound."""
+    disk = Disk(tmp_path)
+    disks.below(disk)
+    before = chains.usable(disk.above)
+    real, seen = Monitor.send, []
+
+    def ending(self, name, *args):
+        if name == "blockdev-add" and args[0].get("node-name") == "w":
+            raise KeyboardInterrupt
+        return real(self, name, *args)
+
+    def ended(self):
+        seen.extend(bitmap.inconsistent for bitmap in qemu.read(disk.above).bitmaps if bitmap.name == "new")
+        close(self)
+
+    close = Monitor.close
+    monkeypatch.setattr(Monitor, "send", ending)
+    monkeypatch.setattr(Monitor, "close", ended)
+    with pytest.raises(KeyboardInterrupt):
+        run(MergeLayers(), [request(disk)], SETTINGS)
+    assert seen == [True]
+    assert chains.usable(disk.above) == before
+
+
 def test_a_failure_in_the_carry_leaves_the_image_above_as_it_was(tmp_path, monkeypatch):
     disk = Disk(tmp_path)
     disks.below(disk)
