@@ -45,12 +45,12 @@ from .survey import (
 )
 from .unfinished import COMMIT, HEALING, why_in_the_way
 from .vault import (
-    GIVEN,
     MARK,
     Vault,
     find_vault,
     holds,
     mark_given,
+    open_vault,
     read_vault,
     remove_vault,
     sync_folder_of,
@@ -201,10 +201,14 @@ class MergeLayers:
 
 def _is_link_left(request: CommitRequest, base: OpenImage) -> bool:
     """Whether the path is a symlink to an image that went in and is gone: a run was killed before it removed both."""
-    if os.path.exists(request.path):
+    if stands(os.path.realpath(request.path)):
         return False
-    vault = find_vault(vault_place(request, base))
-    return vault is not None and vault.endswith(GIVEN)
+    path = find_vault(vault_place(request, base))
+    if path is None:
+        return False
+    with open_vault(path) as file:
+        vault = read_vault(file)
+    return vault.is_given and vault.top_path == request.path
 
 
 def _touched(request: CommitRequest) -> dict[t.Hashable, str]:

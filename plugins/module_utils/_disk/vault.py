@@ -42,7 +42,7 @@ MAX_NAME = MAX_BITMAP_NAME - 3  # bytes of a bitmap's name that a vault can keep
 MARK = "kvmfleet-carried-"  # begins the name of the mark, an empty bitmap in the topmost image
 SUFFIX = ".kvmfleet-vault"
 _HEALING = ".kvmfleet-healing"  # of a vault that no commit knows
-GIVEN = "-given"  # behind the suffix, once all work on the bitmaps is done
+_GIVEN = "-given"  # behind the suffix, once all work on the bitmaps is done
 _FLAT = Bitmap("", 65536, recording=False, inconsistent=False)  # of what is told by its name alone
 _DEAD = {DISABLED: "dd/", INCONSISTENT: "di/", GAP: "dg/"}
 
@@ -87,7 +87,7 @@ class Vault(t.NamedTuple):
     @property
     def place(self) -> str:
         """The path of a vault of unfinished work."""
-        return self.path[: -len(GIVEN)] if self.is_given else self.path
+        return self.path[: -len(_GIVEN)] if self.is_given else self.path
 
 
 def _is_same(identity: Identity, path: str, kept: Identity, kept_path: str | None) -> bool:
@@ -110,7 +110,7 @@ def healing_place(real_path: str, folder: str) -> str:
 
 def why_no_vault(place: str, path: str) -> Refusal | None:
     """Return why no vault can be at this place, which is that of the image at `path`; None if one can."""
-    folder, name = os.path.split(place + GIVEN)
+    folder, name = os.path.split(place + _GIVEN)
     longest = os.pathconf(folder, "PC_NAME_MAX")
     if len(os.fsencode(name)) <= longest:
         return None
@@ -120,7 +120,7 @@ def why_no_vault(place: str, path: str) -> Refusal | None:
 
 def find_vault(place: str) -> str | None:
     """Return the path of the vault, of unfinished work or of work that is done; None if there is none."""
-    return next((path for path in (place, place + GIVEN) if os.path.lexists(path)), None)
+    return next((path for path in (place, place + _GIVEN) if os.path.lexists(path)), None)
 
 
 def open_vault(path: str) -> OpenImage:
@@ -162,7 +162,7 @@ def read_vault(file: OpenImage) -> Vault:
         below={name: Kept(bitmap._replace(name=name), maps["b/" + name]) for name, bitmap in named["b/"].items()},
         above={name: Kept(bitmap._replace(name=name), maps["o/" + name]) for name, bitmap in named["o/"].items()},
         dead={name: reason for reason, kind in _DEAD.items() for name in named[kind]},
-        is_given=file.path.endswith(SUFFIX + GIVEN),
+        is_given=file.path.endswith(SUFFIX + _GIVEN),
         given_at=file.status().st_ctime_ns,
     )
 
@@ -258,12 +258,12 @@ def is_as_kept(vault: Vault, bitmaps: t.Mapping[str, Bitmap], maps: t.Mapping[st
 
 def mark_given(vault_path: str) -> None:
     """Say beside the image that all work on its bitmaps is done, in the vault's name."""
-    _rename(vault_path, vault_path + GIVEN)
+    _rename(vault_path, vault_path + _GIVEN)
 
 
 def take_back(vault_path: str) -> None:
     """Say that the work is unfinished again, because the topmost image was written to since."""
-    _rename(vault_path, vault_path[: -len(GIVEN)])
+    _rename(vault_path, vault_path[: -len(_GIVEN)])
 
 
 def _rename(path: str, new: str) -> None:

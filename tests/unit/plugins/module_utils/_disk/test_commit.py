@@ -328,6 +328,15 @@ def test_a_symlink_whose_overlay_was_retired_by_a_killed_run(tmp_path):
     os.symlink(top, link)
     stop_before("publish", link, base)
     os.unlink(top)
+    other = str(tmp_path / "other link")
+    os.symlink(tmp_path / "not there", other)
+    assert commits.refusal(other, base).code == "no_such_file"  # nobody says that it went in
+    os.unlink(other)
+    os.unlink(link)
+    os.symlink(tmp_path / "not mounted" / "top", link)
+    assert commits.refusal(link, base).code == "no_folder"
+    os.unlink(link)
+    os.symlink(top, link)
     assert commits.merged(link, base)["state"] == "committed"
     assert os.listdir(tmp_path) == ["base"]
     os.symlink(top, link)  # without a vault nobody knows what it led to
