@@ -40,7 +40,7 @@ RULES = (
     Rule(
         "a mark is of the vault's own commit",
         "stages",
-        "if seen.mark.name != MARK + seen.vault.token:",
+        "if mark.name != MARK + vault.token:",
         "if False:",
         (COMMIT, ODD, KILLS),
     ),

@@ -350,6 +350,7 @@ def _see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, held: Hel
         top_has_all=False,
         mark_is_empty=None,
         base_is_as_kept=False,
+        base_lacks_removed=False,
         top_changed=0,
         base_changed=None,
         above=_above(request, held),

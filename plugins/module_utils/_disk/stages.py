@@ -57,6 +57,7 @@ class Seen(t.NamedTuple):
     vault: Vault | None
     mark_is_empty: bool | None  # None if TOP has no mark, or an inconsistent one
     base_is_as_kept: bool  # just as the vault says
+    base_lacks_removed: bool  # as the vault says, but for bitmaps that TOP has not either
     top_has_all: bool  # TOP's bitmaps mark all that those of BASE, and of the vault, of the same names mark
     top_changed: int  # ns since 1970
     base_changed: int | None  # None if that cannot be told, as of a block device
@@ -135,19 +136,27 @@ def stage_of(seen: Seen) -> Stage | Refusal:
     if seen.vault.is_given:
         return _stage_when_given(seen, seen.vault)
     if seen.mark is not None:
-        if seen.mark.name != MARK + seen.vault.token:
-            return _unfinished(seen, "the vault beside BASE is of another commit", "Finish that one first.")
-        if not _is_sound(seen):
-            return Stage(REBUILT)
-        # BASE is as it was, or stripped, or has got some of TOP's bitmaps already.
-        return Stage(CARRIED) if seen.base_is_as_kept or seen.top_has_all else _excluded(seen)
+        return _stage_when_marked(seen, seen.mark, seen.vault)
     is_same = seen.is_top_of_vault
     if is_same and _has_lost_bitmaps(seen, seen.vault):
         if seen.base_is_as_kept or _is_stripped(seen):
             return Stage(REBUILT)
     elif seen.base_is_as_kept or (is_same and seen.top.version == 2 and _is_stripped(seen)):
         return Stage(VAULTED if is_same else WHOLE, stale_vault=not is_same)
+    elif is_same and seen.top.version == 3 and seen.base_lacks_removed:
+        # The VM went on with TOP, and a backup tool has deleted checkpoints meanwhile. No bit was carried yet.
+        return Stage(WHOLE, stale_vault=True)
     return _excluded(seen)
+
+
+def _stage_when_marked(seen: Seen, mark: Bitmap, vault: Vault) -> Stage | Refusal:
+    """Return the stage where TOP has a mark, and the vault says that work is unfinished."""
+    if mark.name != MARK + vault.token:
+        return _unfinished(seen, "the vault beside BASE is of another commit", "Finish that one first.")
+    if not _is_sound(seen):
+        return Stage(REBUILT)
+    # BASE is as it was, or stripped, or has got some of TOP's bitmaps already.
+    return Stage(CARRIED) if seen.base_is_as_kept or seen.top_has_all else _excluded(seen)
 
 
 def _excluded(seen: Seen) -> Refusal:

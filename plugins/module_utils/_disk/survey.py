@@ -99,6 +99,7 @@ def see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, above: Lay
         vault=vault,
         mark_is_empty=_mark_is_empty(files[0], top) if top else None,
         base_is_as_kept=vault is not None and _is_as_kept(vault, files[depth], base),
+        base_lacks_removed=vault is not None and _is_as_kept(_without_removed(vault, top, base), files[depth], base),
         top_has_all=top is None
         or _has_all(files[0], top, _bits_below(vault, files[depth], base), chain[0].virtual_size),
         top_changed=files[0].status().st_mtime_ns,
@@ -135,6 +136,12 @@ def _is_as_kept(vault: Vault, file: OpenImage, base: Layer) -> bool:
         return not vault.below
     own = {bitmap.name: bitmap for bitmap in base.image.bitmaps}
     return not base.image.lost_bitmaps and is_as_kept(vault, own, maps_of(file, base.image), base.virtual_size)
+
+
+def _without_removed(vault: Vault, top: Image | None, base: Layer) -> Vault:
+    """Return a vault without the bitmaps that neither TOP nor BASE has any more."""
+    there = {*stages.named(top), *stages.named(base.image)}
+    return vault._replace(below={name: kept for name, kept in vault.below.items() if name in there})
 
 
 def _bits_below(vault: Vault | None, file: OpenImage, base: Layer) -> list[tuple[str, DirtyBits]]:

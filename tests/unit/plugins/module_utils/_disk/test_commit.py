@@ -282,6 +282,40 @@ def test_base_was_written_to_after_the_vault_was_made(chain, step):
     refused(chain, "unfinished", chain.top, "BASE is not as the vault beside it says")
 
 
+@pytest.mark.parametrize("others", [(), ("y",)])
+def test_checkpoints_were_deleted_and_made_after_the_vault_was_made(tmp_path, others):
+    """The VM goes on with its overlay, and so does the backup tool."""
+    base = qemu.create(tmp_path / "base", SIZE)
+    top = commits.overlay(tmp_path / "top", base)
+    for number, path in enumerate((base, top), start=1):
+        qemu.add_bitmaps(path, [commits.bitmap(name, "recording", 65536) for name in ("x", *others)])
+        commits.write(path, f"write -P {number} {number}M 64k")
+    stop_before("carry", top, base)
+    for path in (top, base):
+        qemu.qemu_img("bitmap", "--remove", path, "x")
+    qemu.add_bitmaps(top, [commits.bitmap("new", "recording", 65536)])
+    commits.write(top, "write -P 9 9M 64k")
+    data = commits.content(top)
+    result = commits.merged(top, base)
+    assert sorted(one["name"] for one in result["bitmaps"]) == ["new", *others]
+    assert commits.content(base) == data
+    (bits,) = commits.bits_of(tmp_path, [base])
+    assert {name: commits.granules(one.extents, 65536) for name, one in bits.items()} == {
+        "new": {144},
+        **{name: {16, 32, 144} for name in others},
+    }
+
+
+def test_a_checkpoint_was_deleted_and_base_was_written_to_after_the_vault_was_made(chain):
+    for path in chain:
+        qemu.add_bitmaps(path, [commits.bitmap("y", "recording", 65536)])
+    stop_before("carry", chain.top, chain.base)
+    for path in chain:
+        qemu.qemu_img("bitmap", "--remove", path, "y")
+    commits.write(chain.base, "write -P 9 9M 64k")
+    refused(chain, "unfinished", chain.top, "BASE is not as the vault beside it says")
+
+
 @pytest.mark.parametrize("step", STEPS)
 def test_an_image_between_into_which_a_commit_is_unfinished(chain, step):
     """A VM may have gone on with the middle one, whose new data the old overlay would come over."""
