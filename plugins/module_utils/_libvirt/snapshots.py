@@ -120,7 +120,8 @@ def store_definition(daemon: Libvirt, domain: Domain) -> None:
     except Refusal as exc:
         if exc.code != "libvirt_failed":
             raise
-        why = f"its new definition could not be stored, so it is lost when the daemon ends; {exc.why}"
+        words = words_of(exc.__cause__)
+        why = f"its new definition could not be stored, so it is lost when the daemon ends. libvirt says: {words}"
         remedy = "Make room where libvirt keeps its definitions, then run this again."
         raise Refusal("not_switched", domain.name, why, remedy) from exc
 
@@ -191,13 +192,26 @@ def check_switched(
     if is_on_all and (error is None or was_away):
         return
     if is_on_all:  # as if the definition could not be stored
-        store_definition(daemon, domain)
+        _store_or_tell(daemon, domain)
     words = f"libvirt says: {words_of(error)}" if error is not None else "libvirt reports no error"
     if error is None or was_away or any(wanted & images for images in there):
         raise _unknown(domain, words)
     if not is_active:
         raise shut_off_meanwhile(domain)
     raise _refusal(domain, error) from error
+
+
+def _store_or_tell(daemon: Libvirt, domain: Domain) -> None:
+    """Have libvirt store the definition of a domain that runs on new images, which must stay whatever comes of it."""
+    try:
+        store_definition(daemon, domain)
+    except Refusal as exc:
+        why = f"runs on its new images, and {exc.why}"
+        remedy = (
+            "Make room where libvirt keeps its definitions, and store it before the domain is shut off: 'virsh dumpxml "
+            "--inactive --security-info' into a file, then 'virsh define' with that."
+        )
+        raise UnknownOutcomeError(domain.name, why, remedy) from exc
 
 
 def _images(sources: t.Mapping[str, Source]) -> set[tuple[str, str]]:

@@ -9,6 +9,7 @@ import os
 import signal
 import time
 
+import libvirt
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal, UnknownOutcomeError
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.signals import (
@@ -73,3 +74,47 @@ def test_a_domain_that_was_given_other_images_after_its_merge_is_told(daemon):
     snapshots.check_on(daemon, DOMAIN, {"vda": Source(IMAGE)})
     with pytest.raises(UnknownOutcomeError, match="test: was given other images"):
         snapshots.check_on(daemon, DOMAIN, {"vda": Source("/below")})
+
+
+class Unstored:
+    """A daemon, its connection, and a domain that runs on its new image, with a definition that cannot be stored."""
+
+    TEXT = f"""<domain><devices><disk type='file' device='disk'><driver type='qcow2'/><source file='{IMAGE}'/>
+<target dev='vda'/></disk></devices></domain>"""
+
+    def __init__(self, is_full):
+        self.is_full = is_full
+        self.stored = []
+        self.connection = self
+
+    def lookupByUUIDString(self, _uuid):  # noqa: N802  as libvirt has it
+        return self
+
+    def isActive(self):  # noqa: N802
+        return True
+
+    def isPersistent(self):  # noqa: N802
+        return True
+
+    def XMLDesc(self, _flags):  # noqa: N802
+        return self.TEXT
+
+    def defineXML(self, text):  # noqa: N802
+        if self.is_full:
+            raise libvirt.libvirtError("no space left")
+        self.stored.append(text)
+
+    def placed(self, definition):
+        return definition
+
+    def is_back(self, _seconds, *, can_end):
+        return can_end
+
+
+@pytest.mark.parametrize("is_full, words", [(True, "libvirt says: no space left"), (False, "may or may")])
+def test_images_that_a_domain_runs_on_stay_although_its_definition_was_not_stored(is_full, words):
+    """Any other refusal has them removed, under a QEMU that writes to them."""
+    daemon, error = Unstored(is_full), libvirt.libvirtError("Failed to create file")
+    with pytest.raises(UnknownOutcomeError, match=words):
+        snapshots.check_switched(daemon, daemon, DOMAIN, {"vda": Source(IMAGE)}, error)
+    assert len(daemon.stored) == (not is_full)
