@@ -221,3 +221,10 @@ def _check_links(owners: t.Sequence[int], folder_fd: int, path: str) -> None:
             "trap",
             "Give the real path, or have the owner of that folder or root make the symlink.",
         )
+
+
+def exceeded_name_max(path: str) -> int | None:
+    """Return how many bytes a name can have in the folder of the path, if its own has more; else None."""
+    folder, name = os.path.split(path)
+    longest = os.pathconf(folder, "PC_NAME_MAX")
+    return longest if len(os.fsencode(name)) > longest else None

@@ -13,6 +13,7 @@ import typing as t
 from .._base.errors import Refusal, printable
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer, relative_data_file, resolve_name, why_unusable
+from .._qcow2.extents import SUBCLUSTERS
 from .._qcow2.formats import PLAIN
 from .._qcow2.image import Image
 from .._qemu.locks import below_running_vm, in_use
@@ -30,7 +31,6 @@ SHARED = "shared"  # by extents that both files share
 COPIED = "copied"
 
 DEFAULT_GRANULARITY = 65536  # bytes; said of a bitmap that is gone from every image
-_SUBCLUSTERS = 32  # of a cluster with extended L2 entries
 _UNIT = 65536  # bytes that QEMU copies at once when it shares extents
 
 
@@ -434,7 +434,7 @@ def _unordered(seen: Seen) -> list[Refusal]:
 
 def _unit(image: Image) -> int:
     """Return the smallest number of bytes that an image can hold by itself."""
-    return image.cluster_size // (_SUBCLUSTERS if image.extended_l2 else 1)
+    return image.cluster_size // (SUBCLUSTERS if image.extended_l2 else 1)
 
 
 def _name_problems(seen: Seen, outcome: Outcome) -> list[Refusal]:

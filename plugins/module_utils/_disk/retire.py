@@ -16,7 +16,7 @@ import re
 import typing as t
 
 from .._base.errors import Refusal
-from .._base.files import OpenImage, close, identity_of
+from .._base.files import OpenImage, close, exceeded_name_max, identity_of
 from .begun import remove_sign
 from .observe import why_not_writable
 from .publish import open_to_list, rename_without_replacing
@@ -63,7 +63,7 @@ def _remove_link(path: str, real: str) -> None:
 
 def remove_dangling_link(path: str) -> None:
     """Remove a symlink that leads nowhere, since what it led to was retired; nothing if there is none."""
-    if os.path.islink(path) and not os.path.exists(path):
+    if not os.path.exists(path):
         _remove_link(path, os.path.realpath(path))
 
 
@@ -116,11 +116,12 @@ def why_not_retired(path: str, file: OpenImage, how: How, suffix: str) -> Refusa
 def why_not_kept(path: str, suffix: str) -> Refusal | None:
     """Return why no file beside the one at `path` can have the longer name; None if one can."""
     kept = kept_path(path, suffix)
-    folder, name = os.path.split(kept)
-    longest = os.pathconf(folder, "PC_NAME_MAX")
-    if len(os.fsencode(name)) <= longest:
+    longest = exceeded_name_max(kept)
+    if longest is None:
         return None
-    why = f"cannot be kept as {name}, since its file system takes no names of more than {longest} bytes"
+    why = (
+        f"cannot be kept as {os.path.basename(kept)}, since its file system takes no names of more than {longest} bytes"
+    )
     return Refusal("name_too_long", path, why, "Rename the file, or use retire=delete.")
 
 

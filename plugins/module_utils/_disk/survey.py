@@ -87,6 +87,7 @@ def see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, above: Lay
     vault_path = find_vault(vault_place(request, files[depth]))
     vault = read_vault(held.enter(open_vault(vault_path))) if vault_path else None
     base, top = part[depth], part[0].image
+    base_is_as_kept = vault is not None and _is_as_kept(vault, files[depth], base)
     known = (files[0].identity, files[0].path, files[0].generation)
     ours = [*([held.image(request.above).identity] if request.above else []), *(layer.identity for layer in part)]
     folders = [os.path.dirname(layer.real_path) for layer in part if not layer.is_device]
@@ -98,8 +99,9 @@ def see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, above: Lay
         went_in_below_another=vault is not None and vault.took_in(*known),
         vault=vault,
         mark_is_empty=_mark_is_empty(files[0], top) if top else None,
-        base_is_as_kept=vault is not None and _is_as_kept(vault, files[depth], base),
-        base_lacks_removed=vault is not None and _is_as_kept(_without_removed(vault, top, base), files[depth], base),
+        base_is_as_kept=base_is_as_kept,
+        base_lacks_removed=base_is_as_kept
+        or (vault is not None and _is_as_kept(_without_removed(vault, top, base), files[depth], base)),
         top_has_all=top is None
         or _has_all(files[0], top, _bits_below(vault, files[depth], base), chain[0].virtual_size),
         top_changed=files[0].status().st_mtime_ns,
@@ -234,7 +236,8 @@ def content_of(work: Work, held: Held) -> Content:
     seen = work.seen
     place = 0 if work.stage.name == stages.CARRIED else seen.depth
     layer = seen.chain[place]
-    maps, tops = _maps(layer, held), _maps(seen.chain[0], held)
+    maps = _maps(layer, held)
+    tops = maps if place == 0 else _maps(seen.chain[0], held)
     below = [(b, [maps[b.name]]) for b in stages.named(layer.image).values() if b.name in maps]
     fates = work.outcome.fates
     above = [b for b in stages.named(seen.top).values() if carries_over(b) and fates[b.name].bitmap]

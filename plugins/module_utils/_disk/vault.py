@@ -30,7 +30,7 @@ import os
 import typing as t
 
 from .._base.errors import Refusal
-from .._base.files import Identity, OpenImage, close, open_image
+from .._base.files import Identity, OpenImage, close, exceeded_name_max, open_image
 from .._qcow2.bitmaps import MAX_BITMAP_NAME, Bitmap
 from .._qcow2.dirty import DirtyBits, DirtyMap, is_union, maps_of, united
 from .._qcow2.image import Image, read_image
@@ -110,9 +110,8 @@ def healing_place(real_path: str, folder: str) -> str:
 
 def why_no_vault(place: str, path: str) -> Refusal | None:
     """Return why no vault can be at this place, which is that of the image at `path`; None if one can."""
-    folder, name = os.path.split(place + _GIVEN)
-    longest = os.pathconf(folder, "PC_NAME_MAX")
-    if len(os.fsencode(name)) <= longest:
+    longest = exceeded_name_max(place + _GIVEN)
+    if longest is None:
         return None
     why = f"has a long name: with what a vault adds to it, it is more than the {longest} bytes of its file system"
     return Refusal("name_too_long", path, why, "Rename the image, and what refers to it.")
