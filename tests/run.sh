@@ -2,7 +2,8 @@
 # run.sh STEP...: build, galaxy, lint, sanity, quick, units, page, integration, between, fleet, prove, bench, bench-fleet,
 # bench-side, bench-back or screenshot, in the order given; what is missing is installed. Side by side run build, galaxy, lint and
 # sanity; page and quick; fleet and prove.
-# $PROVE has the options of the programs of step prove, which tell them with --help.
+# $PROVE has the options of the programs of step prove, which tell them with --help. A leg that takes longer than $LIMIT seconds
+# hangs: it is ended, and its log tells what it was at.
 # A line tells what came of each step, or of each leg of it; its output lies in .cache/log. VERBOSE=1 shows that, too.
 # All that it makes lies in .cache: virtual environments, a copy of the collection at the path that Ansible wants.
 # Integration tests mount small file systems, change owners and make hosts, so they run as root, by sudo if need be.
@@ -15,6 +16,8 @@ exec 3>&1  # the screen, also for a leg, whose output is a file
 fresh=''  # put before a line: on a terminal, it takes the place of the line that tells what runs
 [ ! -t 1 ] || [ "${TERM:-dumb}" = dumb ] || [ -n "${VERBOSE:-}" ] || fresh=$'\r\e[K'
 leg_name=() leg_title=() leg_start=() leg_tail=()  # of the legs that run, by process id; the last one shows the log
+leg_clock=()  # the process that ends when a leg has had its time
+limit=${LIMIT:-}
 failed=0
 
 # The matrix: ansible-core, the controller's Python, the managed host's Python. Oldest and newest that are supported.
@@ -310,6 +313,7 @@ begin() {  # begin NAME TITLE FUNCTION ARGUMENT...: start a leg, with its output
   (trap - INT QUIT; echo "$2: ${*:3}"; "${@:3}"; echo "Ended well.") > "$log/$1.log" 2>&1 &
   local leg=$!
   leg_name[leg]=$1 leg_title[leg]=$2 leg_start[leg]=$SECONDS
+  [ -z "$limit" ] || { sleep "$limit" > /dev/null 3>&- & leg_clock[leg]=$!; }
   [ -z "${VERBOSE:-}" ] || { tail -s 0.2 -f -n +1 --pid="$leg" "$log/$1.log" & leg_tail[leg]=$!; }
 }
 
@@ -319,12 +323,24 @@ await() {  # await [NUMBER]: wait until no more legs run than that, by default n
   while [ "${#leg_name[@]}" -gt $((failed ? 0 : ${1:-0})) ]; do
     printf -v all ', %s' "${leg_title[@]}"
     [ -z "$fresh" ] || printf '%s%s ...' "$fresh" "${all#, }"
-    wait -n "${!leg_name[@]}" || true
+    wait -n "${!leg_name[@]}" "${leg_clock[@]}" || true
     for leg in "${!leg_name[@]}"; do
+      [ -z "${leg_clock[leg]:-}" ] || kill -0 "${leg_clock[leg]}" 2> /dev/null || end_late "$leg"
       kill -0 "$leg" 2> /dev/null || judge "$leg"
     done
   done
   [ "$failed" -eq 0 ] || exit 1
+}
+
+end_late() {  # end_late LEG: end a leg that hangs, and write to its log what it was at
+  local all
+  mapfile -t all < <(echo "$1"; descendants "$1")
+  {
+    echo "It has taken $limit s, so it hangs, and is ended. What it was at:"
+    ps -o pid,ppid,etimes,stat,wchan:20,args --cols 200 -p "${all[*]}"
+  } >> "$log/${leg_name[$1]}.log"
+  kill -KILL "${all[@]}" 2> /dev/null || true
+  wait "$1" || true
 }
 
 tell() {  # tell LEG VERDICT: print its line, which also names the log unless all is well
@@ -338,6 +354,7 @@ judge() {  # judge LEG: tell what came of a leg that has ended, and show the end
   local file=$log/${leg_name[$1]}.log status=0 verdict=FAILED good bad
   wait "$1" || status=$?
   [ -z "${leg_tail[$1]:-}" ] || wait "${leg_tail[$1]}"
+  kill "${leg_clock[$1]:-}" 2> /dev/null || true
   read -r good bad _ <<< "$(count "${leg_name[$1]}")"
   if [ "$status" -eq 0 ] && [ "$good" -gt 0 ] && [ "$bad" -eq 0 ]; then verdict=ok; fi
   tell "$1" "$verdict"
@@ -347,7 +364,7 @@ judge() {  # judge LEG: tell what came of a leg that has ended, and show the end
     [ "$status" -ne 0 ] || echo "It ended well, but its log does not tell of anything that passed, or tells of what failed."
   fi
   echo "${leg_name[$1]} $verdict $good $bad" >> "$results"
-  unset "leg_name[$1]" "leg_title[$1]" "leg_start[$1]" "leg_tail[$1]"
+  unset "leg_name[$1]" "leg_title[$1]" "leg_start[$1]" "leg_tail[$1]" "leg_clock[$1]"
 }
 
 # What the runners of tests print at their end, as awk programs that count what is good and what is bad in it.
@@ -418,6 +435,7 @@ interrupted() {  # interrupted SIGNAL: end the legs, and wait for them to clean 
     sleep 1
   done
   kill -KILL "${all[@]}" 2> /dev/null || true  # often it is pytest that does not end, for its workers
+  kill "${leg_clock[@]}" 2> /dev/null || true
   wait
   for leg in "${!leg_name[@]}"; do tell "$leg" ENDED; done
   exit $((128 + $(kill -l "$1")))
@@ -427,7 +445,7 @@ as_root() (  # as_root STEP: by sudo, if we are not root
   echo "$1 runs as root: by sudo."
   trap : INT TERM  # which sudo passes on; what root has made is to change hands all the same
   status=0
-  sudo --preserve-env=CI,LEG,PROVE,CASES,VERBOSE env "PYENV_ROOT=${PYENV_ROOT:-$HOME/.pyenv}" \
+  sudo --preserve-env=CI,LEG,LIMIT,PROVE,CASES,VERBOSE env "PYENV_ROOT=${PYENV_ROOT:-$HOME/.pyenv}" \
     "$project/tests/run.sh" --prepared "$1" || status=$?
   sudo chown -R "$(id -u):$(id -g)" "$cache"  # or the next run could not remove what root has made
   exit "$status"
@@ -484,7 +502,7 @@ run() {  # run STEP
   esac
 }
 
-[ "$#" -gt 0 ] || { sed -n '2,8s/^# //p' "$0"; exit 2; }
+[ "$#" -gt 0 ] || { sed -n '2,9s/^# //p' "$0"; exit 2; }
 prepared=''
 [ "$1" != --prepared ] || { prepared=yes; shift; }  # by as_root alone
 for step; do
