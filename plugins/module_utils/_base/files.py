@@ -23,6 +23,8 @@ _MOST_LINKS = 40  # on the way to a folder; the kernel follows no more either
 _PASS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _ENTER = _PASS | os.O_DIRECTORY
 
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)  # what says that nothing has a name
+
 _LONG = struct.Struct("l")
 _GET_VERSION = 2 << 30 | _LONG.size << 16 | ord("v") << 8 | 1  # FS_IOC_GETVERSION of most architectures (Linux, ioctl)
 
@@ -123,6 +125,44 @@ def write_all(fd: int, data: bytes, offset: int) -> None:
     while data:
         written = os.pwrite(fd, data, offset)
         data, offset = data[written:], offset + written
+
+
+def is_there(path: str) -> bool:
+    """Whether something has this name, and be it a symlink that leads nowhere; Refusal if that cannot be told.
+
+    os.path.lexists takes each error for absence.
+    """
+    return _look(path) is not None
+
+
+def is_link(path: str) -> bool:
+    """Whether it is a symlink; Refusal if that cannot be told. os.path.islink takes an error for something else."""
+    status = _look(path)
+    return status is not None and stat.S_ISLNK(status.st_mode)
+
+
+def real_path(path: str) -> str:
+    """Return the path without symlinks; Refusal if it ends in one that cannot be followed.
+
+    os.path.realpath takes an error for a component that is no symlink. One on the way changes the name of the folder,
+    not the folder; the last one would have what belongs beside the file be looked for beside the symlink.
+    """
+    real = os.path.realpath(path)
+    if is_link(real):
+        raise Refusal("storage", path, "ends in a symlink that cannot be followed", "Give the real path.")
+    return real
+
+
+def _look(path: str) -> os.stat_result | None:
+    """Return what the kernel says of what has this name; None if nothing has."""
+    try:
+        return os.lstat(path)
+    except ValueError:  # a name that no file can have
+        return None
+    except OSError as exc:
+        if exc.errno in _ABSENT:
+            return None
+        raise system_refusal(exc, path, "cannot be looked at") from exc
 
 
 def is_private(folder: str) -> bool:

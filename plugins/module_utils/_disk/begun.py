@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 
-from .._base.files import OpenImage, close, read_note
+from .._base.files import OpenImage, close, is_there, read_note, real_path
 from .publish import StagedFile, open_to_list, publish_over
 
 _SUFFIX = ".kvmfleet-merging"
@@ -46,13 +46,13 @@ def has_begun_job(file: OpenImage) -> bool:
 def find_sign(file: OpenImage) -> str | None:
     """Return the path of the sign that the merge of this very image was begun; None if there is none."""
     place = _place_of(file, file.path)
-    return place if os.path.lexists(place) else None
+    return place if is_there(place) else None
 
 
 def remove_sign(file: OpenImage, real_path: str) -> None:
     """Remove the sign of an open image whose place is this path, if there is one."""
     place = _place_of(file, real_path)
-    if not os.path.lexists(place):
+    if not is_there(place):
         return
     folder_fd, _folder = open_to_list(os.path.dirname(place))
     try:
@@ -73,6 +73,6 @@ def _write_sign(file: OpenImage, text: bytes) -> None:
 
 def _place_of(file: OpenImage, path: str) -> str:
     """Return where the sign is. By the inode it is never taken for that of another image that had the name before."""
-    folder, name = os.path.split(os.path.realpath(path))
+    folder, name = os.path.split(real_path(path))
     _device, inode = file.identity  # devices can have other numbers once the host was started anew
     return os.path.join(folder, f".{os.fsdecode(os.fsencode(name)[:_LONGEST])}.{inode}{_SUFFIX}")

@@ -11,7 +11,7 @@ import re
 import typing as t
 
 from .._base.errors import Refusal
-from .._base.files import OpenImage
+from .._base.files import OpenImage, is_there
 from .._qcow2.chain import Layer, relative_data_file, why_unusable
 from .._qcow2.dirty import DirtyBits, DirtyMap, counting_cost, dirty_bytes, is_union, maps_of, united
 from .._qcow2.extents import AllocationMap
@@ -100,7 +100,7 @@ def _look(layer: Layer, top: Layer, held: Held) -> Patient:
 
 def _find_vault(layer: Layer, top: Layer, held: Held) -> Vault | None:
     path = healing_vault(layer, top)
-    return read_vault(held.enter(open_vault(path))) if path is not None and os.path.lexists(path) else None
+    return read_vault(held.enter(open_vault(path))) if path is not None and is_there(path) else None
 
 
 def _lost(image: Image, vault: Vault, file: OpenImage) -> frozenset[str]:

@@ -22,6 +22,7 @@ import secrets
 import typing as t
 
 from .._base.errors import QemuError, Refusal, system_refusal
+from .._base.files import is_there
 from .._qcow2.bitmaps import Bitmap
 from . import heal
 from .carry import Place, Wanted, bring
@@ -148,8 +149,10 @@ class MendBitmaps:
         kept = [healing_vault(work.patients[place].layer, work.patients[0].layer) for place in verdict.written]
         try:
             for path in dict.fromkeys([*filter(None, kept), *verdict.vaults]):
-                if os.path.lexists(path):
+                if is_there(path):
                     remove_vault(path)
+        except Refusal as exc:
+            return verdict.failed(exc.with_note("Its bitmaps are as they should be, but a vault was not removed."))
         except OSError as exc:
             what = "its bitmaps are as they should be, but a vault could not be removed"
             return verdict.failed(system_refusal(exc, verdict.request.path, what))

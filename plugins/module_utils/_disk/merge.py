@@ -11,7 +11,7 @@ import os
 import typing as t
 
 from .._base.errors import QemuError, Refusal
-from .._base.files import OpenImage, identity_of, open_image
+from .._base.files import OpenImage, identity_of, open_image, real_path
 from .._qcow2.backing import change_backing_file, why_not_changeable
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer, read_head, resolve_name, walk_chain
@@ -201,7 +201,7 @@ class MergeLayers:
 
 def _is_link_left(request: CommitRequest, base: OpenImage) -> bool:
     """Whether the path is a symlink to an image that went in and is gone: a run was killed before it removed both."""
-    if stands(os.path.realpath(request.path)):
+    if stands(real_path(request.path)):
         return False
     path = find_vault(vault_place(request, base))
     if path is None:

@@ -13,10 +13,11 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import stat
 import typing as t
 
 from .._base.errors import Refusal
-from .._base.files import OpenImage, close, exceeded_name_max, identity_of
+from .._base.files import OpenImage, close, exceeded_name_max, identity_of, is_link, is_there, real_path
 from .begun import remove_sign
 from .observe import why_not_writable
 from .publish import open_to_list, rename_without_replacing
@@ -30,7 +31,7 @@ def retire(path: str, file: OpenImage, how: How, suffix: str) -> str | None:
 
     The caller keeps everybody else from it, and has found it possible by why_not_retired().
     """
-    real = os.path.realpath(path)
+    real = real_path(path)
     folder_fd, folder = open_to_list(os.path.dirname(real))
     try:
         name = os.path.basename(real)
@@ -51,7 +52,7 @@ def retire(path: str, file: OpenImage, how: How, suffix: str) -> str | None:
 
 def _remove_link(path: str, real: str) -> None:
     """Remove a symlink that led to the file; nothing if `path` was its real path."""
-    if not os.path.islink(path) or os.path.realpath(path) != real:
+    if not is_link(path) or real_path(path) != real:
         return
     folder_fd, _folder = open_to_list(os.path.dirname(path))
     try:
@@ -63,27 +64,25 @@ def _remove_link(path: str, real: str) -> None:
 
 def remove_dangling_link(path: str) -> None:
     """Remove a symlink that leads nowhere, since what it led to was retired; nothing if there is none."""
-    if not os.path.exists(path):
-        _remove_link(path, os.path.realpath(path))
+    real = real_path(path)
+    if not is_there(real):
+        _remove_link(path, real)
 
 
 def stands(path: str) -> bool:
     """Whether something stands there, and be it a symlink that leads nowhere."""
-    try:
-        os.lstat(path)
-    except FileNotFoundError as exc:
-        folder = os.path.dirname(path)
-        if not os.path.isdir(folder):  # of storage that is not mounted nothing can be said to be gone
-            why = f"its folder {folder} does not exist, so nobody can tell whether it is gone"
-            raise Refusal("no_folder", path, why, "Mount its storage, or correct the path.") from exc
-        return False
-    return True
+    folder = os.path.dirname(path)
+    if is_there(path):
+        return True
+    if not os.path.isdir(folder):  # of storage that is not mounted nothing can be said to be gone
+        why = f"its folder {folder} does not exist, so nobody can tell whether it is gone"
+        raise Refusal("no_folder", path, why, "Mount its storage, or correct the path.")
+    return False
 
 
 def kept_path(path: str, suffix: str) -> str:
     """Return the path that the image at `path` would be kept as."""
-    real = os.path.realpath(path)
-    return next(one for one in _candidates(f"{real}.{suffix}") if not os.path.lexists(one))
+    return next(one for one in _candidates(f"{real_path(path)}.{suffix}") if not is_there(one))
 
 
 def is_kept(path: str) -> bool:
@@ -93,7 +92,7 @@ def is_kept(path: str) -> bool:
 
 def all_kept(path: str, suffix: str) -> list[str]:
     """Return the paths that images which stood at `path` are kept as, the newest last."""
-    return list(itertools.takewhile(os.path.exists, _candidates(f"{os.path.realpath(path)}.{suffix}")))
+    return list(itertools.takewhile(is_there, _candidates(f"{real_path(path)}.{suffix}")))
 
 
 def why_not_retired(path: str, file: OpenImage, how: How, suffix: str) -> Refusal | None:
@@ -134,7 +133,7 @@ def _why_untrusted(path: str, file: OpenImage) -> Refusal | None:
     """Return the refusal of a symlink by which somebody could have another one's file retired; None for any other."""
     status = os.lstat(path)
     owner = file.status().st_uid
-    if not os.path.islink(path) or status.st_uid in (0, os.geteuid(), owner):
+    if not stat.S_ISLNK(status.st_mode) or status.st_uid in (0, os.geteuid(), owner):
         return None
     why = f"is a symlink of the user {status.st_uid} to a file of the user {owner}. Such a link can be a trap"
     return Refusal("untrusted_link", path, why, "Give the real path.")

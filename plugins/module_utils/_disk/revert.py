@@ -19,7 +19,7 @@ import os
 import typing as t
 
 from .._base.errors import CHECK_STORAGE, Refusal
-from .._base.files import Identity, OpenImage, identity_of, open_image
+from .._base.files import Identity, OpenImage, identity_of, is_there, open_image
 from .._qcow2.chain import Layer, read_head, resolve_name, walk_chain
 from .._qcow2.formats import QCOW2
 from .._qcow2.header import is_qcow2
@@ -138,7 +138,7 @@ def _identities(request: RevertRequest) -> tuple[list[Identity], list[Identity]]
     chain: list[Identity] = []
     try:
         base = identity_of(os.stat(request.backing_file))
-        top, image_format = (request.path, QCOW2) if os.path.lexists(request.path) else request[1:3]
+        top, image_format = (request.path, QCOW2) if is_there(request.path) else request[1:3]
         with open_image(top) as file:
             chain += [layer.identity for layer, _file in walk_chain(file, image_format, read_top=read_head)]
     except (OSError, ValueError, Refusal):  # the look at it will tell

@@ -17,7 +17,7 @@ import typing as t
 
 from .._base.attributes import AttributeOptions
 from .._base.errors import Refusal
-from .._base.files import OpenImage
+from .._base.files import OpenImage, is_there
 from .._base.signals import GoesOn, Interrupted
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer
@@ -197,7 +197,7 @@ class MergeRunning(MergeLayers):
     def judge(self, request: CommitRequest, held: Held) -> CommitVerdict:
         """Look at the chain, and decide."""
         base = held.image(request.backing_file)
-        if not os.path.lexists(request.path):
+        if not is_there(request.path):
             return CommitVerdict(request, ABSENT)
         chain = observe_chain(held.image(request.path), "qcow2", relative=False).layers
         depth = next((number for number, layer in enumerate(chain) if layer.identity == base.identity), 0)

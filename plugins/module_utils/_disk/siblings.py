@@ -13,14 +13,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import typing as t
 
-from .._base.errors import Refusal
+from .._base.errors import Refusal, system_refusal
 from .._base.files import Identity, OpenImage, identity_of, open_image
 from .._qcow2.backing import recorded_name
 from .._qcow2.chain import is_local, resolve_name
 from .publish import is_temporary
+
+# Of a folder or file: gone meanwhile, never there, or not ours to see.
+_LEFT_OUT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM)
 
 
 class Above(t.NamedTuple):
@@ -35,14 +39,18 @@ class Above(t.NamedTuple):
 def overlays_in(folder: str) -> list[Above]:
     """Return the images in the folder that record a backing file, whatever else is wrong with them.
 
-    Leave out what cannot be read. Leave out the temporary files of runs, too: those of killed ones nobody will ever
-    have as a disk, and the next run removes them; a living run has its turn on the image below until it has published.
+    Refusal if the storage fails: an image that is overlooked would have what it stands on change, or go. Leave out what
+    is none, and what others keep from us. Leave out the temporary files of runs, too: those of killed ones nobody will
+    ever have as a disk, and the next run removes them; a living run has its turn on the image below until it has
+    published.
     """
     try:
         with os.scandir(folder) as entries:
             names = [entry.name for entry in entries if entry.is_file() and not is_temporary(entry.name)]
-    except OSError:
-        return []
+    except OSError as exc:
+        if exc.errno in _LEFT_OUT:
+            return []
+        raise system_refusal(exc, folder, "cannot be searched for images that stand on others") from exc
     found = (_look(os.path.join(folder, name)) for name in sorted(names))
     return [one for one in found if one is not None]
 
@@ -53,17 +61,25 @@ def _look(path: str) -> Above | None:
         with open_image(path) as file:
             name = recorded_name(file)
             return _above(path, file, name) if name is not None and is_local(name) else None
-    except (OSError, Refusal):
+    except Refusal as exc:
+        if exc.code == "storage":
+            raise
         return None
+    except OSError as exc:
+        raise system_refusal(exc, path, "cannot be read, so nobody can tell on which image it stands") from exc
 
 
 def _above(path: str, file: OpenImage, name: str) -> Above:
     """Return the open image, which records this backing file."""
     backing_file = resolve_name(path, name)
     try:
-        identity = identity_of(os.stat(backing_file))
-    except (OSError, ValueError):  # a name that no file can have
-        return Above(path, file.identity, backing_file, None)
+        identity: Identity | None = identity_of(os.stat(backing_file))
+    except OSError as exc:
+        if exc.errno not in _LEFT_OUT:
+            raise
+        identity = None
+    except ValueError:  # a name that no file can have
+        identity = None
     return Above(path, file.identity, backing_file, identity)
 
 

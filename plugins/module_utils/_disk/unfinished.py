@@ -10,6 +10,7 @@ import os
 import typing as t
 
 from .._base.errors import Refusal, system_refusal
+from .._base.files import is_there
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer
 from .._qcow2.mark import Mark
@@ -46,7 +47,7 @@ def unfinished_work(chain: t.Sequence[Layer], top_bitmaps: t.Iterable[Bitmap]) -
             tokens |= {vault.token} if isinstance(vault, Vault) else set()
             found += [_commit(layer, path, vault, chain)] if vault is not None else []
         kept = healing_vault(layer, chain[0])
-        vault = _read(kept) if kept is not None and os.path.lexists(kept) else None
+        vault = _read(kept) if kept is not None and is_there(kept) else None
         is_other = isinstance(vault, Vault) and not _is_of(vault, layer)
         if vault is not None and kept is not None and not is_other:
             found.append(_healing(layer, kept, vault, chain[0]))

@@ -30,7 +30,7 @@ import os
 import typing as t
 
 from .._base.errors import Refusal
-from .._base.files import Identity, OpenImage, close, exceeded_name_max, open_image
+from .._base.files import Identity, OpenImage, close, exceeded_name_max, is_there, open_image
 from .._qcow2.bitmaps import MAX_BITMAP_NAME, Bitmap
 from .._qcow2.dirty import DirtyBits, DirtyMap, is_union, maps_of, united
 from .._qcow2.image import Image, read_image
@@ -119,7 +119,7 @@ def why_no_vault(place: str, path: str) -> Refusal | None:
 
 def find_vault(place: str) -> str | None:
     """Return the path of the vault, of unfinished work or of work that is done; None if there is none."""
-    return next((path for path in (place, place + _GIVEN) if os.path.lexists(path)), None)
+    return next((path for path in (place, place + _GIVEN) if is_there(path)), None)
 
 
 def open_vault(path: str) -> OpenImage:

@@ -140,7 +140,7 @@ def _find_old(daemon: Libvirt, names: t.Sequence[str], request: WayBack, retenti
             facts = [inventory.facts(domain, disk) for disk in disks]
             images = [image for one in facts for image in _own_images(domain.uuid, one)]
             # What is left over stands on images that others are to go into, so it goes first.
-            left = [name for one in facts for name in signed_leftovers(domain, one, request)]
+            left = [name for one in facts for name in _left(domain, one, request)]
             # Unless a snapshot of the same name was made since on another disk: a merge leaves signs on all.
             new = {name for one in facts for name in _without_sign(domain.uuid, one)} if left else set()
             left = [name for name in left if name not in new]
@@ -149,6 +149,14 @@ def _find_old(daemon: Libvirt, names: t.Sequence[str], request: WayBack, retenti
             # libvirt merges one image of a running domain at a time.
             old[domain.uuid] = _Old(tuple(picked), tuple(steps(picked, images, joins=domain.state is None)))
     return old
+
+
+def _left(domain: Domain, facts: DiskFacts, request: WayBack) -> list[str]:
+    """Return the snapshots of a disk that went in while its VM ran, and were not retired."""
+    try:
+        return list(signed_leftovers(domain, facts, request))
+    except Refusal:  # of something in the folder that cannot be read; the merge itself will tell of it
+        return []
 
 
 def _own_images(uuid: str, facts: DiskFacts) -> t.Iterator[OwnImage]:

@@ -14,7 +14,7 @@ import os
 import typing as t
 
 from .._base.errors import Refusal
-from .._base.files import open_image
+from .._base.files import is_there, open_image
 from .._disk.begun import find_sign
 from .._disk.commit import CommitRequest
 from .._disk.retire import is_kept
@@ -102,7 +102,11 @@ def plan_way_back(
         if request.targets is not None and target not in request.targets:
             unfit = "not asked for"
         elif unfit is None:
-            planned = plan_disk(domain, one, request, Mark(domain.uuid, target, request.snapshot))
+            mark = Mark(domain.uuid, target, request.snapshot)
+            try:
+                planned = plan_disk(domain, one, request, mark)
+            except Refusal as exc:  # of a vault, or of what stands beside the image
+                planned = unreadable_disk(domain, exc, mark)
         if planned is not None:
             disks.append(planned)
         else:
@@ -166,10 +170,7 @@ def flat_disk(domain: Domain, facts: DiskFacts, mark: Mark) -> DiskPlan | None:
 
 def half_committed_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark) -> DiskPlan | None:
     """Return the plan for a disk whose snapshot is below already, but not retired; None if it is no such disk."""
-    try:
-        finish = _half_committed(facts, request, domain, mark)
-    except Refusal as exc:  # of a vault that cannot be read
-        return unreadable_disk(domain, exc, mark)
+    finish = _half_committed(facts, request, domain, mark)
     if finish is None:
         return None
     return DiskPlan(mark.target, finish, None, tuple(taken_over(domain, facts, finish.path, mark)))
@@ -303,7 +304,7 @@ def _left_by_commit(base: Layer, mark: Mark) -> str | None:
     top = vault.top_path
     if top is None or not vault.is_given:
         return None
-    is_it = bears(top, mark) if os.path.lexists(top) else top.endswith(f".{mark.snapshot}.qcow2")
+    is_it = bears(top, mark) if is_there(top) else top.endswith(f".{mark.snapshot}.qcow2")
     return top if is_it else None
 
 

@@ -22,7 +22,7 @@ import stat
 import typing as t
 
 from .._base.errors import Refusal
-from .._base.files import Identity, OpenImage, open_image
+from .._base.files import Identity, OpenImage, open_image, real_path
 from .formats import HEAD, PLAIN, QCOW2, RAW, WITHOUT_BACKING, format_by_magic, why_not
 from .header import SECTOR, damaged, read_as_qemu
 from .image import Image, read_image
@@ -205,7 +205,7 @@ def _read_layer(file: OpenImage, path: str, image_format: str | None, read: Read
         _check_data_file(path, image.data_file)
     return Layer(
         path=path,
-        real_path=os.path.realpath(path),
+        real_path=real_path(path),
         identity=file.identity,
         format=image_format,
         format_found=found,

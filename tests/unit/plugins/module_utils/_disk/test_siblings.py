@@ -9,6 +9,7 @@ import os
 import time
 
 import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import identity_of
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.siblings import Above, overlays_in, standing_on
 
@@ -46,6 +47,14 @@ def test_only_images_that_stand_on_others_are_found(tmp_path, base):
     assert found["c"][2:] == (f"{tmp_path}/gone", None)
     assert found["e"].identity == found["a"].identity
     assert overlays_in(str(tmp_path / "no-such-folder")) == []
+
+
+def test_what_the_storage_does_not_give_is_not_left_out(tmp_path, base):
+    over(tmp_path / "a", base)
+    (tmp_path / "b").symlink_to("/proc/self/mem")  # a file whose first bytes no process can read: EIO
+    with pytest.raises(Refusal, match="cannot be read, so nobody can tell on which image it stands") as told:
+        overlays_in(str(tmp_path))
+    assert (told.value.code, told.value.subject) == ("storage", str(tmp_path / "b"))
 
 
 @pytest.mark.parametrize("damage", [(24, b"\xff" * 8), (36, b"\xff" * 4), (40, b"\xff" * 8), (72, b"\xff" * 8)])
