@@ -80,8 +80,8 @@ RULES = (
     Rule(
         "broken bitmaps of TOP are made again",
         "stages",
-        "return Stage(CARRIED if _is_sound(seen) else REBUILT)",
-        "return Stage(CARRIED)",
+        "if not _is_sound(seen):\n        return Stage(REBUILT)",
+        "if False:\n        return Stage(REBUILT)",
         (COMMIT, KILLS),
     ),
     Rule(
@@ -153,6 +153,20 @@ RULES = (
         "wrong = wrong_bitmaps(place, expected)\n            if not wrong:",
         "wrong = list[str]()\n            if not wrong:",
         ("test_carry",),
+    ),
+    Rule(
+        "an image whose directory QEMU has left broken is opened without it",
+        "carry",
+        "            disown_bitmaps(file)\n",
+        "",
+        (KILLS,),
+    ),
+    Rule(
+        "QEMU has ended before its broken directory is set aside",
+        "carry",
+        "                held.stop_qemu()\n",
+        "",
+        (KILLS,),
     ),
     Rule(
         "no backup uses what was read back with other bits",

@@ -13,17 +13,18 @@ import contextlib
 import os
 import typing as t
 
-from .._base.errors import CHECK_STORAGE, Refusal
+from .._base.errors import CHECK_STORAGE, QemuError, Refusal
 from .._base.files import OpenImage
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.dirty import DirtyBits, is_union, maps_of, united
 from .._qcow2.image import Image, read_image
-from .._qcow2.in_use import set_in_use
+from .._qcow2.in_use import disown_bitmaps, set_in_use
 from .._qcow2.scratch import write_scratch
 from .._qemu.monitor import Monitor
 from .._qemu.nodes import SCRATCH
 from .._qemu.rewrite import Addition, Rewriting, rewrite_bitmaps
 from .cumulative import memory_image, most_bytes
+from .session import Held
 
 _SOURCE = "r{}"  # names of nodes
 _TRIES = 2  # QEMU drops lost bitmaps (autoclear bit 0) when it opens the image; the next session begins without them
@@ -47,9 +48,7 @@ class Place(t.NamedTuple):
     virtual_size: int  # bytes; of all images that take part
 
 
-def bring(
-    place: Place, wanted: t.Sequence[Wanted], monitor: t.Callable[[], Monitor], images: t.Mapping[OpenImage, Image]
-) -> bool:
+def bring(place: Place, wanted: t.Sequence[Wanted], held: Held, images: t.Mapping[OpenImage, Image]) -> bool:
     """Give the open image just these bitmaps; return whether anything was changed. Refusal if it has others then.
 
     `images` has what the sources are. A vault must have been kept.
@@ -60,15 +59,36 @@ def bring(
     # The bits that are wanted come from the image itself, too, which QEMU is about to write anew.
     with _expected(wanted, place.virtual_size) as (scratch, expected):
         for _number in range(_TRIES):
-            _rewrite(place, expected, scratch, monitor(), images)
+            try:
+                _rewrite(place, expected, scratch, held.monitor(), images)
+            except QemuError as exc:
+                held.stop_qemu()
+                if _set_aside_if_broken(place.file):
+                    raise exc.with_note(f"{place.file.path} is without bitmaps until then.") from exc
+                raise
             os.fsync(place.file.fd)
             wrong = wrong_bitmaps(place, expected)
             if not wrong:
                 return True
             _disown_wrong(place, expected)
-    words = monitor().stderr()
+    words = held.monitor().stderr()
     why = f"its bitmaps are not as they should be: {'; '.join(wrong)}" + (f". QEMU says: {words}" if words else "")
     raise Refusal("not_verified", place.file.path, why, CHECK_STORAGE)
+
+
+def _set_aside_if_broken(file: OpenImage) -> bool:
+    """Have everybody open the image without its bitmaps if QEMU has left a directory that breaks the format.
+
+    After a flush that failed, QEMU stores the directory once more as it ends, with tables at offset 0; no QEMU opens
+    such an image. The vault has the bitmaps. Return whether it was so.
+    """
+    with contextlib.suppress(Refusal, OSError):  # why QEMU has failed is what is to be told
+        try:
+            read_image(file)
+        except Refusal:
+            disown_bitmaps(file)
+            return True
+    return False
 
 
 def wrong_bitmaps(place: Place, wanted: t.Sequence[Wanted]) -> list[str]:

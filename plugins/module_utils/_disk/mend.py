@@ -130,7 +130,7 @@ class MendBitmaps:
             wanted = [Wanted(w.bitmap, _maps(work.bits[place], name)) for name, w in wants.items()]
             to_be = Place(patient.file, held.image(data_file) if data_file else None, patient.layer.virtual_size)
             try:
-                bring(to_be, wanted, held.monitor, {})
+                bring(to_be, wanted, held, {})
             except QemuError as exc:
                 raise exc.about(patient.layer.path).with_note(_GOES_ON) from exc
             except Refusal as exc:

@@ -160,14 +160,14 @@ class MergeLayers:
         images = {held.image(layer.path): layer.image for layer in work.seen.part if layer.image}
         place = Place(top, None, work.seen.chain[0].virtual_size)
         with _held_back(verdict.request, work, held, lambda: bool(wrong_bitmaps(place, [*wanted, mark]))):
-            bring(place, [*wanted, mark], held.monitor, images)
+            bring(place, [*wanted, mark], held, images)
         return verdict
 
     def strip(self, verdict: CommitVerdict, work: Work, held: Held) -> CommitVerdict:
         """Take BASE's bitmaps away, which TOP has now: a kill could leave some that are wrong and look right."""
         if work.stage.name == stages.GIVEN or not work.seen.holds_bitmaps:
             return verdict
-        bring(_base_place(work.seen, held), (), held.monitor, {})
+        bring(_base_place(work.seen, held), (), held, {})
         return verdict
 
     def move(self, verdict: CommitVerdict, work: Work, held: Held) -> CommitVerdict:
@@ -187,7 +187,7 @@ class MergeLayers:
         if work.seen.holds_bitmaps:
             top = held.image(verdict.request.path)
             image = read_image(top)
-            bring(_base_place(work.seen, held), own_bitmaps(top), held.monitor, {top: image})
+            bring(_base_place(work.seen, held), own_bitmaps(top), held, {top: image})
         mark_given(work.vault_place)
         return verdict
 

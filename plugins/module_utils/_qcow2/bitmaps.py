@@ -6,11 +6,13 @@
 
 from __future__ import annotations
 
+import shlex
 import struct
 import typing as t
 
+from .._base.errors import Refusal
 from .._base.files import OpenImage
-from .header import AUTOCLEAR_BITMAPS, SECTOR, Header, damaged, text_of
+from .header import AUTOCLEAR, AUTOCLEAR_AT, AUTOCLEAR_BITMAPS, SECTOR, Header, damaged, text_of
 
 EXT_BITMAPS = 0x23852875  # type of the header extension
 MAX_BITMAPS = 65535  # QEMU's QCOW2_MAX_BITMAPS
@@ -71,11 +73,15 @@ def parse_bitmaps_extension(data: bytes, header: Header, path: str) -> BitmapsEx
     if not header.autoclear & AUTOCLEAR_BITMAPS:
         return BitmapsExtension(False, count, size, offset)
     if reserved or not 1 <= count <= MAX_BITMAPS:
-        raise damaged(path, f"its bitmaps extension announces {count} bitmaps; allowed is 1 to {MAX_BITMAPS}")
+        raise _damaged(header, path, f"its bitmaps extension announces {count} bitmaps; allowed is 1 to {MAX_BITMAPS}")
     if size > MAX_BITMAP_DIRECTORY:
-        raise damaged(path, f"its bitmap directory of {count} entries has an impossible length of {size} bytes")
+        raise _damaged(
+            header, path, f"its bitmap directory of {count} entries has an impossible length of {size} bytes"
+        )
     if offset % header.cluster_size:
-        raise damaged(path, f"its bitmap directory lies at offset {offset}, which is not the beginning of a cluster")
+        raise _damaged(
+            header, path, f"its bitmap directory lies at offset {offset}, which is not the beginning of a cluster"
+        )
     return BitmapsExtension(True, count, size, offset)
 
 
@@ -88,15 +94,17 @@ def read_bitmaps(file: OpenImage, extension: BitmapsExtension | None, header: He
     if not extension.is_trusted:
         return StoredBitmaps(lost=count)
     if not count * BITMAP_ENTRY.size < size:
-        raise damaged(path, f"its bitmap directory of {count} entries has an impossible length of {size} bytes")
+        raise _damaged(
+            header, path, f"its bitmap directory of {count} entries has an impossible length of {size} bytes"
+        )
     if offset < header.cluster_size or offset + size > file.length():
-        raise damaged(path, f"its bitmap directory lies at offset {offset}, outside the image")
+        raise _damaged(header, path, f"its bitmap directory lies at offset {offset}, outside the image")
     directory = file.read(size, offset)
     if len(directory) != size:
-        raise damaged(path, "the file ends within the bitmap directory")
+        raise _damaged(header, path, "the file ends within the bitmap directory")
     bitmaps, tables = _parse_directory(directory, count, header, path)
     extents = [(offset, size), *((table.offset, table.entries * TABLE_ENTRY_SIZE) for table in tables)]
-    _check_apart(extents, file.length(), path)
+    _check_apart(extents, file.length(), header, path)
     return StoredBitmaps(tuple(bitmaps), tuple(tables))
 
 
@@ -108,7 +116,7 @@ def _parse_directory(directory: bytes, count: int, header: Header, path: str) ->
     position = 0
     while position < len(directory):
         if position + BITMAP_ENTRY.size > len(directory):
-            raise damaged(path, "its bitmap directory ends within an entry")
+            raise _damaged(header, path, "its bitmap directory ends within an entry")
         fields = BITMAP_ENTRY.unpack_from(directory, position)
         table_offset, table_size, flags, _kind, granularity_bits, name_size, _extra = fields
         _check_entry(fields, header, path)
@@ -116,14 +124,16 @@ def _parse_directory(directory: bytes, count: int, header: Header, path: str) ->
         name = text_of(directory[start : start + name_size])
         position = (start + name_size + 7) // 8 * 8
         if position > len(directory):
-            raise damaged(path, "its bitmap directory ends within an entry")
+            raise _damaged(header, path, "its bitmap directory ends within an entry")
         if name is None or name in names:
-            raise damaged(path, f"entry {len(bitmaps)} of its bitmap directory has no name, or that of another one")
+            raise _damaged(
+                header, path, f"entry {len(bitmaps)} of its bitmap directory has no name, or that of another one"
+            )
         names.add(name)
         bitmaps.append(Bitmap(name, 1 << granularity_bits, bool(flags & FLAG_AUTO), bool(flags & FLAG_IN_USE)))
         tables.append(BitmapTable(table_offset, table_size))
     if len(bitmaps) != count:
-        raise damaged(path, f"its bitmap directory has {len(bitmaps)} entries, its header says {count}")
+        raise _damaged(header, path, f"its bitmap directory has {len(bitmaps)} entries, its header says {count}")
     return bitmaps, tables
 
 
@@ -143,7 +153,8 @@ def _check_entry(fields: tuple[int, ...], header: Header, path: str) -> None:
         or not 0 < data <= MAX_BITMAP_DATA
         or (not flags & FLAG_IN_USE and covered < header.virtual_size // SECTOR * SECTOR)
     ):
-        raise damaged(
+        raise _damaged(
+            header,
             path,
             "an entry of its bitmap directory breaks the format "
             f"(table {table_offset}+{table_size}, flags {flags:#x}, type {kind}, granularity bits {granularity_bits}, "
@@ -151,10 +162,23 @@ def _check_entry(fields: tuple[int, ...], header: Header, path: str) -> None:
         )
 
 
-def _check_apart(extents: list[tuple[int, int]], end: int, path: str) -> None:
+def _check_apart(extents: list[tuple[int, int]], end: int, header: Header, path: str) -> None:
     """Refuse a bitmap directory and bitmap tables, (offset, length) each, that overlap or leave the file."""
     previous_end = 0
     for offset, length in sorted(extents):
         if offset < previous_end or offset + length > end:
-            raise damaged(path, f"the bitmap structure at offset {offset} overlaps another one or leaves the file")
+            raise _damaged(
+                header, path, f"the bitmap structure at offset {offset} overlaps another one or leaves the file"
+            )
         previous_end = offset + length
+
+
+def _damaged(header: Header, path: str, what: str) -> Refusal:
+    """Return the refusal of an image whose bitmap directory breaks the format, which no tool repairs."""
+    octal = f"{header.autoclear & ~AUTOCLEAR_BITMAPS & 0xFF:03o}"
+    last = AUTOCLEAR_AT + AUTOCLEAR.size - 1
+    remedy = (
+        "Restore it from a backup; or do without its bitmaps: with no VM on it, "
+        f"printf '\\{octal}' | dd of={shlex.quote(path)} bs=1 seek={last} conv=notrunc; then 'qemu-img check -r all'."
+    )
+    return damaged(path, what, remedy)

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 # PRIVATE to this collection: may change at any time.
-"""Write: the flag in-use of bitmaps, in place, by which no backup uses them.
+"""Write: the flag in-use of bitmaps, in place, by which no backup uses them; and that no bitmap of an image counts.
 
 QEMU sets it too, but takes all bitmaps away for a moment, names included. Here four bytes of the directory change: a
 kill, or a power loss, leaves each bitmap with the flag or without it.
@@ -18,7 +18,7 @@ from .._base.errors import CHECK_STORAGE, Refusal
 from .._base.files import OpenImage, close
 from .bitmaps import BITMAP_ENTRY, FLAG_IN_USE
 from .extensions import read_extensions
-from .header import read_as_qemu, read_header, text_of
+from .header import AUTOCLEAR, AUTOCLEAR_AT, AUTOCLEAR_BITMAPS, read_as_qemu, read_header, text_of
 from .image import read_image
 
 _FLAGS = struct.Struct(">I")
@@ -44,6 +44,22 @@ def set_in_use(file: OpenImage, names: t.Collection[str], *, in_use: bool) -> No
     if any(there.get(name) != in_use for name in names):
         why = f"was to have the flag in-use {'set' if in_use else 'cleared'}, but has not when it is read back"
         raise Refusal("not_verified", file.path, why, CHECK_STORAGE)
+
+
+def disown_bitmaps(file: OpenImage) -> None:
+    """Have no program count on the bitmaps of the image, on stable storage; Refusal if it is not so afterwards.
+
+    Clear autoclear bit 0 (qcow2 spec, Header), as a program does that writes to the image and knows no bitmaps. The
+    caller keeps everybody else from the image, which is open for reading; this opens it for writing once more.
+    """
+    fd = os.open(f"/proc/self/fd/{file.fd}", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.pwrite(fd, AUTOCLEAR.pack(read_header(file).autoclear & ~AUTOCLEAR_BITMAPS), AUTOCLEAR_AT)
+        os.fsync(fd)
+    finally:
+        close(fd)
+    if read_image(file).bitmaps:
+        raise Refusal("not_verified", file.path, "was to lose its bitmaps, but has them still", CHECK_STORAGE)
 
 
 def _flags_of(file: OpenImage) -> dict[str, tuple[int, int]]:

@@ -196,6 +196,13 @@ def read(path: t.Any) -> Image:
         return read_image(file)
 
 
+def why_not_opened(path: t.Any) -> str:
+    """Return why QEMU does not open the image, and all below; nothing if it does."""
+    command = ["qemu-img", "info", "-U", "--backing-chain", "-f", "qcow2", str(path)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    return done.stderr if done.returncode else ""
+
+
 def patch(path: t.Any, offset: int, data: bytes) -> None:
     """Overwrite bytes of an image."""
     with open(path, "r+b") as file:

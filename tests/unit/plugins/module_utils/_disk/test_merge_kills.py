@@ -22,10 +22,12 @@ import traceback
 import typing as t
 
 import pytest
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import retire
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import QemuError
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import carry, retire
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import CommitRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.merge import MergeLayers
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.in_use import disown_bitmaps
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu.monitor import Monitor
 
 from .. import chains, disks, qemu
@@ -272,6 +274,15 @@ def test_what_top_alone_protects_no_backup_uses_while_top_is_open_for_writing(tm
     assert {"a", "newest"} == set(chains.usable(above))
 
 
+def test_bitmaps_that_break_while_base_still_has_its_own_are_made_again(tmp_path):
+    disk = played(tmp_path, disks.plain, "strip", disks.vm_dies)
+    before = set(chains.usable(disk.base))
+    assert before
+    assert any(inconsistent for *_rest, inconsistent in qemu.bitmaps_of(disk.path))
+    completed(disk)
+    assert before <= set(chains.usable(disk.base))
+
+
 def test_what_top_alone_protects_stays_in_use_until_qemu_has_ended(tmp_path, monkeypatch):
     """A run that is told to end stops QEMU, which can be about to open TOP: until then its bitmaps look sound."""
     disk = Disk(tmp_path)
@@ -316,6 +327,45 @@ def test_a_failure_in_the_carry_leaves_the_image_above_as_it_was(tmp_path, monke
     monkeypatch.undo()
     assert not completed(disk).warnings
     assert chains.usable(disk.above) == before
+
+
+@pytest.mark.parametrize("session", [1, 2, 3], ids=["carry", "strip", "give"])
+def test_an_image_whose_directory_qemu_leaves_broken_is_openable_and_the_same_call_goes_on(
+    tmp_path, monkeypatch, session
+):
+    """After a flush that failed, QEMU ends with entries whose table is at offset 0, which no QEMU opens."""
+    disk = Disk(tmp_path)
+    disk.base = disk.add("base", SIZE, recording("a", "b"))
+    disk.path = disk.add("top", SIZE, recording("a"))
+    real, monitors = carry.rewrite_bitmaps, []
+
+    def failing(monitor, wanted):
+        monitors.append(monitor)
+        if len(monitors) < session:
+            return real(monitor, wanted)
+        if not wanted.add:  # or else the directory goes with the last bitmap
+            real(monitor, wanted._replace(remove=wanted.remove[1:]))
+        else:
+            real(monitor, wanted)
+        place, _length = qemu.directory_of(wanted.file.path)
+        qemu.patch(wanted.file.path, place, bytes(8))
+        assert "constraints" in qemu.why_not_opened(wanted.file.path)
+        raise QemuError(wanted.file.path, "QEMU says: Input/output error", "Run this again.")
+
+    def disown_when_qemu_has_ended(file):
+        assert monitors[-1]._process.poll() is not None
+        disown_bitmaps(file)
+
+    monkeypatch.setattr(carry, "rewrite_bitmaps", failing)
+    monkeypatch.setattr(carry, "disown_bitmaps", disown_when_qemu_has_ended)
+    ended = merge(disk)
+    assert ended is not None
+    path = disk.path if session == 1 else disk.base
+    assert f"Run this again. {path} is without bitmaps until then. " in ended.failures[0]
+    assert not wrong_with(disk)
+    assert not qemu.why_not_opened(disk.path)
+    monkeypatch.undo()
+    completed(disk)
 
 
 @pytest.mark.parametrize("fault", ["BASE of version 2", "TOP of version 2"])
