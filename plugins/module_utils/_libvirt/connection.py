@@ -6,9 +6,9 @@
 
 The calls that are made in this room: open; listAllDomains, lookupByUUIDString, defineXML, listAllStoragePools,
 getLibVersion of the connection; name, UUIDString, isActive, state, isPersistent, hasManagedSaveImage, XMLDesc,
-listAllCheckpoints, checkpointCreateXML, listAllSnapshots, snapshotCreateXML, ID, getTime, fsThaw, blockCommit,
-blockJobInfo, blockJobAbort of a domain; getName, getXMLDesc, delete of a checkpoint; getName of a snapshot; name,
-XMLDesc, isActive, storageVolLookupByName, refresh of a storage pool; path, info of a volume.
+listAllCheckpoints, checkpointLookupByName, checkpointCreateXML, listAllSnapshots, snapshotCreateXML, ID, getTime,
+fsThaw, blockCommit, blockJobInfo, blockJobAbort of a domain; getName, getXMLDesc, delete of a checkpoint; getName of
+a snapshot; name, XMLDesc, isActive, storageVolLookupByName, refresh of a storage pool; path, info of a volume.
 Never a monitor command: it taints the domain.
 """
 
@@ -87,6 +87,7 @@ class Libvirt:
         libvirt.registerErrorHandler(lambda _context, _error: None, None)  # or every error is on standard error too
         self._uri = uri
         self._is_lost = False  # it was waited for in vain
+        self._spare: t.Any = None  # another connection, for in_time()
         try:
             self.connection = libvirt.open(uri)
         except LibvirtError as exc:
@@ -133,7 +134,7 @@ class Libvirt:
         while True:
             with contextlib.suppress(LibvirtError):
                 self.connection = libvirt.open(self._uri)
-                self.pools, self._is_lost = Pools(self.connection), False
+                self.pools, self._is_lost, self._spare = Pools(self.connection), False, None
                 return True
             if time.monotonic() > deadline:
                 self._is_lost = True
@@ -141,6 +142,33 @@ class Libvirt:
                 raise Refusal("libvirt_unreachable", self._uri, why, "Start it, then run this again.")
             with interruptible() if can_end else contextlib.nullcontext():
                 time.sleep(_PAUSE)
+
+    def in_time(self, uuid: str, ask: t.Callable[[t.Any], _Answer]) -> _Answer:
+        """Return what `ask` returns of the handle of a domain; TimeoutError if that takes longer than PATIENCE.
+
+        It asks QEMU, or a guest, for which libvirt itself waits for ever. So a thread waits, which ends with the
+        module, by a connection of its own: of two threads that share one, libvirt 9.0 can fail to wake the other.
+        """
+        connection = self._spare or libvirt.open(self._uri)
+        self._spare = None  # it is in use, perhaps for ever
+        answers: list[_Answer] = []
+        errors: list[t.Any] = []
+
+        def wait() -> None:
+            try:
+                answers.append(ask(connection.lookupByUUIDString(uuid)))
+            except LibvirtError as exc:
+                errors.append(exc)
+
+        thread = threading.Thread(target=wait, daemon=True)
+        thread.start()
+        thread.join(PATIENCE)
+        if errors:
+            raise errors[0]
+        if not answers:
+            raise TimeoutError
+        self._spare = connection
+        return answers[0]
 
     def domains(self) -> dict[str, Domain | Unreadable]:
         """Return all domains of the host by name."""
@@ -189,10 +217,42 @@ class Libvirt:
         try:
             handle = self.connection.lookupByUUIDString(domain.uuid)
             checkpoints = _checkpoints(handle)
-            known_now = _known_live(checkpoints) if domain.state else [_known_stored(one) for one in checkpoints]
+            known_now = (
+                self._known_live(domain, checkpoints) if domain.state else [_known_stored(one) for one in checkpoints]
+            )
             return Kept(tuple(known_now), _snapshots(handle))
         except LibvirtError as exc:
             raise unreadable(domain.name, exc) from exc
+
+    def _known_live(self, domain: Domain, checkpoints: t.Sequence[t.Any]) -> list[KnownCheckpoint]:
+        """Return what libvirt keeps of the checkpoints of a domain that runs, and what its QEMU says of their bitmaps.
+
+        That libvirt asks QEMU for them does not taint the domain, as a monitor command of ours would. Do not ask a QEMU
+        again that does not answer.
+        """
+        found: list[KnownCheckpoint] = []
+        flags = libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN | libvirt.VIR_DOMAIN_CHECKPOINT_XML_SIZE
+        problem = None
+        for one in checkpoints:
+            if problem != _NO_ANSWER:
+                try:
+                    name = t.cast("str", one.getName())
+                    parts = checkpoint_from(
+                        self.in_time(domain.uuid, functools.partial(_described, name=name, flags=flags))
+                    )
+                    found.append(_known(name, parts, LiveBitmaps(parts.sizes)))
+                    continue
+                except TimeoutError:
+                    problem = _NO_ANSWER
+                except LibvirtError as exc:  # such as one that is shut off just now
+                    is_old = exc.get_error_code() == libvirt.VIR_ERR_INVALID_ARG  # it does not know the flag
+                    problem = words_of(exc) + (" (libvirt 7.0 can)" if is_old else "")
+            found.append(_known_stored(one, LiveBitmaps(problem=problem)))
+        return found
+
+
+def _described(handle: t.Any, name: str, flags: int) -> str:
+    return t.cast("str", handle.checkpointLookupByName(name).getXMLDesc(flags))
 
 
 def _checkpoints(handle: t.Any) -> list[t.Any]:
@@ -211,55 +271,6 @@ def _known_stored(checkpoint: t.Any, live: LiveBitmaps | None = None) -> KnownCh
     """Return what libvirt keeps of a checkpoint."""
     parts = checkpoint_from(checkpoint.getXMLDesc(libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN))
     return _known(checkpoint.getName(), parts, live)
-
-
-def _known_live(checkpoints: t.Sequence[t.Any]) -> list[KnownCheckpoint]:
-    """Return what libvirt keeps of the checkpoints of a domain that runs, and what its QEMU says of their bitmaps.
-
-    That libvirt asks QEMU for them does not taint the domain, as a monitor command of ours would. Do not ask a QEMU
-    again that does not answer.
-    """
-    found: list[KnownCheckpoint] = []
-    flags = libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN | libvirt.VIR_DOMAIN_CHECKPOINT_XML_SIZE
-    problem = None
-    for one in checkpoints:
-        if problem != _NO_ANSWER:
-            try:
-                parts = checkpoint_from(in_time(functools.partial(one.getXMLDesc, flags)))
-                found.append(_known(one.getName(), parts, LiveBitmaps(parts.sizes)))
-                continue
-            except TimeoutError:
-                problem = _NO_ANSWER
-            except LibvirtError as exc:  # such as one that is shut off just now
-                is_old = exc.get_error_code() == libvirt.VIR_ERR_INVALID_ARG  # it does not know the flag
-                problem = words_of(exc) + (" (libvirt 7.0 can)" if is_old else "")
-        found.append(_known_stored(one, LiveBitmaps(problem=problem)))
-    return found
-
-
-def in_time(call: t.Callable[[], _Answer]) -> _Answer:
-    """Return what a call that asks QEMU, or a guest, returns; TimeoutError if it takes longer than PATIENCE.
-
-    libvirt itself waits for ever. The thread that goes on waiting ends with the module, and other calls do not wait
-    for it.
-    """
-    answers: list[_Answer] = []
-    errors: list[t.Any] = []
-
-    def ask() -> None:
-        try:
-            answers.append(call())
-        except LibvirtError as exc:
-            errors.append(exc)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(PATIENCE)
-    if errors:
-        raise errors[0]
-    if not answers:
-        raise TimeoutError
-    return answers[0]
 
 
 def _read(handle: t.Any, name: str) -> Domain | Unreadable:

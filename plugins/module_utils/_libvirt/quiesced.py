@@ -21,7 +21,7 @@ import typing as t
 from .._base.errors import Refusal
 from .._base.files import close, is_private
 from .bindings import LibvirtError, libvirt, words_of
-from .connection import PATIENCE, Domain, Libvirt, in_time
+from .connection import PATIENCE, Domain, Libvirt
 
 FOLDER = "/run/kvmfleet-qcow2.quiesced"
 _RECONNECT = 10.0  # seconds in which a daemon that was just started is connected to the agent of a guest
@@ -48,16 +48,16 @@ class Note:
             with contextlib.suppress(OSError):
                 os.unlink(self._path)
 
-    def thaw(self, handle: t.Any) -> int:
+    def thaw(self, daemon: Libvirt, uuid: str) -> int:
         """Have the guest thaw its file systems, then remove the note; return how many were frozen, by its agent.
 
         The note stays if that raises LibvirtError, or TimeoutError since the agent does not answer.
         """
-        count = _thaw(handle)
+        count = _thaw(daemon, uuid)
         self.drop()
         return count
 
-    def is_settled(self, handle: t.Any, error: t.Any) -> bool:
+    def is_settled(self, daemon: Libvirt, uuid: str, error: t.Any) -> bool:
         """Return after a snapshot whether the guest is thawed; after an `error` have it thawed.
 
         libvirt has thawed it itself, unless that is what failed.
@@ -66,7 +66,7 @@ class Note:
             self.drop()
             return True
         try:
-            self.thaw(handle)
+            self.thaw(daemon, uuid)
         except (LibvirtError, TimeoutError):
             return False
         return True
@@ -90,7 +90,7 @@ def noted(domain: Domain, number: int) -> t.Iterator[Note]:
         yield Note(path, number)
 
 
-def _thaw(handle: t.Any) -> int:
+def _thaw(daemon: Libvirt, uuid: str) -> int:
     """Have the guest thaw its file systems; return of how many its agent says that they were frozen.
 
     Wait for the agent: a daemon that was just started has to connect to it first.
@@ -98,17 +98,17 @@ def _thaw(handle: t.Any) -> int:
     deadline = time.monotonic() + _RECONNECT
     while True:
         try:
-            return in_time(lambda: t.cast("int", handle.fsThaw()))
+            return daemon.in_time(uuid, lambda handle: t.cast("int", handle.fsThaw()))
         except LibvirtError as exc:
             if exc.get_error_code() != libvirt.VIR_ERR_AGENT_UNRESPONSIVE or time.monotonic() > deadline:
                 raise
         time.sleep(_PAUSE)
 
 
-def check_answers(handle: t.Any, domain: Domain) -> None:
+def check_answers(daemon: Libvirt, domain: Domain) -> None:
     """Refuse a guest whose agent does not answer: libvirt would wait for it for ever, and for nothing else."""
     try:
-        in_time(handle.getTime)
+        daemon.in_time(domain.uuid, lambda handle: handle.getTime())
     except TimeoutError as exc:
         raise Refusal("not_quiesced", domain.name, f"cannot be quiesced: {NO_ANSWER}", _SEE_TO_AGENT) from exc
     except LibvirtError as exc:
@@ -166,7 +166,7 @@ def _told_of_one_left(daemon: Libvirt, uuid: str, *, check_mode: bool) -> str | 
         if check_mode:
             return f"{name}: {MAY_BE_FROZEN}. A run without check mode thaws them."
         try:
-            count = note.thaw(handle)
+            count = note.thaw(daemon, uuid)
         except LibvirtError as exc:
             return f"{name}: {MAY_BE_FROZEN}, and cannot be thawed. libvirt says: {words_of(exc)}."
         except TimeoutError:

@@ -38,11 +38,11 @@ def take_snapshot(daemon: Libvirt, domain: Domain, sources: t.Mapping[str, Sourc
     except LibvirtError as exc:
         raise unreadable(domain.name, exc) from exc
     if quiesce:
-        quiesced.check_answers(handle, domain)
+        quiesced.check_answers(daemon, domain)
     with quiesced.noted(domain, number) if quiesce else contextlib.nullcontext() as note:
         error = _attempt(handle, wanted, quiesce=quiesce)
         new_handle = _handle_after(daemon, domain, error) if error is not None else None
-        may_be_frozen = note is not None and not note.is_settled(new_handle or handle, error)
+        may_be_frozen = note is not None and not note.is_settled(daemon, domain.uuid, error)
     try:
         check_switched(daemon, new_handle or handle, domain, sources, error, was_away=new_handle is not None)
     except Refusal as exc:

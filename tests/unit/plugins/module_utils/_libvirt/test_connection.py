@@ -200,3 +200,21 @@ def test_a_qemu_that_does_not_answer_is_asked_once(with_sizes, monkeypatch):
     assert "has not answered" in one.live.problem
     assert two.live == one.live
     assert asked == [1]
+
+
+def test_what_may_wait_for_ever_has_a_connection_of_its_own(with_sizes, monkeypatch):
+    """Of two threads that share one, libvirt 9.0 can fail to wake the other, and both wait for ever."""
+    monkeypatch.setattr(connection, "PATIENCE", 0.1)
+    opened, stuck, ended = [], [], threading.Event()
+    real = libvirt.open
+    monkeypatch.setattr(libvirt, "open", lambda uri: opened.append(real(uri)) or opened[-1])
+    monkeypatch.setattr(
+        libvirt.virConnect,
+        "lookupByUUIDString",
+        lambda self, uuid, look=libvirt.virConnect.lookupByUUIDString: (stuck.append(self), look(self, uuid))[1],
+    )
+    one, _two = with_sizes(lambda: ended.wait(30))
+    ended.set()
+    assert one.live.problem
+    main, spare = opened
+    assert stuck == [main, spare]
