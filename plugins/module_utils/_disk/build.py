@@ -19,7 +19,7 @@ import typing as t
 
 from .._base.attributes import AttributeOptions, apply_attributes, attributes_for
 from .._base.errors import CHECK_STORAGE, Refusal
-from .._base.files import OpenImage, is_link, is_there, open_image, real_path
+from .._base.files import OpenImage, open_image
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.image import read_image
 from .._qcow2.mark import write_mark
@@ -160,8 +160,8 @@ def _witness(verdict: OverlayVerdict, spec: BuildSpec, held: Held) -> Witness | 
 
 def _place_of(path: str) -> str:
     """Return the resolved path at which an overlay would be made; a dangling symlink is no way to one."""
-    real = real_path(path)
-    return real if is_there(real) or not is_link(path) else path
+    is_dangling = os.path.islink(path) and not os.path.exists(path)
+    return path if is_dangling else os.path.realpath(path)
 
 
 def _stale_bitmaps(verdict: OverlayVerdict, maps: Maps) -> list[Bitmap]:
