@@ -71,6 +71,8 @@ _value:
 
 import typing as t
 
+from ansible.utils.unsafe_proxy import wrap_var
+
 from ..plugin_utils._health.carried import as_text, from_text
 from ..plugin_utils._health.healed import fleet_healed, summary
 
@@ -88,7 +90,8 @@ def make_fleet_healed(
     report = fleet_healed(reports, check_mode=check_mode, allows_nothing=allows_nothing)
     report["summary"] = summary(report)
     return {
-        "summary": report["summary"],
+        # Or ansible-core before 2.19 would run what looks like a template in it, as in the name of a domain.
+        "summary": wrap_var(report["summary"]),
         "problems": len(report["problems"]),
         "failed_hosts": report["failed_hosts"],
         "report": as_text({**run, **report}),

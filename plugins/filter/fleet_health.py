@@ -79,6 +79,7 @@ _value:
 import typing as t
 
 from ansible.errors import AnsibleFilterError
+from ansible.utils.unsafe_proxy import wrap_var
 
 from ..plugin_utils._health.carried import as_text, from_text
 from ..plugin_utils._health.report import FAIL_ON, fleet_health
@@ -101,7 +102,8 @@ def make_fleet_health(
     report["summary"] = summary(report)
     return {
         "ready": report["ready"],
-        "summary": report["summary"],
+        # Or ansible-core before 2.19 would run what looks like a template in it, as in the name of a domain.
+        "summary": wrap_var(report["summary"]),
         "problems": len(report["problems"]),
         "failed_hosts": report["failed_hosts"],
         "report": as_text({**run, **report, **({} if run.get("finished", True) else {"ready": False})}),

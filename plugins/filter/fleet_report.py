@@ -101,6 +101,8 @@ _value:
 
 import typing as t
 
+from ansible.utils.unsafe_proxy import wrap_var
+
 from ..plugin_utils._report.fleet import fleet_report
 from ..plugin_utils._report.text import summary_of_fleet
 
@@ -114,7 +116,8 @@ def make_fleet_report(
     """Return the report of the fleet."""
     reports = {host: hostvars[host].get("overlay_result") for host in hosts}
     report = fleet_report(reports, check_mode, allows_nothing=allows_nothing)
-    return {**report, "summary": summary_of_fleet(report)}
+    # Or ansible-core before 2.19 would run what looks like a template in it, as in the name of a domain.
+    return {**report, "summary": wrap_var(summary_of_fleet(report))}
 
 
 class FilterModule:

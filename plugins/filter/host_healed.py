@@ -21,7 +21,11 @@ options:
         description: The result of M(kvmfleet.qcow2.domain_checkpoint).
         type: dict
       names:
-        description: The names and patterns that were asked for.
+        description: The names and patterns of domains that were asked for.
+        type: list
+        elements: str
+      checkpoints:
+        description: The names and patterns of checkpoints that were asked for.
         type: list
         elements: str
       problem:
@@ -52,7 +56,11 @@ from ..plugin_utils._variables import texts
 
 def make_host_healed(done: t.Mapping[str, t.Any]) -> str:
     """Return the report on a host."""
-    return as_text(host_healed(Work(done.get("work"), done.get("problem", ""), texts(done.get("names")))))
+    return as_text(
+        host_healed(
+            Work(done.get("work"), done.get("problem", ""), texts(done.get("names")), texts(done.get("checkpoints")))
+        )
+    )
 
 
 class FilterModule:

@@ -49,8 +49,9 @@ options:
     description:
       - When the task fails. Everything that could be read is returned in any case.
       - V(error) if the chain of any disk cannot be read completely.
-      - V(invalid) also if any checkpoint of any disk is not valid, or O(checkpoint) is missing. A checkpoint of a
-        running VM, of which nothing can be told, does not count.
+      - V(invalid) also if any checkpoint of any disk is not valid, or O(checkpoint) is missing, or that cannot be told
+        since the chain was not read to its end, as with O(chain=false). A checkpoint of a running VM, of which nothing
+        can be told, does not count.
       - V(never) leaves the judgement to the playbook.
     type: str
     choices: [never, error, invalid]

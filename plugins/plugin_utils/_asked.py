@@ -6,11 +6,12 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import typing as t
 
 from ansible.module_utils.parsing.convert_bool import boolean
+
+from ._variables import as_list
 
 DISKS, DOMAINS = "qcow2_overlay", "domain_overlay"  # the modules, in the order in which they are called
 PRESENT, COMMITTED, REVERTED = "present", "committed", "reverted"
@@ -87,7 +88,7 @@ def asked(state: str, given: t.Mapping[str, t.Any], unknown: t.Sequence[str]) ->
     `unknown`: a sentence for each variable that is most likely misspelt.
     """
     picks = state == COMMITTED and ("older_than" in given or "keep" in given)
-    names = _as_list(given.get("domains", ["*"] if "snapshot" in given or picks else []))
+    names = as_list(given.get("domains", ["*"] if "snapshot" in given or picks else []))
     domains = names if isinstance(names, str) else [str(name) for name in _flat([names])]
     disks = given.get("disks") or []  # an empty key is none
     seconds = str(given.get("task_timeout") or 0)
@@ -106,17 +107,8 @@ def asked(state: str, given: t.Mapping[str, t.Any], unknown: t.Sequence[str]) ->
         boolean(given.get("install") or False),
         int(seconds) if seconds.isdecimal() else 0,
         given.get("progress") in (None, "") or boolean(given["progress"]),
-        " ".join(unknown) or _mistake(given, domains, picks=picks),
+        " ".join(unknown) or _no_such_state(state) or _mistake(given, domains, picks=picks),
     )
-
-
-def _as_list(names: t.Any) -> t.Any:
-    """Return the list that a text is, such as `["web"]` from the command line; a pattern such as `[ab]*` is none."""
-    try:
-        value = ast.literal_eval(names) if isinstance(names, str) else names
-    except (ValueError, SyntaxError):
-        return names
-    return value if isinstance(value, list) else names
 
 
 def _options(module: str, state: str, given: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
@@ -126,6 +118,11 @@ def _options(module: str, state: str, given: t.Mapping[str, t.Any]) -> dict[str,
         of_module.pop("quiesce", None)
     options = {option: given[name] for option, name in of_module.items() if name in given}
     return {"state": state, **options}
+
+
+def _no_such_state(state: str) -> str:
+    """Return that the state is none; empty if it is one."""
+    return "" if state in _ANY else f"overlay_state={state} must be one of {', '.join(_ANY)}."
 
 
 def _mistake(given: t.Mapping[str, t.Any], domains: str | list[str], *, picks: bool) -> str:

@@ -92,7 +92,8 @@ class Caller(ActionBase):  # type: ignore[misc]  # Ansible has no types
             try:
                 status = self._ask(job, "status", task_vars)
                 if status.get("finished"):
-                    self._ask(job, "cleanup", task_vars)
+                    with contextlib.suppress(AnsibleConnectionFailure):  # or what it tells would be lost
+                        self._ask(job, "cleanup", task_vars)
                     return _without_result(status) if _DATA & status.keys() else status
                 look = self._look(job)
             except AnsibleConnectionFailure as exc:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import functools
 import pathlib
@@ -101,6 +102,15 @@ FAMILIES = {
 }
 
 
+def as_list(names: t.Any) -> t.Any:
+    """Return the list that a text is, such as `["web"]` from the command line; a pattern such as `[ab]*` is none."""
+    try:
+        value = ast.literal_eval(names) if isinstance(names, str) else names
+    except (ValueError, SyntaxError):
+        return names
+    return value if isinstance(value, list) else names
+
+
 def texts(value: t.Any) -> list[str]:
     """Return the items of a variable as texts. For YAML a name such as 101 or 2024-06-01 is none.
 
@@ -128,7 +138,7 @@ def misspelt(names: t.Iterable[str], others: t.Container[str], family: Family) -
     suspects = sorted({name for name in names if family.begins_nearly(name)})
     known = known_variables(family.name) if suspects else frozenset()
     for name in suspects:
-        if name in known or name in others:
+        if name in known or name in others or any(name in known_variables(one) for one in FAMILIES):
             continue
         near = _nearest(name.lower().replace("-", "_"), known, family.prefix)
         if near or family.begins(name):

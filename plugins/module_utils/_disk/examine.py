@@ -20,7 +20,7 @@ from .._qcow2.header import SECTOR
 from .._qcow2.image import Image
 from .._qemu import locks
 from .._qemu.settled import is_open_for_writing, read_settled
-from .bitmap_rules import Checkpoint, LayerBitmaps, judge_all
+from .bitmap_rules import INCOMPLETE, Checkpoint, LayerBitmaps, judge_all
 from .chain_size import ChainSize
 from .unfinished import unfinished_work
 
@@ -105,14 +105,10 @@ class ExaminedChain(t.NamedTuple):
 
     def faults(self, name: str | None) -> list[Refusal]:
         """Return why incremental backups are not possible, since the checkpoint `name`, or since any of them."""
-        invalid = [one for one in self.checkpoints if one.valid is False and name in (None, one.name)]
+        asked = [one for one in self.checkpoints if name in (None, one.name)]
+        invalid = [one for one in asked if one.valid is False or one.problem == INCOMPLETE]
         faults = [
-            Refusal(
-                "not_valid",
-                self.path,
-                f"checkpoint {one.name!r} is not valid ({one.problem} in {one.image})",
-                one.advice or "",
-            )
+            Refusal("not_valid", self.path, f"checkpoint {one.name!r} {_why_not_valid(one)}", one.advice or "")
             for one in invalid[:_SHOWN_FAULTS]
         ]
         if len(invalid) > _SHOWN_FAULTS:
@@ -311,6 +307,9 @@ class _Examination:
 
     def result(self, *, with_figures: bool) -> ExaminedChain:
         """Return what was found, without the figures if they are of different moments."""
+        unfinished: tuple[str, ...] = ()
+        with self._problem_told():
+            unfinished = tuple(self._unfinished())
         changing = f"{self._path}: is being changed again and again, so dirty bytes are not counted."
         return ExaminedChain(
             path=self._path,
@@ -321,7 +320,7 @@ class _Examination:
             dirty_top=self._layers[0].dirty if self._dirty and with_figures else {},
             problem=self._problem,
             warnings=(*self._warnings, *([] if with_figures else [changing])),
-            unfinished=tuple(self._unfinished()),
+            unfinished=unfinished,
         )
 
     def _unfinished(self) -> t.Iterator[str]:
@@ -332,3 +331,10 @@ class _Examination:
         yield from map(str, found)
         if found and any(locks.is_locked(one.file, locks.OUR_TURN) for one in self._layers):
             yield "But a run of this collection is working on the chain just now. Wait for its end."
+
+
+def _why_not_valid(one: Checkpoint) -> str:
+    """Return why backups since a checkpoint are not possible, or are not known to be."""
+    if one.valid is None:
+        return f"may not be valid: its chain was not read to the end, below {one.image}"
+    return f"is not valid ({one.problem} in {one.image})"

@@ -121,7 +121,11 @@ def _look_at_disk(domain: Domain, disk: DomainDisk, *, counts: bool) -> DiskLook
     problem = chain.problem or _stated_problem(domain, disk, chain)
     layers = [one.layer for one in chain.layers]
     marks = chain.layers[0].image.bitmaps if chain.layers and chain.layers[0].image else ()
-    return DiskLook(disk, unfit, chain, problem, tuple(unfinished_work(layers, marks)) if layers else ())
+    try:
+        unfinished = tuple(unfinished_work(layers, marks)) if layers else ()
+    except Refusal as exc:  # of a vault that cannot be looked at
+        return DiskLook(disk, unfit, chain, problem or exc)
+    return DiskLook(disk, unfit, chain, problem, unfinished)
 
 
 def _stated_problem(domain: Domain, disk: DomainDisk, chain: ExaminedChain) -> Refusal | None:

@@ -13,7 +13,7 @@ from ...module_utils._disk.heal import REBUILT, REMOVED, VALID
 from ...module_utils._disk.verdict import FAILED, SKIPPED
 from .._report.fleet import COLLECTION_VERSION, NOT_RUN
 from .._report.host import OK, UNREACHABLE
-from .._report.patterns import matches
+from .._report.patterns import checkpoint_matches, matches, unmatched
 from .._report.rows import Problem, Result, problem, reason
 from .report import in_vain
 from .text import lines_of_hosts
@@ -29,6 +29,7 @@ class Work(t.NamedTuple):
     result: Result | None = None  # of domain_checkpoint
     problem: str = ""  # what ended it before its end, if anything did
     patterns: t.Sequence[str] = ()  # of names of domains, among those that were asked for
+    checkpoints: t.Sequence[str] = ()  # patterns of names of checkpoints, among those that were asked for
 
 
 def host_healed(work: Work) -> dict[str, t.Any]:
@@ -43,6 +44,7 @@ def host_healed(work: Work) -> dict[str, t.Any]:
     return {
         "state": UNREACHABLE if lost else FAILED if problems or failed else OK,
         "patterns": matches(work.patterns, [work.result]),
+        "checkpoint_patterns": checkpoint_matches(work.checkpoints, domains) if told is not None else {},
         "warnings": [str(one) for one in (work.result or {}).get("warnings") or ()],
         "problems": [one._asdict() for one in (*problems, *failed)],
         **_sums(domains),
@@ -63,7 +65,7 @@ def fleet_healed(
     not_run = {**host_healed(Work()), "state": NOT_RUN}
     hosts = {host: report or not_run for host, report in reports.items()}
     states = collections.Counter(report["state"] for report in hosts.values())
-    problems = [] if allows_nothing else in_vain(list(hosts.values()), "heal_allow_nothing")
+    problems = [] if allows_nothing else _in_vain(list(hosts.values()))
     return {
         "schema_version": SCHEMA_VERSION,
         "collection_version": COLLECTION_VERSION,
@@ -74,6 +76,15 @@ def fleet_healed(
         "failed_hosts": {host: len(report["problems"]) for host, report in hosts.items() if report["problems"]},
         "hosts": hosts,
     }
+
+
+def _in_vain(hosts: t.Sequence[Result]) -> list[Problem]:
+    """Return what was asked for and is on no host: domains, or checkpoints of these."""
+    way_out = "heal_allow_nothing"
+    found = in_vain(hosts, way_out)
+    if found or any(host["state"] != OK for host in hosts):
+        return found
+    return list(unmatched(hosts, way_out, "checkpoint_patterns", "checkpoint"))
 
 
 def summary(report: Result) -> list[str]:

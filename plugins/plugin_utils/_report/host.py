@@ -128,7 +128,7 @@ def _what_became_of(
 ) -> Found:
     """Prefer what the run itself reported; else use a look, and mark as failed what it would have created."""
     if check_mode:
-        return read(one.preflight, True)
+        return read(one.preflight or one.run, True)  # a module that ended without a result has foreseen nothing
     if one.run is None:
         found = read(one.preflight, False)
         return found._replace(overlays=[_not_made(overlay, why_not) for overlay in found.overlays])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import typing as t
 
+from ...module_utils._disk.verdict import FAILED, SKIPPED
 from .rows import Problem, Result, problem
 
 
@@ -18,17 +19,34 @@ def matches(patterns: t.Sequence[str], results: t.Iterable[Result | None]) -> di
     if told is None:
         return {}
     names = [domain["name"] for domain in told]
-    return {one: sum(one == name or fnmatch.fnmatchcase(name, one) for name in names) for one in patterns}
+    return {one: sum(_fits(name, one) for name in names) for one in patterns}
 
 
-def unmatched(hosts: t.Sequence[Result], way_out: str) -> t.Iterator[Problem]:
+def checkpoint_matches(patterns: t.Sequence[str], domains: t.Sequence[Result]) -> dict[str, int]:
+    """Return on how many domains each pattern of names of checkpoints matches one.
+
+    Of domains that were left out no checkpoint is told, so there a pattern that matches nothing is left out, too.
+    """
+    names = [[checkpoint["name"] for checkpoint in domain["checkpoints"]] for domain in domains]
+    counts = {one: sum(any(_fits(name, one) for name in of_one) for of_one in names) for one in patterns}
+    is_all_told = all(domain["state"] not in (SKIPPED, FAILED) for domain in domains)
+    return {pattern: count for pattern, count in counts.items() if count or is_all_told}
+
+
+def unmatched(
+    hosts: t.Sequence[Result], way_out: str, key: str = "patterns", what: str = "domain"
+) -> t.Iterator[Problem]:
     """Yield which patterns match nowhere. That one host of many is asked for what it lacks, is no fault.
 
-    `way_out`: the variable that allows it.
+    `way_out`: the variable that allows it. `key`: where a host tells of the patterns. `what`: they are about.
     """
-    for pattern in dict.fromkeys(pattern for host in hosts for pattern in host["patterns"]):
-        found = [host["patterns"][pattern] for host in hosts if pattern in host["patterns"]]
+    for pattern in dict.fromkeys(pattern for host in hosts for pattern in host[key]):
+        found = [host[key][pattern] for host in hosts if pattern in host[key]]
         # All domains is what is asked for by default, also of hosts without libvirt's domains.
         if pattern != "*" and not any(found) and (len(found) > 1 or len(hosts) == 1):
-            words = f"no domain of any host matches it. Correct it, or set {way_out}."
+            words = f"no {what} of any host matches it. Correct it, or set {way_out}."
             yield problem("no_match", f"{pattern}: {words}")
+
+
+def _fits(name: str, pattern: str) -> bool:
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)

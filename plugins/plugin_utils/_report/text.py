@@ -30,7 +30,7 @@ def summary_of_host(report: t.Mapping[str, t.Any]) -> str:
 def summary_of_counts(report: t.Mapping[str, t.Any]) -> str:
     """Return the counts of a host, or of the fleet, in words."""
     unfit = f", {report['unfit']} of them written to and in no snapshot" if report["unfit"] else ""
-    shown = [state for state in STATES if report[state] or state in STATES_OF[report["wanted"]]]
+    shown = [state for state in STATES if report[state] or state in STATES_OF.get(report["wanted"], ())]
     counts = (
         f"{', '.join(f'{report[state]} {state}' for state in shown)}, {report[SKIPPED]} skipped"
         f"{reasons(report['skipped_because'])}{unfit}, {report[FAILED]} failed"

@@ -130,3 +130,10 @@ def test_what_the_play_lets_pass_is_known_on_every_host():
 
 def test_an_empty_key_lets_nothing_pass():
     assert len(unknown_variables([], [], [{"overlay_network": 1, "overlay_other_variables": None}])) == 1
+
+
+def test_what_another_playbook_knows_is_no_misspelt_name():
+    """An inventory has the variables of all playbooks, some for a part of the hosts."""
+    names = ["heal_domains", "heal_become", "overlay_domains", "health_domains"]
+    for family in ("overlay", "health", "heal"):
+        assert unknown_variables(names, hosts=[dict.fromkeys(names, 1), {}], family=family) == []

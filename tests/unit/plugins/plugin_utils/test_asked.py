@@ -103,6 +103,7 @@ def test_a_name_that_is_as_it_was_written_is_taken(snapshot):
     "state, given, mistake",
     [
         ("present", {}, "Nothing was asked for"),
+        ("commited", {"snapshot": "monday"}, "overlay_state=commited must be one of present, committed, reverted."),
         ("present", {"snapshot": None}, "is empty"),
         ("present", {"snapshot": "  "}, "is empty"),
         ("present", {"snapshot": 1.1}, "is 1.1 for YAML"),

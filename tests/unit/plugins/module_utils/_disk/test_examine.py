@@ -417,6 +417,10 @@ def test_what_a_gate_is_told(chain, tmp_path):
     assert disk.faults("monday") == []
     assert "checkpoint 'off' is not valid" in str(disk.faults("off")[0])
     assert "no image of its chain has the checkpoint 'nobody'" in str(disk.faults("nobody")[0])
+    top = examine_chain(chain, follow=False, count=False)
+    assert f"checkpoint 'monday' may not be valid: its chain was not read to the end, below {chain}" in str(
+        top.faults("monday")[0]
+    )
     # All of them worthless: there is no checkpoint of which anything could be said.
     alone = qemu.create(tmp_path / "alone", "1M")
     assert examine_chain(alone, follow=True, count=False).faults(None) == []
@@ -512,3 +516,18 @@ def test_what_can_be_healed_is_told(chain, tmp_path):
         assert "open for writing" in advice()
     write(plain, 0)
     assert "makes it valid again" in advice()
+
+
+def test_a_vault_that_cannot_be_looked_at_is_the_problem_of_its_chain(chain, monkeypatch):
+    real = os.lstat
+
+    def failing(path, **options):
+        if "kvmfleet-vault" in os.fsdecode(path):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path, **options)
+
+    monkeypatch.setattr(os, "lstat", failing)
+    disk = examine_chain(chain, follow=True, count=False)
+    assert "vault" in disk.problem.subject
+    assert "cannot be looked at: Input/output error" in str(disk.problem)
+    assert len(disk.layers) == 4

@@ -65,3 +65,22 @@ def test_what_is_nowhere_is_a_problem_unless_it_may_be():
     anything = host_healed(Work({"domains": []}, "", ["*"]))
     assert [one["code"] for one in fleet_healed({"hv": anything}, check_mode=False)["problems"]] == ["nothing_done"]
     assert fleet_healed({"hv": host}, check_mode=False, allows_nothing=True)["problems"] == []
+
+
+def test_a_pattern_of_checkpoints_that_is_nowhere_is_told():
+    def report(*domains, allows_nothing=False):
+        hosts = {
+            str(number): host_healed(Work({"domains": [one]}, "", ["*"], ["0", "nosuch*"]))
+            for number, one in enumerate(domains)
+        }
+        return fleet_healed(hosts, check_mode=False, allows_nothing=allows_nothing)
+
+    web, on = domain("web", "valid", "valid"), domain("on", "skipped")
+    told = "nosuch*: no checkpoint of any host matches it. Correct it, or set heal_allow_nothing."
+    assert [one["msg"] for one in report(web)["problems"]] == [told]
+    assert [one["msg"] for one in report(web, domain("db", "valid"))["problems"]] == [told]
+    assert report(web, allows_nothing=True)["problems"] == []
+    # What was left out may have it.
+    assert report(on)["hosts"]["0"]["checkpoint_patterns"] == {}
+    assert report(on)["problems"] == []
+    assert report(web)["hosts"]["0"]["checkpoint_patterns"] == {"0": 1, "nosuch*": 0}

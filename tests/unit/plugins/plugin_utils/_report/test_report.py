@@ -290,6 +290,12 @@ def test_a_domain_that_was_left_out_is_no_failure():
 
 def test_a_module_that_could_not_run_is_a_problem():
     assert messages(report([CRASHED])) == ["MODULE FAILURE SyntaxError: f-string"]
+    foreseen = report(pass_of(None, CRASHED, check_mode=True), check_mode=True)
+    assert (foreseen["state"], messages(foreseen)) == ("failed", ["MODULE FAILURE SyntaxError: f-string"])
+
+
+def test_a_state_that_is_none_ends_in_words():
+    assert "0 failed" in summary_of_host({**report([CRASHED]), "wanted": "commited"})
 
 
 def test_a_host_that_cannot_be_reached():
