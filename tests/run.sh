@@ -325,7 +325,9 @@ await() {  # await [NUMBER]: wait until no more legs run than that, by default n
     [ -z "$fresh" ] || printf '%s%s ...' "$fresh" "${all#, }"
     wait -n "${!leg_name[@]}" "${leg_clock[@]}" || true
     for leg in "${!leg_name[@]}"; do
-      [ -z "${leg_clock[leg]:-}" ] || kill -0 "${leg_clock[leg]}" 2> /dev/null || end_late "$leg"
+      if kill -0 "$leg" 2> /dev/null && [ -n "${leg_clock[leg]:-}" ] && ! kill -0 "${leg_clock[leg]}" 2> /dev/null; then
+        end_late "$leg"
+      fi
       kill -0 "$leg" 2> /dev/null || judge "$leg"
     done
   done
@@ -337,7 +339,7 @@ end_late() {  # end_late LEG: end a leg that hangs, and write to its log what it
   mapfile -t all < <(echo "$1"; descendants "$1")
   {
     echo "It has taken $limit s, so it hangs, and is ended. What it was at:"
-    ps -o pid,ppid,etimes,stat,wchan:20,args --cols 200 -p "${all[*]}"
+    ps -o pid,ppid,etimes,stat,wchan:20,args --cols 200 -p "${all[*]}" || true
   } >> "$log/${leg_name[$1]}.log"
   kill -KILL "${all[@]}" 2> /dev/null || true
   wait "$1" || true

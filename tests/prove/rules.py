@@ -150,8 +150,8 @@ RULES = (
     Rule(
         "the bits are read back",
         "carry",
-        "wrong = wrong_bitmaps(place, expected)\n            if not wrong:",
-        "wrong = list[str]()\n            if not wrong:",
+        "                wrong = wrong_bitmaps(place, expected)\n",
+        "                wrong = list[str]()\n",
         ("test_carry",),
     ),
     Rule(

@@ -31,7 +31,7 @@ BY_MODULE = {  # commands that lose what the module keeps, and the module for ea
     "virsh checkpoint-delete": ("domain_checkpoint",),
 }
 OTHER_COMMANDS = {"dmesg", "lvremove", "qemu-nbd", "sysctl", "ulimit"}
-OTHER_OPTIONS = {"discard", "g", "id", "u"}  # of QEMU and chmod, in other texts
+OTHER_OPTIONS = {"conv", "discard", "g", "id", "u"}  # of dd, QEMU and chmod, in other texts
 OTHER_WORDS = {"-d", "ansible_python_interpreter", "nolock", "snapshot='no'"}
 
 

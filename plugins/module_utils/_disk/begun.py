@@ -49,9 +49,9 @@ def find_sign(file: OpenImage) -> str | None:
     return place if is_there(place) else None
 
 
-def remove_sign(file: OpenImage, real_path: str) -> None:
+def remove_sign(file: OpenImage, path: str) -> None:
     """Remove the sign of an open image whose place is this path, if there is one."""
-    place = _place_of(file, real_path)
+    place = _place_of(file, path)
     if not is_there(place):
         return
     folder_fd, _folder = open_to_list(os.path.dirname(place))

@@ -13,7 +13,7 @@ import contextlib
 import os
 import typing as t
 
-from .._base.errors import CHECK_STORAGE, QemuError, Refusal
+from .._base.errors import CHECK_STORAGE, Refusal
 from .._base.files import OpenImage
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.dirty import DirtyBits, is_union, maps_of, united
@@ -61,13 +61,14 @@ def bring(place: Place, wanted: t.Sequence[Wanted], held: Held, images: t.Mappin
         for _number in range(_TRIES):
             try:
                 _rewrite(place, expected, scratch, held.monitor(), images)
-            except QemuError as exc:
+                os.fsync(place.file.fd)
+                wrong = wrong_bitmaps(place, expected)
+            except Refusal as exc:
                 held.stop_qemu()
                 if _set_aside_if_broken(place.file):
-                    raise exc.with_note(f"{place.file.path} is without bitmaps until then.") from exc
+                    note = f"{place.file.path} has no bitmaps until the same call has gone on; the vault has them."
+                    raise exc.with_note(note) from exc
                 raise
-            os.fsync(place.file.fd)
-            wrong = wrong_bitmaps(place, expected)
             if not wrong:
                 return True
             _disown_wrong(place, expected)
@@ -83,6 +84,7 @@ def _set_aside_if_broken(file: OpenImage) -> bool:
     such an image. The vault has the bitmaps. Return whether it was so.
     """
     with contextlib.suppress(Refusal, OSError):  # why QEMU has failed is what is to be told
+        read_image(file, with_bitmaps=False)  # or it is not the directory that is broken
         try:
             read_image(file)
         except Refusal:

@@ -250,7 +250,7 @@ def _telling_that_it_goes_on(
     return taken
 
 
-_GOES_ON = "Until then the VM can go on with its overlay, and with its incremental backups; the same call goes on."
+_GOES_ON = "Until then the VM can go on with its overlay. The same call goes on, and no bitmap gets lost."
 
 
 @contextlib.contextmanager

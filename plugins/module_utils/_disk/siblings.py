@@ -13,8 +13,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import stat
 import typing as t
 
 from .._base.errors import Refusal, system_refusal
@@ -23,8 +25,8 @@ from .._qcow2.backing import recorded_name
 from .._qcow2.chain import is_local, resolve_name
 from .publish import is_temporary
 
-# Of a folder or file: gone meanwhile, never there, or not ours to see.
-_LEFT_OUT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM)
+_NO_FOLDER = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM)  # or none that is ours to see
+_NO_IMAGE = ("no_such_file", "not_a_disk", "bad_name", "no_permission")
 
 
 class Above(t.NamedTuple):
@@ -45,26 +47,28 @@ def overlays_in(folder: str) -> list[Above]:
     published.
     """
     try:
-        with os.scandir(folder) as entries:
-            names = [entry.name for entry in entries if entry.is_file() and not is_temporary(entry.name)]
+        names = os.listdir(folder)
     except OSError as exc:
-        if exc.errno in _LEFT_OUT:
+        if exc.errno in _NO_FOLDER:
             return []
         raise system_refusal(exc, folder, "cannot be searched for images that stand on others") from exc
-    found = (_look(os.path.join(folder, name)) for name in sorted(names))
+    found = (_look(os.path.join(folder, name)) for name in sorted(names) if not is_temporary(name))
     return [one for one in found if one is not None]
 
 
 def _look(path: str) -> Above | None:
     """Return the image of this path; None if it stands on no other one, or is none."""
+    status = _status_of(path)
+    if not stat.S_ISREG(status.st_mode) if status else os.path.islink(path):
+        return None
     try:
         with open_image(path) as file:
             name = recorded_name(file)
             return _above(path, file, name) if name is not None and is_local(name) else None
     except Refusal as exc:
-        if exc.code == "storage":
-            raise
-        return None
+        if exc.code in _NO_IMAGE:
+            return None
+        raise
     except OSError as exc:
         raise system_refusal(exc, path, "cannot be read, so nobody can tell on which image it stands") from exc
 
@@ -72,15 +76,20 @@ def _look(path: str) -> Above | None:
 def _above(path: str, file: OpenImage, name: str) -> Above:
     """Return the open image, which records this backing file."""
     backing_file = resolve_name(path, name)
-    try:
-        identity: Identity | None = identity_of(os.stat(backing_file))
-    except OSError as exc:
-        if exc.errno not in _LEFT_OUT:
-            raise
-        identity = None
-    except ValueError:  # a name that no file can have
-        identity = None
-    return Above(path, file.identity, backing_file, identity)
+    status = _status_of(backing_file)
+    return Above(path, file.identity, backing_file, identity_of(status) if status else None)
+
+
+def _status_of(path: str) -> os.stat_result | None:
+    """Return what the kernel says of the file that a name leads to; None if it leads nowhere.
+
+    Also if it leads to storage that is gone: the images that are asked about are there. Ask twice, since one error in
+    between says nothing of that.
+    """
+    for _time in range(2):
+        with contextlib.suppress(OSError, ValueError):  # such as a name that no file can have
+            return os.stat(path)
+    return None
 
 
 def standing_on(image: Identity, folders: t.Iterable[str], but: t.Collection[Identity]) -> list[str]:

@@ -5,7 +5,7 @@
 """Read: the libvirt daemon of this host, by its Python bindings.
 
 The calls that are made in this room: open; listAllDomains, lookupByUUIDString, defineXML, listAllStoragePools,
-getLibVersion of the connection; name, UUIDString, isActive, state, isPersistent, hasManagedSaveImage, XMLDesc,
+getLibVersion, isAlive of the connection; name, UUIDString, isActive, state, isPersistent, hasManagedSaveImage, XMLDesc,
 listAllCheckpoints, checkpointLookupByName, checkpointCreateXML, listAllSnapshots, snapshotCreateXML, ID, getTime,
 fsThaw, blockCommit, blockJobInfo, blockJobAbort of a domain; getName, getXMLDesc, delete of a checkpoint; getName of
 a snapshot; name, XMLDesc, isActive, storageVolLookupByName, refresh of a storage pool; path, info of a volume.
@@ -88,12 +88,7 @@ class Libvirt:
         self._uri = uri
         self._is_lost = False  # it was waited for in vain
         self._spare: t.Any = None  # another connection, for in_time()
-        try:
-            self.connection = libvirt.open(uri)
-        except LibvirtError as exc:
-            why = f"libvirt cannot be reached: {words_of(exc)}"
-            remedy = "See that its daemon runs and that this user may use it: run with become, or give another uri."
-            raise Refusal("libvirt_unreachable", uri, why, remedy) from exc
+        self.connection = _open(uri)
         self.pools = Pools(self.connection)
 
     @property
@@ -148,8 +143,9 @@ class Libvirt:
 
         It asks QEMU, or a guest, for which libvirt itself waits for ever. So a thread waits, which ends with the
         module, by a connection of its own: of two threads that share one, libvirt 9.0 can fail to wake the other.
+        Refusal if there is no further connection.
         """
-        connection = self._spare or libvirt.open(self._uri)
+        connection = self._spare or _open(self._uri)
         self._spare = None  # it is in use, perhaps for ever
         answers: list[_Answer] = []
         errors: list[t.Any] = []
@@ -163,11 +159,12 @@ class Libvirt:
         thread = threading.Thread(target=wait, daemon=True)
         thread.start()
         thread.join(PATIENCE)
+        if answers or (errors and _is_alive(connection)):
+            self._spare = connection
         if errors:
-            raise errors[0]
+            raise errors.pop()
         if not answers:
             raise TimeoutError
-        self._spare = connection
         return answers[0]
 
     def domains(self) -> dict[str, Domain | Unreadable]:
@@ -249,6 +246,24 @@ class Libvirt:
                     problem = words_of(exc) + (" (libvirt 7.0 can)" if is_old else "")
             found.append(_known_stored(one, LiveBitmaps(problem=problem)))
         return found
+
+
+def _open(uri: str) -> t.Any:
+    """Return a connection to the daemon; Refusal if that is not possible."""
+    try:
+        return libvirt.open(uri)
+    except LibvirtError as exc:
+        why = f"libvirt cannot be reached: {words_of(exc)}"
+        remedy = "See that its daemon runs and that this user may use it: run with become, or give another uri."
+        raise Refusal("libvirt_unreachable", uri, why, remedy) from exc
+
+
+def _is_alive(connection: t.Any) -> bool:
+    """Return whether the daemon still has the connection."""
+    try:
+        return bool(connection.isAlive())
+    except LibvirtError:
+        return False
 
 
 def _described(handle: t.Any, name: str, flags: int) -> str:

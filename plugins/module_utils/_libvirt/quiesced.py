@@ -67,7 +67,7 @@ class Note:
             return True
         try:
             self.thaw(daemon, uuid)
-        except (LibvirtError, TimeoutError):
+        except (LibvirtError, TimeoutError, Refusal):
             return False
         return True
 
@@ -171,6 +171,8 @@ def _told_of_one_left(daemon: Libvirt, uuid: str, *, check_mode: bool) -> str | 
             return f"{name}: {MAY_BE_FROZEN}, and cannot be thawed. libvirt says: {words_of(exc)}."
         except TimeoutError:
             return f"{name}: {MAY_BE_FROZEN}, and cannot be thawed: {NO_ANSWER}."
+        except Refusal as exc:
+            return f"{name}: {MAY_BE_FROZEN}, and cannot be thawed: {exc.why}."
         return f"{name}: {MAY_BE_FROZEN}. {count} of them were, and are thawed now." if count else None
 
 

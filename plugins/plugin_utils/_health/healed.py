@@ -13,7 +13,7 @@ from ...module_utils._disk.heal import REBUILT, REMOVED, VALID
 from ...module_utils._disk.verdict import FAILED, SKIPPED
 from .._report.fleet import COLLECTION_VERSION, NOT_RUN
 from .._report.host import OK, UNREACHABLE
-from .._report.patterns import checkpoint_matches, matches, unmatched
+from .._report.patterns import checkpoint_matches, matches, unmatched_checkpoints
 from .._report.rows import Problem, Result, problem, reason
 from .report import in_vain
 from .text import lines_of_hosts
@@ -84,7 +84,7 @@ def _in_vain(hosts: t.Sequence[Result]) -> list[Problem]:
     found = in_vain(hosts, way_out)
     if found or any(host["state"] != OK for host in hosts):
         return found
-    return list(unmatched(hosts, way_out, "checkpoint_patterns", "checkpoint"))
+    return list(unmatched_checkpoints(hosts, way_out))
 
 
 def summary(report: Result) -> list[str]:

@@ -33,19 +33,28 @@ def checkpoint_matches(patterns: t.Sequence[str], domains: t.Sequence[Result]) -
     return {pattern: count for pattern, count in counts.items() if count or is_all_told}
 
 
-def unmatched(
-    hosts: t.Sequence[Result], way_out: str, key: str = "patterns", what: str = "domain"
-) -> t.Iterator[Problem]:
+def unmatched(hosts: t.Sequence[Result], way_out: str) -> t.Iterator[Problem]:
     """Yield which patterns match nowhere. That one host of many is asked for what it lacks, is no fault.
 
-    `way_out`: the variable that allows it. `key`: where a host tells of the patterns. `what`: they are about.
+    `way_out`: the variable that allows it.
     """
-    for pattern in dict.fromkeys(pattern for host in hosts for pattern in host[key]):
-        found = [host[key][pattern] for host in hosts if pattern in host[key]]
+    for pattern in dict.fromkeys(pattern for host in hosts for pattern in host["patterns"]):
+        found = [host["patterns"][pattern] for host in hosts if pattern in host["patterns"]]
         # All domains is what is asked for by default, also of hosts without libvirt's domains.
         if pattern != "*" and not any(found) and (len(found) > 1 or len(hosts) == 1):
-            words = f"no {what} of any host matches it. Correct it, or set {way_out}."
-            yield problem("no_match", f"{pattern}: {words}")
+            yield _nowhere(pattern, "domain", way_out)
+
+
+def unmatched_checkpoints(hosts: t.Sequence[Result], way_out: str) -> t.Iterator[Problem]:
+    """Yield which patterns of names of checkpoints match nowhere, if every host was asked for them and could tell."""
+    told = [host["checkpoint_patterns"] for host in hosts]
+    for pattern in told[0] if told else ():
+        if all(one.get(pattern) == 0 for one in told):
+            yield _nowhere(pattern, "checkpoint", way_out)
+
+
+def _nowhere(pattern: str, what: str, way_out: str) -> Problem:
+    return problem("no_match", f"{pattern}: no {what} of any host matches it. Correct it, or set {way_out}.")
 
 
 def _fits(name: str, pattern: str) -> bool:

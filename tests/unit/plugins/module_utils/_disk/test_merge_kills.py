@@ -361,7 +361,10 @@ def test_an_image_whose_directory_qemu_leaves_broken_is_openable_and_the_same_ca
     ended = merge(disk)
     assert ended is not None
     path = disk.path if session == 1 else disk.base
-    assert f"Run this again. {path} is without bitmaps until then. " in ended.failures[0]
+    assert (
+        f"Run this again. {path} has no bitmaps until the same call has gone on; the vault has them. "
+        in ended.failures[0]
+    )
     assert not wrong_with(disk)
     assert not qemu.why_not_opened(disk.path)
     monkeypatch.undo()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 
@@ -55,6 +56,28 @@ def test_what_the_storage_does_not_give_is_not_left_out(tmp_path, base):
     with pytest.raises(Refusal, match="cannot be read, so nobody can tell on which image it stands") as told:
         overlays_in(str(tmp_path))
     assert (told.value.code, told.value.subject) == ("storage", str(tmp_path / "b"))
+
+
+@pytest.mark.parametrize("target", ["b", "a/x", "x" * 300, "gone"])
+def test_a_symlink_that_leads_nowhere_hides_nothing_else(tmp_path, base, target):
+    over(tmp_path / "a", base)
+    (tmp_path / "b").symlink_to(target)
+    assert [one.path for one in overlays_in(str(tmp_path))] == [str(tmp_path / "a")]
+
+
+def test_a_lack_of_descriptors_hides_nothing(tmp_path, base, monkeypatch):
+    over(tmp_path / "a", base)
+    real = os.open
+    lack = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    monkeypatch.setattr(
+        os, "open", lambda path, *how, **more: _raise(lack) if path[-2:] == "/a" else real(path, *how, **more)
+    )
+    with pytest.raises(Refusal, match="Too many open files"):
+        overlays_in(str(tmp_path))
+
+
+def _raise(error):
+    raise error
 
 
 @pytest.mark.parametrize("damage", [(24, b"\xff" * 8), (36, b"\xff" * 4), (40, b"\xff" * 8), (72, b"\xff" * 8)])

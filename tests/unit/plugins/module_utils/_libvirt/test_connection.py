@@ -218,3 +218,15 @@ def test_what_may_wait_for_ever_has_a_connection_of_its_own(with_sizes, monkeypa
     assert one.live.problem
     main, spare = opened
     assert stuck == [main, spare]
+
+
+def test_an_error_is_an_answer_and_costs_no_further_connection(with_sizes, monkeypatch):
+    opened = []
+    real = libvirt.open
+    monkeypatch.setattr(libvirt, "open", lambda uri: opened.append(uri) or real(uri))
+
+    def fail():
+        raise libvirt.libvirtError("no")
+
+    with_sizes(fail)
+    assert len(opened) == 2

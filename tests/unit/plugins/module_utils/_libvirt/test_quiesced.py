@@ -65,6 +65,9 @@ class Host:
     def isActive(self):  # noqa: N802
         return 1
 
+    def isAlive(self):  # noqa: N802
+        return 1
+
     def ID(self):  # noqa: N802
         if isinstance(self.number, Exception):
             raise self.number
@@ -150,6 +153,21 @@ def test_an_agent_that_does_not_answer_is_not_told_to_freeze(monkeypatch):
         take(host)
     answers.set()
     assert (caught.value.code, host.notes) == ("not_quiesced", [])
+
+
+def test_without_a_further_connection_no_agent_is_asked_and_none_told_to_freeze(monkeypatch):
+    host = Host(failure("no space"))
+    refusal = Refusal("libvirt_unreachable", "uri", "libvirt cannot be reached: too many clients")
+    monkeypatch.setattr(Host, "in_time", lambda *_args: (_ for _ in ()).throw(refusal))
+    with pytest.raises(Refusal, match="too many clients"):
+        take(host)
+    assert host.notes == []
+    os.mkdir(quiesced.FOLDER, 0o700)
+    with open(os.path.join(quiesced.FOLDER, "uuid-of-web"), "w", encoding="ascii") as file:
+        file.write("7")
+    (told,) = thaw_left(host)
+    assert "cannot be thawed: libvirt cannot be reached: too many clients." in told
+    assert left() == ["uuid-of-web"]
 
 
 def test_a_daemon_that_was_away_connects_to_the_agent_first():

@@ -83,4 +83,5 @@ def test_a_pattern_of_checkpoints_that_is_nowhere_is_told():
     # What was left out may have it.
     assert report(on)["hosts"]["0"]["checkpoint_patterns"] == {}
     assert report(on)["problems"] == []
+    assert report(on, web, web)["problems"] == []
     assert report(web)["hosts"]["0"]["checkpoint_patterns"] == {"0": 1, "nosuch*": 0}
