@@ -157,8 +157,11 @@ def test_an_agent_that_does_not_answer_is_not_told_to_freeze(monkeypatch):
 
 def test_without_a_further_connection_no_agent_is_asked_and_none_told_to_freeze(monkeypatch):
     host = Host(failure("no space"))
-    refusal = Refusal("libvirt_unreachable", "uri", "libvirt cannot be reached: too many clients")
-    monkeypatch.setattr(Host, "in_time", lambda *_args: (_ for _ in ()).throw(refusal))
+
+    def refuse(*_args):
+        raise Refusal("libvirt_unreachable", "uri", "libvirt cannot be reached: too many clients")
+
+    monkeypatch.setattr(Host, "in_time", refuse)
     with pytest.raises(Refusal, match="too many clients"):
         take(host)
     assert host.notes == []
