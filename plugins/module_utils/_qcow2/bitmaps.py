@@ -101,7 +101,7 @@ def read_bitmaps(file: OpenImage, extension: BitmapsExtension | None, header: He
         raise _damaged(header, path, f"its bitmap directory lies at offset {offset}, outside the image")
     directory = file.read(size, offset)
     if len(directory) != size:
-        raise _damaged(header, path, "the file ends within the bitmap directory")
+        raise damaged(path, "the file ends within the bitmap directory")
     bitmaps, tables = _parse_directory(directory, count, header, path)
     extents = [(offset, size), *((table.offset, table.entries * TABLE_ENTRY_SIZE) for table in tables)]
     _check_apart(extents, file.length(), header, path)
@@ -178,7 +178,7 @@ def _damaged(header: Header, path: str, what: str) -> Refusal:
     octal = f"{header.autoclear & ~AUTOCLEAR_BITMAPS & 0xFF:03o}"
     last = AUTOCLEAR_AT + AUTOCLEAR.size - 1
     remedy = (
-        "Restore it from a backup; or do without its bitmaps: with no VM on it, "
+        "Inspect it with 'qemu-img check', or restore it from a backup; or do without its bitmaps: with no VM on it, "
         f"printf '\\{octal}' | dd of={shlex.quote(path)} bs=1 seek={last} conv=notrunc; then 'qemu-img check -r all'."
     )
     return damaged(path, what, remedy)
