@@ -71,9 +71,9 @@ def remove_dangling_link(path: str) -> None:
 
 def stands(path: str) -> bool:
     """Whether something stands there, and be it a symlink that leads nowhere."""
-    folder = os.path.dirname(path)
     if is_there(path):
         return True
+    folder = os.path.dirname(path)
     if not os.path.isdir(folder):  # of storage that is not mounted nothing can be said to be gone
         why = f"its folder {folder} does not exist, so nobody can tell whether it is gone"
         raise Refusal("no_folder", path, why, "Mount its storage, or correct the path.")

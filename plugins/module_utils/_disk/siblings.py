@@ -47,20 +47,26 @@ def overlays_in(folder: str) -> list[Above]:
     published.
     """
     try:
-        names = os.listdir(folder)
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if not is_temporary(entry.name) and _is_file(entry)]
     except OSError as exc:
         if exc.errno in _NO_FOLDER:
             return []
         raise system_refusal(exc, folder, "cannot be searched for images that stand on others") from exc
-    found = (_look(os.path.join(folder, name)) for name in sorted(names) if not is_temporary(name))
+    found = (_look(os.path.join(folder, name)) for name in sorted(names))
     return [one for one in found if one is not None]
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    """Return whether it is a file, or a symlink that leads to one."""
+    if not entry.is_symlink():
+        return entry.is_file(follow_symlinks=False)  # which the folder itself tells
+    status = _status_of(entry.path)
+    return status is not None and stat.S_ISREG(status.st_mode)
 
 
 def _look(path: str) -> Above | None:
     """Return the image of this path; None if it stands on no other one, or is none."""
-    status = _status_of(path)
-    if not stat.S_ISREG(status.st_mode) if status else os.path.islink(path):
-        return None
     try:
         with open_image(path) as file:
             name = recorded_name(file)

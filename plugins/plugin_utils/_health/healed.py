@@ -65,7 +65,7 @@ def fleet_healed(
     not_run = {**host_healed(Work()), "state": NOT_RUN}
     hosts = {host: report or not_run for host, report in reports.items()}
     states = collections.Counter(report["state"] for report in hosts.values())
-    problems = [] if allows_nothing else _in_vain(list(hosts.values()))
+    problems = [] if allows_nothing else _in_vain(list(hosts.values()), "heal_allow_nothing")
     return {
         "schema_version": SCHEMA_VERSION,
         "collection_version": COLLECTION_VERSION,
@@ -78,13 +78,9 @@ def fleet_healed(
     }
 
 
-def _in_vain(hosts: t.Sequence[Result]) -> list[Problem]:
+def _in_vain(hosts: t.Sequence[Result], way_out: str) -> list[Problem]:
     """Return what was asked for and is on no host: domains, or checkpoints of these."""
-    way_out = "heal_allow_nothing"
-    found = in_vain(hosts, way_out)
-    if found or any(host["state"] != OK for host in hosts):
-        return found
-    return list(unmatched_checkpoints(hosts, way_out))
+    return in_vain(hosts, way_out) or list(unmatched_checkpoints(hosts, way_out))
 
 
 def summary(report: Result) -> list[str]:
