@@ -12,9 +12,11 @@ a sign is somebody else's.
 
 from __future__ import annotations
 
+import contextlib
 import os
 
-from .._base.files import OpenImage, close, is_there, read_note, real_path
+from .._base.errors import Refusal
+from .._base.files import OpenImage, close, identity_of, is_there, read_note, real_path
 from .publish import StagedFile, open_to_list, publish_over
 
 _SUFFIX = ".kvmfleet-merging"
@@ -25,17 +27,23 @@ _LONGEST = 100  # bytes of the name of the image, which may be as long as a name
 def leave_sign(file: OpenImage, *, has_job: bool = True) -> None:
     """Say beside the open image that its merge is begun; the sign is on stable storage then.
 
-    Without `has_job` only the merge of another disk of the VM is; a sign that is there already stays.
+    Without `has_job` only the merge of another disk of the VM is; a sign that is there already stays. Refusal if
+    another run has merged the image down and retired it meanwhile; then no sign is left.
     """
-    if not has_job and find_sign(file) is not None:
-        return
-    _write_sign(file, _HAS_JOB if has_job else b"")
+    place = _place_of(file, file.path)
+    if has_job or not is_there(place):
+        _write_sign(place, _HAS_JOB if has_job else b"")
+    # Afterwards, as whoever retires the image looks for the sign once more when the image has gone: one of both sees.
+    if _is_gone(file):
+        _remove(place)
+        why = "was merged down or moved meanwhile, most likely by another run"
+        raise Refusal("changed_meanwhile", file.path, why, "Run this again.")
 
 
 def end_job(file: OpenImage) -> None:
     """Say that no job of the open image is there any more; its sign stays, since data may be below."""
     if has_begun_job(file):
-        _write_sign(file, b"")
+        _write_sign(_place_of(file, file.path), b"")
 
 
 def has_begun_job(file: OpenImage) -> bool:
@@ -51,24 +59,36 @@ def find_sign(file: OpenImage) -> str | None:
 
 def remove_sign(file: OpenImage, path: str) -> None:
     """Remove the sign of an open image whose place is this path, if there is one."""
-    place = _place_of(file, path)
+    _remove(_place_of(file, path))
+
+
+def _remove(place: str) -> None:
+    """Remove the sign at this place, if there is one."""
     if not is_there(place):
         return
     folder_fd, _folder = open_to_list(os.path.dirname(place))
     try:
-        os.unlink(os.path.basename(place), dir_fd=folder_fd)
+        with contextlib.suppress(FileNotFoundError):  # another run does so, too
+            os.unlink(os.path.basename(place), dir_fd=folder_fd)
         os.fsync(folder_fd)
     finally:
         close(folder_fd)
 
 
-def _write_sign(file: OpenImage, text: bytes) -> None:
-    """Put a sign beside the open image, in place of one that is there; it is on stable storage then."""
-    place = _place_of(file, file.path)
+def _write_sign(place: str, text: bytes) -> None:
+    """Put a sign at this place, over one that is there; it is on stable storage then."""
     with StagedFile(place, os.path.dirname(place)) as staged:
         os.write(staged.file.fd, text)
         os.fsync(staged.file.fd)
         publish_over(staged)
+
+
+def _is_gone(file: OpenImage) -> bool:
+    """Whether the open image does not stand at its path any more; OSError if that cannot be told."""
+    try:
+        return identity_of(os.stat(file.path)) != file.identity
+    except FileNotFoundError:
+        return True
 
 
 def _place_of(file: OpenImage, path: str) -> str:

@@ -44,6 +44,7 @@ def retire(path: str, file: OpenImage, how: How, suffix: str) -> str | None:
             kept = None
             os.unlink(name, dir_fd=folder_fd)
         os.fsync(folder_fd)
+        remove_sign(file, real)  # one that another run has left meanwhile, which has found the image still there
     finally:
         close(folder_fd)
     _remove_link(path, real)
@@ -140,9 +141,8 @@ def _why_untrusted(path: str, file: OpenImage) -> Refusal | None:
 
 
 def _check_place(path: str, file: OpenImage, name: str, folder_fd: int) -> None:
-    """Refuse if another file stands there than the one that was looked at."""
-    status = os.stat(name, dir_fd=folder_fd, follow_symlinks=False)
-    if identity_of(status) != file.identity:
+    """Refuse if it is not the file that was looked at which stands there."""
+    if not _is_there(file, name, folder_fd):
         raise Refusal("changed_meanwhile", path, "was moved or replaced meanwhile", "Run this again.")
 
 
@@ -184,5 +184,5 @@ def _is_there(file: OpenImage, place: str, folder_fd: int) -> bool:
     """Whether this very file has this name, too."""
     try:
         return identity_of(os.stat(place, dir_fd=folder_fd, follow_symlinks=False)) == file.identity
-    except OSError:
+    except FileNotFoundError:
         return False

@@ -131,7 +131,8 @@ class _Merging:
             handle.blockCommit(merge.target, disk.name_of(place + 1), disk.name_of(place), merge.speed, flags)
         except LibvirtError as exc:
             if exc.get_error_code() == libvirt.VIR_ERR_BLOCK_COPY_ACTIVE:
-                begun.withdraw()
+                # It may be of another run, and writes to the image below: the sign is that of its merge, too.
+                begun.end()
                 raise _busy(merge, "that has just been begun") from exc
             if self._daemon.is_there() and not handle.blockJobInfo(merge.target, 0):
                 begun.withdraw()  # libvirt has refused it

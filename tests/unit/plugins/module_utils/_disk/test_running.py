@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import signal
 
 import pytest
@@ -18,11 +19,12 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.signals impor
     ending_cleanly,
     stop_here_if_asked,
 )
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import publish
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import begun, publish
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.begun import find_sign, has_begun_job, leave_sign
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import CommitRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.observe import observe_chain
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay import OverlayRequest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.retire import retire
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.revert import GoBack
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.revert_rules import RevertRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
@@ -33,6 +35,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.running impor
     bitmaps_of,
 )
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.session import Vm
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.verdict import DELETE
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import Mark, write_mark
 
@@ -52,7 +55,7 @@ class Hypervisor:
         self.fails = dict(fails)
         self.keeps = keeps  # paths that the definition has whatever is done
         self.gone = set()
-        self.taken = set()  # paths of images that somebody else begins to merge
+        self.refuses = set()  # paths of images that it does not begin to merge
         self.resumed = {}
         self.relative = None
         self.is_lost = False  # it cannot be asked for anything any more
@@ -75,9 +78,9 @@ class Hypervisor:
     def merge(self, request, watch, _seconds, begin, *, relative, resumes):
         self.resumed[os.path.basename(request.path)] = resumes
         signs = begin()
-        if request.path in self.taken:
+        if request.path in self.refuses:
             signs.withdraw()
-            raise Refusal("block_job", "web", "has a job of somebody else")
+            raise Refusal("libvirt_failed", "web", "is locked")
         watch(1, 2)
         if request.path in self.signals:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -142,7 +145,7 @@ def test_an_overlay_has_not_the_sign_of_an_image_that_had_its_name_and_inode(tmp
     def with_a_sign(*args):
         monkeypatch.setattr(publish, "_new_file", make)
         name, file = make(*args)
-        leave_sign(file)
+        pathlib.Path(begun._place_of(file, file.path)).touch()
         return name, file
 
     monkeypatch.setattr(publish, "_new_file", with_a_sign)
@@ -375,9 +378,9 @@ def test_only_the_image_whose_job_was_begun_may_have_one_of_ours(three):
     assert again.resumed == {"b.mon.qcow2": True, "c.mon.qcow2": False}
 
 
-def test_a_merge_of_somebody_else_that_came_first_leaves_no_sign(three):
+def test_a_merge_that_was_not_begun_after_all_leaves_no_sign(three):
     hypervisor = Hypervisor()
-    hypervisor.taken.add(three[0].path)
+    hypervisor.refuses.add(three[0].path)
     assert states(merge(three[:3], hypervisor)) == ["failed"] * 3
     assert [name for name in os.listdir(os.path.dirname(three[0].path)) if "kvmfleet" in name] == []
     merge(three[:3], Hypervisor(fails={three[0].path: Interrupted("SIGTERM")}))
@@ -385,6 +388,30 @@ def test_a_merge_of_somebody_else_that_came_first_leaves_no_sign(three):
     merge(three[:3], hypervisor)  # the signs of an earlier run stay, but its job is not there any more
     assert not has_job(three[0].path)
     assert [go_back(request) for request in three[:3]] == [["unfinished"]] * 3
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_an_image_that_another_run_has_retired_meanwhile_gets_no_sign(three, number):
+    hypervisor = Hypervisor()
+    folder = os.path.dirname(three[0].path)
+
+    def merge_meanwhile(request, _watch, _seconds, begin, **_more):
+        with open_image(three[number].path) as file:
+            retire(file.path, file, DELETE, "committed")
+        hypervisor.gone.add(three[number].path)
+        begin()
+        raise AssertionError(f"{request.path} has no sign")
+
+    hypervisor.merge = merge_meanwhile
+    (problem,) = merge(three[:2], hypervisor).failures
+    assert problem.code == "changed_meanwhile"
+    assert "was merged down or moved meanwhile" in str(problem)
+    left = [name for name in os.listdir(folder) if name.endswith("kvmfleet-merging")]
+    assert [name.split(".kvmfleet")[0] for name in left] == ([] if number == 0 else [sign_name(three[0].path)])
+
+
+def sign_name(path):
+    return f".{os.path.basename(path)}.{os.stat(path).st_ino}"
 
 
 def has_job(path):

@@ -162,7 +162,7 @@ def test_a_merge_of_somebody_else_is_neither_followed_nor_ended(kind, path):
     assert (caught.value.code, handle.calls, handle.signs) == ("block_job", [], [])
 
 
-def test_a_merge_that_somebody_else_begins_first_leaves_no_sign_and_goes_on():
+def test_a_merge_that_begins_first_goes_on_and_the_sign_of_the_data_that_it_moves_stays():
     handle = Running([None, (COMMIT, 3)], merges="/mid")
 
     def refuse(*_arguments):
@@ -171,6 +171,18 @@ def test_a_merge_that_somebody_else_begins_first_leaves_no_sign_and_goes_on():
 
     handle.blockCommit = refuse
     with pytest.raises(Refusal, match="a block job that has just been begun"), ending_cleanly():
+        merged(handle, "/mid")
+    assert (handle.calls, handle.signs, handle.has_ended) == ([], [False], True)  # of no job of this run
+
+
+def test_a_merge_that_libvirt_refuses_leaves_no_sign():
+    handle = Running([None])
+
+    def refuse(*_arguments):
+        raise failure(libvirt.VIR_ERR_OPERATION_INVALID)
+
+    handle.blockCommit = refuse
+    with pytest.raises(Refusal, match="libvirt could not merge /mid down"):
         merged(handle, "/mid")
     assert (handle.calls, handle.signs) == ([], [])
 
