@@ -285,10 +285,18 @@ RULES = (
     Rule(
         "what goes is the file that was looked at",
         "retire",
-        "if identity_of(status) != file.identity:",
+        "if not _is_there(file, name, folder_fd):",
         "if False:",
         ("test_retire", "test_revert"),
     ),
+    Rule(
+        "no sign stays of a run that came second",
+        "retire",
+        "remove_sign(file, real)  # one that another run",
+        "pass  # one that another run",
+        ("test_retire",),
+    ),
+    Rule("an image that is gone gets no sign", "begun", "if _is_gone(file):", "if False:", ("test_running",)),
     Rule(
         "nothing is believed in a folder of others",
         "progress",
