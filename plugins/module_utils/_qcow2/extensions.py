@@ -11,11 +11,10 @@ import typing as t
 
 from .bitmaps import EXT_BITMAPS, BitmapsExtension, parse_bitmaps_extension
 from .formats import BACKING_FORMATS
-from .header import CRYPT_LUKS, EXTENSION, Header, damaged, text_of
+from .header import CRYPT_LUKS, EXT_END, Header, damaged, each_extension, text_of
 from .mark import EXT_MARK, Mark, mark_from
 
 _CRYPTO = struct.Struct(">QQ")
-_END = 0
 _BACKING_FORMAT = 0xE2792ACA
 _DATA_FILE = 0x44415441
 _CRYPTO_HEADER = 0x0537BE77
@@ -35,7 +34,7 @@ class Extensions(t.NamedTuple):
 def read_extensions(area: bytes, header: Header, path: str) -> Extensions:
     """Return what the extensions in the header cluster `area` say; Refusal where QEMU too refuses them."""
     found = Extensions()
-    for kind, _start, data in _each_extension(area, header, path):
+    for kind, _start, data in each_extension(area, header, path):
         found = _with_extension(found, kind, data, header, path)
     if header.crypt_method == CRYPT_LUKS and not found.has_crypto_header:
         raise damaged(path, "it is encrypted with LUKS, but does not say where its LUKS header is")
@@ -44,25 +43,8 @@ def read_extensions(area: bytes, header: Header, path: str) -> Extensions:
 
 def end_of_extensions(area: bytes, header: Header, path: str) -> int | None:
     """Return the offset behind the explicit end of the extensions in `area`; None if they only end at other data."""
-    ends = [start for kind, start, _data in _each_extension(area, header, path) if kind == _END]
+    ends = [start for kind, start, _data in each_extension(area, header, path) if kind == EXT_END]
     return ends[0] if ends else None
-
-
-def _each_extension(area: bytes, header: Header, path: str) -> t.Iterator[tuple[int, int, bytes]]:
-    """Yield type, offset of the data and data of each extension, up to and with the end, if there is an explicit one.
-
-    Refusal if one reaches out of the room for extensions.
-    """
-    offset, end = header.length, header.extensions_end
-    while offset < end:
-        kind, length = EXTENSION.unpack(area[offset : offset + EXTENSION.size].ljust(EXTENSION.size, b"\0"))
-        offset += EXTENSION.size
-        if offset + length > end:
-            raise damaged(path, f"header extension {kind:#010x} of {length} bytes reaches out of the header cluster")
-        yield kind, offset, area[offset : offset + length]
-        if kind == _END:
-            return
-        offset += (length + 7) // 8 * 8
 
 
 def _with_extension(found: Extensions, kind: int, data: bytes, header: Header, path: str) -> Extensions:

@@ -34,6 +34,7 @@ BACKING_FILE = struct.Struct(">QI")  # these two
 AUTOCLEAR_AT = 88  # bytes; where the header of version 3 has the autoclear features
 AUTOCLEAR = struct.Struct(">Q")
 EXTENSION = struct.Struct(">II")  # type and length; qcow2 spec, Header extensions
+EXT_END = 0
 _MAX_REFCOUNT_TABLE = 8 * 1024 * 1024  # bytes; QEMU's QCOW_MAX_REFTABLE_SIZE
 _MAX_SNAPSHOTS = 65536  # QEMU's QCOW_MAX_SNAPSHOTS
 SNAPSHOT_ENTRY_SIZE = 40  # bytes; qcow2 spec, Snapshots, without what has no fixed length
@@ -100,6 +101,23 @@ def extension_bytes(kind: int, data: bytes) -> bytes:
 def damaged(path: str, what: str, remedy: str = INSPECT) -> Refusal:
     """Return the refusal of an image that breaks the format."""
     return Refusal("damaged", path, f"is damaged: {what}", remedy)
+
+
+def each_extension(area: bytes, header: Header, path: str) -> t.Iterator[tuple[int, int, bytes]]:
+    """Yield type, offset of the data and data of each extension, up to and with the end, if there is an explicit one.
+
+    Refusal if one reaches out of the room for extensions.
+    """
+    offset, end = header.length, header.extensions_end
+    while offset < end:
+        kind, length = EXTENSION.unpack(area[offset : offset + EXTENSION.size].ljust(EXTENSION.size, b"\0"))
+        offset += EXTENSION.size
+        if offset + length > end:
+            raise damaged(path, f"header extension {kind:#010x} of {length} bytes reaches out of the header cluster")
+        yield kind, offset, area[offset : offset + length]
+        if kind == EXT_END:
+            return
+        offset += (length + 7) // 8 * 8
 
 
 def read_as_qemu(file: OpenImage, length: int, offset: int) -> bytes:

@@ -15,7 +15,15 @@ import os
 import typing as t
 
 from .._base.files import OpenImage
-from .header import BACKING_FILE, BACKING_FILE_AT, extension_bytes, read_header
+from .header import (
+    BACKING_FILE,
+    BACKING_FILE_AT,
+    EXT_END,
+    EXTENSION,
+    each_extension,
+    extension_bytes,
+    read_header,
+)
 
 EXT_MARK = 0x6B766D66  # "kvmf"
 
@@ -45,12 +53,16 @@ def mark_bytes(mark: Mark | None) -> int:
 def write_mark(file: OpenImage, mark: Mark) -> None:
     """Give an image that QEMU has just made its mark. The image is ours alone; nobody has it open as qcow2.
 
-    The extension goes before all others. They, and the name of the backing file behind them, move up.
+    The extension goes behind all others, as QEMU has it when it writes the header anew: libvirt does not round up the
+    length of an extension, so it finds none behind one whose length is no multiple of 8. The end of the extensions, and
+    the name of the backing file behind it, move up.
     """
     header = read_header(file)
     start, length = header.backing_offset, header.backing_length
     area, added = file.read(start + length, 0), _extension_of(mark)
-    area = area[: header.length] + added + area[header.length :]
+    ends = (at - EXTENSION.size for kind, at, _data in each_extension(area, header, file.path) if kind == EXT_END)
+    place = next(ends, header.extensions_end)
+    area = area[:place] + added + area[place:]
     behind = BACKING_FILE_AT + BACKING_FILE.size
     area = area[:BACKING_FILE_AT] + BACKING_FILE.pack(start + len(added), length) + area[behind:]
     os.pwrite(file.fd, area, 0)
