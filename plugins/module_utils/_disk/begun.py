@@ -41,9 +41,12 @@ def leave_sign(file: OpenImage, *, has_job: bool = True) -> None:
 
 
 def end_job(file: OpenImage) -> None:
-    """Say that no job of the open image is there any more; its sign stays, since data may be below."""
+    """Say that no job of the open image is there any more; its sign stays as long as it, since data may be below."""
     if has_begun_job(file):
-        _write_sign(_place_of(file, file.path), b"")
+        place = _place_of(file, file.path)
+        _write_sign(place, b"")
+        if _is_gone(file):
+            _remove(place)
 
 
 def has_begun_job(file: OpenImage) -> bool:

@@ -195,7 +195,12 @@ def publish_unlocked(staged: t.Sequence[StagedFile], switch: t.Callable[[], None
 
 
 def _retract_all(begun: t.Sequence[StagedFile], exc: BaseException) -> None:
-    """Take all published files away again; Refusal if one stays, so that nobody takes it for gone."""
+    """Take all published files away again; Refusal if one stays, so that nobody takes it for gone.
+
+    UnknownOutcomeError if a QEMU has one open: another run may have found it in its place, and given it to its VM.
+    """
+    for staged_file in begun:
+        _hold_off_everybody(staged_file, exc)
     stuck = [problem for problem in [one.retract() for one in reversed(begun)] if problem]
     if not stuck:
         return
@@ -204,6 +209,16 @@ def _retract_all(begun: t.Sequence[StagedFile], exc: BaseException) -> None:
     raise stuck[0].with_note(
         f"It is complete but unused, because what belongs to it failed: {cause}.{others} {CHECK_STORAGE}"
     ) from exc
+
+
+def _hold_off_everybody(staged: StagedFile, exc: BaseException) -> None:
+    """Keep every QEMU from a file that is to be taken away."""
+    try:
+        locks.hold_off_writers(staged.file)
+        locks.hold_off_everybody(staged.file)
+    except Refusal:
+        why = "has been given to its VM meanwhile, most likely by another run, so it was left in place"
+        raise UnknownOutcomeError(staged.path, why, "Look at 'virsh domblklist', then run this again.") from exc
 
 
 def leftovers(folder: str) -> list[str]:

@@ -4,8 +4,8 @@
 # PRIVATE to this collection: may change at any time.
 """Act: operations on the images of a VM that runs. Its hypervisor does what touches images that the VM has open.
 
-No image of the VM is locked here: QEMU has them. What QEMU has in memory, above all the bitmaps, no image tells, so the
-hypervisor is asked.
+No image of the VM is locked here against QEMU, which has them; other runs of this collection wait. What QEMU has in
+memory, above all the bitmaps, no image tells, so the hypervisor is asked.
 """
 
 from __future__ import annotations
@@ -143,9 +143,9 @@ class MakeForRunning(MakeOverlays):
             verdict = verdict._replace(spec=verdict.spec._replace(active=None))
         return verdict
 
-    def images(self, _verdict: OverlayVerdict) -> Images:
-        """Return none: the VM has them."""
-        return Images(())
+    def images(self, verdict: OverlayVerdict) -> Images:
+        """Return the VM's topmost image, on which only one run works at a time."""
+        return Images((), running=(verdict.request.backing_file,))
 
     def rehearse(self, verdict: OverlayVerdict, held: Held) -> OverlayVerdict:
         """Say which bitmaps the overlay would have."""
@@ -238,9 +238,11 @@ class MergeRunning(MergeLayers):
             need=None if is_left_over else _need(seen, held),
         )
 
-    def images(self, _verdict: CommitVerdict) -> Images:
-        """Return none: the VM has them."""
-        return Images(())
+    def images(self, verdict: CommitVerdict) -> Images:
+        """Return the VM's images that change, on which only one run works at a time."""
+        request = verdict.request
+        paths = (request.path, request.backing_file, *([request.above] if request.above is not None else []))
+        return Images((), running=tuple(filter(is_there, paths)))  # another run may have retired the first one
 
     def phases(self) -> t.Sequence[t.Callable[[CommitVerdict, Held], CommitVerdict]]:
         """Do nothing that could be undone: a disk whose merge is complete stays so."""
@@ -295,7 +297,7 @@ class MergeRunning(MergeLayers):
     def _merge(self, verdict: CommitVerdict, held: Held, begin: Begin) -> CommitVerdict:
         """Have one image merged down, and retire it."""
         request = verdict.request
-        if self._hypervisor.has(request):
+        if verdict.method is not None:  # of what is left over nothing is merged
             resumes = has_begun_job(held.image(request.path))
             with telling(request) as tell:
                 relative = _is_relative(request, held)

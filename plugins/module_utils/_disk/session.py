@@ -51,6 +51,7 @@ class Images(t.NamedTuple):
 
     opened: tuple[str, ...]
     needed: frozenset[str] = frozenset()  # the request is refused if one of these cannot be locked
+    running: tuple[str, ...] = ()  # a VM that runs has these, so only other runs are kept from working on them
 
 
 class Engine:
@@ -168,6 +169,9 @@ class Held:
             locks.take_turn(file, self._settings.seconds, how_far)
         for file in files.values():
             locks.hold_off_writers(file)
+        running = {file.identity: file for file in map(self.image, images.running)}
+        for _identity, file in sorted(running.items(), key=lambda item: item[0]):
+            locks.take_turn(file, self._settings.seconds, how_far, locks.LIVE_TURN)
 
     def _open_to_lock(self, path: str) -> OpenImage | None:
         """Return an image that is only locked to keep its VM from starting; None if it cannot be locked.
@@ -286,7 +290,8 @@ class Session(t.Generic[V]):
         parts = [(verdict, self._operation.images(verdict)) for verdict in verdicts]
         opened = [path for _verdict, part in parts for path in part.opened]
         needed = [path for verdict, part in parts if self.is_pending(verdict) for path in part.needed]
-        return Images(tuple(dict.fromkeys([*first, *opened])), frozenset(needed))
+        running = [path for _verdict, part in parts for path in part.running]
+        return Images(tuple(dict.fromkeys([*first, *opened])), frozenset(needed), tuple(running))
 
     def _judge_again(self, verdict: V, held: Held) -> V:
         """Decide once more, now that nobody can change what is locked."""

@@ -22,7 +22,15 @@ from .._libvirt.connection import Domain, Kept, Libvirt
 from .._libvirt.definition import Definition, DomainDisk
 from .._libvirt.jobs import Merge, merge_down
 from .._libvirt.running import RunningDisk, why_not_quiesced
-from .._libvirt.snapshots import check_on, defined_now, disks_now, store_definition, take_snapshot
+from .._libvirt.snapshots import (
+    check_on,
+    check_still_runs,
+    defined_now,
+    disks_now,
+    other_disks_meanwhile,
+    store_definition,
+    take_snapshot,
+)
 from .._qcow2.mark import Mark
 from .aims import MergeDown, PutOnOverlays
 from .checkpoints import Chain
@@ -55,14 +63,15 @@ class Live(t.NamedTuple):
 
 
 class _OfRunning:
-    """What holds for every aim for domains that run: nothing keeps them from anything."""
+    """What holds for every aim for domains that run: nothing keeps them from anything, so their state is looked at."""
 
     def takes(self, domain: Domain) -> bool:
         """Take every domain that is not shut off."""
         return domain.state is not None
 
-    def confirm(self, _daemon: Libvirt, _domain: Domain) -> None:
-        """Ask nothing: libvirt does the work, and is asked for what the domain has at each step."""
+    def confirm(self, daemon: Libvirt, domain: Domain) -> None:
+        """Refuse a domain that does not run any more, or has other images: its turn can come hours after the plan."""
+        check_still_runs(daemon, domain)
 
     def guarded_image(self, _domain: Domain) -> str | None:
         """Return none: the domain has them all."""
@@ -273,7 +282,7 @@ class RunningDomains:
         domain = self._domains[request.vm or ""]
         disk = self._disk_with(domain, request.path)
         if disk is None:
-            raise Refusal("changed_meanwhile", domain.name, "has got other disks meanwhile", "Run this again.")
+            raise other_disks_meanwhile(domain)
         merge = Merge(domain, disk.target, request.path, request.speed, relative, resumes)
         merge_down(self._daemon, merge, watch, seconds, begin)
 

@@ -13,8 +13,8 @@ from .._base.errors import Refusal
 from .._base.signals import GoesOn, Interrupted, interruptible
 from .bindings import LibvirtError, libvirt, words_of
 from .connection import Domain, Libvirt
-from .running import RunningDisk, RunningImage, running_disks
-from .snapshots import gone_meanwhile, shut_off_meanwhile
+from .running import RunningDisk, RunningImage, run_of, running_disks
+from .snapshots import gone_meanwhile, other_disks_meanwhile, shut_off_meanwhile
 
 Watch = t.Callable[[int, int], None]  # is called with the bytes that are done, and with all
 
@@ -51,6 +51,9 @@ class Merge(t.NamedTuple):
 def merge_down(daemon: Libvirt, merge: Merge, watch: Watch, seconds: float, begin: Begin) -> None:
     """Merge the image down, until it is not in the chain of the disk any more; Refusal if that fails.
 
+    That the disk does not have it is no sign of a merge: it may have been detached, or the domain was started anew on
+    another image. So it counts as merged only if a job of it was there in the same run of the domain.
+
     Go on with a job that runs already, if it is of a run that was killed; never touch one of somebody else. After
     `seconds` without progress, or after a signal, give the job up; then the domain keeps the chain that it has. A
     daemon that is started anew is waited for: QEMU goes on with the job meanwhile. `begin` is called before a job is
@@ -70,6 +73,7 @@ class _Merging:
         self._begin = begin
         self._is_ours = merge.resumes  # a job of the disk
         self._is_started = False
+        self._run = ""  # of the domain, in which a job of the image was there
         self._begun: Begun | None = None
 
     def run(self) -> None:
@@ -91,24 +95,42 @@ class _Merging:
 
     def _attempt(self, handle: t.Any) -> None:
         while True:
-            disk = _disk_of(handle, self._merge)
-            place = disk.place_of(self._merge.path)
-            if place is None:
+            disk, number = self._look(handle)
+            place = disk.place_of(self._merge.path) if disk is not None else None
+            if disk is None or place is None:
+                self._check_merged(number)
                 return
             _check_mirror(disk, place, self._merge)
             info = handle.blockJobInfo(self._merge.target, 0)
             if info:
                 self._check_job(info)
+                self._run = number
                 self._begun = self._begin()
             elif self._is_started:
                 # A daemon that was just started tells first what was, and is asked once it knows of the job.
-                if _disk_of(handle, self._merge).place_of(self._merge.path) is None:
+                disk, number = self._look(handle)
+                if disk is None or disk.place_of(self._merge.path) is None:
+                    self._check_merged(number)
                     return
                 self._end()
                 raise _ended(self._merge)
             else:
+                self._run = number
                 self._start(handle, disk, place)
             self._follow(handle)
+
+    def _look(self, handle: t.Any) -> tuple[RunningDisk | None, str]:
+        """Return the disk as it is now, None if it is gone, and which run of the domain this is."""
+        text = handle.XMLDesc(0)
+        number = run_of(text)
+        if not number:
+            raise shut_off_meanwhile(self._merge.domain)
+        return next((disk for disk in running_disks(text) if disk.target == self._merge.target), None), number
+
+    def _check_merged(self, number: str) -> None:
+        """Refuse an image that the disk has not any more, if no job of it was there in this run of the domain."""
+        if number != self._run:
+            raise other_disks_meanwhile(self._merge.domain)
 
     def _check_job(self, info: t.Mapping[str, int]) -> None:
         """Refuse a job that is no merge of ours."""
@@ -130,14 +152,22 @@ class _Merging:
         try:
             handle.blockCommit(merge.target, disk.name_of(place + 1), disk.name_of(place), merge.speed, flags)
         except LibvirtError as exc:
-            if exc.get_error_code() == libvirt.VIR_ERR_BLOCK_COPY_ACTIVE:
-                # It may be of another run, and writes to the image below: the sign is that of its merge, too.
-                begun.end()
-                raise _busy(merge, "that has just been begun") from exc
-            if self._daemon.is_there() and not handle.blockJobInfo(merge.target, 0):
-                begun.withdraw()  # libvirt has refused it
+            if self._daemon.is_there():
+                self._settle(begun, handle.blockJobInfo(merge.target, 0), exc)
             raise
         self._is_started = True
+
+    def _settle(self, begun: Begun, info: t.Mapping[str, int], exc: t.Any) -> None:
+        """See to the sign of a job that libvirt has refused; Refusal if there is one of somebody else."""
+        is_busy = exc.get_error_code() == libvirt.VIR_ERR_BLOCK_COPY_ACTIVE
+        if info and info["type"] in _OURS:
+            if is_busy:
+                # It writes to the image below, whoever has begun it: the sign is that of its merge, too.
+                begun.end()
+        else:
+            begun.withdraw()
+        if is_busy:
+            raise _busy(self._merge, "that has just been begun") from exc
 
     def _follow(self, handle: t.Any) -> None:
         """Return when there is no job any more; when one has the disk on both images, put the domain on the lower."""
@@ -196,24 +226,18 @@ class _Merging:
         merge = self._merge
         try:
             handle = self._handle()
-            if not handle.isActive():
-                return shut_off_meanwhile(merge.domain)
-            if _disk_of(handle, merge).place_of(merge.path) is None:
+            disk, number = self._look(handle)
+            if disk is None or disk.place_of(merge.path) is None:
+                self._check_merged(number)
                 return None
+        except Refusal as now:
+            return now
         except LibvirtError as now:
             if now.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
                 return gone_meanwhile(merge.domain)
         why = f"libvirt could not merge {merge.path} down. libvirt says: {words_of(exc)}"
         remedy = "See its log and that of the domain, then run this again."
         return Refusal("libvirt_failed", merge.domain.name, why, remedy)
-
-
-def _disk_of(handle: t.Any, merge: Merge) -> RunningDisk:
-    """Return the disk as it is now."""
-    disks = [disk for disk in running_disks(handle.XMLDesc(0)) if disk.target == merge.target]
-    if not handle.isActive() or not disks:
-        raise shut_off_meanwhile(merge.domain)
-    return disks[0]
 
 
 def _kind_of(info: t.Mapping[str, int]) -> str:

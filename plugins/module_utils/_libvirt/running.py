@@ -51,8 +51,17 @@ class RunningDisk(t.NamedTuple):
         return f"{self.target}[{image.number}]" if image.number else image.path or ""
 
 
+def run_of(text: str) -> str:
+    """Return libvirt's number of the run of a domain, which is another one after each start; empty if it is shut off.
+
+    The same text has the disks: an answer of its own could come from after the end of the domain.
+    """
+    root: t.Any = xml.dom.minidom.parseString(text).documentElement
+    return t.cast("str", root.getAttribute("id"))
+
+
 def running_disks(text: str) -> tuple[RunningDisk, ...]:
-    """Return the disks of a domain that runs."""
+    """Return the disks of a domain that runs. Of one that is shut off libvirt tells no chains."""
     root = xml.dom.minidom.parseString(text).documentElement
     devices = [device for part in _children(root, "devices") for device in _children(part, "disk")]
     return tuple(_disk_from(device) for device in devices)

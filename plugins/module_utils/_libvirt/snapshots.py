@@ -15,13 +15,14 @@ from . import quiesced
 from .bindings import LibvirtError, libvirt, words_of
 from .connection import Domain, Libvirt, definition_of, unreadable
 from .definition import Definition, Source
-from .running import RunningDisk, running_disks, snapshot_xml
+from .running import RunningDisk, run_of, running_disks, snapshot_xml
 
 _Answer = t.TypeVar("_Answer")
 _MAY_BE_FROZEN = (
     "The file systems of its guest may be frozen, since its agent has not said that it has thawed them. "
     "The next run thaws them."
 )
+_NAMESPACE = "kvmfleet.qcow2"  # of metadata that no domain has
 _RESTART = 60.0  # seconds in which a daemon that is started anew, as by an update, is back
 
 
@@ -33,8 +34,8 @@ def take_snapshot(daemon: Libvirt, domain: Domain, sources: t.Mapping[str, Sourc
     """
     handle = look_up(daemon, domain)
     try:
-        check_still_runs(handle, domain)
-        wanted, number = _wanted(handle, sources), handle.ID()
+        before = _check_still_runs(handle, domain)
+        wanted, number = _wanted(before, sources), handle.ID()
     except LibvirtError as exc:
         raise unreadable(domain.name, exc) from exc
     if quiesce:
@@ -47,8 +48,34 @@ def take_snapshot(daemon: Libvirt, domain: Domain, sources: t.Mapping[str, Sourc
         check_switched(daemon, new_handle or handle, domain, sources, error, was_away=new_handle is not None)
     except Refusal as exc:
         raise (exc.with_note(_MAY_BE_FROZEN) if may_be_frozen else exc) from error
+    _check_below(daemon, domain, before, sources)
     if may_be_frozen:
         raise UnknownOutcomeError(domain.name, "runs on its new images, but that is not all", _MAY_BE_FROZEN)
+
+
+def _check_below(
+    daemon: Libvirt, domain: Domain, before: t.Sequence[RunningDisk], sources: t.Mapping[str, Source]
+) -> None:
+    """Raise if a new image stands on another one than it records: what it was made for can be merged down meanwhile."""
+    recorded = {disk.target: disk.images[0].path for disk in before if disk.images}
+    now = tuple[RunningDisk, ...]()
+    with contextlib.suppress(Refusal):  # it may be shut off again
+        now = disks_now(daemon, domain)
+    for disk in now:
+        was, there = recorded.get(disk.target), disk.images[1].path if len(disk.images) > 1 else None
+        if (
+            disk.target not in sources
+            or was is None
+            or there is None
+            or os.path.realpath(was) == os.path.realpath(there)
+        ):
+            continue
+        path = sources[disk.target].path
+        why = (
+            f"runs on {path}, which records {was} below it, but QEMU has {there} there: that was merged down meanwhile"
+        )
+        remedy = f"As soon as it is shut off, and before anything else: 'qemu-img rebase -u -b {there} -F … {path}'."
+        raise UnknownOutcomeError(domain.name, why, remedy)
 
 
 def _attempt(handle: t.Any, wanted: str, *, quiesce: bool) -> t.Any:
@@ -74,8 +101,8 @@ def _handle_after(daemon: Libvirt, domain: Domain, error: t.Any) -> t.Any:
         raise _unknown(domain, f"libvirt says: {words_of(error)}") from exc
 
 
-def _wanted(handle: t.Any, sources: t.Mapping[str, Source]) -> str:
-    targets = [disk.target for disk in running_disks(handle.XMLDesc(0))]
+def _wanted(before: t.Sequence[RunningDisk], sources: t.Mapping[str, Source]) -> str:
+    targets = [disk.target for disk in before]
     return snapshot_xml(targets, {target: source.path for target, source in sources.items()})
 
 
@@ -96,8 +123,11 @@ def look_up(daemon: Libvirt, domain: Domain) -> t.Any:
 
 
 def disks_now(daemon: Libvirt, domain: Domain) -> tuple[RunningDisk, ...]:
-    """Return the disks of a domain with their chains, as it has them just now."""
-    return _asked(daemon, domain, lambda handle: running_disks(handle.XMLDesc(0)))
+    """Return the disks of a domain with their chains, as it has them just now; Refusal if it does not run any more."""
+    text = _asked(daemon, domain, lambda handle: handle.XMLDesc(0))
+    if not run_of(text):
+        raise shut_off_meanwhile(domain)
+    return running_disks(text)
 
 
 def defined_now(daemon: Libvirt, domain: Domain) -> Definition:
@@ -112,8 +142,10 @@ def store_definition(daemon: Libvirt, domain: Domain) -> None:
     """
 
     def ask(handle: t.Any) -> None:
-        if handle.isPersistent():  # or this would bring back what somebody has undefined
-            daemon.connection.defineXML(definition_of(handle).text)
+        if handle.isPersistent():
+            # That removes nothing, and stores the definition. To define what was read could undo what others define.
+            element, config = libvirt.VIR_DOMAIN_METADATA_ELEMENT, libvirt.VIR_DOMAIN_AFFECT_CONFIG
+            handle.setMetadata(element, None, None, _NAMESPACE, config)
 
     try:
         _asked(daemon, domain, ask)
@@ -140,13 +172,25 @@ def _asked(daemon: Libvirt, domain: Domain, ask: t.Callable[[t.Any], _Answer]) -
             raise unreadable(domain.name, exc) from exc
 
 
-def check_still_runs(handle: t.Any, domain: Domain) -> None:
+def check_still_runs(daemon: Libvirt, domain: Domain) -> None:
     """Refuse a domain that does not run any more with the disks that were judged."""
-    if not handle.isActive():
+    _asked(daemon, domain, lambda handle: _check_still_runs(handle, domain))
+
+
+def _check_still_runs(handle: t.Any, domain: Domain) -> tuple[RunningDisk, ...]:
+    """Return the disks of the domain."""
+    text = handle.XMLDesc(0)
+    if not run_of(text):
         raise shut_off_meanwhile(domain)
-    now = Definition(handle.XMLDesc(0)).with_places(domain.definition.places)
+    now = Definition(text).with_places(domain.definition.places)
     if domain.running_definition is None or now.tops != domain.running_definition.tops:
-        raise Refusal("changed_meanwhile", domain.name, "has got other disks meanwhile", "Run this again.")
+        raise other_disks_meanwhile(domain)
+    return running_disks(text)
+
+
+def other_disks_meanwhile(domain: Domain) -> Refusal:
+    """Return the refusal of a domain that has other images than those that were judged."""
+    return Refusal("changed_meanwhile", domain.name, "has got other disks meanwhile", "Run this again.")
 
 
 def shut_off_meanwhile(domain: Domain) -> Refusal:

@@ -34,6 +34,7 @@ _FLOCK = struct.Struct("@hhqqi4x")  # struct flock: type, whence, start, length,
 WRITE = 101  # held by whoever has the image open for writing
 WRITE_UNSHARED = 201  # held by whoever has it open and cannot stand another writer, also below a VM's top image
 OUR_TURN = 300  # outside QEMU's range: "a run of this collection works on this file"
+LIVE_TURN = 301  # the same while its VM runs; of its own, since the other tells that QEMU's locks may be ours
 
 
 def _set_lock(fd: int, byte: int, kind: int) -> None:
@@ -75,12 +76,14 @@ def hold_off_everybody(file: OpenImage) -> None:
         raise below_running_vm(file.path)
 
 
-def take_turn(file: OpenImage, seconds: float, how_far: t.Callable[[], object] = frozenset) -> None:
+def take_turn(
+    file: OpenImage, seconds: float, how_far: t.Callable[[], object] = frozenset, byte: int = OUR_TURN
+) -> None:
     """Wait until no other run of this collection works on the image, which may merge it for hours.
 
-    Wait up to `seconds` after what `how_far` returns has changed last.
+    `byte` tells of what kind the work is. Wait up to `seconds` after what `how_far` returns has changed last.
     """
-    if _has_taken_turn(file):
+    if _has_taken_turn(file, byte):
         return
     deadline, seen = time.monotonic() + seconds, how_far()
     while True:
@@ -93,16 +96,16 @@ def take_turn(file: OpenImage, seconds: float, how_far: t.Callable[[], object] =
         # Pause for a random time, or two runs that collide would go on colliding in step.
         with interruptible():
             time.sleep(random.uniform(0.005, 0.05))
-        if _has_taken_turn(file):
+        if _has_taken_turn(file, byte):
             return
 
 
-def _has_taken_turn(file: OpenImage) -> bool:
-    if not _try_lock(file, OUR_TURN, fcntl.F_RDLCK):  # a run has claimed it, since it has made it
+def _has_taken_turn(file: OpenImage, byte: int) -> bool:
+    if not _try_lock(file, byte, fcntl.F_RDLCK):  # a run has claimed it, since it has made it
         return False
-    if not is_locked(file, OUR_TURN):
+    if not is_locked(file, byte):
         return True
-    _set_lock(file.fd, OUR_TURN, fcntl.F_UNLCK)
+    _set_lock(file.fd, byte, fcntl.F_UNLCK)
     return False
 
 

@@ -35,6 +35,7 @@ class Running:
         self.looks = list(looks)
         self.merges = merges
         self.works = works
+        self.number = 1  # of the run of the domain
         self.not_ready = not_ready
         self.calls = []
         self.is_begun = bool(looks) and looks[0] is not None
@@ -52,16 +53,16 @@ class Running:
     def end(self):
         self.has_ended = True
 
-    def isActive(self):  # noqa: N802  libvirt's name
-        return 1
-
-    def XMLDesc(self, _flags):  # noqa: N802
+    def XMLDesc(self, _flags):  # noqa: N802  libvirt's name
         inner = "<backingStore/>"
         for number, path in enumerate(reversed(self.chain[1:])):
             source = f"<format type='qcow2'/><source file='{path}'/>"
             inner = f"<backingStore type='file' index='{number}'>{source}{inner}</backingStore>"
         top = f"<source file='{self.chain[0]}' index='9'/>"
-        return f"<domain><devices><disk type='file'>{top}{inner}<target dev='vda'/></disk></devices></domain>"
+        if not self.number:
+            return "<domain/>"
+        disk = f"<disk type='file'>{top}{inner}<target dev='vda'/></disk>"
+        return f"<domain id='{self.number}'><devices>{disk}</devices></domain>"
 
     def blockCommit(self, *arguments):  # noqa: N802
         self.calls.append(arguments)
@@ -167,6 +168,7 @@ def test_a_merge_that_begins_first_goes_on_and_the_sign_of_the_data_that_it_move
 
     def refuse(*_arguments):
         os.kill(os.getpid(), signal.SIGTERM)
+        handle.is_begun = True
         raise failure(libvirt.VIR_ERR_BLOCK_COPY_ACTIVE)
 
     handle.blockCommit = refuse
@@ -175,15 +177,69 @@ def test_a_merge_that_begins_first_goes_on_and_the_sign_of_the_data_that_it_move
     assert (handle.calls, handle.signs, handle.has_ended) == ([], [False], True)  # of no job of this run
 
 
-def test_a_merge_that_libvirt_refuses_leaves_no_sign():
-    handle = Running([None])
+@pytest.mark.parametrize("kind, signs", [(COPY, []), (COMMIT, [False])])
+def test_the_sign_stays_only_where_a_job_may_write_to_the_image_below(kind, signs):
+    handle = Running([None, (kind, 3)], merges="/mid")
 
     def refuse(*_arguments):
-        raise failure(libvirt.VIR_ERR_OPERATION_INVALID)
+        handle.is_begun = True
+        raise failure(libvirt.VIR_ERR_BLOCK_COPY_ACTIVE)
 
     handle.blockCommit = refuse
-    with pytest.raises(Refusal, match="libvirt could not merge /mid down"):
+    with pytest.raises(Refusal, match="a block job that has just been begun"):
         merged(handle, "/mid")
+    assert handle.signs == signs
+
+
+def lose_the_disk(handle):
+    handle.chain = ["/other"]
+
+
+def start_on_another_image(handle):
+    handle.number = 2
+    handle.chain = ["/base"]
+
+
+def shut_off(handle):
+    handle.number = 0
+
+
+@pytest.mark.parametrize("is_away", [False, True])
+@pytest.mark.parametrize(
+    "happens, said",
+    [
+        (start_on_another_image, "web: has got other disks meanwhile"),
+        (shut_off, "web: was shut off meanwhile"),
+    ],
+)
+def test_what_the_domain_has_not_any_more_is_not_merged_for_that(happens, said, is_away):
+    handle = Running([None, (COMMIT, 2), (COMMIT, 3)], merges="/mid", works=False)
+    daemon, look = Daemon(handle), handle.blockJobInfo
+
+    def look_or_end(target, flags):
+        info = look(target, flags)
+        if info and info["cur"] == 3:
+            happens(handle)
+            handle.is_begun = False
+            daemon.is_away = is_away
+            if is_away:
+                raise failure(libvirt.VIR_ERR_RPC)
+            return {}
+        return info
+
+    handle.blockJobInfo = look_or_end
+    with pytest.raises(Refusal, match=said) as caught:
+        merged(handle, "/mid", daemon=daemon)
+    assert caught.value.code == "changed_meanwhile"
+    assert handle.signs == [False]  # data may be below
+
+
+@pytest.mark.parametrize("happens", [lose_the_disk, start_on_another_image])
+def test_what_is_gone_before_a_job_was_seen_is_not_merged(happens):
+    handle = Running([])
+    happens(handle)
+    with pytest.raises(Refusal, match="web: has got other disks meanwhile"):
+        merged(handle, "/mid", resumes=True)
     assert (handle.calls, handle.signs) == ([], [])
 
 
@@ -269,7 +325,7 @@ def test_a_job_into_a_volume_is_known_by_the_number_of_the_image(number, codes):
     def text(_flags):
         paths = "".join(f"<source file='{path}' index='9'/>" for path in handle.chain[:1])
         inner = chain + mirror if handle.chain[0] == "/top" else ""
-        return f"<domain><devices><disk type='file'>{paths}{inner}<target dev='vda'/></disk></devices></domain>"
+        return f"<domain id='1'><devices><disk type='file'>{paths}{inner}<target dev='vda'/></disk></devices></domain>"
 
     handle.XMLDesc = text
     found = []
@@ -279,12 +335,6 @@ def test_a_job_into_a_volume_is_known_by_the_number_of_the_image(number, codes):
         found.append(exc.code)
     assert found == codes
     assert handle.chain[0] == ("/top" if codes else "/mid")
-
-
-def test_what_is_gone_already_needs_no_job():
-    handle = Running([])
-    assert merged(handle, "/other") == []
-    assert handle.calls == []
 
 
 def test_a_job_that_ends_too_early_is_told():

@@ -15,7 +15,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt import con
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection import Domain
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import Definition, Source
 
-DISK = "<domain><devices><disk type='file'><source file='{}'/><target dev='vda'/></disk></devices></domain>"
+DISK = "<domain id='1'><devices><disk type='file'><source file='{}'/><target dev='vda'/></disk></devices></domain>"
 OLD, NEW = DISK.format("/old"), DISK.format("/new")
 DOMAIN = Domain("web", "uuid-of-web", "running", True, False, Definition(OLD), Definition(OLD))
 FROZEN = "unable to execute QEMU agent command 'guest-fsfreeze-freeze': the agent is in frozen state"

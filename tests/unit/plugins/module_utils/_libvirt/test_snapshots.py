@@ -79,7 +79,7 @@ def test_a_domain_that_was_given_other_images_after_its_merge_is_told(daemon):
 class Unstored:
     """A daemon, its connection, and a domain that runs on its new image, with a definition that cannot be stored."""
 
-    TEXT = f"""<domain><devices><disk type='file' device='disk'><driver type='qcow2'/><source file='{IMAGE}'/>
+    TEXT = f"""<domain id='1'><devices><disk type='file' device='disk'><driver type='qcow2'/><source file='{IMAGE}'/>
 <target dev='vda'/></disk></devices></domain>"""
 
     def __init__(self, is_full):
@@ -99,10 +99,10 @@ class Unstored:
     def XMLDesc(self, _flags):  # noqa: N802
         return self.TEXT
 
-    def defineXML(self, text):  # noqa: N802
+    def setMetadata(self, *what):  # noqa: N802
         if self.is_full:
             raise libvirt.libvirtError("no space left")
-        self.stored.append(text)
+        self.stored.append(what)
 
     def placed(self, definition):
         return definition
