@@ -17,7 +17,7 @@ from .._disk.mend import MendBitmaps
 from .._disk.run import Batch, run_all
 from .._disk.session import Engine, Held, Settings, Vm, failed_by
 from .._disk.verdict import FAILED, SKIPPED, problem_fields, root_causes
-from .._libvirt.connection import Domain, Kept, Libvirt, Unreadable
+from .._libvirt.connection import Domain, Kept, KnownCheckpoint, Libvirt, Unreadable
 from .._libvirt.definition import DomainDisk
 from .._libvirt.switch import check_unchanged, forget
 from .healing import CheckpointRequest, Decision, DiskChain, Fate, decide
@@ -203,8 +203,17 @@ class HealCall:
         """Refuse a domain that is not any more what was judged."""
         check_unchanged(self._daemon, plan.domain)
         if self._daemon.kept_now(plan.domain).checkpoints != plan.kept.checkpoints:
-            why = "its checkpoints were changed meanwhile"
-            raise Refusal("changed_meanwhile", plan.domain.name, why, "Run this again.")
+            raise _changed(plan.domain)
+
+    def _check_running(self, plan: Running) -> None:
+        """Refuse a domain of which somebody has made a checkpoint anew that is to go: libvirt deletes by the name."""
+        going = {one.name for one in plan.fates if one.state == heal.REMOVED}
+        if not going or self._settings.check_mode:
+            return
+        judged = {one.name: _essence(one) for one in plan.look.kept.checkpoints if one.name in going}
+        now = {one.name: _essence(one) for one in self._daemon.kept_now(plan.domain).checkpoints if one.name in judged}
+        if any(judged[name] != essence for name, essence in now.items()):
+            raise _changed(plan.domain)
 
     def _forget(self, plan: ShutOff) -> None:
         """Have libvirt forget the checkpoints whose bitmaps are gone; before, it would refuse an increment."""
@@ -233,6 +242,7 @@ class HealCall:
         try:
             if plan.has_work and self._is_ended:
                 raise _ended(domain)
+            self._check_running(plan)
             fates = remove_from_running(self._daemon, plan.look, plan.fates, check_mode=self._settings.check_mode)
         except Refusal as exc:
             return HealedDomain(domain.name, domain.uuid, FAILED, plan.fates, problems=(exc,), is_undone=True)
@@ -305,6 +315,15 @@ class HealCall:
         except Refusal as exc:
             return [exc]
         return []
+
+
+def _essence(one: KnownCheckpoint) -> tuple[object, ...]:
+    """Return what stays of a checkpoint while its domain writes."""
+    return one.created, one.bitmaps, None if one.live is None else set(one.live.sizes)
+
+
+def _changed(domain: Domain) -> Refusal:
+    return Refusal("changed_meanwhile", domain.name, "its checkpoints were changed meanwhile", "Run this again.")
 
 
 def _ended(domain: Domain) -> Refusal:

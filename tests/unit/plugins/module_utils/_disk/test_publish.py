@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import pathlib
 import stat
 
 import pytest
@@ -16,7 +18,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.attributes im
     apply_attributes,
     attributes_for,
 )
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal, UnknownOutcomeError
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import observe
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.observe import observe_target
@@ -24,6 +26,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.publish impor
     StagedFile,
     leftovers,
     publish_together,
+    publish_unlocked,
     sweep,
 )
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu import locks
@@ -123,6 +126,32 @@ def test_an_overlay_that_cannot_be_removed_again_is_told(tmp_path, monkeypatch):
         assert raised.value.code == "not_removed"
         assert "run this again" in str(raised.value)
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+def test_an_overlay_that_another_run_has_given_to_its_vm_stays(tmp_path):
+    """As a run can that comes between the publishing and the switch, where nothing keeps QEMU from the file."""
+    paths = [str(tmp_path / name) for name in ("a", "b")]
+    content = pathlib.Path(qemu.create(tmp_path / "made", "1M")).read_bytes()
+    with contextlib.ExitStack() as stack:
+        files_made = [stack.enter_context(staged(path, content)) for path in paths]
+
+        def switch():
+            stack.enter_context(qemu.opened_for_writing(paths[0]))
+            raise Refusal("changed_meanwhile", "web", "has got other disks meanwhile")
+
+        with pytest.raises(UnknownOutcomeError, match="a: has been given to its VM meanwhile, most likely by another"):
+            publish_unlocked(files_made, switch)
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "made"]
+
+
+def test_an_overlay_that_nobody_has_goes_when_the_switch_fails(tmp_path):
+    def switch():
+        assert os.listdir(tmp_path) == ["a"]
+        raise Refusal("changed_meanwhile", "web", "has got other disks meanwhile")
+
+    with staged(tmp_path / "a") as one, pytest.raises(Refusal, match="has got other disks meanwhile"):
+        publish_unlocked([one], switch)
+    assert os.listdir(tmp_path) == []
 
 
 def test_what_was_not_published_yet_is_not_said_to_be_stuck(tmp_path, monkeypatch):

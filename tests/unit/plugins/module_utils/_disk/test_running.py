@@ -38,6 +38,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.session impor
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.verdict import DELETE
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import Mark, write_mark
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu.locks import LIVE_TURN, take_turn
 
 from .. import qemu
 from .overlays import SETTINGS, states
@@ -60,6 +61,7 @@ class Hypervisor:
         self.relative = None
         self.is_lost = False  # it cannot be asked for anything any more
         self.loses = ()  # paths of images with the merge of which it goes
+        self.lost = set()  # paths of images that the VM does not have any more when they are to be merged
         self.signals = ()  # paths of images in whose merge a signal comes
         self.is_full = False  # where it keeps definitions
 
@@ -77,6 +79,8 @@ class Hypervisor:
 
     def merge(self, request, watch, _seconds, begin, *, relative, resumes):
         self.resumed[os.path.basename(request.path)] = resumes
+        if request.path in self.lost:
+            raise Refusal("changed_meanwhile", "web", "has got other disks meanwhile")
         signs = begin()
         if request.path in self.refuses:
             signs.withdraw()
@@ -388,6 +392,37 @@ def test_a_merge_that_was_not_begun_after_all_leaves_no_sign(three):
     merge(three[:3], hypervisor)  # the signs of an earlier run stay, but its job is not there any more
     assert not has_job(three[0].path)
     assert [go_back(request) for request in three[:3]] == [["unfinished"]] * 3
+
+
+def test_what_the_vm_has_lost_since_the_look_is_not_merged_and_stays(three):
+    hypervisor = Hypervisor()
+    judge = hypervisor.known
+
+    def lose(vm, paths):
+        hypervisor.lost.add(three[1].path)
+        return judge(vm, paths)
+
+    hypervisor.known = lose
+    outcome = merge(three[:2], hypervisor)
+    assert states(outcome) == ["committed", "failed"]
+    assert "has got other disks meanwhile" in str(outcome.failures[0])
+    assert os.path.exists(three[1].path)
+
+
+def test_one_run_at_a_time_works_on_the_images_of_a_vm_that_runs(tmp_path, disk):
+    path = overlay(tmp_path / "disk.mon.qcow2", disk)
+    at_once = SETTINGS._replace(seconds=0.1)
+    for busy in (path, disk):
+        with open_image(busy) as file:
+            take_turn(file, 0, byte=LIVE_TURN)
+            (problem,) = merge([CommitRequest(path, disk, vm="web")], Hypervisor(), at_once).failures
+            assert problem.code == "other_run"
+            assert states(merge([CommitRequest(path, disk, vm="web")], Hypervisor(), CHECK)) == ["committed"]
+    os.remove(path)
+    with open_image(disk) as file:
+        take_turn(file, 0, byte=LIVE_TURN)
+        (problem,) = snapshot(tmp_path, disk, lambda: None, settings=at_once).failures
+        assert problem.code == "other_run"
 
 
 @pytest.mark.parametrize("number", [0, 1])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
+import time
 
 import libvirt
 import pytest
@@ -342,6 +343,25 @@ def test_a_domain_whose_turn_did_not_come_is_not_said_to_be_done(fleet, monkeypa
     (done,), _warnings = call(removes_unusable=True)
     assert (done.state, states(done), done.changed) == ("failed", {"one": "interrupted", "two": "valid"}, False)
     assert fleet.checkpoints(domain) == ["one", "two"]
+
+
+@pytest.mark.parametrize("is_made_anew", [False, True])
+def test_a_checkpoint_of_a_running_domain_that_was_made_anew_is_not_deleted_by_its_name(fleet, is_made_anew):
+    running = fleet.define("db", "b.qcow2", checkpoints=["three"], uuid=OTHER_UUID)
+    running.create()
+    heal = HealCall(Libvirt("test:///default"), ["db"], CheckpointRequest(state="absent"), SETTINGS, live=True)
+    if is_made_anew:
+        running.checkpointLookupByName("three").delete(libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
+        time.sleep(1.1)  # libvirt tells the time in seconds
+        running.checkpointCreateXML("<domaincheckpoint><name>three</name></domaincheckpoint>")
+    (done,), _warnings = heal.run()
+    if is_made_anew:
+        assert [(one.code, one.why) for one in done.problems] == [
+            ("changed_meanwhile", "its checkpoints were changed meanwhile")
+        ]
+        assert fleet.checkpoints(running) == ["three"]
+    else:
+        assert "changed_meanwhile" not in [one.code for one in done.failures]
 
 
 def test_a_domain_that_runs_is_left_alone_once_a_signal_has_ended_the_healing_of_another(fleet, monkeypatch):

@@ -113,6 +113,41 @@ def test_layers_are_merged_on_top_and_further_down(host):
     assert host.merge("web", "wed").disks == ()
 
 
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        ("<domain><devices/></domain>", "was shut off meanwhile"),
+        ("<domain id='2'><devices/></domain>", "has got other disks meanwhile"),
+    ],
+)
+def test_a_domain_whose_turn_comes_must_still_run_as_it_was_planned(host, text, why):
+    domain = host.start("web")
+
+    class Daemon:
+        """A daemon with this domain alone."""
+
+        @property
+        def connection(self):
+            return self
+
+        def lookupByUUIDString(self, _uuid):  # noqa: N802  libvirt's names
+            return self
+
+        def XMLDesc(self, _flags):  # noqa: N802
+            return text
+
+    aims = [
+        PutRunningOn(SnapshotRequest("mon", None, None, False, Creation()), AttributeOptions(), LIVE),
+        MergeRunningDown(WayBack("mon"), LIVE),
+    ]
+    for aim in aims:
+        with pytest.raises(Refusal, match=why):
+            aim.confirm(Daemon(), domain)
+    text = domain.running_definition.text.replace("<domain", "<domain id='1'", 1)
+    for aim in aims:
+        aim.confirm(Daemon(), domain)
+
+
 def test_that_all_is_merged_down_is_told_if_libvirt_cannot_be_asked_afterwards(host, monkeypatch):
     def lost(*_more):
         raise Refusal("libvirt_unreachable", "uri", "libvirt's daemon went away", "Start it, then run this again.")

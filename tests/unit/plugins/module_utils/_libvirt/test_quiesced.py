@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 
 import libvirt
@@ -122,6 +123,31 @@ def test_a_note_is_there_while_the_guest_may_be_frozen():
     host = Host()
     take(host)
     assert (host.notes, left(), host.thaws) == ([["uuid-of-web"]], [], 0)  # libvirt has thawed
+
+
+BELOW = (
+    "<domain id='1'><devices><disk type='file'><source file='/new'/><backingStore type='file'><source file='{}'/>"
+    "<backingStore/></backingStore><target dev='vda'/></disk></devices></domain>"
+)
+
+
+@pytest.mark.parametrize("below, is_told", [("/old", False), ("/merged", True)])
+def test_a_new_image_that_stands_on_another_one_than_it_records_is_told(monkeypatch, below, is_told):
+    monkeypatch.setattr(sys.modules[__name__], "NEW", BELOW.format(below))
+    host = Host()
+    if not is_told:
+        take(host)
+        return
+    with pytest.raises(UnknownOutcomeError, match="runs on /new, which records /old below it, but QEMU has /merged"):
+        take(host)
+    assert host.text == BELOW.format(below)
+
+
+def test_a_domain_that_is_shut_off_after_its_snapshot_keeps_it(monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "NEW", DISK.format("/new").replace(" id='1'", ""))
+    host = Host()
+    take(host)
+    assert host.notes
 
 
 def test_a_guest_is_thawed_after_an_error():

@@ -10,6 +10,7 @@ import subprocess
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import OpenImage
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.header import EXT_END, EXTENSION
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import Mark, mark_bytes, mark_from, write_mark
 
 from .. import qemu
@@ -46,6 +47,26 @@ def test_qemu_sees_the_same_image_with_a_mark_as_without(tmp_path, base, options
     assert mark_bytes(mark) % 8 == 0
     qemu.qemu_img("check", "-q", path)
     qemu.qemu_img("compare", "-q", path, plain)
+
+
+def extensions_as_libvirt_reads_them(path):
+    """Return the extensions by their type; libvirt does not round up the length of one to find the next."""
+    with open(path, "rb") as file:
+        data = file.read(4096)
+    offset, found = 104 if data[100:104] == b"\0\0\0\x68" else 112, {}
+    while True:
+        kind, length = EXTENSION.unpack_from(data, offset)
+        offset += EXTENSION.size
+        if kind == EXT_END or offset + length > len(data):
+            return found
+        found[kind] = data[offset : offset + length]
+        offset += length
+
+
+@pytest.mark.parametrize("name", ["s" * length for length in range(1, 18)])
+def test_libvirt_finds_the_backing_format_whatever_the_length_of_the_mark(tmp_path, base, name):
+    path = marked(tmp_path / "over.qcow2", MARK._replace(snapshot=name), "-b", base, "-F", "qcow2")
+    assert extensions_as_libvirt_reads_them(path)[0xE2792ACA] == b"qcow2"
 
 
 LIFE = [

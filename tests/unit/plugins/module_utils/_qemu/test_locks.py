@@ -103,6 +103,17 @@ def test_waiting_for_a_turn_has_an_end(chain):
         locks.take_turn(third, 0)
 
 
+def test_the_turn_of_an_image_whose_vm_runs_is_one_of_its_own(chain):
+    base, _top = chain
+    with open_image(base) as first, open_image(base) as second:
+        locks.take_turn(first, 0, byte=locks.LIVE_TURN)
+        assert not locks.is_locked(second, locks.OUR_TURN)  # or QEMU's locks would be taken for those of a run
+        with pytest.raises(Refusal, match="another run of this collection"):
+            locks.take_turn(second, 0.1, byte=locks.LIVE_TURN)
+    with qemu.opened_for_writing(base), open_image(base) as third:
+        locks.take_turn(third, 0, byte=locks.LIVE_TURN)
+
+
 def test_a_run_that_goes_on_is_waited_for(chain):
     base, _top = chain
     told = iter(range(5))
