@@ -71,7 +71,7 @@ class Hypervisor:
     def has(self, request):
         if self.is_lost:
             raise Refusal("libvirt_unreachable", "uri", "went away")
-        return request.path in self.keeps or request.path not in self.gone
+        return request.path in self.keeps or request.path not in self.gone | self.lost
 
     def store(self, _request):
         if self.is_full:
@@ -396,13 +396,13 @@ def test_a_merge_that_was_not_begun_after_all_leaves_no_sign(three):
 
 def test_what_the_vm_has_lost_since_the_look_is_not_merged_and_stays(three):
     hypervisor = Hypervisor()
-    judge = hypervisor.known
+    merge_one = hypervisor.merge
 
-    def lose(vm, paths):
+    def merge_then_lose(request, *arguments, **more):
+        merge_one(request, *arguments, **more)
         hypervisor.lost.add(three[1].path)
-        return judge(vm, paths)
 
-    hypervisor.known = lose
+    hypervisor.merge = merge_then_lose
     outcome = merge(three[:2], hypervisor)
     assert states(outcome) == ["committed", "failed"]
     assert "has got other disks meanwhile" in str(outcome.failures[0])
@@ -443,6 +443,21 @@ def test_an_image_that_another_run_has_retired_meanwhile_gets_no_sign(three, num
     assert "was merged down or moved meanwhile" in str(problem)
     left = [name for name in os.listdir(folder) if name.endswith("kvmfleet-merging")]
     assert [name.split(".kvmfleet")[0] for name in left] == ([] if number == 0 else [sign_name(three[0].path)])
+
+
+def test_an_image_that_goes_while_its_job_is_said_to_have_ended_gets_no_sign(tmp_path, disk, monkeypatch):
+    path, write = overlay(tmp_path / "disk.mon.qcow2", disk), begun._write_sign
+
+    def retire_then_write(*arguments):
+        with open_image(path) as other:
+            retire(path, other, DELETE, "committed")
+        write(*arguments)
+
+    with open_image(path) as file:
+        leave_sign(file)
+        monkeypatch.setattr(begun, "_write_sign", retire_then_write)
+        begun.end_job(file)
+    assert os.listdir(tmp_path) == ["disk.qcow2"]
 
 
 def sign_name(path):
