@@ -115,8 +115,7 @@ class _Merging:
                 self._end()
                 raise _ended(self._merge)
             else:
-                self._run = number
-                self._start(handle, disk, place)
+                self._start(handle, disk, place, number)
             self._follow(handle)
 
     def _look(self, handle: t.Any) -> tuple[RunningDisk | None, str]:
@@ -139,7 +138,7 @@ class _Merging:
         if not self._is_ours:
             raise _busy(self._merge, f"that this run has not begun ({_kind_of(info)})")
 
-    def _start(self, handle: t.Any, disk: RunningDisk, place: int) -> None:
+    def _start(self, handle: t.Any, disk: RunningDisk, place: int, number: str) -> None:
         merge = self._merge
         flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_BANDWIDTH_BYTES
         if place == 0:
@@ -149,10 +148,12 @@ class _Merging:
         self._begun = begun = self._begin()
         # If the daemon goes now, the job may have begun, and nobody tells.
         self._is_ours = True
+        seen, self._run = self._run, number
         try:
             handle.blockCommit(merge.target, disk.name_of(place + 1), disk.name_of(place), merge.speed, flags)
         except LibvirtError as exc:
             if self._daemon.is_there():
+                self._run = seen
                 self._settle(begun, handle.blockJobInfo(merge.target, 0), exc)
             raise
         self._is_started = True

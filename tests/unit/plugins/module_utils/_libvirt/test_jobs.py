@@ -234,6 +234,18 @@ def test_what_the_domain_has_not_any_more_is_not_merged_for_that(happens, said, 
     assert handle.signs == [False]  # data may be below
 
 
+def test_what_another_has_merged_when_the_job_is_to_begin_is_not_retired():
+    handle = Running([None])
+
+    def refuse(*_arguments):
+        handle.chain = ["/top", "/base"]
+        raise failure(libvirt.VIR_ERR_INVALID_ARG)
+
+    handle.blockCommit = refuse
+    with pytest.raises(Refusal, match="web: has got other disks meanwhile"):
+        merged(handle, "/mid")
+
+
 @pytest.mark.parametrize("happens", [lose_the_disk, start_on_another_image])
 def test_what_is_gone_before_a_job_was_seen_is_not_merged(happens):
     handle = Running([])
