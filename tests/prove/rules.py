@@ -296,7 +296,13 @@ RULES = (
         "pass  # one that another run",
         ("test_retire",),
     ),
-    Rule("an image that is gone gets no sign", "begun", "if _is_gone(file):", "if False:", ("test_running",)),
+    Rule(
+        "an image that is gone gets no sign",
+        "begun",
+        "if _is_gone(file):\n        _remove(place)\n        why",
+        "if False:\n        _remove(place)\n        why",
+        ("test_running",),
+    ),
     Rule(
         "nothing is believed in a folder of others",
         "progress",
