@@ -299,8 +299,8 @@ RULES = (
     Rule(
         "an image that is gone gets no sign",
         "begun",
-        "if _is_gone(file):\n        _remove(place)\n        why",
-        "if False:\n        _remove(place)\n        why",
+        "if _remove_if_lost(file, place):\n        why",
+        "if False:\n        why",
         ("test_running",),
     ),
     Rule(

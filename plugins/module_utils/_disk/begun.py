@@ -33,9 +33,7 @@ def leave_sign(file: OpenImage, *, has_job: bool = True) -> None:
     place = _place_of(file, file.path)
     if has_job or not is_there(place):
         _write_sign(place, _HAS_JOB if has_job else b"")
-    # Afterwards, as whoever retires the image looks for the sign once more when the image has gone: one of both sees.
-    if _is_gone(file):
-        _remove(place)
+    if _remove_if_lost(file, place):
         why = "was merged down or moved meanwhile, most likely by another run"
         raise Refusal("changed_meanwhile", file.path, why, "Run this again.")
 
@@ -45,8 +43,7 @@ def end_job(file: OpenImage) -> None:
     if has_begun_job(file):
         place = _place_of(file, file.path)
         _write_sign(place, b"")
-        if _is_gone(file):
-            _remove(place)
+        _remove_if_lost(file, place)
 
 
 def has_begun_job(file: OpenImage) -> bool:
@@ -86,12 +83,17 @@ def _write_sign(place: str, text: bytes) -> None:
         publish_over(staged)
 
 
-def _is_gone(file: OpenImage) -> bool:
-    """Whether the open image does not stand at its path any more; OSError if that cannot be told."""
-    try:
-        return identity_of(os.stat(file.path)) != file.identity
-    except FileNotFoundError:
-        return True
+def _remove_if_lost(file: OpenImage, place: str) -> bool:
+    """Remove a sign whose image does not stand at its path any more; return whether that was so.
+
+    Whoever retires the image looks for the sign once more when the image has gone: one of both sees it. OSError if it
+    cannot be told.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if identity_of(os.stat(file.path)) == file.identity:
+            return False
+    _remove(place)
+    return True
 
 
 def _place_of(file: OpenImage, path: str) -> str:

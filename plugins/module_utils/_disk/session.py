@@ -164,14 +164,15 @@ class Held:
                 self._images[path] = files.setdefault(file.identity, file).named(path)
         if not self._locking:  # or a VM that starts just now would fail because of a mere question
             return
-        # Take turns in an order that all runs share, or two could wait for each other.
-        for _identity, file in sorted(files.items(), key=lambda item: item[0]):
-            locks.take_turn(file, self._settings.seconds, how_far)
+        self._take_turns(files, locks.OUR_TURN)
         for file in files.values():
             locks.hold_off_writers(file)
-        running = {file.identity: file for file in map(self.image, images.running)}
-        for _identity, file in sorted(running.items(), key=lambda item: item[0]):
-            locks.take_turn(file, self._settings.seconds, how_far, locks.LIVE_TURN)
+        self._take_turns({file.identity: file for file in map(self.image, images.running)}, locks.LIVE_TURN)
+
+    def _take_turns(self, files: t.Mapping[Identity, OpenImage], byte: int) -> None:
+        """Take turns in an order that all runs share, or two could wait for each other."""
+        for _identity, file in sorted(files.items(), key=lambda item: item[0]):
+            locks.take_turn(file, self._settings.seconds, how_far, byte)
 
     def _open_to_lock(self, path: str) -> OpenImage | None:
         """Return an image that is only locked to keep its VM from starting; None if it cannot be locked.

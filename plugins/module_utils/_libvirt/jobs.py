@@ -14,7 +14,7 @@ from .._base.signals import GoesOn, Interrupted, interruptible
 from .bindings import LibvirtError, libvirt, words_of
 from .connection import Domain, Libvirt
 from .running import RunningDisk, RunningImage, run_of, running_disks
-from .snapshots import gone_meanwhile, other_disks_meanwhile, shut_off_meanwhile
+from .snapshots import gone_meanwhile, other_disks_meanwhile, running_text
 
 Watch = t.Callable[[int, int], None]  # is called with the bytes that are done, and with all
 
@@ -95,11 +95,10 @@ class _Merging:
 
     def _attempt(self, handle: t.Any) -> None:
         while True:
-            disk, number = self._look(handle)
-            place = disk.place_of(self._merge.path) if disk is not None else None
-            if disk is None or place is None:
-                self._check_merged(number)
+            found = self._find(handle)
+            if found is None:
                 return
+            disk, place, number = found
             _check_mirror(disk, place, self._merge)
             info = handle.blockJobInfo(self._merge.target, 0)
             if info:
@@ -108,9 +107,7 @@ class _Merging:
                 self._begun = self._begin()
             elif self._is_started:
                 # A daemon that was just started tells first what was, and is asked once it knows of the job.
-                disk, number = self._look(handle)
-                if disk is None or disk.place_of(self._merge.path) is None:
-                    self._check_merged(number)
+                if self._find(handle) is None:
                     return
                 self._end()
                 raise _ended(self._merge)
@@ -118,18 +115,20 @@ class _Merging:
                 self._start(handle, disk, place, number)
             self._follow(handle)
 
-    def _look(self, handle: t.Any) -> tuple[RunningDisk | None, str]:
-        """Return the disk as it is now, None if it is gone, and which run of the domain this is."""
-        text = handle.XMLDesc(0)
-        number = run_of(text)
-        if not number:
-            raise shut_off_meanwhile(self._merge.domain)
-        return next((disk for disk in running_disks(text) if disk.target == self._merge.target), None), number
+    def _find(self, handle: t.Any) -> tuple[RunningDisk, int, str] | None:
+        """Return the disk, the place of the image in its chain, and the run of the domain; None if the image is merged.
 
-    def _check_merged(self, number: str) -> None:
-        """Refuse an image that the disk has not any more, if no job of it was there in this run of the domain."""
+        Refusal if the disk does not have it any more, and no job of it was there in this run of the domain.
+        """
+        text = running_text(handle, self._merge.domain)
+        number = run_of(text)
+        disk = next((disk for disk in running_disks(text) if disk.target == self._merge.target), None)
+        place = disk.place_of(self._merge.path) if disk is not None else None
+        if disk is not None and place is not None:
+            return disk, place, number
         if number != self._run:
             raise other_disks_meanwhile(self._merge.domain)
+        return None
 
     def _check_job(self, info: t.Mapping[str, int]) -> None:
         """Refuse a job that is no merge of ours."""
@@ -226,10 +225,7 @@ class _Merging:
         """Return the refusal of a merge that libvirt has not done; None if it is done all the same, as by others."""
         merge = self._merge
         try:
-            handle = self._handle()
-            disk, number = self._look(handle)
-            if disk is None or disk.place_of(merge.path) is None:
-                self._check_merged(number)
+            if self._find(self._handle()) is None:
                 return None
         except Refusal as now:
             return now

@@ -124,10 +124,7 @@ def look_up(daemon: Libvirt, domain: Domain) -> t.Any:
 
 def disks_now(daemon: Libvirt, domain: Domain) -> tuple[RunningDisk, ...]:
     """Return the disks of a domain with their chains, as it has them just now; Refusal if it does not run any more."""
-    text = _asked(daemon, domain, lambda handle: handle.XMLDesc(0))
-    if not run_of(text):
-        raise shut_off_meanwhile(domain)
-    return running_disks(text)
+    return running_disks(_asked(daemon, domain, lambda handle: running_text(handle, domain)))
 
 
 def defined_now(daemon: Libvirt, domain: Domain) -> Definition:
@@ -179,13 +176,19 @@ def check_still_runs(daemon: Libvirt, domain: Domain) -> None:
 
 def _check_still_runs(handle: t.Any, domain: Domain) -> tuple[RunningDisk, ...]:
     """Return the disks of the domain."""
-    text = handle.XMLDesc(0)
-    if not run_of(text):
-        raise shut_off_meanwhile(domain)
+    text = running_text(handle, domain)
     now = Definition(text).with_places(domain.definition.places)
     if domain.running_definition is None or now.tops != domain.running_definition.tops:
         raise other_disks_meanwhile(domain)
     return running_disks(text)
+
+
+def running_text(handle: t.Any, domain: Domain) -> str:
+    """Return the XML of a domain that runs; Refusal if it does not, since then that has no chains."""
+    text: str = handle.XMLDesc(0)
+    if not run_of(text):
+        raise shut_off_meanwhile(domain)
+    return text
 
 
 def other_disks_meanwhile(domain: Domain) -> Refusal:

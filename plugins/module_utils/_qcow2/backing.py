@@ -16,7 +16,7 @@ import os
 from .._base.errors import CHECK_STORAGE, Refusal
 from .._base.files import OpenImage, close, write_all
 from .chain import has_protocol
-from .extensions import end_of_extensions, read_extensions
+from .extensions import read_extensions
 from .header import (
     BACKING_FILE,
     BACKING_FILE_AT,
@@ -25,6 +25,7 @@ from .header import (
     V2_HEADER,
     Header,
     backing_file_of,
+    end_of_extensions,
     read_as_qemu,
     read_header,
     text_of,

@@ -11,7 +11,7 @@ import typing as t
 
 from .bitmaps import EXT_BITMAPS, BitmapsExtension, parse_bitmaps_extension
 from .formats import BACKING_FORMATS
-from .header import CRYPT_LUKS, EXT_END, Header, damaged, each_extension, text_of
+from .header import CRYPT_LUKS, Header, damaged, each_extension, text_of
 from .mark import EXT_MARK, Mark, mark_from
 
 _CRYPTO = struct.Struct(">QQ")
@@ -39,12 +39,6 @@ def read_extensions(area: bytes, header: Header, path: str) -> Extensions:
     if header.crypt_method == CRYPT_LUKS and not found.has_crypto_header:
         raise damaged(path, "it is encrypted with LUKS, but does not say where its LUKS header is")
     return found
-
-
-def end_of_extensions(area: bytes, header: Header, path: str) -> int | None:
-    """Return the offset behind the explicit end of the extensions in `area`; None if they only end at other data."""
-    ends = [start for kind, start, _data in each_extension(area, header, path) if kind == EXT_END]
-    return ends[0] if ends else None
 
 
 def _with_extension(found: Extensions, kind: int, data: bytes, header: Header, path: str) -> Extensions:

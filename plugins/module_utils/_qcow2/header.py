@@ -120,6 +120,12 @@ def each_extension(area: bytes, header: Header, path: str) -> t.Iterator[tuple[i
         offset += (length + 7) // 8 * 8
 
 
+def end_of_extensions(area: bytes, header: Header, path: str) -> int | None:
+    """Return the offset behind the explicit end of the extensions in `area`; None if they only end at other data."""
+    ends = [start for kind, start, _data in each_extension(area, header, path) if kind == EXT_END]
+    return ends[0] if ends else None
+
+
 def read_as_qemu(file: OpenImage, length: int, offset: int) -> bytes:
     """Return `length` bytes from `offset`; what lies beyond the end of the file is zero, as it is for QEMU."""
     return file.read(length, offset).ljust(length, b"\0")

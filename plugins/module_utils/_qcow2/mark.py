@@ -18,9 +18,8 @@ from .._base.files import OpenImage
 from .header import (
     BACKING_FILE,
     BACKING_FILE_AT,
-    EXT_END,
     EXTENSION,
-    each_extension,
+    end_of_extensions,
     extension_bytes,
     read_header,
 )
@@ -60,8 +59,8 @@ def write_mark(file: OpenImage, mark: Mark) -> None:
     header = read_header(file)
     start, length = header.backing_offset, header.backing_length
     area, added = file.read(start + length, 0), _extension_of(mark)
-    ends = (at - EXTENSION.size for kind, at, _data in each_extension(area, header, file.path) if kind == EXT_END)
-    place = next(ends, header.extensions_end)
+    end = end_of_extensions(area, header, file.path)
+    place = header.extensions_end if end is None else end - EXTENSION.size
     area = area[:place] + added + area[place:]
     behind = BACKING_FILE_AT + BACKING_FILE.size
     area = area[:BACKING_FILE_AT] + BACKING_FILE.pack(start + len(added), length) + area[behind:]
