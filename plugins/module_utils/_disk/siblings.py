@@ -22,7 +22,7 @@ import typing as t
 from .._base.errors import Refusal, system_refusal
 from .._base.files import Identity, OpenImage, identity_of, open_image
 from .._qcow2.backing import recorded_name
-from .._qcow2.chain import is_local, resolve_name
+from .._qcow2.chain import files_named, resolve_name
 from .publish import is_temporary
 
 _NO_FOLDER = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM)  # or none that is ours to see
@@ -53,8 +53,7 @@ def overlays_in(folder: str) -> list[Above]:
         if exc.errno in _NO_FOLDER:
             return []
         raise system_refusal(exc, folder, "cannot be searched for images that stand on others") from exc
-    found = (_look(os.path.join(folder, name)) for name in sorted(names))
-    return [one for one in found if one is not None]
+    return [one for name in sorted(names) for one in _look(os.path.join(folder, name))]
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
@@ -65,15 +64,15 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
     return status is not None and stat.S_ISREG(status.st_mode)
 
 
-def _look(path: str) -> Above | None:
-    """Return the image of this path; None if it stands on no other one, or is none."""
+def _look(path: str) -> list[Above]:
+    """Return the image of this path, for each file that it can stand on; none if it stands on none, or is no image."""
     try:
         with open_image(path) as file:
             name = recorded_name(file)
-            return _above(path, file, name) if name is not None and is_local(name) else None
+            return [_above(path, file, one) for one in files_named(name)] if name is not None else []
     except Refusal as exc:
         if exc.code in _NO_IMAGE:
-            return None
+            return []
         raise
     except OSError as exc:
         raise system_refusal(exc, path, "cannot be read, so nobody can tell on which image it stands") from exc

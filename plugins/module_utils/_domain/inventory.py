@@ -10,6 +10,7 @@ the bitmaps of the topmost image, where damage would otherwise go unnoticed.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import itertools
 import os
@@ -20,7 +21,10 @@ from .._base.errors import Refusal, system_refusal
 from .._base.files import open_image
 from .._libvirt.connection import Domain, Unreadable
 from .._libvirt.definition import DomainDisk
-from .._qcow2.chain import Layer, read_chain
+from .._qcow2.backing import recorded_name
+from .._qcow2.chain import Layer, files_named, resolve_name, walk_chain
+from .._qcow2.formats import RAW
+from .._qcow2.image import read_image
 
 OthersWith = t.Callable[[str], t.Sequence[str]]
 READ_ONLY = ("cdrom", "floppy", "read-only")  # why a disk is unfit, of those that are not written to
@@ -43,6 +47,7 @@ class DiskFacts(t.NamedTuple):
     suspects: tuple[str, ...] = ()  # names of other domains that may, by a volume that libvirt cannot look up
     problem: Refusal | None = None  # why the chain cannot be read
     others_with: OthersWith = _nobody  # by the path of any image, names of other domains that have it in a chain
+    unseen: t.Callable[[], tuple[str, ...]] = tuple  # disks of others of which nobody can tell on what they stand
 
 
 class _Chain(t.NamedTuple):
@@ -50,6 +55,9 @@ class _Chain(t.NamedTuple):
 
     layers: tuple[Layer, ...]
     problem: Refusal | None
+    used: tuple[str, ...]  # paths of its images, as far as they could be read
+    further: tuple[str, ...] = ()  # paths at which it goes on, where it could not be read any further
+    is_seen: bool = True  # or else nobody can tell whether it goes on
 
 
 class Inventory:
@@ -57,8 +65,9 @@ class Inventory:
 
     def __init__(self, domains: t.Mapping[str, Domain | Unreadable]) -> None:
         self._domains = domains
-        self._chains: dict[tuple[str, str], _Chain] = {}  # by path and format of the topmost image
+        self._chains: dict[tuple[str, str | None], _Chain] = {}  # by path and format of the topmost image
         self._users: dict[str, set[tuple[str, str]]] | None = None  # name and target of disks by real path
+        self._unseen: dict[str, list[str]] = {}  # what _users cannot have, by the name of the domain
         self._writers: dict[str, set[str]] | None = None
         self._suspects: dict[str, set[str]] | None = None  # by real path, or by the mere name of the file
 
@@ -94,6 +103,7 @@ class Inventory:
             suspects=tuple(sorted(self._suspects_of(disk.source) - {domain.name})),
             problem=chain.problem,
             others_with=lambda path: self._others_with(os.path.realpath(path), domain),
+            unseen=lambda: self._unseen_beside(domain),
         )
 
     def sharers(self, facts: DiskFacts) -> tuple[tuple[str, str], ...]:
@@ -118,16 +128,43 @@ class Inventory:
         """Return the names of the other domains that have an image anywhere in the chain of a disk."""
         return sorted({name for name, _target in self._users_of(real_path)} - {domain.name})
 
+    def _unseen_beside(self, domain: Domain) -> tuple[str, ...]:
+        """Return the disks of other domains that can stand on any image."""
+        self._users_of("")
+        return tuple(disk for name, disks in self._unseen.items() if name != domain.name for disk in disks)
+
     def _users_of(self, real_path: str) -> set[tuple[str, str]]:
         """Return the disks, of all domains, that have the image anywhere in their chain."""
         if self._users is None:
             self._users = {}
+            self._unseen = {name: [name] for name, one in self._domains.items() if isinstance(one, Unreadable)}
             for domain, disk, source in self._readable():
-                paths = [layer.real_path for layer in self._chain(source, disk.format).layers]
-                for path in [os.path.realpath(source), *paths]:
+                paths, is_seen = self._used_by(disk, source)
+                for path in paths:
                     self._users.setdefault(path, set()).add((domain.name, disk.target))
+                if not is_seen:
+                    self._unseen.setdefault(domain.name, []).append(f"{domain.name} ({disk.target})")
         suspects = {(name, "") for name in self._suspects_of(real_path)}
         return self._users.get(real_path, set()) | suspects
+
+    def _used_by(self, disk: DomainDisk, source: str) -> tuple[set[str], bool]:
+        """Return the real paths of the images of a disk, whatever is wrong with its chain, and whether that is all."""
+        stated = disk.stated_chain.images if disk.stated_chain is not None else ()
+        is_stated = disk.stated_chain is not None and disk.stated_chain.is_complete
+        paths = {os.path.realpath(source), *(os.path.realpath(one.path) for one in stated if os.path.isabs(one.path))}
+        chain = self._chain(source, disk.format)
+        to_read, read = list(chain.further), set[str]()
+        paths |= set(chain.used)
+        is_seen = chain.is_seen
+        while to_read:
+            path = to_read.pop()
+            if path not in read:
+                read.add(path)
+                below = self._chain(path, None)
+                paths |= {os.path.realpath(path), *below.used}
+                to_read += below.further
+                is_seen &= below.is_seen
+        return paths, is_seen or is_stated or disk.format == RAW  # which stands on nothing
 
     def _writers_of(self, source: str) -> set[str]:
         """Return the names of the domains that have the image as topmost one of a disk that they write to."""
@@ -150,7 +187,7 @@ class Inventory:
         names = {real_path, os.path.basename(source), os.path.basename(real_path)}
         return {domain for name in names for domain in self._suspects.get(name, ())}
 
-    def _chain(self, source: str, image_format: str) -> _Chain:
+    def _chain(self, source: str, image_format: str | None) -> _Chain:
         """Return the chain of an image."""
         if (source, image_format) not in self._chains:
             self._chains[source, image_format] = _read(source, image_format)
@@ -164,15 +201,36 @@ def facts_without_chain(disk: DomainDisk) -> DiskFacts:
     return DiskFacts(disk, is_device=_is_device(disk.source), is_absent=_is_absent(disk.source))
 
 
-def _read(source: str, image_format: str) -> _Chain:
-    """Read the chain of an image."""
+def _read(source: str, image_format: str | None) -> _Chain:
+    """Read the chain of an image; a format of None is looked up, only to read what is below it."""
+    layers: list[Layer] = []
     try:
         with open_image(source) as file:
-            return _Chain(read_chain(file, image_format), None)
-    except Refusal as exc:
-        return _Chain((), exc)
-    except OSError as exc:
-        return _Chain((), system_refusal(exc, source, "cannot be read"))
+            for layer, _file in walk_chain(file, image_format, read_top=read_image):
+                layers.append(layer)  # those above a fault stay
+    except (Refusal, OSError) as exc:
+        problem = exc if isinstance(exc, Refusal) else system_refusal(exc, source, "cannot be read")
+        further = _goes_on_at(source, layers)
+        return _Chain((), problem, _real_paths(layers), tuple(further or ()), further is not None)
+    return _Chain(tuple(layers), None, _real_paths(layers))
+
+
+def _real_paths(layers: t.Iterable[Layer]) -> tuple[str, ...]:
+    return tuple(layer.real_path for layer in layers)
+
+
+def _goes_on_at(source: str, layers: t.Sequence[Layer]) -> list[str] | None:
+    """Return the paths at which a chain goes on that could be read so far, and no further; None if that is unknown."""
+    path = layers[-1].path if layers else source
+    try:
+        if layers:
+            name = layers[-1].image.backing_file if layers[-1].image is not None else None
+        else:
+            with open_image(source) as file:
+                name = recorded_name(file)
+    except (Refusal, OSError):
+        return None
+    return [] if name is None else [resolve_name(path, one) for one in files_named(name)]
 
 
 def first_image(domain: Domain) -> str | None:

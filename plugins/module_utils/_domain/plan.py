@@ -58,16 +58,23 @@ class DomainPlan(t.NamedTuple):
     definition: Definition  # that the domain is to get
     missed: tuple[str, ...] = ()  # targets of the disks that are skipped although the domain writes to them
     absent: tuple[str, ...] = ()  # targets of the disks that are skipped since their file is not there
+    unseen: tuple[str, ...] = ()  # disks of other domains of which nobody can tell on which images they stand
 
     @property
     def warnings(self) -> list[str]:
-        """What somebody should know of the disks that are skipped."""
+        """What somebody should know of the disks that are skipped, and of those that nobody can look at."""
         reasons = {disk.target: disk.reason for disk in self.skipped}
         left_out = [
             *((target, "its disk {} is not in the snapshot: {}.") for target in self.missed),
             *((target, "its disk {} was left out: {}.") for target in self.absent),
         ]
-        return [f"{self.domain.name}: {words.format(target, reasons[target])}" for target, words in left_out]
+        told = [f"{self.domain.name}: {words.format(target, reasons[target])}" for target, words in left_out]
+        if self.unseen and self.has_work:
+            told.append(
+                f"{', '.join(self.unseen)}: the disk cannot be read, so nobody can tell whether it stands on an image "
+                "that changes here. If it does, it is broken then. Mount its storage first, or undefine what is gone."
+            )
+        return told
 
     @property
     def has_work(self) -> bool:

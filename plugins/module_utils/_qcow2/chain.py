@@ -17,6 +17,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import typing as t
@@ -30,6 +31,7 @@ from .image import Image, read_image
 MAX_LAYERS = 200  # libvirt follows no chain further either
 Reader = t.Callable[[OpenImage], Image]
 _FILE = "file:"  # QEMU's protocol for what is a file
+_JSON = "json:"  # begins the description of a node of QEMU's
 
 
 class Layer(t.NamedTuple):
@@ -79,6 +81,32 @@ def has_protocol(name: str) -> bool:
 def is_local(name: str) -> bool:
     """Whether QEMU takes this name of a backing file for a file, wherever QEMU was started."""
     return not has_protocol(name) or name.startswith(_FILE + "/")
+
+
+def files_named(name: str) -> list[str]:
+    """Return the names of the files that a recorded name of a backing file can lead a QEMU to, as far as it tells.
+
+    To follow such names is for QEMU alone (see protocol_name); here they tell which files are in use. "json:" has what
+    QEMU calls a node: its file, at any depth, as an object or by keys such as "file.filename".
+    """
+    if is_local(name):
+        return [name]
+    if name.startswith(_FILE):
+        return [name[len(_FILE) :]]
+    if not name.startswith(_JSON):
+        return []
+    try:
+        return list(dict.fromkeys(_filenames(json.loads(name[len(_JSON) :]))))
+    except (ValueError, RecursionError):  # no QEMU opens it either
+        return []
+
+
+def _filenames(node: object) -> t.Iterator[str]:
+    """Yield the names of files that a node of QEMU's has."""
+    for key, value in node.items() if isinstance(node, dict) else ():
+        if isinstance(value, str) and key.split(".")[-1] == "filename":
+            yield from files_named(value)
+        yield from _filenames(value)
 
 
 def resolve_name(image_path: str, name: str) -> str:
@@ -142,14 +170,6 @@ def read_head(file: OpenImage) -> Image:
     return read_image(file, with_bitmaps=False)
 
 
-def read_chain(top: OpenImage, image_format: str | None) -> tuple[Layer, ...]:
-    """Return the layers from the open image down to its base; Refusal if one is missing, odd or in a loop.
-
-    Only the topmost image comes with its bitmaps.
-    """
-    return tuple(layer for layer, _file in walk_chain(top, image_format, read_top=read_image))
-
-
 def walk_chain(
     top: OpenImage,
     image_format: str | None,
@@ -160,8 +180,8 @@ def walk_chain(
 ) -> t.Generator[tuple[Layer, OpenImage], None, None]:
     """Yield the layers from the open image down to its base, each with its file, which is open until the next step.
 
-    Raise as read_chain() does, once the layers above the fault were yielded. `read_top` reads the topmost image,
-    `read_below` the others. Give `path` if relative names count from another name than `top.path`.
+    Refusal if one is missing, odd or in a loop, once the layers above it were yielded. `read_top` reads the topmost
+    image, `read_below` the others. Give `path` if relative names count from another name than `top.path`.
     """
     layer = _read_layer(top, path or top.path, image_format, read_top)
     yield layer, top

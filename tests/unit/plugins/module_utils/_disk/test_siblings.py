@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 import time
 
 import pytest
@@ -48,6 +49,33 @@ def test_only_images_that_stand_on_others_are_found(tmp_path, base):
     assert found["c"][2:] == (f"{tmp_path}/gone", None)
     assert found["e"].identity == found["a"].identity
     assert overlays_in(str(tmp_path / "no-such-folder")) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        'json:{{"driver":"qcow2","file":{{"driver":"file","filename":"{}"}}}}',
+        'json:{{"file.driver":"file","file.filename":"{}","driver":"qcow2"}}',
+        'json:{{"driver":"qcow2","file":{{"driver":"throttle","throttle-group":"g","file":{{"filename":"{}"}}}}}}',
+        'json:{{"driver":"qcow2","file.filename":"file:{}"}}',
+        "file:{}",
+    ],
+)
+def test_an_image_that_records_its_backing_file_in_another_way_stands_on_it_too(tmp_path, base, name):
+    over(tmp_path / "a", name.format(base))
+    assert standing_on(identity(base), [str(tmp_path)], ()) == [str(tmp_path / "a")]
+
+
+@pytest.mark.parametrize("name", ['json:{"driver":"nbd","server.path":"/base.qcow2"}', "json:{", "json:" + "[" * 900])
+def test_a_name_that_leads_to_no_file_hides_nothing_else(tmp_path, base, name):
+    over(tmp_path / "a", base)
+    with open(over(tmp_path / "b", base), "r+b") as file:  # qemu-img would write no such name
+        start, _length = struct.unpack(">QI", file.read(20)[8:])
+        file.seek(8)
+        file.write(struct.pack(">QI", start, len(name)))
+        file.seek(start)
+        file.write(name.encode())
+    assert standing_on(identity(base), [str(tmp_path)], ()) == [str(tmp_path / "a")]
 
 
 def test_what_the_storage_does_not_give_is_not_left_out(tmp_path, base):

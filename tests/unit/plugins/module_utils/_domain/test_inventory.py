@@ -54,6 +54,66 @@ def facts(host, name):
     return [stock.facts(host[name], disk) for disk in host[name].definition.disks]
 
 
+def rebased(path, name):
+    """Have an image record a name that qemu-img would look at first."""
+    qemu.create(f"{path}.new", "1M", "-u", "-b", name, "-F", "qcow2")
+    os.rename(f"{path}.new", path)
+
+
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        lambda folder: rebased(folder / "top", f'json:{{"driver":"qcow2","file":{{"filename":"{folder}/middle"}}}}'),
+        lambda folder: rebased(folder / "top", "file:middle"),
+        lambda folder: os.truncate(folder / "top", 1 << 16),
+        lambda folder: os.truncate(folder / "middle", 1 << 16),
+        lambda folder: os.remove(folder / "deepest"),
+    ],
+)
+def test_a_domain_uses_the_images_of_a_chain_that_cannot_be_read(tmp_path, break_it):
+    """Or another domain would be merged into one of them."""
+    deepest = qemu.create(tmp_path / "deepest", "1M")
+    base = qemu.create(tmp_path / "base", "1M", "-b", deepest, "-F", "qcow2")
+    middle = qemu.create(tmp_path / "middle", "1M", "-b", base, "-F", "qcow2")
+    top = qemu.create(tmp_path / "top", "1M", "-b", middle, "-F", "qcow2")
+    break_it(tmp_path)
+    host = {"broken": domain("broken", top), "web": domain("web", str(tmp_path / "none"))}
+    stock = Inventory(host)
+    (own,) = [stock.facts(host["web"], disk) for disk in host["web"].definition.disks]
+    assert [own.others_with(path) for path in (middle, base)] == [["broken"], ["broken"]]
+    assert own.unseen() == (("broken (vda)",) if not os.path.exists(deepest) else ())
+    (theirs,) = facts(host, "broken")
+    assert (theirs.layers, theirs.own) == ((), ())
+    assert theirs.problem is not None
+
+
+def test_a_domain_uses_the_images_that_its_definition_states(tmp_path):
+    text = domain("stated", str(tmp_path / "unmounted")).definition.text
+    below = f"<backingStore type='file'><format type='qcow2'/><source file='{tmp_path}/base'/></backingStore>"
+    stated = domain("stated")._replace(definition=Definition(text.replace("<target", f"{below}<target")))
+    host = {"stated": stated, "web": domain("web", str(tmp_path / "none"))}
+    (own,) = facts(host, "web")
+    assert own.others_with(str(tmp_path / "base")) == ["stated"]
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_disk_that_cannot_be_read_can_stand_on_any_image(tmp_path, complete):
+    text = domain("stated", str(tmp_path / "unmounted")).definition.text
+    end = "<backingStore/>" if complete else ""
+    below = f"<backingStore type='file'><format type='qcow2'/><source file='{tmp_path}/base'/>{end}</backingStore>"
+    stated = domain("stated")._replace(definition=Definition(text.replace("<target", f"{below}<target")))
+    raw = text.replace("type='qcow2'", "type='raw'").replace("unmounted", "raw")
+    host = {
+        "web": domain("web", qemu.create(tmp_path / "web", "1M")),
+        "off": domain("off", str(tmp_path / "unmounted")),
+        "stated": stated,
+        "raw": domain("raw")._replace(definition=Definition(raw)),
+        "odd": Unreadable("odd", Refusal("libvirt_failed", "odd", "cannot be read")),
+    }
+    (own,) = facts(host, "web")
+    assert sorted(own.unseen()) == ["odd", "off (vda)", *([] if complete else ["stated (vda)"])]
+
+
 def test_of_one_domain_without_a_chain_no_other_is_read(host, opened, tmp_path):
     (alone,) = facts(host, "alone")
     assert [layer.path for layer in alone.own] == [str(tmp_path / "alone")]

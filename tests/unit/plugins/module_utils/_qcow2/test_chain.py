@@ -16,10 +16,16 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.merge import MergeLayers
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.chain import MAX_LAYERS, has_protocol, read_chain
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.chain import MAX_LAYERS, has_protocol, walk_chain
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.image import read_image
 
 from .. import qemu
 from .._disk.overlays import SETTINGS
+
+
+def read_chain(top, image_format):
+    """Return the layers from the open image down to its base."""
+    return tuple(layer for layer, _file in walk_chain(top, image_format, read_top=read_image))
 
 
 def chain_of(path):
