@@ -18,12 +18,14 @@ import typing as t
 
 from .._base.errors import Refusal
 from .._base.files import OpenImage, close, exceeded_name_max, identity_of, is_link, is_there, real_path
-from .begun import remove_sign
+from .begun import remove_signs
 from .observe import why_not_writable
 from .publish import open_to_list, rename_without_replacing
 from .verdict import KEEP, How
 
-_KEPT = re.compile(r"\.(reverted|committed)(\.[0-9]+)?$")
+KEPT_AS = "committed"  # the suffix of an image that went in and is kept
+REVERTED_AS = "reverted"  # the suffix of an image that was gone back from and is kept
+_KEPT = re.compile(rf"\.({KEPT_AS}|{REVERTED_AS})(\.[0-9]+)?$")
 
 
 def retire(path: str, file: OpenImage, how: How, suffix: str) -> str | None:
@@ -37,14 +39,14 @@ def retire(path: str, file: OpenImage, how: How, suffix: str) -> str | None:
         name = os.path.basename(real)
         _check_place(path, file, name, folder_fd)
         # First: no VM has the image, and a sign that is left would be the next one's that gets its name and inode.
-        remove_sign(file, real)
+        remove_signs(file, real)
         if how == KEEP:
             kept = os.path.join(folder, _move_aside(file, name, f"{name}.{suffix}", folder_fd))
         else:
             kept = None
             os.unlink(name, dir_fd=folder_fd)
         os.fsync(folder_fd)
-        remove_sign(file, real)  # one that another run has left meanwhile, which has found the image still there
+        remove_signs(file, real)  # one that another run has left meanwhile, which has found the image still there
     finally:
         close(folder_fd)
     _remove_link(path, real)
@@ -86,9 +88,10 @@ def kept_path(path: str, suffix: str) -> str:
     return next(one for one in _candidates(f"{real_path(path)}.{suffix}") if not is_there(one))
 
 
-def is_kept(path: str) -> bool:
-    """Whether an image has the name of one that was retired and kept."""
-    return _KEPT.search(path) is not None
+def is_kept(path: str, suffix: str | None = None) -> bool:
+    """Whether an image has the name of one that was retired and kept, with this suffix or any."""
+    found = _KEPT.search(path)
+    return found is not None and suffix in (None, found[1])
 
 
 def all_kept(path: str, suffix: str) -> list[str]:

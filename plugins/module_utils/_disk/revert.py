@@ -28,15 +28,14 @@ from .._qemu import locks
 from .._qemu.settled import is_open_for_writing, read_settled
 from . import revert_rules
 from .begun import find_sign
-from .retire import all_kept, kept_path, retire, stands, why_not_retired
+from .retire import REVERTED_AS, all_kept, is_kept, kept_path, retire, stands, why_not_retired
 from .revert_rules import Going, Observed, Retired, RevertRequest, RevertVerdict
 from .session import Held, Images
-from .siblings import all_standing_on
+from .siblings import all_standing_on, standing_on
 from .unfinished import HEALING, why_in_the_way
 from .vault import SUFFIX
 from .verdict import ABSENT, DELETE, FAILED, KEEP, How
 
-_SUFFIX = "reverted"
 
 
 class GoBack:
@@ -121,7 +120,7 @@ def _retire_all(verdict: RevertVerdict, held: Held) -> RevertVerdict:
 
 
 def _retire(path: str, file: OpenImage, how: How) -> Retired:
-    return Retired(path, retire(path, file, how, _SUFFIX))
+    return Retired(path, retire(path, file, how, REVERTED_AS))
 
 
 def _not_removed(verdict: RevertVerdict, exc: Refusal | OSError, left: t.Sequence[str]) -> Refusal:
@@ -181,8 +180,17 @@ def _observe_overlay(request: RevertRequest, held: Held) -> Observed:
         base_is_open=is_open_for_writing(below),
         below=layers[1].path if len(layers) > 1 else None,
         vaults=_vaults(layer.real_path for layer in layers[: len(going) + 1]),
+        others=() if depth is None else tuple(_others_on(layers[depth], layers)),
         begun=tuple(filter(None, (find_sign(held.image(place)) for place, _layer in going))),
     )
+
+
+def _others_on(base: Layer, chain: t.Sequence[Layer]) -> t.Iterator[str]:
+    """Yield the paths of the images beside BASE that stand on it and are in use, as far as their names tell."""
+    folders = [] if base.is_device else [os.path.dirname(base.real_path)]
+    for path in standing_on(base.identity, folders, [layer.identity for layer in chain]):
+        if not is_kept(os.path.realpath(path)):
+            yield path
 
 
 def _settled(file: OpenImage) -> Image:
@@ -213,7 +221,7 @@ def _chain(request: RevertRequest, held: Held, base: Identity) -> list[tuple[str
             if exc.code != "no_such_file" or base in identities or image is None or image.backing_file is None:
                 raise
             path, image_format = resolve_name(found[-1][1].path, image.backing_file), image.backing_format
-            kept = all_kept(path, _SUFFIX)
+            kept = all_kept(path, REVERTED_AS)
             if not kept or identity_of(os.stat(kept[-1])) in identities:
                 raise
             place = kept[-1]
@@ -226,10 +234,10 @@ def _going(found: t.Sequence[tuple[str, Layer]], request: RevertRequest, held: H
     folders = [os.path.dirname(one) for place, layer in found for one in (place, layer.real_path)]
     standing = all_standing_on(own, folders, own)
     for (place, layer), file in zip(found, files):
-        is_kept = place != layer.path
+        is_aside = place != layer.path
         how = request.retire if layer is found[0][1] else KEEP
-        problem = None if is_kept else why_not_retired(place, file, how, _SUFFIX)
-        is_kept_by_name = not is_kept and not file.is_device and request.retire == KEEP
+        problem = None if is_aside else why_not_retired(place, file, how, REVERTED_AS)
+        is_kept_by_name = not is_aside and not file.is_device and request.retire == KEEP
         yield Going(
             path=place,
             layer=layer,
@@ -237,8 +245,8 @@ def _going(found: t.Sequence[tuple[str, Layer]], request: RevertRequest, held: H
             below_running_vm=locks.is_locked_by_qemu(file, locks.WRITE_UNSHARED),
             standing=tuple(standing[file.identity]),
             problem=problem,
-            kept_as=kept_path(place, _SUFFIX) if is_kept_by_name else None,
-            is_kept_already=is_kept,
+            kept_as=kept_path(place, REVERTED_AS) if is_kept_by_name else None,
+            is_kept_already=is_aside,
         )
 
 

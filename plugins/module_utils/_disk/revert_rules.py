@@ -52,6 +52,7 @@ class Observed(t.NamedTuple):
     base_is_open: bool  # for writing
     below: str | None  # path of the image below the topmost one
     vaults: tuple[str, ...]  # paths of what unfinished commits of these images have left
+    others: tuple[str, ...] = ()  # paths of further images that stand on BASE, without those that are only kept
     begun: tuple[str, ...] = ()  # paths of the signs that merges of images that go were begun while the VM ran
 
 
@@ -151,6 +152,7 @@ def decide(request: RevertRequest, seen: Observed) -> RevertVerdict:
     if seen.going:
         problems += [in_use(request.backing_file)] if seen.base_is_open else []
         problems += _base_problems(request, seen.base)
+        problems += _others_problems(request, seen) if request.vm is not None else []
     for one in seen.going:
         problems += _going_problems(one)
     return verdict.failed(*problems) if problems else verdict
@@ -173,6 +175,9 @@ def _promise(request: RevertRequest, seen: Observed) -> RevertVerdict:
 
 def _warnings(request: RevertRequest, seen: Observed) -> t.Iterator[str]:
     """Yield what going back means for the backups."""
+    if request.vm is None:
+        for other in seen.others:
+            yield f"{request.backing_file}: {other} stands on it, too. What a VM writes there breaks it."
     top, base = seen.going[0].layer.image, seen.base
     below = {bitmap.name for bitmap in base.image.bitmaps} if base and base.image else set()
     lost = [b for b in (top.bitmaps if top else ()) if carries_over(b) and b.name not in below]
@@ -231,6 +236,13 @@ def _going_problems(one: Going) -> list[Refusal]:
         remedy = "Put that one back first, or merge it down; or remove it if nobody needs it."
         problems.append(Refusal("has_overlay", one.path, why, remedy))
     return problems + ([one.problem] if one.problem else [])
+
+
+def _others_problems(request: RevertRequest, seen: Observed) -> list[Refusal]:
+    """Return that BASE, to which the VM is going to write, is the backing file of images that stay."""
+    remedy = "Put that one on a copy of it ('qemu-img rebase'), or remove it if nobody needs it."
+    why = "is the backing file of {}, too, which would be broken by what the VM writes to it"
+    return [Refusal("has_overlay", request.backing_file, why.format(one), remedy) for one in seen.others]
 
 
 def _base_problems(request: RevertRequest, base: Layer) -> list[Refusal]:

@@ -14,10 +14,10 @@ import os
 import typing as t
 
 from .._base.errors import Refusal
-from .._base.files import is_there, open_image
+from .._base.files import Identity, identity_of, is_there, open_image
 from .._disk.begun import find_sign
 from .._disk.commit import CommitRequest
-from .._disk.retire import is_kept
+from .._disk.retire import REVERTED_AS, all_kept, is_kept
 from .._disk.revert_rules import RevertRequest
 from .._disk.siblings import Above, overlays_in
 from .._disk.vault import find_vault, open_vault, place_of, read_vault
@@ -94,10 +94,10 @@ def plan_way_back(
     """Return the plan for a domain. A disk that is not on the snapshot takes no part."""
     not_on_it = _NOT_ON_IT if request.steps is None else _NONE_OLD
     request = request.of(domain)
-    disks, skipped = [], []
+    disks, skipped, absent = [], [], []
     for one in facts:
-        target = one.disk.target
-        unfit = one.disk.why_unfit or fitness_of(one, None).why_unfit
+        target, fitness = one.disk.target, fitness_of(one, None)
+        unfit = fitness.why_unfit
         planned = None
         if request.targets is not None and target not in request.targets:
             unfit = "not asked for"
@@ -111,15 +111,24 @@ def plan_way_back(
             disks.append(planned)
         else:
             skipped.append(SkippedDisk(target, unfit or not_on_it))
+            absent += [target] if fitness.is_absent and unfit == fitness.why_unfit else []
     problems = [problem for disk in disks for problem in disk.problems]
     if disks:
         problems += not_ready(domain, disks)
+        problems += [_absent_disk(domain, target) for target in absent]
     known = {one.disk.target for one in facts}
     problems += [_no_such_disk(domain, target) for target in request.targets or () if target not in known]
-    plan = DomainPlan(domain, tuple(disks), tuple(skipped), tuple(problems), domain.definition)
+    unseen = facts[0].unseen() if disks else ()
+    plan = DomainPlan(domain, tuple(disks), tuple(skipped), tuple(problems), domain.definition, unseen=unseen)
     if problems or not plan.sources:
         return plan
     return plan._replace(definition=domain.definition.with_sources(plan.sources))
+
+
+def _absent_disk(domain: Domain, target: str) -> Refusal:
+    """Return the refusal of a domain of which one disk cannot be asked whether it is on the snapshot, as another is."""
+    why = f"its disk {target} is not there, and may be on the snapshot, too. Its disks would be of different times"
+    return Refusal("disk_unfit", domain.name, why, "Mount its storage; or name the disks that are meant, by disks.")
 
 
 def _no_such_disk(domain: Domain, target: str) -> Refusal:
@@ -208,11 +217,12 @@ def _revert_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark)
         if flat is not None:
             gone = RevertRequest(flat.path, flat.path, vm=domain.uuid)
             return DiskPlan(mark.target, gone, None, (flattened(domain.name, flat, mark),))
-        left = left_over(facts, facts.layers[:1], request, mark)
-        if left is None:
+        left = _left_by_revert(facts, request, mark)
+        if not left:
             return None
-        finish = RevertRequest(left.path, facts.disk.source or "", facts.disk.format, domain.uuid, retire)
-        return DiskPlan(mark.target, finish, None, tuple(taken_over(domain, facts, left.path, mark)))
+        finish = RevertRequest(left[0], facts.disk.source or "", facts.disk.format, domain.uuid, retire)
+        problems = [problem for path in left for problem in taken_over(domain, facts, path, mark)]
+        return DiskPlan(mark.target, finish, None, tuple(problems))
     back = RevertRequest(
         path=facts.layers[0].path,
         backing_file=found.below.path,
@@ -339,6 +349,51 @@ def left_over(facts: DiskFacts, layers: t.Iterable[Layer], request: WayBack, mar
     return None
 
 
+def _left_by_revert(facts: DiskFacts, request: WayBack, mark: Mark) -> list[str]:
+    """Return the paths of the snapshots, topmost first, that a killed run has left above the image of a disk.
+
+    The lowest one bears the mark. Those above it were to go with it.
+    """
+    overlays = _overlays_beside(facts.layers[0].real_path, request)
+    known = {one.identity: one for one in overlays}
+    used = {layer.identity for layer in facts.layers}
+    tops = [one for one in overlays if one.identity not in used and not is_kept(one.path)]
+    ways = [_way_down(one, facts.layers[0].identity, known) for one in tops]
+    fitting = [way for way in ways if way and bears(way[-1], mark) and _is_of_disk(way[0], mark)]
+    return max(fitting, key=len, default=[])
+
+
+def _way_down(top: Above, base: Identity, known: t.Mapping[Identity, Above]) -> list[str]:
+    """Return the paths from an overlay down to the last one above BASE; none if it does not stand on BASE.
+
+    A run that was killed can have renamed images in between already.
+    """
+    way, one = [top.path], top
+    while len(way) <= len(known):  # or else they stand on each other
+        below = one.backing_identity or _identity_of_kept(one.backing_file)
+        if below == base:
+            return way
+        if below not in known:
+            break
+        one = known[below]
+        way.append(one.path)
+    return []
+
+
+def _identity_of_kept(path: str) -> Identity | None:
+    """Return which image stood at a path that was retired and kept last; None if none was."""
+    kept = all_kept(path, REVERTED_AS)
+    return identity_of(os.stat(kept[-1])) if kept else None
+
+
+def _is_of_disk(path: str, mark: Mark) -> bool:
+    """Whether an image is a snapshot of the disk that a mark tells of, whichever."""
+    with contextlib.suppress(Refusal, OSError), open_image(path) as file:
+        found = read_head(file).mark
+        return found is not None and (found.vm, found.target) == (mark.vm, mark.target)
+    return False
+
+
 def signed_leftovers(domain: Domain, facts: DiskFacts, request: WayBack) -> t.Iterator[str]:
     """Yield the snapshots of a disk that went in while its VM ran, or may have, in a run that was killed meanwhile."""
     chain = {layer.identity for layer in facts.layers}
@@ -355,9 +410,14 @@ def signed_leftovers(domain: Domain, facts: DiskFacts, request: WayBack) -> t.It
 
 def standing_on(layer: Layer, request: WayBack) -> list[Above]:
     """Return the images on top of one, as far as they lie beside it, or where overlays were made."""
-    beside = os.path.dirname(layer.real_path)
+    return [one for one in _overlays_beside(layer.real_path, request) if one.backing_identity == layer.identity]
+
+
+def _overlays_beside(real_path: str, request: WayBack) -> list[Above]:
+    """Return the overlays in the folder of an image, and in that where overlays were made."""
+    beside = os.path.dirname(real_path)
     folders = dict.fromkeys([beside, beside if request.directory is None else os.path.realpath(request.directory)])
-    return [one for folder in folders for one in overlays_in(folder) if one.backing_identity == layer.identity]
+    return [one for folder in folders for one in overlays_in(folder)]
 
 
 def lost_checkpoints(plan: DomainPlan, kept: Kept) -> tuple[str, ...]:

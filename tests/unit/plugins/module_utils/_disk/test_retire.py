@@ -13,7 +13,7 @@ import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import publish, retire
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.begun import find_sign, leave_sign, remove_sign
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.begun import find_sign, leave_sign, remove_signs
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.retire import (
     kept_path,
     why_not_kept,
@@ -65,11 +65,11 @@ def test_the_sign_of_a_merge_goes_before_its_image(tmp_path, path, monkeypatch):
 @pytest.mark.parametrize("how", [DELETE, KEEP])
 def test_a_sign_that_another_run_leaves_in_the_moment_before_its_image_goes(tmp_path, path, how, monkeypatch):
     def remove_then_leave(file, place):
-        monkeypatch.setattr(retire, "remove_sign", remove_sign)
-        remove_sign(file, place)
+        monkeypatch.setattr(retire, "remove_signs", remove_signs)
+        remove_signs(file, place)
         leave_sign(file)
 
-    monkeypatch.setattr(retire, "remove_sign", remove_then_leave)
+    monkeypatch.setattr(retire, "remove_signs", remove_then_leave)
     with open_image(path) as file:
         retire.retire(path, file, how, "committed")
     assert [name for name in os.listdir(tmp_path) if "kvmfleet" in name] == []

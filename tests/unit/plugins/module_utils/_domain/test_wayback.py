@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import unittest.mock
 
 import pytest
@@ -84,6 +85,34 @@ def fixture_host(tmp_path):
     for snapshot in ("mon", "tue", "wed"):
         assert len(host.snapshot("web", snapshot)) == 2
     return host
+
+
+@pytest.mark.parametrize("plan", [plan_commit, plan_revert])
+def test_a_disk_that_is_not_there_may_be_on_the_snapshot_too(host, tmp_path, plan):
+    """Or its data would be of another time than that of the others."""
+    for name in ("a.qcow2", "b.qcow2"):
+        host.image(name)
+    host.define("two", "a.qcow2", "b.qcow2")
+    host.snapshot("two", "mon")
+    two = host.domains["two"]
+    text = re.sub(r"(b\.mon\.qcow2.)", r"\1 startupPolicy='optional'", two.definition.text)
+    assert text != two.definition.text
+    host.domains["two"] = two._replace(definition=Definition(text))
+    assert host.plan_back(plan, "two", "mon").problems == ()
+    os.rename(tmp_path / "b.mon.qcow2", tmp_path / "unmounted")
+    (problem,) = host.plan_back(plan, "two", "mon").problems
+    assert (problem.code, problem.subject) == ("disk_unfit", "two")
+    assert "its disk vdb is not there, and may be on the snapshot, too" in problem.why
+    assert host.plan_back(plan, "two", "mon", targets=("vda",)).problems == ()
+
+
+@pytest.mark.parametrize("plan", [plan_commit, plan_revert])
+def test_a_disk_that_cannot_be_read_may_stand_on_what_changes(host, plan):
+    """As of a domain whose storage is not mounted: its clone of the image below would be broken."""
+    host.define("away", "unmounted.qcow2")
+    (warning,) = host.plan_back(plan, "web", "wed").warnings
+    assert warning.startswith("away (vda): the disk cannot be read")
+    assert host.plan_back(plan, "web", "thu").warnings == []
 
 
 def test_the_topmost_snapshot_is_merged_down_on_all_disks(host):
@@ -175,6 +204,26 @@ def test_a_run_that_dies_between_switch_and_end_of_going_back_is_completed(host)
     assert [name for name in host.files() if "wed" in name] == ["web-a.wed.qcow2", "web-b.wed.qcow2"]
     assert host.revert("web", "wed")[0] == ["reverted"] * 2
     assert [name for name in host.files() if "wed" in name] == ["web-a.wed.qcow2.reverted", "web-b.wed.qcow2.reverted"]
+
+
+def test_a_run_that_dies_so_when_it_goes_back_over_several_snapshots_is_completed(host):
+    assert host.revert("web", "mon", dies=True)[0] == ["failed"] * 2
+    assert host.revert("web", "mon")[0] == ["reverted"] * 2
+    kept = [f"web-{disk}.{day}.qcow2.reverted" for disk in "ab" for day in ("mon", "tue", "wed")]
+    assert host.files() == sorted([*kept, "web-a.qcow2", "web-b.qcow2"])
+    assert host.revert("web", "mon")[0] == []
+
+
+def test_a_run_that_dies_once_the_lowest_snapshots_are_renamed_is_completed(host):
+    """From the lowest upwards: the last one that has its name records that of one that is not there any more."""
+    assert host.revert("web", "mon")[0] == ["reverted"] * 2
+    kept = [f"web-{disk}.{day}.qcow2.reverted" for disk in "ab" for day in ("mon", "tue", "wed")]
+    for name in ("web-a.wed.qcow2", "web-b.wed.qcow2", "web-b.tue.qcow2"):
+        os.rename(host.folder / f"{name}.reverted", host.folder / name)
+    assert host.revert("web", "tue")[0] == []  # the images that the domain was to be put back from are others
+    assert host.revert("web", "mon")[0] == ["reverted"] * 2
+    assert host.files() == sorted([*kept, "web-a.qcow2", "web-b.qcow2"])
+    assert host.revert("web", "mon")[0] == []
 
 
 @pytest.mark.parametrize("way", ["commit", "revert"])
