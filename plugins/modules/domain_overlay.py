@@ -57,7 +57,8 @@ options:
       - With O(state=committed), merge down every snapshot of this collection that is older, instead of the one that
         O(snapshot) names. A number with C(h), C(d) or C(w) for hours, days or weeks, such as V(30d).
       - The time of a snapshot is when the image below it was last written to, of all its disks the latest. A merge
-        writes to the image below too, so a snapshot above one that was merged counts from then.
+        writes to the image below too, so a snapshot above one that was merged counts from then. Of a domain that was
+        shut off for a month already, a snapshot of today is a month old; O(keep) holds it.
       - Each domain's go from the oldest to the newest. Those that lie directly on each other go together if the domain
         is shut off. Snapshots that bear no mark of this collection stay.
       - A merge of a killed run is completed, whatever its age.

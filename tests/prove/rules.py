@@ -21,7 +21,7 @@ import typing as t
 
 COLLECTION = pathlib.Path(__file__).resolve().parents[2]
 NAMESPACE = pathlib.Path("ansible_collections/kvmfleet/qcow2")
-CODE, TESTS = "plugins/module_utils/_disk", "tests/unit/plugins/module_utils/_disk"
+CODE, TESTS = "plugins/module_utils", "tests/unit/plugins/module_utils"
 SECONDS = 300  # for the tests of one rule
 COMMIT, ODD, KILLS, HEAL, KILLED = "test_commit", "test_merge_odd", "test_merge_kills", "test_heal", "test_mend_killed"
 
@@ -34,6 +34,7 @@ class Rule(t.NamedTuple):
     line: str
     broken: str
     tests: tuple[str, ...]
+    room: str = "_disk"
 
 
 RULES = (
@@ -292,7 +293,7 @@ RULES = (
     Rule(
         "no sign stays of a run that came second",
         "retire",
-        "remove_sign(file, real)  # one that another run",
+        "remove_signs(file, real)  # one that another run",
         "pass  # one that another run",
         ("test_retire",),
     ),
@@ -338,18 +339,79 @@ RULES = (
         "vaults=(),",
         ("test_revert",),
     ),
+    Rule(
+        "no VM is put on an image that others stand on",
+        "revert",
+        "others=() if depth is None else tuple(_others_on(layers[depth], layers)),",
+        "others=(),",
+        ("test_revert",),
+    ),
+    Rule(
+        "an image that was copied with its sign has it",
+        "begun",
+        "return copied[0] if copied and _bears_mark(file) else None",
+        "return None",
+        ("test_running",),
+    ),
+    Rule(
+        "what QEMU is led to by a description stands on it, too",
+        "siblings",
+        "for one in files_named(name)]",
+        "for one in [name]]",
+        ("test_siblings",),
+    ),
+    Rule(
+        "a disk that is not there may be on the snapshot, too",
+        "wayback",
+        "problems += [_absent_disk(domain, target) for target in absent]",
+        "pass",
+        ("test_wayback",),
+        "_domain",
+    ),
+    Rule(
+        "the way down goes through what a killed run has renamed",
+        "wayback",
+        "below = one.backing_identity or _identity_of_kept(one.backing_file)",
+        "below = one.backing_identity",
+        ("test_wayback",),
+        "_domain",
+    ),
+    Rule(
+        "what is below a fault of a chain is in use",
+        "inventory",
+        "to_read, read = list(chain.further), set[str]()",
+        "to_read, read = list[str](), set[str]()",
+        ("test_inventory",),
+        "_domain",
+    ),
+    Rule(
+        "what cannot be read may stand on anything",
+        "inventory",
+        "is_seen &= below.is_seen",
+        "pass",
+        ("test_inventory",),
+        "_domain",
+    ),
+    Rule(
+        "what was begun takes no place of what is kept",
+        "retention",
+        "staying = [name for name in order if name not in begun]",
+        "staying = order",
+        ("test_retention",),
+        "_domain",
+    ),
 )
 
 
 def told_by(rule: Rule, copy: pathlib.Path) -> str | None:
     """Return the test that fails once a rule is broken in the copy; None if none does."""
-    path = copy / NAMESPACE / CODE / f"{rule.file}.py"
+    path = copy / NAMESPACE / CODE / rule.room / f"{rule.file}.py"
     code = path.read_text(encoding="utf-8")
     if code.count(rule.line) != 1:
         return f"cannot be broken: {rule.line!r} is there {code.count(rule.line)} times"
     path.write_text(code.replace(rule.line, rule.broken), encoding="utf-8")
     try:
-        return next(filter(None, (_failure(f"{TESTS}/{test}.py", copy) for test in rule.tests)), None)
+        return next(filter(None, (_failure(f"{TESTS}/{rule.room}/{test}.py", copy) for test in rule.tests)), None)
     finally:
         path.write_text(code, encoding="utf-8")
 

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 
 from .._base.errors import Refusal
 from .._base.files import OpenImage, close, identity_of, is_there, read_note, real_path
+from .._qcow2.chain import read_head
 from .publish import StagedFile, open_to_list, publish_over
 
 _SUFFIX = ".kvmfleet-merging"
@@ -52,14 +54,37 @@ def has_begun_job(file: OpenImage) -> bool:
 
 
 def find_sign(file: OpenImage) -> str | None:
-    """Return the path of the sign that the merge of this very image was begun; None if there is none."""
+    """Return the path of the sign that the merge of this very image was begun; None if there is none.
+
+    An image that was copied with its sign, as to another storage, has another inode. It bears the mark of an overlay
+    that this collection has made, and of those that it makes anew it removes the signs of the name.
+    """
     place = _place_of(file, file.path)
-    return place if is_there(place) else None
+    if is_there(place):
+        return place
+    copied = _signs_of_name(file.path)
+    return copied[0] if copied and _bears_mark(file) else None
 
 
-def remove_sign(file: OpenImage, path: str) -> None:
-    """Remove the sign of an open image whose place is this path, if there is one."""
-    _remove(_place_of(file, path))
+def remove_signs(file: OpenImage, path: str) -> None:
+    """Remove the sign of an open image whose place is this path, if there is one, and those of others that had it."""
+    for place in (_place_of(file, path), *_signs_of_name(path)):
+        _remove(place)
+
+
+def _signs_of_name(path: str) -> list[str]:
+    """Return the signs of all images that had this name, whatever their inodes were."""
+    folder, name = os.path.split(real_path(path))
+    if len(os.fsencode(name)) > _LONGEST:  # another image can begin with the same
+        return []
+    known = re.compile(re.escape(f".{name}.") + "[0-9]+" + re.escape(_SUFFIX))
+    return sorted(os.path.join(folder, one) for one in os.listdir(folder) if known.fullmatch(one))
+
+
+def _bears_mark(file: OpenImage) -> bool:
+    with contextlib.suppress(Refusal):
+        return read_head(file).mark is not None
+    return False
 
 
 def _remove(place: str) -> None:

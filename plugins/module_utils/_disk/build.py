@@ -35,7 +35,7 @@ from .._qemu.nodes import (
     open_scratch,
 )
 from . import overlay
-from .begun import remove_sign
+from .begun import remove_signs
 from .cumulative import Maps, has_bits, lower_bits, map_chain, most_bytes, read_all, wrong_bits
 from .observe import ObservedChain, observe_chain, observe_target
 from .overlay import BuildSpec, OverlayRequest, OverlayVerdict
@@ -136,7 +136,7 @@ class MakeOverlays:
             return verdict
         monitor = held.monitor()
         staged = held.stage(spec.target.path, spec.target.folder)
-        remove_sign(staged.file, spec.target.path)  # of an image that had its name and inode before
+        remove_signs(staged.file, spec.target.path)  # of an image that had its name and inode before
         witness = _witness(verdict, spec, held)
         _fill(monitor, staged, verdict, spec, witness)
         apply_attributes(staged.file, spec.attributes)

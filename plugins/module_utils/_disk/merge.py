@@ -26,12 +26,11 @@ from .commit import CommitRequest, CommitVerdict, Work
 from .observe import observe_chain
 from .progress import telling
 from .publish import StagedFile, publish_at_once
-from .retire import remove_dangling_link, retire, stands, why_not_retired
+from .retire import KEPT_AS, remove_dangling_link, retire, stands, why_not_retired
 from .revert_rules import Retired
 from .session import Held, Images, failed_by
 from .stages import Seen
 from .survey import (
-    KEPT_AS,
     content_of,
     judge_gone,
     layers_of,

@@ -23,7 +23,7 @@ from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer
 from .._qcow2.growth import most_growth
 from . import commit
-from .begun import end_job, find_sign, has_begun_job, leave_sign, remove_sign
+from .begun import end_job, find_sign, has_begun_job, leave_sign, remove_signs
 from .bitmap_rules import BROKEN, names_of
 from .build import MakeOverlays
 from .commit import CommitRequest, CommitVerdict
@@ -33,12 +33,12 @@ from .observe import ObservedChain, free_bytes, observe_chain
 from .overlay import CUMULATIVE, OverlayRequest, OverlayVerdict, SkippedBitmap
 from .progress import telling
 from .publish import publish_unlocked
-from .retire import is_kept, kept_path, retire, why_not_retired
+from .retire import KEPT_AS, is_kept, kept_path, retire, why_not_retired
 from .revert_rules import Retired
 from .session import Held, Images, failed_by
 from .siblings import standing_on
 from .stages import Seen, named
-from .survey import KEPT_AS, vault_place
+from .survey import vault_place
 from .vault import find_vault
 from .verdict import ABSENT, COMMITTED, DELETE, FAILED, KEEP, PRESENT, How, Need
 
@@ -73,7 +73,7 @@ class Signs:
     def withdraw(self) -> None:
         """Take back that anything was begun; older signs stay."""
         for file in self._new:
-            remove_sign(file, os.path.realpath(file.path))
+            remove_signs(file, os.path.realpath(file.path))
         self.end()
 
     def end(self) -> None:
@@ -358,7 +358,7 @@ def _see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, held: Hel
         above=_above(request, held),
         open_for_writing=(),
         below_running=(),
-        others=tuple(path for path in standing if not (is_kept(path) and f".{KEPT_AS}" in path)),
+        others=tuple(path for path in standing if not is_kept(path, KEPT_AS)),
     )
 
 

@@ -37,7 +37,7 @@ from .._qcow2.chain import Layer
 from .._qcow2.image import Image
 from .bitmap_rules import carries_over
 from .fates import Named
-from .retire import is_kept
+from .retire import KEPT_AS, is_kept
 from .vault import MARK, Vault
 
 WHOLE = "whole"
@@ -132,7 +132,9 @@ def stage_of(seen: Seen) -> Stage | Refusal:
     if copied is not None:
         return copied
     if seen.vault is None:
-        return Stage(WHOLE) if seen.mark is None else _stage_without_vault(seen)
+        # Of an image between, or one that was merged while its VM ran, the name alone tells that it has gone in.
+        is_new = seen.mark is None and not is_kept(seen.chain[0].real_path, KEPT_AS)
+        return Stage(WHOLE) if is_new else _stage_without_vault(seen)
     if seen.vault.is_given:
         return _stage_when_given(seen, seen.vault)
     if seen.mark is not None:

@@ -25,7 +25,7 @@ from .carry import Wanted
 from .commit import CommitRequest, CommitVerdict, Work
 from .fates import DISABLED, REASONS
 from .observe import observe_chain
-from .retire import is_kept, kept_path
+from .retire import KEPT_AS, is_kept, kept_path
 from .revert_rules import Retired
 from .room import can_share, need_of
 from .session import Held
@@ -33,8 +33,6 @@ from .siblings import all_standing_on
 from .stages import Seen
 from .vault import MARK, Content, Vault, find_vault, is_as_kept, open_vault, place_of, read_vault
 from .verdict import ABSENT, COMMITTED, FAILED, KEEP
-
-KEPT_AS = "committed"  # the suffix of an image that went in and is kept
 
 
 def vault_place(request: CommitRequest, base: OpenImage) -> str:
@@ -117,13 +115,17 @@ def see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, above: Lay
 def _has_gone_in(path: str, vault: Vault | None) -> bool:
     """Whether an image was committed before and is only kept: it has a mark, and no vault waits for it.
 
-    Its name tells, too: a snapshot copies the mark to an image that a VM has.
+    Its name tells, too: a snapshot copies the mark to an image that a VM has. An image between has only the mark of
+    whose snapshot it is; by that name no commit takes it any more.
     """
     if not is_kept(path):
         return False
     with contextlib.suppress(Refusal, OSError), open_image(path) as file:
-        marks = [bitmap.name for bitmap in read_image(file).bitmaps if bitmap.name.startswith(MARK)]
-        return bool(marks) and (vault is None or MARK + vault.token not in marks)
+        image = read_image(file)
+        marks = [bitmap.name for bitmap in image.bitmaps if bitmap.name.startswith(MARK)]
+        if not marks:
+            return image.mark is not None and is_kept(path, KEPT_AS)
+        return vault is None or MARK + vault.token not in marks
     return False
 
 

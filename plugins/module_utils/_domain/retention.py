@@ -74,7 +74,8 @@ def pick(images: t.Sequence[OwnImage], begun: t.Collection[str], retention: Rete
     `begun` are the names of those of which a merge was killed, which is to be completed whatever else holds.
     """
     order = _in_order(images)
-    kept = order[-retention.keep :] if retention.keep else []
+    staying = [name for name in order if name not in begun]
+    kept = staying[-retention.keep :] if retention.keep else []
     picked = [Picked(name, None, 0) for name in begun if name not in order]  # retired on every disk, but for a rest
     for name in order:
         own = [one for one in images if one.snapshot == name]

@@ -13,7 +13,7 @@ import typing as t
 import unittest.mock
 
 import pytest
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import OpenImage, open_image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.signals import ending_cleanly
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import merge, siblings
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.begun import leave_sign
@@ -24,6 +24,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.revert_rules 
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.vault import MARK
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import Mark, write_mark
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu import locks
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu.monitor import Monitor
 
@@ -238,6 +239,23 @@ def test_an_image_that_was_kept_never_goes_in_again(tmp_path):
     before = commits.content(base)
     refused = commits.refusal(kept, base)
     assert refused.code == "unfinished"
+    assert commits.content(base) == before
+
+
+def test_an_image_between_that_was_kept_goes_in_no_more_and_is_in_the_way_of_nothing(tmp_path):
+    base = below = qemu.create(tmp_path / "base")
+    for name in ("a", "b", "c"):
+        below = commits.overlay(tmp_path / name, below)
+        with OpenImage(below, os.open(below, os.O_RDWR)) as file:
+            write_mark(file, Mark("uuid", "vda", name))
+        commits.write(below, "write -P 1 0 1M")
+    commits.merged(tmp_path / "b", base, above=str(tmp_path / "c"), retire="keep")
+    assert sorted(os.listdir(tmp_path)) == ["a.committed", "b.committed", "base", "c"]
+    commits.merged(tmp_path / "c", base, retire="keep")
+    commits.write(base, "write -P 2 0 1M")
+    before = commits.content(base)
+    assert commits.refusal(tmp_path / "a.committed", base).code == "unfinished"
+    assert commits.refusal(tmp_path / "b.committed", base).code == "no_such_file"  # records the old name of a
     assert commits.content(base) == before
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import shutil
 import signal
 
 import pytest
@@ -515,10 +516,30 @@ def test_the_sign_of_an_image_that_had_the_name_before_keeps_nobody_from_going_b
     with open_image(path) as file:
         leave_sign(file)
         os.rename(path, tmp_path / "other")
-        overlay(tmp_path / "disk.mon.qcow2", disk)
+        overlay(tmp_path / "disk.mon.qcow2", disk, mark=None)  # by another tool: it has no mark of ours
         os.remove(tmp_path / "other")
         assert go_back(CommitRequest(path, disk, vm="web")) == []
     assert "disk.mon.qcow2.reverted" in os.listdir(tmp_path)
+
+
+def test_an_image_that_was_copied_with_its_sign_is_not_gone_back_from(tmp_path, disk):
+    path = overlay(tmp_path / "disk.mon.qcow2", disk)
+    with open_image(path) as file:
+        leave_sign(file)
+        shutil.copy2(path, tmp_path / "copy")
+        os.rename(tmp_path / "copy", path)
+    assert go_back(CommitRequest(path, disk, vm="web")) == ["unfinished"]
+    with open_image(path) as file:
+        retire(path, file, DELETE, "committed")
+    assert os.listdir(tmp_path) == ["disk.qcow2"]
+
+
+def test_a_new_overlay_has_no_sign_of_one_that_had_its_name(tmp_path, disk):
+    with open_image(overlay(tmp_path / "disk.mon.qcow2", disk)) as file:
+        leave_sign(file)
+        os.remove(file.path)
+        assert states(snapshot(tmp_path, disk, lambda: None)) == ["created"]
+    assert sorted(os.listdir(tmp_path)) == ["disk.mon.qcow2", "disk.qcow2"]
 
 
 def test_the_name_of_an_image_may_be_as_long_as_a_name_can_be(tmp_path, disk):

@@ -63,6 +63,9 @@ THREE = disk("vda", ("a", 60), ("b", 40), ("c", 0))
         # What was begun is completed, whatever its age, and whether or not it is in a chain still.
         (THREE, {"keep": 9, "begun": ["c"]}, ["c"]),
         (THREE, {"begun": ["gone"]}, ["gone", "a", "b"]),
+        # It goes anyway, so it takes no place among those that stay.
+        (THREE, {"older_than": None, "keep": 2, "begun": ["c"]}, ["c"]),
+        (THREE, {"older_than": None, "keep": 1, "begun": ["c"]}, ["a", "c"]),
     ],
 )
 def test_the_old_ones_are_picked(images, more, expected):
