@@ -37,7 +37,6 @@ from .vault import SUFFIX
 from .verdict import ABSENT, DELETE, FAILED, KEEP, How
 
 
-
 class GoBack:
     """State reverted: nothing stands at the path any more, and BASE is the topmost image. An Operation."""
 

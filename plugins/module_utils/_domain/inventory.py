@@ -10,7 +10,6 @@ the bitmaps of the topmost image, where damage would otherwise go unnoticed.
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import itertools
 import os

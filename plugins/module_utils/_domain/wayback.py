@@ -373,7 +373,7 @@ def _way_down(top: Above, base: Identity, known: t.Mapping[Identity, Above]) -> 
         below = one.backing_identity or _identity_of_kept(one.backing_file)
         if below == base:
             return way
-        if below not in known:
+        if below is None or below not in known:
             break
         one = known[below]
         way.append(one.path)
