@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 
 from .._base.errors import Refusal
 from .._base.files import OpenImage, close, identity_of, is_there, read_note, real_path
@@ -77,8 +76,9 @@ def _signs_of_name(path: str) -> list[str]:
     folder, name = os.path.split(real_path(path))
     if len(os.fsencode(name)) > _LONGEST:  # another image can begin with the same
         return []
-    known = re.compile(re.escape(f".{name}.") + "[0-9]+" + re.escape(_SUFFIX))
-    return sorted(os.path.join(folder, one) for one in os.listdir(folder) if known.fullmatch(one))
+    begin = f".{name}."
+    found = [one for one in os.listdir(folder) if one.startswith(begin) and one.endswith(_SUFFIX)]
+    return sorted(os.path.join(folder, one) for one in found if one[len(begin) : -len(_SUFFIX)].isdigit())
 
 
 def _bears_mark(file: OpenImage) -> bool:
