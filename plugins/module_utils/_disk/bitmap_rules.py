@@ -12,8 +12,10 @@ An incremental backup since a bitmap is possible if
 1) the topmost image has it,
 2) the images that have it are contiguous from the top, no gap,
 3) all of them are recording,
-4) none is inconsistent (libvirt, "Incremental backup internals", Integration with backups), and
-5) all these images have one virtual size, since QEMU cannot merge bitmaps of different sizes, which the backup does.
+4) none is inconsistent (libvirt, "Incremental backup internals", Integration with backups),
+5) all these images have one virtual size, since QEMU cannot merge bitmaps of different sizes, as the backup does, and
+6) no image below them has lost its bitmaps since the checkpoint was made: it can have had the one that this one goes on
+   with, and what changed there is told nowhere any more. QEMU and libvirt do not look.
 """
 
 from __future__ import annotations
@@ -33,12 +35,15 @@ BROKEN = "broken"  # libvirt says so of a running domain, and not which rule
 IN_USE = "in_use"
 INCOMPLETE = "incomplete"
 
-# Why a bitmap that is not valid cannot be made so, beside those.
 LOST = "lost"
+
+# Why a bitmap that is not valid cannot be made so, beside those.
 EMPTIED = "emptied"
+OLDER = "older"
 
 MAX_BITMAPS_CARRIED = 4096  # of one ACTIVE; QEMU's time grows with the square of them
 MAX_ALL_BITMAP_DATA = 4 * 1024 * 1024 * 1024  # bytes of memory that QEMU needs to have all bitmaps of ACTIVE open
+_CLOCKS = 3600  # seconds by which the clocks of a host and of its storage may differ
 _SHOWN = 5  # bitmaps that a message names
 
 _FULL = (
@@ -59,6 +64,11 @@ _ASK_LIBVIRT = (
     "A process has the image open for writing, most likely the running VM, so what is stored tells nothing. libvirt "
     "knows more while the VM runs; or look again when it is shut off."
 )
+_LOST = (
+    "This image, below those that have the bitmap, has lost its own, since a program that does not know them has "
+    "written to it, or a QEMU was killed as it opened it. This one may have begun there. If you know that it did not, "
+    "'qemu-img check -r all {}' has the image forget them, with the VM shut off."
+)
 _LOOK_FURTHER = "The chain below this image was not read. Look at the whole chain, or mend it first."
 
 
@@ -70,6 +80,11 @@ class LayerBitmaps(t.NamedTuple):
     bitmaps: t.Mapping[str, Bitmap]  # by name
     is_open_for_writing: bool = False  # so what is stored tells nothing about its bitmaps
     lost_bitmaps: int = 0  # made worthless by a program that does not know them
+    modified: int | None = None  # seconds since 1970, of the last write; None if that cannot be told
+
+    def is_older_than(self, created: int | None) -> bool:
+        """Whether it was last written to before a checkpoint was made: a bitmap is stored when its image is closed."""
+        return bool(created) and self.modified is not None and self.modified + _CLOCKS < t.cast("int", created)
 
 
 class Checkpoint(t.NamedTuple):
@@ -91,15 +106,22 @@ def carries_over(bitmap: Bitmap) -> bool:
     return bitmap.recording and not bitmap.inconsistent
 
 
-def judge_all(chain: t.Sequence[LayerBitmaps], *, complete: bool) -> list[Checkpoint]:
-    """Return a verdict for each bitmap name in the chain, top to base. `complete`: the chain ends with its base."""
+def judge_all(
+    chain: t.Sequence[LayerBitmaps], *, complete: bool, created: t.Mapping[str, int] | None = None
+) -> list[Checkpoint]:
+    """Return a verdict for each bitmap name in the chain, top to base; the options are those of judge(), by name."""
     names = dict.fromkeys(name for layer in chain for name in layer.bitmaps)
-    return [judge(name, chain, complete=complete) for name in names]
+    return [judge(name, chain, complete=complete, created=(created or {}).get(name)) for name in names]
 
 
-def judge(name: str, chain: t.Sequence[LayerBitmaps], *, complete: bool = True) -> Checkpoint:
-    """Return whether this checkpoint can be used, judged from the top of the chain downwards."""
-    top, way_out = chain[0], _way_out(name, chain, complete)
+def judge(
+    name: str, chain: t.Sequence[LayerBitmaps], *, complete: bool = True, created: int | None = None
+) -> Checkpoint:
+    """Return whether this checkpoint can be used, judged from the top of the chain downwards.
+
+    `complete`: the chain ends with its base. `created`: when the checkpoint was made, in seconds since 1970, if known.
+    """
+    top, way_out = chain[0], _way_out(name, chain, complete, created)
     if not top.is_open_for_writing and name not in top.bitmaps:  # rule 1
         below = next((layer for layer in chain if name in layer.bitmaps), None)
         return _without(name, NOT_IN_TOP, top, below, way_out)
@@ -119,6 +141,9 @@ def judge(name: str, chain: t.Sequence[LayerBitmaps], *, complete: bool = True) 
             if fault is not None:
                 return fault
             above = layer
+    lost = _lost_below(name, chain, created)
+    if lost is not None:  # rule 6
+        return Checkpoint(name, False, LOST, lost.path, f"{_LOST.format(lost.path)} {way_out}")
     if unknown is not None:
         return Checkpoint(name, None, IN_USE, unknown.path, _ASK_LIBVIRT)
     if not complete:
@@ -126,14 +151,27 @@ def judge(name: str, chain: t.Sequence[LayerBitmaps], *, complete: bool = True) 
     return Checkpoint(name, True)
 
 
-def why_not_provable(name: str, chain: t.Sequence[LayerBitmaps]) -> tuple[str, LayerBitmaps] | None:
+def _lost_below(name: str, chain: t.Sequence[LayerBitmaps], created: int | None) -> LayerBitmaps | None:
+    """Return the image below all that have, or can have, the bitmap which may have lost it."""
+    places = [place for place, one in enumerate(chain) if name in one.bitmaps or one.is_open_for_writing]
+    below = chain[places[-1] + 1 :] if places else ()
+    return next((one for one in below if one.lost_bitmaps and not one.is_older_than(created)), None)
+
+
+def why_not_provable(
+    name: str, chain: t.Sequence[LayerBitmaps], created: int | None = None
+) -> tuple[str, LayerBitmaps] | None:
     """Return the rule because of which nobody can tell what changed since a bitmap began, and the image; None if none.
 
     `name` is in the chain. Above the lowest image with it, what changed is what the images hold. In that one it must
-    be in order, unless it is the topmost one, of which EMPTIED says that it may have been emptied.
+    be in order, unless it is the topmost one, of which EMPTIED says that it may have been emptied. It must be the
+    bitmap of this checkpoint, not one of its name in a template (OLDER): the one of this checkpoint is gone then, with
+    what was in its image.
     """
     places = [place for place, layer in enumerate(chain) if name in layer.bitmaps]
     lowest = chain[places[-1]]
+    if lowest.is_older_than(created):
+        return OLDER, lowest
     if lowest.bitmaps[name].inconsistent and places[-1] > 0:
         return INCONSISTENT, lowest
     for layer in (chain[place] for place in places):
@@ -142,13 +180,13 @@ def why_not_provable(name: str, chain: t.Sequence[LayerBitmaps]) -> tuple[str, L
     other = next((one for one in chain[places[-1] :: -1] if one.virtual_size != lowest.virtual_size), None)
     if other is not None:
         return DIFFERENT_SIZE, other
-    lost = next((one for one in chain[places[-1] + 1 :] if one.lost_bitmaps), None)
+    lost = _lost_below(name, chain, created)
     if lost is not None:
         return LOST, lost
     return (EMPTIED, lowest) if lowest.bitmaps[name].inconsistent else None
 
 
-def _way_out(name: str, chain: t.Sequence[LayerBitmaps], complete: bool) -> str:
+def _way_out(name: str, chain: t.Sequence[LayerBitmaps], complete: bool, created: int | None) -> str:
     """Return what to do about a bitmap that is not valid."""
     if (
         not complete
@@ -156,7 +194,7 @@ def _way_out(name: str, chain: t.Sequence[LayerBitmaps], complete: bool) -> str:
         or not any(name in one.bitmaps for one in chain)
     ):
         return _FULL
-    why = why_not_provable(name, chain)
+    why = why_not_provable(name, chain, created)
     if why is None:
         return _HEAL
     return (_HEAL_BY_WORD if why[0] == EMPTIED else _NO_HEALING) + _FULL

@@ -93,6 +93,7 @@ def _look(layer: Layer, top: Layer, held: Held) -> Patient:
         bitmaps={**named, **restored},
         put_back=put_back,
         lost_bitmaps=image.lost_bitmaps,
+        modified=None if file.is_device else int(file.status().st_mtime),
         fault=_fault(layer, top, file, image),
     )
     return Patient(layer, file, maps_of(file, image), vault, standing)

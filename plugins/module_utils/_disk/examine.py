@@ -48,6 +48,7 @@ class ExaminedLayer(t.NamedTuple):
             bitmaps={bitmap.name: bitmap for bitmap in self.image.bitmaps} if self.image else {},
             is_open_for_writing=self.is_open_for_writing,
             lost_bitmaps=self.image.lost_bitmaps if self.image else 0,
+            modified=self.modified,
         )
 
     def as_result(self) -> dict[str, t.Any]:

@@ -33,6 +33,7 @@ from .bitmap_rules import (
     INCONSISTENT,
     LOST,
     NOT_RECORDING,
+    OLDER,
     Checkpoint,
     LayerBitmaps,
     carries_over,
@@ -66,6 +67,7 @@ class HealRequest(t.NamedTuple):
     removed: tuple[str, ...] = ()  # beside those that are to be valid
     domain: str | None = None  # whose disks are done all or none, each with all that is asked for
     others: tuple[tuple[str, str], ...] = ()  # real path of an image of the chain, and who else has it, as far as known
+    created: tuple[tuple[str, int], ...] = ()  # bitmaps, and when their checkpoints were made, in seconds since 1970
 
     @property
     def vm(self) -> str:
@@ -81,6 +83,7 @@ class Standing(t.NamedTuple):
     bitmaps: Named  # those that are put back are told as the vault has them
     put_back: frozenset[str] = frozenset()  # that a killed run has lost, and that its vault has
     lost_bitmaps: int = 0
+    modified: int | None = None  # seconds since 1970, of the last write; None if that cannot be told
     fault: Refusal | None = None  # why its bitmaps cannot be written
     others: tuple[str, ...] = ()  # paths of the images on top of it that are not in this chain
 
@@ -203,7 +206,7 @@ def decide(request: HealRequest, chain: t.Sequence[Standing]) -> Plan:
     barred = _barred(chain)
     while True:
         plan = _Draft(request, chain, barred).plan()
-        unsafe = {place: why for place, why in _unsafe(plan, chain).items() if place not in barred}
+        unsafe = {place: why for place, why in _unsafe(plan, chain, request).items() if place not in barred}
         if not unsafe:
             return plan
         barred.update(unsafe)
@@ -244,6 +247,7 @@ class _Draft:
         self._barred = barred
         self._wants = [_as_it_is(image) for image in chain]
         self._written = {place for place, image in enumerate(chain) if image.put_back}
+        self._created = dict(request.created)
 
     def plan(self) -> Plan:
         """Return the plan."""
@@ -252,7 +256,7 @@ class _Draft:
         found = [one for name in self._request.removed for one in self._remove(name)]
         found += [one for name in asked for one in act(name)]
         self._take_in(asked)
-        checkpoints = judge_all(_layers(self._chain, self._wants, self._written), complete=True)
+        checkpoints = judge_all(_layers(self._chain, self._wants, self._written), complete=True, created=self._created)
         checkpoints.sort(key=lambda one: one.name)  # the order in an image changes when it is written
         wants = dict(enumerate(self._wants))
         return Plan(wants, tuple(sorted(self._written)), tuple(found), tuple(checkpoints), self._barred)
@@ -260,7 +264,7 @@ class _Draft:
     def _heal(self, name: str) -> list[Found]:
         """Add what makes a bitmap valid; return what was found of it."""
         chain, layers = self._chain, _layers(self._chain, self._wants, ())
-        if judge(name, layers).valid:
+        if judge(name, layers, created=self._created.get(name)).valid:
             return [Found(name, chain[0].path)]
         problem = _why_not(name, self._request, layers)
         if problem is not None:
@@ -298,7 +302,8 @@ class _Draft:
     def _take_in(self, asked: t.Sequence[str]) -> None:
         """Have the topmost image's bitmaps take in the bits below, where they are in danger or where that is asked."""
         chain, wants = self._chain, self._wants
-        right = {one.name for one in judge_all(_layers(chain, wants, ()), complete=True) if one.valid}
+        judged = judge_all(_layers(chain, wants, ()), complete=True, created=self._created)
+        right = {one.name for one in judged if one.valid}
         lower = [place for place in self._written if place > 0]
         in_danger = {name for place in lower for name in (*chain[place].bitmaps, *wants[place])}
         is_cumulative = self._request.cumulative and self._request.state == VALID
@@ -326,7 +331,8 @@ def _layers(
             path=image.path,
             virtual_size=image.virtual_size,
             bitmaps={name: want.bitmap for name, want in wants[place].items()},
-            lost_bitmaps=0 if place in written else image.lost_bitmaps,
+            lost_bitmaps=0 if place in written or image.put_back else image.lost_bitmaps,
+            modified=image.modified,
         )
         for place, image in enumerate(chain)
     ]
@@ -336,6 +342,8 @@ _WHY = {
     INCONSISTENT: "its bitmap {} is inconsistent, and no image below has it, so nobody knows what changed since",
     NOT_RECORDING: "its bitmap {} is disabled, so somebody has ended its recording on purpose",
     DIFFERENT_SIZE: "has another virtual size than the image below it with the bitmap {}; QEMU merges no such bitmaps",
+    OLDER: "was last written to before the checkpoint of the bitmap {} was made, so its own is another one's. That of "
+    "the checkpoint is gone, with what was in its image",
     LOST: "has lost its bitmaps, because a program that does not know them has written to it, and {} may have been one",
     EMPTIED: "its bitmap {} is inconsistent, and no image below has it. It can be rebuilt from what the image holds, "
     "unless the bitmap is older than the image, or the image was emptied since, neither of which can be seen",
@@ -347,7 +355,7 @@ def _why_not(name: str, request: HealRequest, layers: t.Sequence[LayerBitmaps]) 
     if all(name not in layer.bitmaps for layer in layers):
         why = f"no image of its chain has the bitmap {name!r}"
         return Refusal("no_checkpoint", layers[0].path, why, "Make a full backup with it.")
-    found = why_not_provable(name, layers)
+    found = why_not_provable(name, layers, dict(request.created).get(name))
     if found is None or (found[0] == EMPTIED and request.assume_not_emptied):
         return None
     why = _WHY[found[0]].format(repr(name))
@@ -361,13 +369,14 @@ def _why_not(name: str, request: HealRequest, layers: t.Sequence[LayerBitmaps]) 
     return Refusal("may_be_emptied", found[1].path, why, f"{remedy} Else: {_FULL}")
 
 
-def _unsafe(plan: Plan, chain: t.Sequence[Standing]) -> dict[int, Refusal]:
+def _unsafe(plan: Plan, chain: t.Sequence[Standing], request: HealRequest) -> dict[int, Refusal]:
     """Return the images whose bitmaps, if they were lost, would make the chain look valid for one that is not."""
     right = {one.name for one in plan.checkpoints if one.valid}
     now, then = [_as_it_is(image) for image in chain], [plan.wants[place] for place in range(len(chain))]
     unsafe = {}
     for place in (place for place in plan.written if place > 0):
-        without = judge_all(_layers(chain, [*then[:place], {}, *now[place + 1 :]], ()), complete=True)
+        layers = _layers(chain, [*then[:place], {}, *now[place + 1 :]], ())
+        without = judge_all(layers, complete=True, created=dict(request.created))
         wrong = next((one.name for one in without if one.valid and one.name not in right), None)
         if wrong is not None:
             why = (

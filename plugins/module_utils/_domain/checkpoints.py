@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typing as t
 
-from .._disk.bitmap_rules import BROKEN, IN_USE, INCOMPLETE, Checkpoint, LayerBitmaps, judge
+from .._disk.bitmap_rules import BROKEN, IN_USE, INCOMPLETE, LOST, Checkpoint, LayerBitmaps, judge
 from .._disk.examine import examine_chain
 from .._libvirt.connection import KnownCheckpoint, LiveBitmaps
 from .._libvirt.definition import DomainDisk
@@ -39,11 +39,10 @@ def judge_checkpoints(
 ) -> tuple[Checkpoint, ...]:
     """Return for each checkpoint whether it can be used after the run.
 
-    `chain_after` returns the chain that a disk has then. Only chains of disks are read that have a checkpoint of which
-    libvirt does not say that it can be used.
+    `chain_after` returns the chain that a disk has then. Only chains of disks are read that have a checkpoint.
     """
-    unsure = {target for one in known for target in one.bitmaps if one.live is None or target not in one.live.sizes}
-    chains = {disk.target: chain_after(disk) for disk in disks if disk.target in unsure}
+    targets = {target for one in known for target in one.bitmaps}
+    chains = {disk.target: chain_after(disk) for disk in disks if disk.target in targets}
     return tuple(_judge(one, {disk.target: disk for disk in disks}, chains) for one in known)
 
 
@@ -62,24 +61,26 @@ def promised(path: str, virtual_size: int | None, bitmaps: t.Sequence[Bitmap]) -
 def _judge(known: KnownCheckpoint, disks: t.Mapping[str, DomainDisk], chains: t.Mapping[str, Chain]) -> Checkpoint:
     """Return the verdict on a checkpoint by the chains of its disks, or by what libvirt says of them."""
     verdicts = [
-        judge_live(bitmap, disks[target], known.live, _judge_stored(bitmap, target, chains))
+        judge_live(bitmap, disks[target], known.live, _judge_stored(bitmap, target, chains, known.created))
         for target, bitmap in known.bitmaps.items()
         if target in disks  # the definition may have lost a disk since
     ]
     return worst_of(known.name, verdicts)
 
 
-def _judge_stored(bitmap: str, target: str, chains: t.Mapping[str, Chain]) -> Checkpoint:
+def _judge_stored(bitmap: str, target: str, chains: t.Mapping[str, Chain], created: int) -> Checkpoint:
     """Return the verdict by what is stored in the images."""
     chain = chains.get(target)
     if chain is None or not chain.layers:
         return unreadable_disk(bitmap, target)
-    return judge(bitmap, chain.layers, complete=chain.is_complete)
+    return judge(bitmap, chain.layers, complete=chain.is_complete, created=created)
 
 
 def judge_live(bitmap: str, disk: DomainDisk, live: LiveBitmaps | None, stored: Checkpoint) -> Checkpoint:
     """Return the verdict for one disk by what libvirt says of it, if it was asked; `stored` is that by the images."""
     if live is None:
+        return stored
+    if stored.problem == LOST:  # of which libvirt knows nothing
         return stored
     if live.problem is None and disk.target in live.sizes:
         return Checkpoint(bitmap, True)

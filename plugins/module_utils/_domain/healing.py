@@ -53,6 +53,11 @@ class CheckpointRequest(t.NamedTuple):
         exact = [name for name in self._names if not any(character in name for character in "*?[")]
         return [name for name in exact if name not in there]
 
+    def unmatched(self, known: t.Sequence[KnownCheckpoint]) -> list[str]:
+        """Return the patterns that match none of these checkpoints, but for the one that asks for all there are."""
+        patterns = [name for name in self._names if name != "*" and any(character in name for character in "*?[")]
+        return [one for one in patterns if not any(fnmatch.fnmatchcase(other.name, one) for other in known)]
+
     @property
     def _names(self) -> dict[str, None]:
         return dict.fromkeys(self.checkpoints)
@@ -68,12 +73,13 @@ class DiskChain(t.NamedTuple):
     has_vault: bool = False  # that a killed run has left
     others: tuple[tuple[str, str], ...] = ()  # as HealRequest has it
 
-    def is_valid(self, bitmap: str) -> bool:
-        """Whether the chain has this bitmap in order as it is."""
+    def is_valid(self, bitmap: str, created: int) -> bool:
+        """Whether the chain has this bitmap, of a checkpoint that was made then, in order as it is."""
         layers = [
-            LayerBitmaps(one.path, one.virtual_size, one.bitmaps, lost_bitmaps=one.lost_bitmaps) for one in self.images
+            LayerBitmaps(one.path, one.virtual_size, one.bitmaps, lost_bitmaps=one.lost_bitmaps, modified=one.modified)
+            for one in self.images
         ]
-        return bool(layers) and judge(bitmap, layers).valid is True
+        return bool(layers) and judge(bitmap, layers, created=created).valid is True
 
 
 class Fate(t.NamedTuple):
@@ -159,7 +165,8 @@ class _Draft:
         found = {}
         for target, disk in self._disks.items():
             self._of_orphans += [disk.problem] if disk.problem is not None else []
-            referred = {one.bitmaps.get(target) for one in self._known}
+            # Of whichever disk: one can have got another target since.
+            referred = {bitmap for one in self._known for bitmap in one.bitmaps.values()}
             own = []
             for image in disk.images:
                 if image.others:  # what a template has is its own
@@ -204,6 +211,7 @@ class _Draft:
                     removed=tuple(removed),
                     domain=self._uuid,
                     others=disk.others,
+                    created=tuple((one.bitmaps[target], one.created) for one in self._known if target in one.bitmaps),
                 )
         return requests
 
@@ -262,7 +270,10 @@ class _Draft:
     def _fate(self, name: str) -> Fate:
         bitmaps = self._asked[name]
         state = heal.REMOVED if name in self._removed else VALID
-        is_valid = state == VALID and all(self._disks[target].is_valid(bitmap) for target, bitmap in bitmaps.items())
+        created = next(one.created for one in self._known if one.name == name)
+        is_valid = state == VALID and all(
+            self._disks[target].is_valid(bitmap, created) for target, bitmap in bitmaps.items()
+        )
         problem = self._problems.get(name)
         return Fate(name, bitmaps, state, problem, is_as_wanted=problem is None and is_valid)
 

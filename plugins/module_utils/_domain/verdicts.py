@@ -18,7 +18,7 @@ from .._disk.bitmap_rules import IN_USE, INCOMPLETE, Checkpoint, judge
 from .._disk.examine import ExaminedChain
 from .._disk.unfinished import Unfinished
 from .._disk.vault import MARK
-from .._libvirt.connection import KnownCheckpoint, LiveBitmaps
+from .._libvirt.connection import KnownCheckpoint
 from .._libvirt.definition import DomainDisk
 from .._qcow2.formats import QCOW2
 from .checkpoints import judge_live, unreadable_disk, worst_of
@@ -110,7 +110,7 @@ def _age(one: KnownCheckpoint, known: t.Mapping[str, KnownCheckpoint]) -> tuple[
 def _judge(known: KnownCheckpoint, disks: t.Mapping[str, DiskLook], *, counts: bool) -> DomainCheckpoint:
     """Return the verdict on one checkpoint."""
     there = [(disks[target], bitmap) for target, bitmap in known.bitmaps.items() if target in disks]
-    verdict = worst_of(known.name, [_judge_disk(one, bitmap, known.live) for one, bitmap in there])
+    verdict = worst_of(known.name, [_judge_disk(one, bitmap, known) for one, bitmap in there])
     if not verdict.valid or not counts:
         return DomainCheckpoint(known, verdict, None, None)
     if known.live is not None:
@@ -129,16 +129,16 @@ def _figure(look: DiskLook, bitmap: str, *, is_top: bool) -> int | None:
     return (look.chain.dirty_top if is_top else look.chain.dirty).get(bitmap)
 
 
-def _judge_disk(look: DiskLook, bitmap: str, live: LiveBitmaps | None) -> Checkpoint:
+def _judge_disk(look: DiskLook, bitmap: str, known: KnownCheckpoint) -> Checkpoint:
     """Return the verdict on the checkpoint for one disk."""
-    return judge_live(bitmap, look.disk, live, _judge_stored(look, bitmap))
+    return judge_live(bitmap, look.disk, known.live, _judge_stored(look, bitmap, known.created))
 
 
-def _judge_stored(look: DiskLook, bitmap: str) -> Checkpoint:
+def _judge_stored(look: DiskLook, bitmap: str, created: int) -> Checkpoint:
     """Return the verdict by what is stored in the images."""
     if look.chain is None or not look.chain.layers:
         return unreadable_disk(bitmap, look.disk.target)
-    stored = judge(bitmap, look.chain.bitmaps(), complete=look.chain.is_complete)
+    stored = judge(bitmap, look.chain.bitmaps(), complete=look.chain.is_complete, created=created)
     if look.problem is None or stored.problem == IN_USE:
         return stored
     # What is wrong in a part of the chain is wrong, whatever the rest is; unless the guest has another chain.
@@ -159,7 +159,7 @@ def orphan_bitmaps(known: t.Sequence[KnownCheckpoint], disks: t.Sequence[DiskLoo
         names = one.top_bitmaps
         if names is None:
             return None
-        ours = {checkpoint.bitmaps.get(one.disk.target) for checkpoint in known}
+        ours = {bitmap for checkpoint in known for bitmap in checkpoint.bitmaps.values()}  # targets can change
         left = [printable(name) for name in names if name not in ours]
         if left:
             orphans.append({"target": one.disk.target, "image": printable(one.disk.source or ""), "bitmaps": left})

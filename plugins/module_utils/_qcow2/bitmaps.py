@@ -179,6 +179,8 @@ def _damaged(header: Header, path: str, what: str) -> Refusal:
     last = AUTOCLEAR_AT + AUTOCLEAR.size - 1
     remedy = (
         "Inspect it with 'qemu-img check', or restore it from a backup; or do without its bitmaps: with no VM on it, "
-        f"printf '\\{octal}' | dd of={shlex.quote(path)} bs=1 seek={last} conv=notrunc; then 'qemu-img check -r all'."
+        f"printf '\\{octal}' | dd of={shlex.quote(path)} bs=1 seek={last} conv=notrunc; then remove the bitmaps of the "
+        "images above it, whose checkpoints are void with those (kvmfleet.qcow2.qcow2_bitmap with state=absent); then "
+        "'qemu-img check -r all'."
     )
     return damaged(path, what, remedy)

@@ -8,12 +8,18 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.bitmap_rules import LayerBitmaps, judge, judge_all
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.bitmap_rules import (
+    LayerBitmaps,
+    judge,
+    judge_all,
+    why_not_provable,
+)
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.heal import HealRequest, Standing, decide
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
 
 # One letter for each image, top to base: has the bitmap and it is (g)ood, (d)isabled, (i)nconsistent, both (b), good in
-# an image of another size (s), or it is absent (-). In capitals: the image is open for writing.
+# an image of another size (s), or it is absent (-), or absent in one that has lost its own (l). In capitals: the image
+# is open for writing.
 STATES = {
     "g": Bitmap("x", 65536, True, False),
     "d": Bitmap("x", 65536, False, False),
@@ -28,7 +34,11 @@ def link(letter, number):
     bitmap = STATES.get(letter.lower())
     size = 512 if letter == "s" else 1024
     return LayerBitmaps(
-        f"/{number}", size, {"x": bitmap} if bitmap else {}, is_open_for_writing=letter.isupper() or letter == "_"
+        f"/{number}",
+        size,
+        {"x": bitmap} if bitmap else {},
+        is_open_for_writing=letter.isupper() or letter == "_",
+        lost_bitmaps=letter == "l",
     )
 
 
@@ -46,6 +56,13 @@ TABLE = [
     ("ggggg", True, None, None),
     ("g----", True, None, None),
     ("ggg--", True, None, None),
+    ("gl", False, "lost", 1),
+    ("gg-l-", False, "lost", 3),
+    ("_gl", False, "lost", 2),
+    ("_l", False, "lost", 1),
+    ("lg", False, "not_in_top", 0),
+    ("glg", False, "gap", 1),
+    ("gdl", False, "not_recording", 1),
     ("-g", False, "not_in_top", 0),
     ("--d--", False, "not_in_top", 0),
     ("-ii", False, "not_in_top", 0),
@@ -155,3 +172,22 @@ def test_the_advice_is_what_the_healing_does(length):
         assert ([one.valid for one in plan.checkpoints] == [True]) == can, letters
         healed += can
     assert healed or length == 1
+
+
+def test_what_was_lost_before_the_checkpoint_was_made_is_none_of_its():
+    """A bitmap is stored when its image is closed, so an image that was last written to before never had it."""
+    sound = {"x": Bitmap("x", 512, True, False)}
+    for modified, valid in ((10_000, True), (50_000, False), (60_000, False), (None, False)):
+        chain = [LayerBitmaps("/top", 1, sound), LayerBitmaps("/base", 1, {}, lost_bitmaps=1, modified=modified)]
+        assert judge("x", chain, created=50_000).valid is valid
+        assert judge("x", chain).valid is False  # nobody knows when
+
+
+def test_a_bitmap_that_is_older_than_the_checkpoint_of_its_name_is_another_one():
+    """As that of a template, of which a clone has been set back to nothing."""
+    template = LayerBitmaps("/base", 1, {"x": Bitmap("x", 512, True, False)}, modified=10_000)
+    chain = [LayerBitmaps("/top", 1, {}, modified=60_000), template]
+    assert why_not_provable("x", chain, 50_000) == ("older", template)
+    assert why_not_provable("x", chain, 11_000) is None  # the clocks of host and storage may differ so much
+    assert why_not_provable("x", chain) is None
+    assert "cannot be made valid" in judge("x", chain, created=50_000).advice

@@ -210,3 +210,18 @@ def test_no_kill_in_any_step_leaves_what_looks_valid_and_is_not(request_for):
                     assert changed[name] <= marks, (x, y, place, name)
         written += bool(plan.written)
     assert written > 500
+
+
+def test_what_was_lost_is_back_where_it_is_put_back():
+    """Of an image with a vault all that it had is known, so nothing else was lost there."""
+    chain = standing("gl", put_back={1: frozenset("y")})
+    assert [one.problem for one in decide(ASKED, chain).found] == [None]
+    assert [one.problem.code for one in decide(ASKED, standing("gl")).found] == ["not_healable"]
+
+
+def test_nothing_is_rebuilt_from_a_bitmap_that_is_older_than_its_checkpoint():
+    chain = standing("-g", modified={1: 10_000})
+    (found,) = decide(ASKED._replace(created=(("x", 50_000),)), chain).found
+    assert (found.problem.code, found.image) == ("not_healable", "/1")
+    assert "its own is another one's" in found.problem.why
+    assert decide(ASKED._replace(created=(("x", 10_000),)), chain).written == (0,)

@@ -208,3 +208,9 @@ def test_every_pair_of_chains(removes):
                 assert not any(asked)
         assert set(decision.forgotten) == {name for name, state in states.items() if state == "removed"}
     assert {"valid", "removed" if removes else "not_healable"} <= seen
+
+
+def test_a_bitmap_of_a_disk_that_has_another_target_now_is_no_orphan():
+    disks = [disk("vdc", {"one": "s", "old": "s"}), disk("vda", {"one": "s"})]
+    decision, _states = decided([checkpoint("one", "vda", "vdb")], disks, removes_orphans=True)
+    assert decision.orphans == {"vdc": ("old",)}

@@ -13,6 +13,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.attributes im
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.begun import leave_sign
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.bitmap_rules import LayerBitmaps
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay import Creation
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain import live
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.checkpoints import Chain, judge_checkpoints
@@ -32,6 +33,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection
     LiveBitmaps,
 )
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import Definition, Place, Volume
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
 
 from .hosts import Host
 
@@ -276,4 +278,18 @@ def test_libvirt_judges_the_checkpoints_of_a_domain_that_runs(host, live, verdic
 
     (found,) = judge_checkpoints([known], host.domains["web"].definition.disks, chain_after)
     assert (found.valid, found.problem) == verdict
-    assert read == ([] if verdict[0] else ["vda"])  # nothing is read where libvirt says enough
+    assert read == ["vda"]
+
+
+def test_libvirt_does_not_see_that_an_image_below_has_lost_its_bitmaps(host):
+    """Its QEMU opens that image without them, and merges for a backup what the others have."""
+    known = KnownCheckpoint("one", {"vda": "b"}, live=LiveBitmaps({"vda": 0}), created=10_000)
+    own = {"b": Bitmap("b", 65536, True, True)}
+    for modified, verdict in ((9_000, (False, "lost")), (1_000, (True, None))):
+        layers = (
+            LayerBitmaps("/top", 1, own, is_open_for_writing=True, modified=20_000),
+            LayerBitmaps("/base", 1, {}, lost_bitmaps=1, modified=modified),
+        )
+        disks = host.domains["web"].definition.disks
+        (found,) = judge_checkpoints([known], disks, lambda _disk, have=layers: Chain(have, is_complete=True))
+        assert (found.valid, found.problem) == verdict
