@@ -125,7 +125,10 @@ class HealCall:
         if decision.writes:  # to look through whole folders takes its time
             decision = self._decide(domain, kept, [self._chain(one, with_all=True) for one in facts])
         has_work = bool(decision.forgotten) or self._would_write(decision)
-        problems = _why_not(domain, facts, decision) if has_work else []
+        asked = [one for one in facts if one.disk.target in decision.requests]
+        # Of a chain that the VM does not use no verdict holds either.
+        problems = _of_other_chains(domain, asked)
+        problems += _why_not(domain, asked) if has_work else []
         return ShutOff(domain, kept, decision, has_work, tuple(problems))
 
     def _disks(self, domain: Domain, kept: Kept) -> list[DomainDisk]:
@@ -174,10 +177,18 @@ class HealCall:
         """Do it, each domain that is shut off all or none; return what became of them, and warnings."""
         verdicts, of_images = self._mend()
         results = [self._conclude(one, verdicts) for one in self._plans]
-        unmatched = (f"{one}: no domain of this host matches it." for one in self._unmatched if one != "*")
+        unmatched = [f"{one}: no domain of this host matches it." for one in self._unmatched if one != "*"]
+        known = [checkpoint for kept in self._kept() for checkpoint in kept.checkpoints]
+        unmatched += [f"{one}: no checkpoint of these domains matches it." for one in self._request.unmatched(known)]
         return results, list(
             dict.fromkeys([*unmatched, *(warning for one in results for warning in one.warnings), *of_images])
         )
+
+    def _kept(self) -> t.Iterator[Kept]:
+        """Yield what libvirt keeps of each domain that could be looked at."""
+        for one in self._plans:
+            if not isinstance(one, Unreadable):
+                yield one.look.kept if isinstance(one, Running) else one.kept
 
     def _mend(self) -> tuple[dict[tuple[str, str], HealVerdict], tuple[str, ...]]:
         """Mend the images of the domains that are shut off; return the verdicts by UUID and target."""
@@ -332,14 +343,18 @@ def _ended(domain: Domain) -> Refusal:
     return Refusal("interrupted", domain.name, why, "Run this again.")
 
 
-def _why_not(domain: Domain, facts: t.Sequence[DiskFacts], decision: Decision) -> list[Refusal]:
-    """Return why nothing can be done to a domain that is shut off."""
+def _of_other_chains(domain: Domain, facts: t.Sequence[DiskFacts]) -> list[Refusal]:
+    """Return of which disks the definition states other images than the chain that was looked at has."""
+    return [why for one in facts if one.layers for why in stated_problems(domain.name, one.disk, one.layers)]
+
+
+def _why_not(domain: Domain, facts: t.Sequence[DiskFacts]) -> list[Refusal]:
+    """Return why nothing can be done to a domain that is shut off, and to these disks."""
     problems = []
     if domain.managed_save:
         remedy = "Start it and shut it down properly, or give up its saved state with 'virsh managedsave-remove'."
         problems.append(Refusal("managed_save", domain.name, _SAVED, remedy))
-    for one in (one for one in facts if one.disk.target in decision.requests):
-        problems += stated_problems(domain.name, one.disk, one.layers) if one.layers else []
+    for one in facts:
         whose = [*one.writers, *one.suspects]
         if whose:
             why = f"its disk {one.disk.target}, {one.disk.source}, is a disk of {', '.join(whose)} too"

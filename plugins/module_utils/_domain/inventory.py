@@ -17,7 +17,7 @@ import stat
 import typing as t
 
 from .._base.errors import Refusal, system_refusal
-from .._base.files import open_image
+from .._base.files import Identity, identity_of, open_image
 from .._libvirt.connection import Domain, Unreadable
 from .._libvirt.definition import DomainDisk
 from .._qcow2.backing import recorded_name
@@ -26,6 +26,7 @@ from .._qcow2.formats import RAW
 from .._qcow2.image import read_image
 
 OthersWith = t.Callable[[str], t.Sequence[str]]
+File = t.Union[Identity, str]  # what a path leads to; the path itself if that is nowhere
 READ_ONLY = ("cdrom", "floppy", "read-only")  # why a disk is unfit, of those that are not written to
 
 
@@ -44,6 +45,7 @@ class DiskFacts(t.NamedTuple):
     lent: tuple[Layer, ...] = ()  # of these below the topmost one those that are another domain's disk
     writers: tuple[str, ...] = ()  # names of other domains that write to its topmost image
     suspects: tuple[str, ...] = ()  # names of other domains that may, by a volume that libvirt cannot look up
+    above: t.Callable[[], tuple[str, ...]] = tuple  # names of others that have its topmost image further down
     problem: Refusal | None = None  # why the chain cannot be read
     others_with: OthersWith = _nobody  # by the path of any image, names of other domains that have it in a chain
     unseen: t.Callable[[], tuple[str, ...]] = tuple  # disks of others of which nobody can tell on what they stand
@@ -54,7 +56,7 @@ class _Chain(t.NamedTuple):
 
     layers: tuple[Layer, ...]
     problem: Refusal | None
-    used: tuple[str, ...]  # paths of its images, as far as they could be read
+    used: tuple[Identity, ...]  # its images, as far as they could be read
     further: tuple[str, ...] = ()  # paths at which it goes on, where it could not be read any further
     is_seen: bool = True  # or else nobody can tell whether it goes on
 
@@ -65,9 +67,10 @@ class Inventory:
     def __init__(self, domains: t.Mapping[str, Domain | Unreadable]) -> None:
         self._domains = domains
         self._chains: dict[tuple[str, str | None], _Chain] = {}  # by path and format of the topmost image
-        self._users: dict[str, set[tuple[str, str]]] | None = None  # name and target of disks by real path
+        self._users: dict[File, set[tuple[str, str]]] | None = None  # name and target of disks
+        self._tops: dict[File, set[tuple[str, str]]] = {}  # of those that have it as topmost image
         self._unseen: dict[str, list[str]] = {}  # what _users cannot have, by the name of the domain
-        self._writers: dict[str, set[str]] | None = None
+        self._writers: dict[File, set[str]] | None = None
         self._suspects: dict[str, set[str]] | None = None  # by real path, or by the mere name of the file
 
     def select(self, names: t.Sequence[str]) -> tuple[list[Domain | Unreadable], list[str]]:
@@ -75,7 +78,8 @@ class Inventory:
         found: dict[str, Domain | Unreadable] = {}
         unmatched = []
         for name in names:
-            matching = [name] if name in self._domains else fnmatch.filter(sorted(self._domains), name)
+            # A domain can have the name of a pattern, such as "*", which must not hide the others.
+            matching = [one for one in sorted(self._domains) if one == name or fnmatch.fnmatchcase(one, name)]
             found.update({match: self._domains[match] for match in matching})
             if not matching and any(character in name for character in "*?["):
                 unmatched.append(name)
@@ -100,18 +104,25 @@ class Inventory:
             lent=tuple(one for one in chain.layers[1:] if self._writers_of(one.real_path) - {domain.name}),
             writers=tuple(sorted(self._writers_of(disk.source) - {domain.name})),
             suspects=tuple(sorted(self._suspects_of(disk.source) - {domain.name})),
+            above=lambda: self._above(chain.layers[0].path, domain) if chain.layers else (),
             problem=chain.problem,
-            others_with=lambda path: self._others_with(os.path.realpath(path), domain),
+            others_with=lambda path: self._others_with(path, domain),
             unseen=lambda: self._unseen_beside(domain),
         )
 
     def sharers(self, facts: DiskFacts) -> tuple[tuple[str, str], ...]:
-        """Return the images of the chain that another disk has without the topmost one, and of which domain that is."""
-        if not facts.layers:
-            return ()
-        own = self._users_of(facts.layers[0].real_path)
-        others = [(layer, sorted(self._users_of(layer.real_path) - own)) for layer in facts.layers[1:]]
+        """Return the images of the chain that a disk with another topmost image has, too, and of which domain it is."""
+        others = [(layer, self._standing_on(layer.real_path, facts.disk.source or "")) for layer in facts.layers]
         return tuple((layer.real_path, f"a disk of the domain {users[0][0]}") for layer, users in others if users)
+
+    def _above(self, top: str, domain: Domain) -> tuple[str, ...]:
+        """Return the names of the other domains that have a topmost image further down in a chain."""
+        return tuple(dict.fromkeys(name for name, _target in self._standing_on(top, top) if name != domain.name))
+
+    def _standing_on(self, path: str, top: str) -> list[tuple[str, str]]:
+        """Return the disks that have an image in their chain, without those that have `top` as topmost image."""
+        users = self._users_of(path)
+        return sorted(users - self._tops.get(_file_at(top), set()))
 
     def _disks(self) -> t.Iterator[tuple[Domain, DomainDisk]]:
         """Yield every disk, with its domain."""
@@ -123,47 +134,47 @@ class Inventory:
         """Yield every disk that has an image, with its domain and its path."""
         return ((domain, disk, disk.source) for domain, disk in self._disks() if disk.source is not None)
 
-    def _others_with(self, real_path: str, domain: Domain) -> list[str]:
+    def _others_with(self, path: str, domain: Domain) -> list[str]:
         """Return the names of the other domains that have an image anywhere in the chain of a disk."""
-        return sorted({name for name, _target in self._users_of(real_path)} - {domain.name})
+        return sorted({name for name, _target in self._users_of(path)} - {domain.name})
 
     def _unseen_beside(self, domain: Domain) -> tuple[str, ...]:
         """Return the disks of other domains that can stand on any image."""
         self._users_of("")
         return tuple(disk for name, disks in self._unseen.items() if name != domain.name for disk in disks)
 
-    def _users_of(self, real_path: str) -> set[tuple[str, str]]:
-        """Return the disks, of all domains, that have the image anywhere in their chain."""
+    def _users_of(self, path: str) -> set[tuple[str, str]]:
+        """Return the disks, of all domains, that have the image anywhere in their chain, by whichever name."""
         if self._users is None:
             self._users = {}
             self._unseen = {name: [name] for name, one in self._domains.items() if isinstance(one, Unreadable)}
             for domain, disk, source in self._readable():
-                paths, is_seen = self._used_by(disk, source)
-                for path in paths:
-                    self._users.setdefault(path, set()).add((domain.name, disk.target))
+                files, is_seen = self._used_by(disk, source)
+                for file in files:
+                    self._users.setdefault(file, set()).add((domain.name, disk.target))
+                self._tops.setdefault(_file_at(source), set()).add((domain.name, disk.target))
                 if not is_seen:
                     self._unseen.setdefault(domain.name, []).append(f"{domain.name} ({disk.target})")
-        suspects = {(name, "") for name in self._suspects_of(real_path)}
-        return self._users.get(real_path, set()) | suspects
+        suspects = {(name, "") for name in self._suspects_of(path)}
+        return self._users.get(_file_at(path), set()) | suspects
 
-    def _used_by(self, disk: DomainDisk, source: str) -> tuple[set[str], bool]:
-        """Return the real paths of the images of a disk, whatever is wrong with its chain, and whether that is all."""
+    def _used_by(self, disk: DomainDisk, source: str) -> tuple[set[File], bool]:
+        """Return the images of a disk, whatever is wrong with its chain, and whether these are all."""
         stated = disk.stated_chain.images if disk.stated_chain is not None else ()
         is_stated = disk.stated_chain is not None and disk.stated_chain.is_complete
-        paths = {os.path.realpath(source), *(os.path.realpath(one.path) for one in stated if os.path.isabs(one.path))}
         chain = self._chain(source, disk.format)
+        files = {_file_at(source), *chain.used, *(_file_at(one.path) for one in stated if os.path.isabs(one.path))}
         to_read, read = list(chain.further), set[str]()
-        paths |= set(chain.used)
         is_seen = chain.is_seen
         while to_read:
             path = to_read.pop()
             if path not in read:
                 read.add(path)
                 below = self._chain(path, None)
-                paths |= {os.path.realpath(path), *below.used}
+                files |= {_file_at(path), *below.used}
                 to_read += below.further
                 is_seen &= below.is_seen
-        return paths, is_seen or is_stated or disk.format == RAW  # which stands on nothing
+        return files, is_seen or is_stated or disk.format == RAW  # which stands on nothing
 
     def _writers_of(self, source: str) -> set[str]:
         """Return the names of the domains that have the image as topmost one of a disk that they write to."""
@@ -171,8 +182,8 @@ class Inventory:
             self._writers = {}
             for domain, disk, path in self._readable():
                 if disk.why_unfit not in READ_ONLY:
-                    self._writers.setdefault(os.path.realpath(path), set()).add(domain.name)
-        return self._writers.get(os.path.realpath(source), set())
+                    self._writers.setdefault(_file_at(path), set()).add(domain.name)
+        return self._writers.get(_file_at(source), set())
 
     def _suspects_of(self, source: str) -> set[str]:
         """Return the names of the domains that may have the image as topmost one of a disk that they write to."""
@@ -210,12 +221,20 @@ def _read(source: str, image_format: str | None) -> _Chain:
     except (Refusal, OSError) as exc:
         problem = exc if isinstance(exc, Refusal) else system_refusal(exc, source, "cannot be read")
         further = _goes_on_at(source, layers)
-        return _Chain((), problem, _real_paths(layers), tuple(further or ()), further is not None)
-    return _Chain(tuple(layers), None, _real_paths(layers))
+        return _Chain((), problem, _identities(layers), tuple(further or ()), further is not None)
+    return _Chain(tuple(layers), None, _identities(layers))
 
 
-def _real_paths(layers: t.Iterable[Layer]) -> tuple[str, ...]:
-    return tuple(layer.real_path for layer in layers)
+def _identities(layers: t.Iterable[Layer]) -> tuple[Identity, ...]:
+    return tuple(layer.identity for layer in layers)
+
+
+def _file_at(path: str) -> File:
+    """Return what a path leads to: a file has as many names as hard links, and mounts, give it."""
+    try:
+        return identity_of(os.stat(path))
+    except (OSError, ValueError):
+        return os.path.realpath(path)
 
 
 def _goes_on_at(source: str, layers: t.Sequence[Layer]) -> list[str] | None:

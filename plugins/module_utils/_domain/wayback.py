@@ -256,9 +256,10 @@ def _chain_problems(domain: Domain, facts: DiskFacts, found: Found, mark: Mark) 
 def _shared(domain: Domain, facts: DiskFacts, mark: Mark, part: t.Sequence[Layer]) -> list[Refusal]:
     """Return that another domain has one of the images too, on top or below."""
     others = [layer for layer in part if layer not in facts.own]
-    if not others and not facts.writers and not facts.suspects:
+    domains = [*facts.writers, *facts.suspects, *facts.above()]
+    if not others and not domains:
         return []
-    whose = ", ".join([*facts.writers, *facts.suspects]) or "another domain"
+    whose = ", ".join(dict.fromkeys(domains)) or "another domain"
     path = others[0].path if others else facts.disk.source
     why = f"{path}, in the chain of its disk {mark.target}, is in that of a disk of {whose} too, as a template is"
     remedy = "Give each a disk of its own ('qemu-img convert'), or undefine the domain that is not needed any more."

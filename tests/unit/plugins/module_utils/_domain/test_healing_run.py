@@ -378,3 +378,24 @@ def test_a_domain_that_runs_is_left_alone_once_a_signal_has_ended_the_healing_of
     outcomes, _warnings = heal.run()
     assert [(one.name, one.problems[0].code) for one in outcomes] == [("web", "interrupted"), ("db", "interrupted")]
     assert fleet.checkpoints(running) == ["three"]
+
+
+def test_no_verdict_holds_of_a_chain_that_the_vm_does_not_use(fleet):
+    """Also where nothing would be done."""
+    base(fleet, "base", bitmap("one"))
+    base(fleet, "other")
+    top(fleet, "a", "base", bitmap("one"))
+    domain = fleet.define("web", "a", checkpoints=["one"])
+    assert states(healed(fleet)) == {"one": "valid"}
+    below = f"<backingStore type='file'><format type='qcow2'/><source file='{fleet.path('other')}'/><backingStore/>"
+    text = domain.XMLDesc(0).replace("<target dev='vda'", f"{below}</backingStore><target dev='vda'")
+    fleet.host.defineXML(text)
+    found = healed(fleet)
+    assert (found.state, [one.code for one in found.failures]) == ("failed", ["other_chain"])
+
+
+def test_a_pattern_that_matches_no_checkpoint_is_told(fleet):
+    base(fleet, "a", bitmap("one"))
+    fleet.define("web", "a", checkpoints=["one"])
+    (done,), warnings = call(checkpoints=("two*", "o*", "*"))
+    assert (done.state, warnings) == ("valid", ["two*: no checkpoint of these domains matches it."])

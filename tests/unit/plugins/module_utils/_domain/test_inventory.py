@@ -242,3 +242,43 @@ def test_the_first_image_is_one_that_is_there(tmp_path):
     for policy, first in (("optional", "/x"), ("requisite", gone)):
         one = Domain("web", "web", None, True, False, Definition(text.format(gone, policy)), None)
         assert first_image(one) == first
+
+
+def test_a_file_is_one_by_whichever_name(tmp_path):
+    """As by a hard link, or a second mount of its folder."""
+    base = qemu.create(tmp_path / "base", "1M")
+    top = qemu.create(tmp_path / "top", "1M", "-b", base, "-F", "qcow2")
+    for name, path in (("linked", base), ("link", top)):
+        os.link(path, tmp_path / name)
+    host = {
+        "web": domain("web", top),
+        "below": domain("below", str(tmp_path / "linked")),
+        "same": domain("same", str(tmp_path / "link")),
+    }
+    (own,) = facts(host, "web")
+    assert own.writers == ("same",)
+    assert [layer.path for layer in own.lent] == [base]
+    assert own.others_with(base) == ["below", "same"]
+    assert own.others_with(str(tmp_path / "none")) == []
+
+
+def test_a_domain_that_stands_on_a_topmost_image_is_known(tmp_path):
+    """Its overlay can lie in a folder where nobody looks."""
+    base = qemu.create(tmp_path / "base", "1M")
+    top = qemu.create(tmp_path / "top", "1M", "-b", base, "-F", "qcow2")
+    (tmp_path / "other").mkdir()
+    clone = qemu.create(tmp_path / "other" / "clone", "1M", "-b", top, "-F", "qcow2")
+    host = {"web": domain("web", top), "same": domain("same", top), "clone": domain("clone", clone)}
+    stock = Inventory(host)
+    (own,) = [stock.facts(host["web"], disk) for disk in host["web"].definition.disks]
+    assert own.above() == ("clone",)
+    assert stock.sharers(own) == tuple((path, "a disk of the domain clone") for path in (top, base))
+    (theirs,) = [stock.facts(host["clone"], disk) for disk in host["clone"].definition.disks]
+    assert theirs.above() == ()
+    assert [path for path, _whose in stock.sharers(theirs)] == [top, base]
+
+
+def test_a_domain_that_is_called_like_a_pattern_hides_no_other(host):
+    host["*"] = domain("*")
+    found, unmatched = Inventory(host).select(["*"])
+    assert (sorted(one.name for one in found), unmatched) == (["*", "alone", "one", "two"], [])
