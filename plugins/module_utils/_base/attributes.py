@@ -74,6 +74,9 @@ def apply_attributes(file: OpenImage, attributes: Attributes) -> None:
         for name, value in attributes.extended.items():
             with _ignoring(errno.ENOTSUP):  # another file system than that of the image
                 os.setxattr(file.fd, name, value)
+        if _ACL not in attributes.extended:  # the folder may have given it one, by its default ACL
+            with _ignoring(errno.ENODATA, errno.ENOTSUP):
+                os.removexattr(file.fd, _ACL)
         os.fchmod(file.fd, attributes.mode)  # last, since an ACL sets the mode too
     except OSError as exc:
         who = f"owner {attributes.uid}, group {attributes.gid}, mode {attributes.mode:04o}"

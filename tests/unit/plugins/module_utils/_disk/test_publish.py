@@ -10,6 +10,7 @@ import errno
 import os
 import pathlib
 import stat
+import struct
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base import files
@@ -235,6 +236,29 @@ def given(tmp_path, active_mode, options):
 )
 def test_modes(tmp_path, active_mode, asked, expected):
     assert given(tmp_path, active_mode, AttributeOptions(mode=asked)) == (expected, os.getuid(), os.getgid())
+
+
+@pytest.mark.parametrize("has_own", [False, True])
+def test_the_default_acl_of_the_folder_gives_nobody_access_whom_active_does_not(tmp_path, has_own):
+    def acl(uid):
+        entries = ((1, 7, -1), (2, 6, uid), (4, 0, -1), (0x10, 7, -1), (0x20, 0, -1))
+        return struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
+
+    active = tmp_path / "active"
+    active.touch()
+    active.chmod(0o660)
+    try:
+        os.setxattr(tmp_path, "system.posix_acl_default", acl(65534))
+    except OSError:
+        pytest.skip("the file system has no ACLs")
+    if has_own:
+        os.setxattr(active, "system.posix_acl_access", acl(1234))
+    with open_image(str(active)) as image, staged(tmp_path / "a") as one:
+        apply_attributes(one.file, attributes_for(image, AttributeOptions(), one.path))
+        names = os.listxattr(one.file.fd)
+        assert ("system.posix_acl_access" in names) == has_own
+        for name in names if has_own else ():
+            assert os.getxattr(one.file.fd, name) == os.getxattr(active, name)
 
 
 def test_an_owner_that_cannot_be_given_is_named_with_a_way_out(tmp_path, monkeypatch):
