@@ -35,6 +35,7 @@ _LEFT_OVER = (
     "or remove it if nobody needs that; or give the overlay another name or folder."
 )
 _EMPTY = "It holds no data. If no VM has it as its disk, here or on another host, remove it and run this again."
+_KILLED = f"Most likely it was left by a run of this snapshot that was killed, and other images came since. {_EMPTY}"
 _HEAL = (
     "With the VM shut off, kvmfleet.qcow2.domain_checkpoint (without libvirt: kvmfleet.qcow2.qcow2_bitmap) makes it "
     "valid again where that is right, from what the overlay holds. Else make a full backup with a new checkpoint."
@@ -89,7 +90,7 @@ def _differences_in_place(
     """Yield how it does not fit on top of ACTIVE, the gravest difference first."""
     below = active.layers[0]
     if target.backing_path != below.real_path and target.backing_identity != below.identity:
-        yield _other_backing_file(target, image, below.real_path)
+        yield _other_backing_file(request, target, image, below.real_path)
     elif image.backing_format != request.backing_format:
         what = f"it records the backing format {image.backing_format or 'none'}, not {request.backing_format}"
         yield _Difference(what, _FORMAT)
@@ -100,11 +101,13 @@ def _differences_in_place(
         yield _Difference(what, _ODD)
 
 
-def _other_backing_file(target: Target, image: Image, wanted: str) -> _Difference:
+def _other_backing_file(request: Wanted, target: Target, image: Image, wanted: str) -> _Difference:
     """Return the difference of an image that is on top of something else, of nothing, or of what is gone."""
     if image.backing_file is None:
         return _Difference(f"its backing file is none, not {wanted}", _ANOTHERS)
     what = f"its backing file is {target.backing_path}, not {wanted}"
+    if request.mark is not None and image.mark == request.mark and not target.has_data:
+        return _Difference(what, _KILLED)
     if target.backing_identity is not None or has_protocol(image.backing_file):
         return _Difference(what, _ANOTHERS)
     advice = (

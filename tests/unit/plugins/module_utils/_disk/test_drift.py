@@ -137,3 +137,14 @@ def test_what_is_no_qcow2_image_may_be_a_raw_disk(wanted):
     assert problem.code == "occupied"
     assert "may be the raw disk of a VM" in problem.why
     assert "Remove it" not in problem.remedy
+
+
+def test_what_a_killed_run_has_left_may_go_although_the_vm_has_other_images_since(wanted, disk, tmp_path):
+    make_overlays([wanted], SETTINGS)
+    above = str(tmp_path / "other.qcow2")
+    make_overlays([OverlayRequest(above, disk)], SETTINGS)
+    since = wanted._replace(backing_file=above)
+    assert "left by a run of this snapshot that was killed" in advice(since)
+    assert "remove it and run this again" in advice(since)
+    write(wanted.path)
+    assert "remove" not in advice(since)
