@@ -83,13 +83,56 @@ def observe_chain(file: OpenImage, backing_format: str, *, relative: bool) -> Ob
     open_before = locks.is_locked_by_qemu(file, locks.WRITE)
     # An overlay that records ACTIVE relative to its own folder records its real path.
     path = os.path.realpath(file.path) if relative else file.path
+    layers = tuple(_read_layers(file, backing_format, path))
+    if path != file.path:
+        _check_same_chain(file, backing_format, layers)
     return ObservedChain(
         path=file.path,
-        layers=tuple(_read_layers(file, backing_format, path)),
+        layers=layers,
         is_open_for_writing=open_before or is_open_for_writing(file),
         below_running_vm=locks.is_locked_by_qemu(file, locks.WRITE_UNSHARED),
         disguised=backing_format == "raw" and is_qcow2(file),
     )
+
+
+def why_not_open(layers: t.Sequence[Layer], *, is_written: bool) -> Refusal | None:
+    """Return that the VM which runs on these images has other files open than stand there; None if it has these.
+
+    `is_written`: it writes to the first one. Of a device nothing is said, since a VM has nodes of its own.
+    """
+    for layer in layers:
+        if layer.is_device:
+            continue
+        with open_image(layer.path) as file:
+            is_open = locks.is_locked(file, locks.WRITE) if is_written and layer is layers[0] else locks.is_open(file)
+        if not is_open:
+            why = (
+                "is not what its running VM has open by this name, as if a copy was put in its place, or the VM was "
+                "put on another storage. What the guest sees and writes is in another file"
+            )
+            remedy = (
+                "If that file has no name any more, it is gone once the VM is shut off. So copy the disk first, while "
+                "the VM runs, by a full backup or 'virsh blockcopy'. Then shut the VM off and see which of the two "
+                "files it needs."
+            )
+            return Refusal("other_disks", layer.path, why, remedy)
+    return None
+
+
+def _check_same_chain(file: OpenImage, backing_format: str, layers: t.Sequence[Layer]) -> None:
+    """Refuse an image that stands on other files by the name that was asked for than by its real path.
+
+    A relative name of a backing file counts from the folder of the name by which the image is opened.
+    """
+    by_name = [layer for layer, _file in walk_chain(file, backing_format)]
+    for layer, other in zip(layers, by_name):
+        if layer.identity != other.identity:
+            why = (
+                f"leads to {layers[0].real_path}, which stands on {layer.path} by that name, and on {other.path} by "
+                "this one, as the guest sees it. An overlay with a relative name would show other data"
+            )
+            remedy = "Leave out relative, or have the images record absolute names ('qemu-img rebase -u')."
+            raise Refusal("other_chain", file.path, why, remedy)
 
 
 def _read_layers(top: OpenImage, backing_format: str, path: str) -> t.Iterator[Layer]:

@@ -29,7 +29,7 @@ from .build import MakeOverlays
 from .commit import CommitRequest, CommitVerdict
 from .fates import wrongly_mended
 from .merge import MergeLayers
-from .observe import ObservedChain, free_bytes, observe_chain
+from .observe import ObservedChain, free_bytes, observe_chain, why_not_open
 from .overlay import CUMULATIVE, OverlayRequest, OverlayVerdict, SkippedBitmap
 from .progress import telling
 from .publish import publish_unlocked
@@ -139,6 +139,12 @@ class MakeForRunning(MakeOverlays):
             return self.refused(request, [Refusal("changed_meanwhile", request.path, why, "Run this again.")])
         if verdict.state == PRESENT and not request.must_be_fresh:
             return self._foretold(verdict, held)
+        if verdict.state != FAILED:
+            file = held.image(request.backing_file)
+            layers = observe_chain(file, request.backing_format, relative=False).layers
+            other = why_not_open(layers, is_written=True)
+            if other is not None:
+                return verdict.failed(other)
         if verdict.spec is not None:  # of ACTIVE's bitmaps QEMU could witness nothing
             verdict = verdict._replace(spec=verdict.spec._replace(active=None))
         return verdict
@@ -212,6 +218,9 @@ class MergeRunning(MergeLayers):
         # What is left over is put aside, and nothing below it changes: what stands there may be the VM's.
         seen = _see(request, chain, depth, held, is_left_over=is_left_over)
         seen = seen._replace(others=tuple(one for one in seen.others if os.path.realpath(one) not in self._gone))
+        other = None if is_left_over else why_not_open(chain, is_written=request.above is None)
+        if other is not None:
+            return self.refused(request, [other])
         problems = [*commit.image_problems(seen), *commit.size_problems(seen), *_problems(request, seen, known, held)]
         if problems:
             return self.refused(request, problems)

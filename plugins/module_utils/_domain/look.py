@@ -9,12 +9,16 @@ from __future__ import annotations
 import typing as t
 
 from .._base.errors import Refusal, printable
+from .._base.files import open_image
 from .._disk.examine import ExaminedChain, ExaminedLayer, examine_chain
+from .._disk.observe import why_not_open
 from .._disk.unfinished import Unfinished, unfinished_work
 from .._disk.verdict import problem_fields
 from .._libvirt import quiesced
 from .._libvirt.connection import Domain, Kept, Libvirt, Unreadable
 from .._libvirt.definition import DomainDisk
+from .._libvirt.snapshots import check_still_runs
+from .._qcow2.chain import walk_chain
 from .._qcow2.mark import Mark
 from .fitness import fitness_of
 from .inventory import Inventory, facts_without_chain
@@ -104,13 +108,13 @@ def look_at(daemon: Libvirt, domain: Domain, *, counts: bool) -> DomainLook | Un
         return Unreadable(domain.name, exc)
     # What it runs with is what its guest writes to, whatever the next start uses.
     definition = domain.running_definition or domain.definition
-    disks = tuple(_look_at_disk(domain, one, counts=counts) for one in definition.disks)
+    disks = tuple(_look_at_disk(daemon, domain, one, counts=counts) for one in definition.disks)
     checkpoints = tuple(judge_domain(kept.checkpoints, disks, counts=counts))
     may_be_frozen = domain.state is not None and quiesced.is_left(daemon, domain)
     return DomainLook(domain, kept, disks, checkpoints, next_backup(checkpoints, disks), may_be_frozen)
 
 
-def _look_at_disk(domain: Domain, disk: DomainDisk, *, counts: bool) -> DiskLook:
+def _look_at_disk(daemon: Libvirt, domain: Domain, disk: DomainDisk, *, counts: bool) -> DiskLook:
     """Look at one disk and at the images of its chain."""
     unfit = fitness_of(facts_without_chain(disk), None).why_unfit
     if unfit is None and disk.opted_out:
@@ -118,7 +122,7 @@ def _look_at_disk(domain: Domain, disk: DomainDisk, *, counts: bool) -> DiskLook
     if disk.source is None:
         return DiskLook(disk, unfit, None)
     chain = examine_chain(disk.source, follow=True, count=counts, image_format=disk.format)
-    problem = chain.problem or _stated_problem(domain, disk, chain)
+    problem = chain.problem or _stated_problem(domain, disk, chain) or _other_file(daemon, domain, disk)
     layers = [one.layer for one in chain.layers]
     marks = chain.layers[0].image.bitmaps if chain.layers and chain.layers[0].image else ()
     try:
@@ -133,6 +137,27 @@ def _stated_problem(domain: Domain, disk: DomainDisk, chain: ExaminedChain) -> R
     if domain.state is not None or not chain.layers:
         return None
     return next(iter(stated_problems(domain.name, disk, [one.layer for one in chain.layers])), None)
+
+
+def _other_file(daemon: Libvirt, domain: Domain, disk: DomainDisk) -> Refusal | None:
+    """Return that a domain which runs has other files open; in another state, as of a migration, it may have none."""
+    if domain.state != "running" or disk.source is None or disk.why_unfit is not None:
+        return None
+    try:
+        if _why_not_open(disk.source, disk.format) is None:
+            return None
+        # It may have been shut off since it was asked for, or a merge may just have ended.
+        check_still_runs(daemon, domain)
+        return _why_not_open(disk.source, disk.format)
+    except Refusal:
+        return None
+
+
+def _why_not_open(source: str, image_format: str) -> Refusal | None:
+    """Return which image of a disk is not the one that QEMU has open."""
+    with open_image(source) as file:
+        layers = [layer for layer, _file in walk_chain(file, image_format)]
+    return why_not_open(layers, is_written=True)
 
 
 def _disk_as_result(one: DiskLook, uuid: str) -> dict[str, t.Any]:

@@ -131,6 +131,9 @@ def _figure(look: DiskLook, bitmap: str, *, is_top: bool) -> int | None:
 
 def _judge_disk(look: DiskLook, bitmap: str, known: KnownCheckpoint) -> Checkpoint:
     """Return the verdict on the checkpoint for one disk."""
+    # libvirt tells of the files that QEMU has open, which are not there.
+    if look.problem is not None and look.problem.code == "other_disks":
+        return Checkpoint(bitmap, None, INCOMPLETE, look.problem.subject, str(look.problem))
     return judge_live(bitmap, look.disk, known.live, _judge_stored(look, bitmap, known.created))
 
 

@@ -31,6 +31,7 @@ _F_OFD_GETLK = 36
 _F_OFD_SETLK = 37
 _FLOCK = struct.Struct("@hhqqi4x")  # struct flock: type, whence, start, length, pid
 
+_FIRST, _COUNT = 100, 200  # all bytes of QEMU's range
 WRITE = 101  # held by whoever has the image open for writing
 WRITE_UNSHARED = 201  # held by whoever has it open and cannot stand another writer, also below a VM's top image
 OUR_TURN = 300  # outside QEMU's range: "a run of this collection works on this file"
@@ -42,10 +43,10 @@ def _set_lock(fd: int, byte: int, kind: int) -> None:
     fcntl.fcntl(fd, _F_OFD_SETLK, _FLOCK.pack(kind, 0, byte, 1, 0))
 
 
-def is_locked(file: OpenImage, byte: int) -> bool:
-    """Whether somebody else holds a lock on this byte of the file."""
+def is_locked(file: OpenImage, byte: int, count: int = 1) -> bool:
+    """Whether somebody else holds a lock on this byte of the file, or on one of so many from it on."""
     try:
-        answer = fcntl.fcntl(file.fd, _F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, 0, byte, 1, 0))
+        answer = fcntl.fcntl(file.fd, _F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, 0, byte, count, 0))
     except OSError as exc:
         raise _no_locks(file, exc) from exc
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
@@ -60,6 +61,11 @@ def is_locked_by_qemu(file: OpenImage, byte: int) -> bool:
     if is_locked(file, OUR_TURN):
         return False
     return is_locked(file, byte) and not is_locked(file, OUR_TURN)
+
+
+def is_open(file: OpenImage) -> bool:
+    """Whether some QEMU has the image open: whatever for, also below others and during jobs, it locks a byte of it."""
+    return is_locked(file, _FIRST, _COUNT)
 
 
 def hold_off_writers(file: OpenImage) -> None:

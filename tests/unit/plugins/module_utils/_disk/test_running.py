@@ -20,10 +20,10 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.signals impor
     ending_cleanly,
     stop_here_if_asked,
 )
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import begun, publish
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import begun, publish, running
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.begun import find_sign, has_begun_job, leave_sign
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import CommitRequest
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.observe import observe_chain
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.observe import observe_chain, why_not_open
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay import OverlayRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.retire import retire
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.revert import GoBack
@@ -47,6 +47,12 @@ from .overlays import SETTINGS, states
 CHECK = SETTINGS._replace(check_mode=True)
 SUNDAY = Bitmap("sunday", 131072, True, False)
 OF_WEB = Mark("web", "vda", "mon")
+
+
+@pytest.fixture(autouse=True)
+def fixture_images_are_open(monkeypatch):
+    """Take the images for those that the VM has open, which hardly any test has a QEMU for."""
+    monkeypatch.setattr(running, "why_not_open", lambda *_layers, **_more: None)
 
 
 class Hypervisor:
@@ -635,3 +641,55 @@ def test_relative_names_stay_relative(tmp_path, monkeypatch):
     base, middle, above = (str(tmp_path / name) for name in names)
     assert states(merge([CommitRequest(middle, base, vm="web", above=above)], hypervisor)) == ["committed"]
     assert hypervisor.relative is True
+
+
+def replace(path):
+    """Put a copy in the place of an image, as a restore does."""
+    shutil.copy(path, f"{path}.copy")
+    os.rename(f"{path}.copy", path)
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, CHECK])
+@pytest.mark.parametrize("replaced", [None, "disk.qcow2", "disk.sun.qcow2"])
+def test_the_images_of_a_snapshot_are_those_that_the_vm_has_open(tmp_path, disk, monkeypatch, replaced, settings):
+    monkeypatch.setattr(running, "why_not_open", why_not_open)
+    top = overlay(tmp_path / "disk.sun.qcow2", disk, mark=None)
+    with qemu.opened_for_writing(top):
+        if replaced:
+            replace(tmp_path / replaced)
+        outcome = snapshot(tmp_path, top, lambda: None, settings=settings)
+    assert [(problem.code, problem.subject) for problem in outcome.failures] == (
+        [("other_disks", str(tmp_path / replaced))] if replaced else []
+    )
+    assert os.path.exists(tmp_path / "disk.mon.qcow2") == (not replaced and settings is SETTINGS)
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, CHECK])
+@pytest.mark.parametrize("is_on_top", [False, True])
+@pytest.mark.parametrize("replaced", [None, "base.qcow2", "disk.qcow2", "disk.mon.qcow2"])
+def test_the_images_of_a_merge_are_those_that_the_vm_has_open(tmp_path, monkeypatch, replaced, is_on_top, settings):
+    monkeypatch.setattr(running, "why_not_open", why_not_open)
+    base = qemu.create(tmp_path / "base.qcow2", "1M")
+    disk = overlay(tmp_path / "disk.qcow2", base, mark=None)
+    path = overlay(tmp_path / "disk.mon.qcow2", disk)
+    above = None if is_on_top else overlay(tmp_path / "disk.tue.qcow2", path)
+    hypervisor = Hypervisor(fails={path: AssertionError("begun")})
+    with qemu.opened_for_writing(above or path):
+        if replaced:
+            replace(tmp_path / replaced)
+        request = CommitRequest(path, disk, vm="web", above=above)
+        if replaced is None and settings is SETTINGS:
+            with pytest.raises(AssertionError, match="begun"):
+                merge([request], hypervisor, settings)
+            return
+        outcome = merge([request], hypervisor, settings)
+    assert [(problem.code, problem.subject) for problem in outcome.failures] == (
+        [("other_disks", str(tmp_path / replaced))] if replaced else []
+    )
+
+
+def test_an_image_that_is_only_read_by_the_vm_is_not_taken_for_the_one_that_it_writes_to(tmp_path, disk):
+    with qemu.opened_for_writing(overlay(tmp_path / "disk.mon.qcow2", disk)), open_image(disk) as file:
+        layers = observe_chain(file, "qcow2", relative=False).layers
+        assert why_not_open(layers, is_written=False) is None
+        assert why_not_open(layers, is_written=True).code == "other_disks"

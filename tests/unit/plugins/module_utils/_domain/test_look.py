@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 
 import libvirt
 import pytest
@@ -205,3 +206,36 @@ def test_an_image_that_a_process_has_open(define, chain):
     assert (result["checkpoints"][0]["valid"], result["checkpoints"][0]["problem"]) == (None, "in_use")
     assert result["orphan_bitmaps"] is None
     assert result["next_backup"] == "unknown"
+
+
+@pytest.mark.parametrize("replaced", [None, 0, 1])
+def test_a_copy_in_the_place_of_an_image_of_a_domain_that_runs(define, chain, replaced):
+    domain = define("web", element("vda", chain[0]), checkpoint="one")
+    domain.create()
+    try:
+        with qemu.opened_for_writing(chain[0]):
+            if replaced is not None:
+                shutil.copy(chain[replaced], f"{chain[replaced]}.copy")
+                os.rename(f"{chain[replaced]}.copy", chain[replaced])
+            result = looked()
+    finally:
+        domain.destroy()
+    (disk,) = result["disks"]
+    assert disk.get("code") == (None if replaced is None else "other_disks")
+    if replaced is not None:
+        assert disk["msg"].startswith(chain[replaced])
+        assert (result["next_backup"], result["checkpoints"][0]["problem"]) == ("unknown", "incomplete")
+        assert result["checkpoints"][0]["image"] == chain[replaced]
+
+
+def test_a_domain_that_was_shut_off_since_libvirt_was_asked_has_no_other_image(define, chain, monkeypatch):
+    domain = define("web", element("vda", chain[0]))
+    domain.create()
+    real = Libvirt.kept_now
+
+    def ends(self, one):
+        domain.destroy()
+        return real(self, one)
+
+    monkeypatch.setattr(Libvirt, "kept_now", ends)
+    assert "code" not in looked()["disks"][0]
