@@ -41,6 +41,7 @@ from .observe import ObservedChain, observe_chain, observe_target
 from .overlay import BuildSpec, OverlayRequest, OverlayVerdict
 from .publish import StagedFile, publish_together
 from .session import Held, Images, failed_by
+from .siblings import Above, overlays_in
 from .unfinished import why_in_the_way
 from .verdict import FAILED, PRESENT
 
@@ -53,6 +54,7 @@ class MakeOverlays:
 
     def __init__(self, attributes: AttributeOptions) -> None:
         self._attributes = attributes
+        self._waiting: dict[str, list[Above]] = {}  # by folder, the images whose backing file is missing
 
     def problems(self, request: OverlayRequest) -> list[Refusal]:
         """Return what is wrong with a request whatever the host looks like."""
@@ -82,6 +84,11 @@ class MakeOverlays:
         unfinished = why_in_the_way(active.layers, active.image.bitmaps if active.image else ())
         if verdict.changed and unfinished is not None:
             return verdict.failed(unfinished)
+        if verdict.changed:
+            folders = (target.folder, os.path.dirname(active.layers[0].real_path))
+            verdict = overlay.with_waiting(verdict, target, self._waiting_for(target.path, folders))
+            if verdict.state == FAILED:
+                return verdict
         maps: Maps = {}
         if request.bitmap_content == overlay.CUMULATIVE and (verdict.changed or request.must_be_fresh):
             maps = map_chain(active, file, held.unwritten)
@@ -100,6 +107,17 @@ class MakeOverlays:
             need=overlay.need(verdict, target, bit_bytes),
             spec=BuildSpec(target, backing_file, attributes, active.image, maps, bit_bytes),
         )
+
+    def _waiting_for(self, path: str, folders: t.Iterable[str]) -> list[str]:
+        """Return the images in the folders that record a path at which nothing stands as their backing file.
+
+        Each folder is looked through once in a call: every overlay of a fleet can be in one.
+        """
+        for folder in folders:
+            if folder not in self._waiting:
+                self._waiting[folder] = [one for one in overlays_in(folder) if one.backing_identity is None]
+        waiting = (one for folder in dict.fromkeys(folders) for one in self._waiting[folder])
+        return [one.path for one in waiting if os.path.realpath(one.backing_file) == path]
 
     def observe(self, request: OverlayRequest, file: OpenImage) -> ObservedChain:
         """Return what the open ACTIVE and the chain below it are."""

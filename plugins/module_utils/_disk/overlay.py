@@ -25,6 +25,7 @@ from .._qemu.locks import below_running_vm, in_use
 from .bitmap_rules import bitmap_problems, carries_over, is_expressible, names_of
 from .drift import drift_problems
 from .observe import DEVICE, FOLDER, OTHER_FILE, ObservedChain, Target
+from .retire import is_kept
 from .verdict import CREATED, FAILED, PRESENT, Need, problem_fields
 
 if t.TYPE_CHECKING:
@@ -340,6 +341,24 @@ def _layout_problems(request: OverlayRequest, active: ObservedChain, backing_fil
         why = f"ACTIVE's {active.virtual_size} bytes are too many for a cluster_size of {cluster_size}"
         problems.append(Refusal("cluster_too_small", request.path, why, "Use a larger cluster_size."))
     return problems
+
+
+def with_waiting(verdict: OverlayVerdict, target: Target, waiting: t.Sequence[str]) -> OverlayVerdict:
+    """Return the verdict on a new overlay; it fails if images are `waiting` for a file at its path that is missing.
+
+    With the overlay there they would look whole, and have other data. Those that are only kept are nobody's disk.
+    """
+    disks = [path for path in waiting if not is_kept(path)]
+    if disks:
+        why = f"does not exist, and is the backing file of {', '.join(disks)}, which would read other data from it"
+        remedy = "Put that file back, remove what nobody needs, or give the overlay another name or folder."
+        return verdict.failed(Refusal("occupied", target.path, why, remedy))
+    warnings = [
+        f"{path}: records the path of the new overlay {target.path} as its backing file, and reads other data from it "
+        "than from the image that was there before. Remove it if nobody needs it."
+        for path in waiting
+    ]
+    return verdict._replace(warnings=(*verdict.warnings, *warnings))
 
 
 def with_stale(verdict: OverlayVerdict, stale: t.Sequence[Bitmap]) -> OverlayVerdict:

@@ -47,7 +47,7 @@ def plan_domain(
     taking_part = [one for one in facts if reasons[one.disk.target] is None]
     disks = [_plan_disk(domain, one, request, kept) for one in taking_part]
     problems = [problem for disk in disks for problem in disk.problems]
-    problems += _target_problems(domain, reasons, request)
+    problems += [*_late_problems(domain, disks, request), *_target_problems(domain, reasons, request)]
     if not request.skips_unfit and request.targets is None:
         problems += [missed_refusal(domain.name, one.disk, reasons[one.disk.target] or "") for one in missed]
     if not disks and not problems:
@@ -95,6 +95,24 @@ def _reason_to_skip(facts: DiskFacts, fitness: Fitness, request: SnapshotRequest
     return fitness.why_unfit
 
 
+def _late_problems(domain: Domain, disks: t.Sequence[DiskPlan], request: SnapshotRequest) -> t.Iterator[Refusal]:
+    """Yield why disks cannot join a snapshot that others are on already: they would be of another moment.
+
+    No killed run leaves that, since a domain is put on all overlays of a call at once, whether it runs or is shut off.
+    """
+    late = [disk.target for disk in disks if disk.source is not None]
+    done = [disk.target for disk in disks if disk.source is None and not disk.problems]
+    if not late or not done:
+        return
+    why = (
+        f"its disk {', '.join(done)} is on the snapshot {request.snapshot} already, and its disk {', '.join(late)} is "
+        "not, as if it was attached, or its overlay merged down, since. Its overlay would begin now, so going back "
+        "would give the domain disks of two moments"
+    )
+    remedy = f"Choose another name for the snapshot. If these may be of two moments, set disks to {', '.join(late)}."
+    yield Refusal("disk_unfit", domain.name, why, remedy)
+
+
 def _target_problems(
     domain: Domain, reasons: t.Mapping[str, str | None], request: SnapshotRequest
 ) -> t.Iterator[Refusal]:
@@ -133,8 +151,10 @@ def _plan_disk(domain: Domain, facts: DiskFacts, request: SnapshotRequest, kept:
         why = f"its disk {disk.target} may be a disk of {names} too, by a volume that libvirt cannot look up just now"
         remedy = "Start the storage pool of that volume ('virsh pool-start'), refresh it, or correct that domain."
         problems.append(Refusal("shared_disk", domain.name, why, remedy))
+    path = new_path(facts, domain.name, mark, request.directory)
+    problems += _taken_problems(domain, facts, path)
     new = OverlayRequest(
-        path=new_path(facts, domain.name, mark, request.directory),
+        path=path,
         backing_file=source,
         backing_format=disk.format,
         vm=domain.uuid,
@@ -145,6 +165,35 @@ def _plan_disk(domain: Domain, facts: DiskFacts, request: SnapshotRequest, kept:
         mark=mark,
     )
     return DiskPlan(disk.target, new, Source(new.path), tuple(problems))
+
+
+def _taken_problems(domain: Domain, facts: DiskFacts, path: str) -> t.Iterator[Refusal]:
+    """Yield why no overlay can be made at a path: other disks name it, whether anything stands there or not.
+
+    What is missing there is theirs. An overlay in its place would look like it, and have other data.
+    """
+    real_path = os.path.realpath(path)
+    whose = [*facts.others_with(path), *_own_disks_with(domain, facts.disk.target, real_path)]
+    if whose:
+        why = f"{path} would be the overlay of its disk {facts.disk.target}, and is named already by {', '.join(whose)}"
+        remedy = (
+            "Choose another name for the snapshot, or give a directory. If that file is missing, put it back; else "
+            "undefine what is not needed any more."
+        )
+        yield Refusal("occupied", domain.name, why, remedy)
+
+
+def _own_disks_with(domain: Domain, target: str, real_path: str) -> list[str]:
+    """Return the other disks of the domain that name a path, as it is defined or as it runs."""
+    definitions = [domain.definition, *([domain.running_definition] if domain.running_definition is not None else [])]
+    others = [disk for one in definitions for disk in one.disks if disk.target != target]
+    return list(dict.fromkeys(f"its disk {disk.target}" for disk in others if real_path in map(_real, _named_by(disk))))
+
+
+def _named_by(disk: DomainDisk) -> list[str]:
+    """Return the images that a definition names for a disk."""
+    stated = disk.stated_chain.images if disk.stated_chain is not None else ()
+    return [*([disk.source] if disk.source is not None else []), *(image.path for image in stated)]
 
 
 def _remembered(kept: Kept) -> set[str]:

@@ -157,6 +157,56 @@ def test_a_relative_overlay_of_a_symlinked_active_opens(tmp_path, disk):
     assert states(make_overlays([wanted], SETTINGS)) == ["present"]
 
 
+def test_a_relative_overlay_shows_what_the_guest_sees_by_the_name_of_its_disk(tmp_path):
+    for folder, pattern in (("vm", 1), ("pool", 2)):
+        (tmp_path / folder).mkdir()
+        base = qemu.create(tmp_path / folder / "base", "1M")
+        subprocess.run(["qemu-io", "-c", f"write -P {pattern} 0 64k", base], check=True, stdout=subprocess.DEVNULL)
+    qemu.create(tmp_path / "pool" / "disk", "1M", "-b", "base", "-F", "qcow2")
+    (tmp_path / "vm" / "disk").symlink_to(tmp_path / "pool" / "disk")
+    wanted = OverlayRequest(str(tmp_path / "vm" / "over"), str(tmp_path / "vm" / "disk"), relative=True)
+    (problem,) = make_overlays([wanted], SETTINGS).failures
+    assert (problem.code, problem.subject) == ("other_chain", wanted.backing_file)
+    assert f"{tmp_path}/pool/base by that name, and on {tmp_path}/vm/base by this one" in problem.why
+    assert states(make_overlays([wanted._replace(relative=False)], SETTINGS)) == ["created"]
+    seen = subprocess.run(["qemu-io", "-c", "read -P 1 0 64k", wanted.path], check=True, capture_output=True, text=True)
+    assert "verification failed" not in seen.stdout
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, SETTINGS._replace(check_mode=True)])
+def test_an_overlay_takes_no_place_at_which_an_image_has_lost_its_backing_file(tmp_path, disk, settings):
+    (tmp_path / "links").symlink_to(tmp_path)
+    qemu.create(tmp_path / "clone", "1G", "-b", str(tmp_path / "links" / "over"), "-F", "qcow2", "-u")
+    (tmp_path / "elsewhere").mkdir()
+    beside = OverlayRequest(str(tmp_path / "elsewhere" / "over"), disk)
+    of_beside = qemu.create(tmp_path / "another", "1G", "-b", beside.path, "-F", "qcow2", "-u")
+    far = OverlayRequest(str(tmp_path / "elsewhere" / "far"), disk)
+    of_far = qemu.create(tmp_path / "elsewhere" / "third", "1G", "-b", "far", "-F", "qcow2", "-u")
+    outcome = make_overlays([OverlayRequest(str(tmp_path / "over"), disk), beside, far], settings)
+    assert [problem.code for problem in outcome.failures] == ["occupied"] * 3
+    for problem, clone in zip(outcome.failures, (tmp_path / "clone", of_beside, of_far)):
+        assert f"is the backing file of {clone}, which" in problem.why
+    assert not os.path.exists(tmp_path / "over")
+
+
+def test_an_image_that_is_only_kept_is_told_of_and_keeps_nobody_from_an_overlay(tmp_path, disk):
+    kept = qemu.create(tmp_path / "above.reverted", "1G", "-b", str(tmp_path / "over"), "-F", "qcow2", "-u")
+    wanted = [OverlayRequest(str(tmp_path / "over"), disk)]
+    foretold = make_overlays(wanted, SETTINGS._replace(check_mode=True))
+    outcome = make_overlays(wanted, SETTINGS)
+    assert (states(outcome), outcome.warnings) == (["created"], foretold.warnings)
+    assert f"{kept}: records the path of the new overlay {wanted[0].path} as its backing file" in outcome.warnings[-1]
+
+
+def test_a_folder_is_looked_through_once_for_all_overlays_of_a_call(tmp_path, disk, monkeypatch):
+    real, looks = build.overlays_in, []
+    monkeypatch.setattr(build, "overlays_in", lambda folder: looks.append(folder) or real(folder))
+    wanted = [OverlayRequest(str(tmp_path / f"over{number}"), disk) for number in range(3)]
+    assert states(make_overlays(wanted, SETTINGS)) == ["created"] * 3
+    assert states(make_overlays(wanted, SETTINGS)) == ["present"] * 3
+    assert looks == [str(tmp_path)]
+
+
 def test_a_proc_of_another_namespace_is_not_trusted(tmp_path, disk, monkeypatch):
     monkeypatch.setattr(nodes, "os", types.SimpleNamespace(**{**vars(os), "getpid": lambda: 1}))
     outcome = make_overlays([OverlayRequest(str(tmp_path / "over"), disk)], SETTINGS)

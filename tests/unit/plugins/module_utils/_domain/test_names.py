@@ -13,6 +13,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.build import 
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay import OverlayRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.names import same_names
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import Definition
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import Mark
 
 from .. import qemu
@@ -162,8 +163,8 @@ def test_a_disk_made_from_the_snapshot_of_another_disk_of_the_domain_is_not_on_i
     host.snapshot("web", "t")
     host.image("rescue.qcow2", "web.s.qcow2")
     host.define("web", "web.t.qcow2", "rescue.qcow2")
-    assert host.snapshot("web", "s") == ["rescue.s.qcow2"]
-    assert host.taken("web", "s") == ["web.s.qcow2", "rescue.s.qcow2"]
+    assert [os.path.basename(one.path) for one in host.plan("web", "s").sources.values()] == ["rescue.s.qcow2"]
+    assert host.snapshot("web", "s") == ["disk_unfit"]  # it would be of another moment
 
 
 def test_what_changes_about_a_domain_changes_no_snapshot(host, tmp_path):
@@ -387,3 +388,50 @@ def test_an_empty_image_at_the_place_is_taken_for_an_overlay_of_ours_only_if_it_
     os.unlink(request.path)
     run(MakeOverlays(AttributeOptions()), [request], SETTINGS)  # as a run does that is killed before the switch
     assert host.snapshot("web", "s") == ["web.s.qcow2"]
+
+
+def test_a_disk_that_came_later_is_not_put_on_a_snapshot_that_others_are_on(host):
+    for name in ("web.qcow2", "new.qcow2"):
+        host.image(name)
+    host.define("web", "web.qcow2")
+    host.snapshot("web", "s")
+    host.define("web", "web.s.qcow2", "new.qcow2")
+    (problem,) = host.plan("web", "s").problems
+    assert problem.code == "disk_unfit"
+    assert "its disk vda is on the snapshot s already, and its disk vdb is not" in problem.why
+    assert host.snapshot("web", "t") == ["web.t.qcow2", "new.t.qcow2"]
+
+
+def test_an_overlay_takes_no_place_that_another_domain_names(host):
+    host.image("web.qcow2")
+    host.define("web", "web.qcow2")
+    host.define("other", "web.s.qcow2")  # whose disk is missing
+    assert host.snapshot("web", "s") == ["occupied"]
+    assert "web.s.qcow2 would be the overlay of its disk vda, and is named already by other" in str(
+        host.plan("web", "s").problems[0]
+    )
+    assert host.snapshot("web", "t") == ["web.t.qcow2"]
+
+
+def test_an_overlay_takes_no_place_that_is_missing_below_a_clone_of_another_domain(host):
+    host.image("web.qcow2")
+    host.define("web", "web.qcow2")
+    host.snapshot("web", "s")
+    host.image("clones/clone.qcow2", "web.s.qcow2")
+    host.define("clone", "clones/clone.qcow2")
+    os.rename(host.folder / "web.s.qcow2", host.folder / "moved")
+    host.define("web", "web.qcow2")
+    assert host.snapshot("web", "s") == ["occupied"]
+
+
+@pytest.mark.parametrize("below", ["", "<backingStore type='file'><format type='qcow2'/><source file='{}'/>"])
+def test_an_overlay_takes_no_place_that_another_disk_of_the_domain_names(host, below):
+    host.image("web.qcow2")
+    host.define("web", "web.qcow2", "clone.qcow2" if below else "web.s.qcow2")
+    if below:
+        domain = host.domains["web"]
+        stated = f"{below.format(host.folder / 'web.s.qcow2')}</backingStore><target dev='vdb'/>"
+        text = domain.definition.text.replace("<target dev='vdb'/>", stated)
+        host.domains["web"] = domain._replace(definition=Definition(text))
+    taken = [problem for problem in host.plan("web", "s").problems if problem.code == "occupied"]
+    assert ["its disk vdb" in problem.why for problem in taken] == [True]
