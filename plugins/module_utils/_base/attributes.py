@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import stat
+import struct
 import typing as t
 
 from .errors import Refusal
@@ -17,6 +18,11 @@ from .files import OpenImage
 
 _SELINUX = "security.selinux"
 _ACL = "system.posix_acl_access"
+# Linux, include/uapi/linux/posix_acl_xattr.h.
+_ACL_HEADER = 4  # bytes before the entries
+_ACL_ENTRY = struct.Struct("<HHI")  # tag, permissions, user or group
+_GROUP = 0x04  # the tag of the file's own group
+_MASK = 0x10  # the tag of what all but the owner and others get at most
 
 
 class AttributeOptions(t.NamedTuple):
@@ -48,12 +54,21 @@ def attributes_for(image: OpenImage, options: AttributeOptions, path: str) -> At
     mode = (stat.S_IMODE(own.st_mode) & 0o777) | stat.S_IRUSR | stat.S_IWUSR
     extended = {}
     if not image.is_device:  # those of a device do not fit a file
-        for name in (_SELINUX, _ACL) if options.mode is None else (_SELINUX,):
+        for name in (_SELINUX, _ACL):
             with _ignoring(errno.ENODATA, errno.ENOTSUP):
                 extended[name] = os.getxattr(image.fd, name)
+    if options.mode is not None and _ACL in extended:
+        mode = _without_acl(mode, extended.pop(_ACL))
     if any(options.context):
         extended[_SELINUX] = _context(extended.get(_SELINUX), options, image.path)
     return Attributes(uid, gid, mode if options.mode is None else options.mode(mode), extended)
+
+
+def _without_acl(mode: int, acl: bytes) -> int:
+    """Return the mode that gives the group what the ACL does: beside one, the group's bits are what anybody may get."""
+    granted: dict[int, int] = {tag: permissions for tag, permissions, _who in _ACL_ENTRY.iter_unpack(acl[_ACL_HEADER:])}
+    group = granted.get(_GROUP, 0) & granted.get(_MASK, 0o7)
+    return (mode & ~stat.S_IRWXG) | group << 3
 
 
 def _context(own: bytes | None, options: AttributeOptions, path: str) -> bytes:
@@ -71,13 +86,19 @@ def apply_attributes(file: OpenImage, attributes: Attributes) -> None:
         own = file.status()
         if (own.st_uid, own.st_gid) != (attributes.uid, attributes.gid):
             os.fchown(file.fd, attributes.uid, attributes.gid)
+        mode = attributes.mode
         for name, value in attributes.extended.items():
-            with _ignoring(errno.ENOTSUP):  # another file system than that of the image
+            try:
                 os.setxattr(file.fd, name, value)
+            except OSError as exc:
+                if exc.errno != errno.ENOTSUP:
+                    raise
+                # Another file system than that of the image.
+                mode = _without_acl(mode, value) if name == _ACL else mode
         if _ACL not in attributes.extended:  # the folder may have given it one, by its default ACL
             with _ignoring(errno.ENODATA, errno.ENOTSUP):
                 os.removexattr(file.fd, _ACL)
-        os.fchmod(file.fd, attributes.mode)  # last, since an ACL sets the mode too
+        os.fchmod(file.fd, mode)  # last, since an ACL sets the mode too
     except OSError as exc:
         who = f"owner {attributes.uid}, group {attributes.gid}, mode {attributes.mode:04o}"
         raise _not_permitted(file.path, f"{who} and the security attributes of ACTIVE", exc.strerror) from exc

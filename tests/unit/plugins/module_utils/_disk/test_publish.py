@@ -238,12 +238,14 @@ def test_modes(tmp_path, active_mode, asked, expected):
     assert given(tmp_path, active_mode, AttributeOptions(mode=asked)) == (expected, os.getuid(), os.getgid())
 
 
+def acl(uid):
+    """Return the ACL that gives a user as much as the owner, and the group and others nothing."""
+    entries = ((1, 6, -1), (2, 6, uid), (4, 0, -1), (0x10, 6, -1), (0x20, 0, -1))
+    return struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
+
+
 @pytest.mark.parametrize("has_own", [False, True])
 def test_the_default_acl_of_the_folder_gives_nobody_access_whom_active_does_not(tmp_path, has_own):
-    def acl(uid):
-        entries = ((1, 7, -1), (2, 6, uid), (4, 0, -1), (0x10, 7, -1), (0x20, 0, -1))
-        return struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
-
     active = tmp_path / "active"
     active.touch()
     active.chmod(0o660)
@@ -259,6 +261,24 @@ def test_the_default_acl_of_the_folder_gives_nobody_access_whom_active_does_not(
         assert ("system.posix_acl_access" in names) == has_own
         for name in names if has_own else ():
             assert os.getxattr(one.file.fd, name) == os.getxattr(active, name)
+
+
+@pytest.mark.parametrize("asked, expected", [(None, 0o600), (lambda current: current | 0o004, 0o604)])
+def test_the_group_gets_no_more_where_an_acl_is_not_taken_over(tmp_path, monkeypatch, asked, expected):
+    def refuse(*_args):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    active = tmp_path / "active"
+    active.touch()
+    active.chmod(0o660)
+    try:
+        os.setxattr(active, "system.posix_acl_access", acl(1234))
+    except OSError:
+        pytest.skip("the file system has no ACLs")
+    monkeypatch.setattr(os, "setxattr", refuse)
+    with open_image(str(active)) as image, staged(tmp_path / "a") as one:
+        apply_attributes(one.file, attributes_for(image, AttributeOptions(mode=asked), one.path))
+        assert stat.S_IMODE(one.file.status().st_mode) == expected
 
 
 def test_an_owner_that_cannot_be_given_is_named_with_a_way_out(tmp_path, monkeypatch):
