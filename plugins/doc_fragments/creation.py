@@ -26,7 +26,10 @@ options:
     choices: [cumulative, empty]
     default: cumulative
   relative:
-    description: Record the image below relative to the overlay's folder, for storage mounted at different places.
+    description:
+      - Record the image below relative to the overlay's folder, for storage mounted at different places.
+      - It is recorded by its real path. If it is named by a symlink, and would stand on other files by that path than
+        by this name, as its own relative backing file is looked for beside it, the overlay is refused.
     type: bool
     default: false
   cluster_size:

@@ -277,7 +277,9 @@ domains:
               type: str
               sample: monday
         msg:
-          description: Why not everything could be read, or why no VM could start on it.
+          description:
+            - Why not everything could be read, or why no VM could start on it.
+            - Or that the domain runs, and its QEMU has other files open than stand at the paths of its images.
           returned: when there is such a reason
           type: str
         code:

@@ -84,6 +84,8 @@ options:
     description:
       - The overlay's file, as an absolute path. C(~) and variables are not expanded.
       - With O(state=committed) and O(state=reverted) it can be several images above O(backing_file).
+      - A new overlay is refused where an image in its folder, or in that of O(backing_file), has lost its backing file
+        of this name, and would read other data from the overlay.
       - Required unless O(overlays) is given.
     type: str
   backing_file:

@@ -85,7 +85,8 @@ class MakeOverlays:
         if verdict.changed and unfinished is not None:
             return verdict.failed(unfinished)
         if verdict.changed:
-            folders = (target.folder, os.path.dirname(active.layers[0].real_path))
+            top = active.layers[0]
+            folders = [target.folder, *([] if top.is_device else [os.path.dirname(top.real_path)])]
             verdict = overlay.with_waiting(verdict, target, self._waiting_for(target.path, folders))
             if verdict.state == FAILED:
                 return verdict
@@ -108,7 +109,7 @@ class MakeOverlays:
             spec=BuildSpec(target, backing_file, attributes, active.image, maps, bit_bytes),
         )
 
-    def _waiting_for(self, path: str, folders: t.Iterable[str]) -> list[str]:
+    def _waiting_for(self, path: str, folders: t.Sequence[str]) -> list[str]:
         """Return the images in the folders that record a path at which nothing stands as their backing file.
 
         Each folder is looked through once in a call: every overlay of a fleet can be in one.
