@@ -47,7 +47,7 @@ def plan_domain(
     taking_part = [one for one in facts if reasons[one.disk.target] is None]
     disks = [_plan_disk(domain, one, request, kept) for one in taking_part]
     problems = [problem for disk in disks for problem in disk.problems]
-    problems += [*_late_problems(domain, disks, request), *_target_problems(domain, reasons, request)]
+    problems += _target_problems(domain, reasons, request)
     if not request.skips_unfit and request.targets is None:
         problems += [missed_refusal(domain.name, one.disk, reasons[one.disk.target] or "") for one in missed]
     if not disks and not problems:
@@ -64,6 +64,7 @@ def plan_domain(
         definition=domain.definition,
         missed=tuple(one.disk.target for one in missed),
         absent=tuple(target for target, one in fitness.items() if one.is_absent and reasons[target] == one.why_unfit),
+        notes=_of_late_disks(domain, disks, request),
     )
     if problems or not plan.sources:  # there is nothing to switch
         return plan
@@ -95,22 +96,21 @@ def _reason_to_skip(facts: DiskFacts, fitness: Fitness, request: SnapshotRequest
     return fitness.why_unfit
 
 
-def _late_problems(domain: Domain, disks: t.Sequence[DiskPlan], request: SnapshotRequest) -> t.Iterator[Refusal]:
-    """Yield why disks cannot join a snapshot that others are on already: they would be of another moment.
+def _of_late_disks(domain: Domain, disks: t.Sequence[DiskPlan], request: SnapshotRequest) -> tuple[str, ...]:
+    """Return the warning of disks that join a snapshot which others are on already; none if they are of one moment.
 
     No killed run leaves that, since a domain is put on all overlays of a call at once, whether it runs or is shut off.
     """
     late = [disk.target for disk in disks if disk.source is not None]
     done = [disk.target for disk in disks if disk.source is None and not disk.problems]
     if not late or not done:
-        return
+        return ()
     why = (
-        f"its disk {', '.join(done)} is on the snapshot {request.snapshot} already, and its disk {', '.join(late)} is "
-        "not, as if it was attached, or its overlay merged down, since. Its overlay would begin now, so going back "
-        "would give the domain disks of two moments"
+        f"{domain.name}: its disk {', '.join(done)} is on the snapshot {request.snapshot} already, and its disk "
+        f"{', '.join(late)} joins it now. To go back would give it disks of two moments. For one of this moment choose "
+        "another name for the snapshot."
     )
-    remedy = f"Choose another name for the snapshot. If these may be of two moments, set disks to {', '.join(late)}."
-    yield Refusal("disk_unfit", domain.name, why, remedy)
+    return (why,)
 
 
 def _target_problems(

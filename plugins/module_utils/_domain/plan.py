@@ -58,23 +58,18 @@ class DomainPlan(t.NamedTuple):
     definition: Definition  # that the domain is to get
     missed: tuple[str, ...] = ()  # targets of the disks that are skipped although the domain writes to them
     absent: tuple[str, ...] = ()  # targets of the disks that are skipped since their file is not there
-    unseen: tuple[str, ...] = ()  # disks of other domains of which nobody can tell on which images they stand
+    notes: tuple[str, ...] = ()  # further warnings, if anything is to be done
 
     @property
     def warnings(self) -> list[str]:
-        """What somebody should know of the disks that are skipped, and of those that nobody can look at."""
+        """What somebody should know of the disks that are skipped, and of what is done."""
         reasons = {disk.target: disk.reason for disk in self.skipped}
         left_out = [
             *((target, "its disk {} is not in the snapshot: {}.") for target in self.missed),
             *((target, "its disk {} was left out: {}.") for target in self.absent),
         ]
         told = [f"{self.domain.name}: {words.format(target, reasons[target])}" for target, words in left_out]
-        if self.unseen and self.has_work:
-            told.append(
-                f"{', '.join(self.unseen)}: the disk cannot be read, so nobody can tell whether it stands on an image "
-                "that changes here. If it does, it is broken then. Mount its storage first, or undefine what is gone."
-            )
-        return told
+        return [*told, *self.notes] if self.has_work else told
 
     @property
     def has_work(self) -> bool:

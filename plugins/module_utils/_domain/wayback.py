@@ -118,11 +118,22 @@ def plan_way_back(
         problems += [_absent_disk(domain, target) for target in absent]
     known = {one.disk.target for one in facts}
     problems += [_no_such_disk(domain, target) for target in request.targets or () if target not in known]
-    unseen = facts[0].unseen() if disks else ()
-    plan = DomainPlan(domain, tuple(disks), tuple(skipped), tuple(problems), domain.definition, unseen=unseen)
+    notes = _of_unseen(facts[0].unseen()) if disks else ()
+    plan = DomainPlan(domain, tuple(disks), tuple(skipped), tuple(problems), domain.definition, notes=notes)
     if problems or not plan.sources:
         return plan
     return plan._replace(definition=domain.definition.with_sources(plan.sources))
+
+
+def _of_unseen(disks: t.Sequence[str]) -> tuple[str, ...]:
+    """Return the warning of disks of which nobody can tell on which images they stand; none if there are none."""
+    if not disks:
+        return ()
+    why = (
+        f"{', '.join(disks)}: the disk cannot be read, so nobody can tell whether it stands on an image that changes "
+        "here. If it does, it is broken then. Mount its storage first, or undefine what is gone."
+    )
+    return (why,)
 
 
 def _absent_disk(domain: Domain, target: str) -> Refusal:
