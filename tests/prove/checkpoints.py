@@ -34,7 +34,7 @@ import rounds
 import runs
 from ansible_collections.kvmfleet.qcow2.tests.unit.plugins.module_utils import chains
 
-VAULT = ".kvmfleet-healing"
+VAULTS = (".kvmfleet-healing", ".kvmfleet-healing-given")  # of work that goes on, and of work that is done
 Break = t.Callable[[list[pathlib.Path]], None]  # what happens to the overlays
 
 
@@ -134,8 +134,9 @@ class Mended(estate.OfDomains[Ground]):
     def undone(self, name: str) -> list[str]:
         """Return what is left to do for a domain."""
         ground = self._ground
-        vaults = [path.name for path in ground.folder.parent.rglob(f"*{VAULT}")]
-        own = {f".{path.name}{VAULT}" for disk in ground.disks_of(name) for path in (disk.active, disk.target)}
+        vaults = [path.name for path in ground.folder.parent.rglob(".*") if path.name.endswith(VAULTS)]
+        images = [path.name for disk in ground.disks_of(name) for path in (disk.active, disk.target)]
+        own = {f".{image}{end}" for image in images for end in VAULTS}
         if own & set(vaults):
             return vaults
         known = self._known(name)
@@ -157,7 +158,7 @@ class Mended(estate.OfDomains[Ground]):
 
     def outcome(self) -> str:
         """Return in a few words what a run has left."""
-        vaults = list(self._ground.folder.parent.rglob(f"*{VAULT}"))
+        vaults = [path for path in self._ground.folder.parent.rglob(".*") if path.name.endswith(VAULTS)]
         return f"{sum(self.done())} of {len(self._ground.numbers)} domains done, {len(vaults)} vaults"
 
     def images_wrong(self) -> list[str]:
@@ -174,7 +175,7 @@ class Mended(estate.OfDomains[Ground]):
             elif not ground.domain(name).isActive():
                 wrong += [problem for disk in ground.disks_of(name) for problem in self._disk_wrong(disk)]
         known = {path.name for disk in ground.disks for path in (disk.active, disk.target)}
-        known |= {f".{name}{VAULT}" for name in known}
+        known |= {f".{name}{end}" for name in known for end in VAULTS}
         folders = (ground.folder, ground.actives_folder)
         return wrong + [problem for folder in folders for problem in promise.names_wrong(folder, known)]
 

@@ -31,7 +31,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps impo
 from ansible_collections.kvmfleet.qcow2.tests.unit.plugins.module_utils import chains, disks
 
 SIZE = disks.SIZE
-VAULT = ".kvmfleet-healing"
+VAULTS = (".kvmfleet-healing", ".kvmfleet-healing-given")  # of work that goes on, and of work that is done
 DONE = {"valid": ("valid", "rebuilt"), "absent": ("absent", "removed")}
 # What a bitmap that nobody can tell the changes of may fail with.
 BY_WORD = ("not_healable", "may_be_emptied", "no_checkpoint", "closes_gap", "unfinished")
@@ -77,7 +77,7 @@ def sound(disk: disks.Disk) -> None:
 def vaults_go(disk: disks.Disk) -> None:
     """Somebody deletes the vaults."""
     for name in os.listdir(disk.folder):
-        if name.endswith(VAULT):
+        if name.endswith(VAULTS):
             os.unlink(os.path.join(disk.folder, name))
 
 
@@ -129,7 +129,7 @@ class Mended(commits.OfStacks["Chain"]):
 
     def _undone(self, disk: disks.Disk, names: t.Collection[str]) -> set[str]:
         """Return of these names those that are not as they were asked for; or the vaults that are there."""
-        vaults = {name for name in os.listdir(disk.folder) if name.endswith(VAULT)}
+        vaults = {name for name in os.listdir(disk.folder) if name.endswith(VAULTS)}
         if vaults:
             return vaults
         try:
@@ -142,12 +142,12 @@ class Mended(commits.OfStacks["Chain"]):
 
     def outcome(self) -> str:
         """Return in a few words what a run has left."""
-        vaults = [name for disk in self._ground.stacks for name in os.listdir(disk.folder) if name.endswith(VAULT)]
+        vaults = [name for disk in self._ground.stacks for name in os.listdir(disk.folder) if name.endswith(VAULTS)]
         return f"{len(vaults)} vaults, {sum(self.done())} of {len(self._ground.stacks)} done"
 
     def known(self, _disk: disks.Disk, images: t.Sequence[str]) -> set[str]:
         """Return the names that there may be: of the images, and of a vault of each."""
-        return {*images, *(f".{one}{VAULT}" for one in images)}
+        return {*images, *(f".{one}{end}" for one in images for end in VAULTS)}
 
     def disk_wrong(self, disk: disks.Disk) -> list[str]:
         """Return what is wrong with the images of a disk."""

@@ -284,6 +284,24 @@ RULES = (
         (KILLED,),
     ),
     Rule(
+        "what is counted on is lost, not removed", "diagnose", "return lost & missed", "return frozenset()", (KILLED,)
+    ),
+    Rule(
+        "nothing is put back once all was done",
+        "diagnose",
+        "if vault.is_given:",
+        "if False:",
+        (KILLED, "test_unfinished"),
+    ),
+    Rule("all is said to be done before anybody can remove a bitmap", "mend", "mark_given(place)", "pass", (KILLED,)),
+    Rule(
+        "the vault of another file stays",
+        "diagnose",
+        "if vault is not None and not vault.is_given and not vault.is_of(",
+        "if False and not vault.is_of(",
+        ("test_unfinished",),
+    ),
+    Rule(
         "what goes is the file that was looked at",
         "retire",
         "if not _is_there(file, name, folder_fd):",

@@ -32,12 +32,13 @@ import runs
 from ansible_collections.kvmfleet.qcow2.tests.unit.plugins.module_utils import chains, disks
 
 WAYS = ("symlink", "link", "fifo", "folder", "device", "garbage", "theirs", "foreign")
-# What is planted in place of: the vault of a commit, done or not, of a healing, the sign of a merge, a kept overlay, a
+# What is planted in place of: the vault of a commit or a healing, done or not, the sign of a merge, a kept overlay, a
 # temporary file.
 PLACES = {
     "vault": ".base.qcow2.kvmfleet-vault",
     "given vault": ".base.qcow2.kvmfleet-vault-given",
     "vault of a healing": ".top.qcow2.kvmfleet-healing",
+    "given vault of a healing": ".top.qcow2.kvmfleet-healing-given",
     "sign of a merge": ".top.qcow2.{inode}.kvmfleet-merging",
     "kept overlay": "top.qcow2.reverted",
     "odd name": ".top.qcow2\n.kvmfleet-healing",
@@ -49,7 +50,7 @@ CALLS: dict[str, tuple[str, dict[str, t.Any]]] = {
     "committed": ("qcow2_overlay", {"state": "committed"}),
     "reverted": ("qcow2_overlay", {"state": "reverted"}),
 }
-VAULTS = (PLACES["vault"], PLACES["given vault"], PLACES["vault of a healing"])
+VAULTS = tuple(PLACES[one] for one in PLACES if "vault" in one)
 SWAPPED = ("healed", "committed")
 SWAPS = (*WAYS, "image", "gone")
 # What is planted below /run, in place of: the text of another run and of the run itself, the next one, their folder.

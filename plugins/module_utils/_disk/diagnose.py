@@ -11,7 +11,8 @@ import re
 import typing as t
 
 from .._base.errors import Refusal
-from .._base.files import OpenImage, is_there
+from .._base.files import OpenImage
+from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer, relative_data_file, why_unusable
 from .._qcow2.dirty import DirtyBits, DirtyMap, counting_cost, dirty_bytes, is_union, maps_of, united
 from .._qcow2.extents import AllocationMap
@@ -22,11 +23,11 @@ from .bitmap_rules import bitmap_problems, names_of
 from .cumulative import MAX_UNITED, memory_image, uniting_cost
 from .examine import MAX_COUNTED_BITS
 from .heal import Plan, Standing, Want
-from .observe import observe_chain, why_not_writable
+from .observe import observe_chain, why_not_opened, why_not_writable
 from .session import Held
 from .siblings import all_standing_on
 from .unfinished import COMMIT, healing_vault, why_in_the_way
-from .vault import MAX_NAME, Vault, open_vault, read_vault
+from .vault import MAX_NAME, Vault, find_vault, open_vault, read_vault, why_no_vault
 
 _KEPT = re.compile(r"\.(committed|reverted)(\.[0-9]+)?$")  # the name of an image that no VM needs any more
 
@@ -57,10 +58,10 @@ class Patient(t.NamedTuple):
         return [*maps, AllocationMap(self.file)] if want.held else maps
 
 
-def look_at_chain(path: str, held: Held) -> list[Patient]:
+def look_at_chain(path: str, held: Held, missed: t.AbstractSet[str]) -> list[Patient]:
     """Return the images of a chain, topmost first; Refusal if one is in use, or if other work on it is unfinished.
 
-    While locks are held, nobody can begin to write to one of them.
+    While locks are held, nobody can begin to write to one of them. `missed` are bitmaps that nobody has removed.
     """
     layers = observe_chain(held.image(path), "qcow2", relative=False).layers
     for layer in layers:
@@ -72,10 +73,10 @@ def look_at_chain(path: str, held: Held) -> list[Patient]:
     problem = why_in_the_way(layers, top_bitmaps, (COMMIT,))
     if problem is not None:
         raise problem
-    return [_look(layer, layers[0], held) for layer in layers]
+    return [_look(layer, layers[0], held, missed) for layer in layers]
 
 
-def _look(layer: Layer, top: Layer, held: Held) -> Patient:
+def _look(layer: Layer, top: Layer, held: Held, missed: t.AbstractSet[str]) -> Patient:
     file = held.image(layer.path)
     if file.identity != layer.identity:
         raise Refusal("changed_meanwhile", layer.path, "was moved or replaced meanwhile", "Run this again.")
@@ -85,7 +86,13 @@ def _look(layer: Layer, top: Layer, held: Held) -> Patient:
     layer = layer._replace(image=image)
     vault = _find_vault(layer, top, held)
     named = {bitmap.name: bitmap for bitmap in image.bitmaps}
-    put_back = _lost(image, vault, file) if vault is not None else frozenset[str]()
+    put_back = _lost(image, vault, missed) if vault is not None else frozenset[str]()
+    fault = _fault(layer, top, file, image)
+    if vault is not None and not vault.is_given and not vault.is_of(file.identity, file.path, file.generation):
+        if put_back:
+            raise _of_another_file(file, vault, "lacks bitmaps that the vault {} has")
+        fault = fault or _of_another_file(file, vault, "is beside the vault {}")  # no other could be there
+        vault = None
     restored = {name: vault.below[name].bitmap for name in put_back} if vault is not None else {}
     standing = Standing(
         path=layer.path,
@@ -94,27 +101,36 @@ def _look(layer: Layer, top: Layer, held: Held) -> Patient:
         put_back=put_back,
         lost_bitmaps=image.lost_bitmaps,
         modified=None if file.is_device else int(file.status().st_mtime),
-        fault=_fault(layer, top, file, image),
+        fault=fault,
     )
     return Patient(layer, file, maps_of(file, image), vault, standing)
 
 
 def _find_vault(layer: Layer, top: Layer, held: Held) -> Vault | None:
-    path = healing_vault(layer, top)
-    return read_vault(held.enter(open_vault(path))) if path is not None and is_there(path) else None
+    place = healing_vault(layer, top)
+    path = find_vault(place) if place is not None else None
+    return read_vault(held.enter(open_vault(path))) if path is not None else None
 
 
-def _lost(image: Image, vault: Vault, file: OpenImage) -> frozenset[str]:
-    """Return what a killed run has lost. A bitmap that is missing where all others are in order was removed since."""
-    if image.bitmaps and not image.lost_bitmaps and not any(bitmap.inconsistent for bitmap in image.bitmaps):
+def _lost(image: Image, vault: Vault, missed: t.AbstractSet[str]) -> frozenset[str]:
+    """Return what a killed run has lost; once all work was done, what is missing was removed since.
+
+    So was a bitmap that is missing where all others are in order, unless somebody still counts on it.
+    """
+    if vault.is_given:
         return frozenset()
     sound = {bitmap.name for bitmap in image.bitmaps if not bitmap.inconsistent}
     lost = frozenset(vault.below) - sound
-    if lost and not vault.is_of(file.identity, file.path, file.generation):
-        why = f"lacks bitmaps that the vault {vault.path} has, which is of another file of this name"
-        remedy = "Put back the file that the vault is of. If there is none any more, remove the vault."
-        raise Refusal("unfinished", file.path, why, remedy)
+    if image.bitmaps and not image.lost_bitmaps and not any(bitmap.inconsistent for bitmap in image.bitmaps):
+        return lost & missed
     return lost
+
+
+def _of_another_file(file: OpenImage, vault: Vault, what: str) -> Refusal:
+    """Return the refusal of an image beside which the vault of another file lies, whose bitmaps only that has."""
+    remedy = "Put back the file that the vault is of. If there is none any more, remove the vault."
+    why = f"{what.format(vault.path)}, which is of another file of this name"
+    return Refusal("unfinished", file.path, why, remedy)
 
 
 def _fault(layer: Layer, top: Layer, file: OpenImage, image: Image) -> Refusal | None:
@@ -128,14 +144,14 @@ def _fault(layer: Layer, top: Layer, file: OpenImage, image: Image) -> Refusal |
         why = "is encrypted, so QEMU cannot open it for writing without its key; not supported"
         return Refusal("encrypted", layer.path, why)
     relative = relative_data_file(layer.path, image)
-    problems = [*why_unusable(layer.path, image, for_writing=True), *([relative] if relative else [])]
-    problems += [*bitmap_problems(layer.path, image), *_vault_problems(layer, top, image)]
-    return next(iter(problems), None)
-
-
-def _vault_problems(layer: Layer, top: Layer, image: Image) -> list[Refusal]:
-    """Return why no vault can be kept for the image, if it has bitmaps to be kept."""
     kept = [bitmap for bitmap in image.bitmaps if not bitmap.inconsistent]
+    problems = [*why_unusable(layer.path, image, for_writing=True), *([relative] if relative else [])]
+    problems += [*bitmap_problems(layer.path, image), *vault_problems(layer, top, kept)]
+    return next(iter(problems), why_not_opened(file))
+
+
+def vault_problems(layer: Layer, top: Layer, kept: t.Sequence[Bitmap]) -> list[Refusal]:
+    """Return why no vault can be kept for the image, if it has bitmaps to be kept."""
     place = healing_vault(layer, top)
     if not kept:
         return []
@@ -143,7 +159,7 @@ def _vault_problems(layer: Layer, top: Layer, image: Image) -> list[Refusal]:
         why = "is a block device, as is the topmost image, so there is no folder for a vault of its bitmaps"
         remedy = "Have 'virsh backup-begin' make a full backup with a new checkpoint while the VM runs."
         return [Refusal("block_device", layer.path, why, remedy)]
-    problem = why_not_writable(os.path.dirname(place), place)
+    problem = why_no_vault(place, layer.path) or why_not_writable(os.path.dirname(place), place)
     long = [bitmap for bitmap in kept if len(bitmap.name.encode("utf-8", "surrogateescape")) > MAX_NAME]
     if long:
         why = f"the bitmap name {names_of(long)} has more than {MAX_NAME} bytes, too many to be kept in a vault"

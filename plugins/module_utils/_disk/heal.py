@@ -67,7 +67,13 @@ class HealRequest(t.NamedTuple):
     removed: tuple[str, ...] = ()  # beside those that are to be valid
     domain: str | None = None  # whose disks are done all or none, each with all that is asked for
     others: tuple[tuple[str, str], ...] = ()  # real path of an image of the chain, and who else has it, as far as known
-    created: tuple[tuple[str, int], ...] = ()  # bitmaps, and when their checkpoints were made, in seconds since 1970
+    created: tuple[tuple[str, int], ...] = ()  # bitmaps of known checkpoints, and when these were made, s since 1970
+
+    @property
+    def missed(self) -> frozenset[str]:
+        """The bitmaps that nobody has removed on purpose: where a vault has one and its image does not, it is lost."""
+        wanted = self.names if self.names is not None and self.state == VALID else ()
+        return frozenset((*dict(self.created), *wanted))
 
     @property
     def vm(self) -> str:

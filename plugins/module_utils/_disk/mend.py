@@ -8,7 +8,7 @@
 
     keep       beside each image to be written, a vault of its bitmaps
     write      the images, from the top downwards
-    publish    remove the vaults
+    publish    say in the vaults' names that all is done, then remove them
 
 A run that finds a vault beside an image whose bitmaps are lost puts them back: what the vault has, and all that the
 image holds, since a VM may have run on it since.
@@ -27,14 +27,14 @@ from .._qcow2.bitmaps import Bitmap
 from . import heal
 from .carry import Place, Wanted, bring
 from .cumulative import most_bytes
-from .diagnose import Bits, Patient, bits_to_be, changed_bitmaps, counted, look_at_chain, with_others
+from .diagnose import Bits, Patient, bits_to_be, changed_bitmaps, counted, look_at_chain, vault_problems, with_others
 from .heal import HealRequest, HealVerdict, Item, Plan
-from .observe import free_bytes
+from .observe import free_bytes, why_not_writable
 from .overlay import name_problems
 from .publish import StagedFile, publish_over
 from .session import Held, Images
 from .unfinished import healing_vault
-from .vault import Content, holds, read_vault, remove_vault, write_vault
+from .vault import Content, find_vault, holds, mark_given, read_vault, remove_vault, write_vault
 from .verdict import FAILED, Need
 
 _FOR_VAULT = 1 << 20  # bytes that a vault takes, beside bits
@@ -80,7 +80,7 @@ class MendBitmaps:
 
     def judge(self, request: HealRequest, held: Held) -> HealVerdict:
         """Look at the chain, and decide."""
-        patients = look_at_chain(request.path, held)
+        patients = look_at_chain(request.path, held, request.missed)
         standing = [one.standing for one in patients]
         plan = heal.decide(request, standing)
         if plan.written or request.state == heal.ABSENT:  # to look through whole folders takes its time
@@ -94,20 +94,23 @@ class MendBitmaps:
             for place in plan.written
             if (names := changed_bitmaps(patients[place], plan.wants[place], bits[place]))
         }
-        barred = [plan.barred[place] for place in changed if place in plan.barred]
-        if barred:
-            return self.refused(request, barred)
+        work = _Work(patients, plan, bits, changed)
+        problems = [*_barred(work), *_problems_with_vaults(work)]
+        if problems:
+            return self.refused(request, problems)
         for place in changed:
             held.alone(patients[place].layer.path)
-        self._works[request.path] = work = _Work(patients, plan, bits, changed)
+        self._works[request.path] = work
         return _promise(request, work)
 
     def images(self, verdict: HealVerdict) -> Images:
         """Return the whole chain, topmost first."""
         return Images(verdict.chain, frozenset(verdict.chain))
 
-    def rehearse(self, verdict: HealVerdict, _held: Held) -> HealVerdict:
-        """Nothing beside the look can be rehearsed without writing."""
+    def rehearse(self, verdict: HealVerdict, held: Held) -> HealVerdict:
+        """Start QEMU, if it is to write; nothing else beside the look can be rehearsed without writing."""
+        if verdict.written:
+            held.monitor()
         return verdict
 
     def phases(self) -> t.Sequence[t.Callable[[HealVerdict, Held], HealVerdict]]:
@@ -140,16 +143,33 @@ class MendBitmaps:
     def publish(
         self, verdicts: t.Sequence[HealVerdict], _held: Held, switch: t.Callable[[], None]
     ) -> t.Sequence[HealVerdict]:
-        """Remove the vaults."""
+        """Say that all is done before anybody can remove a bitmap, or it would be put back; then remove the vaults."""
+        for verdict in verdicts:
+            self._give(verdict)
         switch()
         return [self._without_vaults(verdict) for verdict in verdicts]
 
+    def _give(self, verdict: HealVerdict) -> None:
+        for patient, place in self._vault_places(verdict):
+            try:
+                if is_there(place):
+                    os.fsync(patient.file.fd)  # a run may have been killed before it could see to that
+                    mark_given(place)
+            except OSError as exc:
+                raise system_refusal(exc, place, "cannot be renamed").with_note(_GOES_ON) from exc
+
+    def _vault_places(self, verdict: HealVerdict) -> list[tuple[Patient, str]]:
+        """Return the images that have a vault of this disk's, as far as there is one, with its place."""
+        patients = self._works[verdict.request.path].patients
+        with_vault = [one for number, one in enumerate(patients) if one.vault is not None or number in verdict.written]
+        places = [(one, healing_vault(one.layer, patients[0].layer)) for one in with_vault]
+        return [(one, place) for one, place in places if place is not None]
+
     def _without_vaults(self, verdict: HealVerdict) -> HealVerdict:
-        work = self._works[verdict.request.path]
-        kept = [healing_vault(work.patients[place].layer, work.patients[0].layer) for place in verdict.written]
         try:
-            for path in dict.fromkeys([*filter(None, kept), *verdict.vaults]):
-                if is_there(path):
+            for _patient, place in self._vault_places(verdict):
+                path = find_vault(place)
+                if path is not None:
                     remove_vault(path)
         except Refusal as exc:
             return verdict.failed(exc.with_note("Its bitmaps are as they should be, but a vault was not removed."))
@@ -157,6 +177,28 @@ class MendBitmaps:
             what = "its bitmaps are as they should be, but a vault could not be removed"
             return verdict.failed(system_refusal(exc, verdict.request.path, what))
         return verdict
+
+
+def _barred(work: _Work) -> t.Iterator[Refusal]:
+    """Yield why images that are to be written must not be."""
+    for place in work.changed:
+        patient, problem = work.patients[place], work.plan.barred.get(place)
+        if problem is not None and patient.vault is not None and patient.standing.put_back:
+            note = f"Or remove its vault {patient.vault.path}, by which its bitmaps of a killed run are given up."
+            problem = problem.with_note(note)
+        if problem is not None:
+            yield problem
+
+
+def _problems_with_vaults(work: _Work) -> t.Iterator[Refusal]:
+    """Yield why vaults cannot be kept of what the user's word alone makes valid, or cannot be removed in the end."""
+    top = work.patients[0].layer
+    for place in work.changed:
+        by_word = [bitmap for bitmap, _maps in _rebuilt_by_word(place, work)]
+        if healing_vault(work.patients[place].layer, top) is not None:  # a device without any other bitmap needs none
+            yield from vault_problems(work.patients[place].layer, top, by_word)
+    left = (one.vault.path for one in work.patients if one.vault is not None)
+    yield from filter(None, (why_not_writable(os.path.dirname(path), path) for path in left))
 
 
 def _maps(bits: Bits, name: str) -> list[t.Any]:

@@ -208,6 +208,17 @@ def why_not_writable(folder: str, path: str) -> Refusal | None:
     )
 
 
+def why_not_opened(file: OpenImage) -> Refusal | None:
+    """Return why the open image cannot be opened for writing; None if it can, as far as the kernel tells."""
+    if os.access(f"/proc/self/fd/{file.fd}", os.W_OK):
+        return None
+    if os.fstatvfs(file.fd).f_flag & os.ST_RDONLY:
+        why, remedy = "it is mounted read-only", "Make its file system writable, then run this again."
+        return Refusal("read_only", file.path, f"cannot be written to: {why}", remedy)
+    why = "cannot be written to: its permissions forbid it, or an attribute does ('lsattr')"
+    return Refusal("no_permission", file.path, why, "Run with become, or make it writable.")
+
+
 def _with_space(target: Target, status: os.stat_result) -> Target:
     """Return a target at which nothing stands yet, with the space in its folder; Refusal if that is not writable."""
     problem = why_not_writable(target.folder, target.path)

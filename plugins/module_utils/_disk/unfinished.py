@@ -10,7 +10,6 @@ import os
 import typing as t
 
 from .._base.errors import Refusal, system_refusal
-from .._base.files import is_there
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer
 from .._qcow2.mark import Mark
@@ -41,13 +40,14 @@ class Unfinished(t.NamedTuple):
 def unfinished_work(chain: t.Sequence[Layer], top_bitmaps: t.Iterable[Bitmap]) -> list[Unfinished]:
     """Return what is unfinished in a chain, topmost image first."""
     found, tokens = list[Unfinished](), set[str]()
-    for place, layer in enumerate(chain):
-        for path in _commit_vaults(layer, chain[:place]):
+    for depth, layer in enumerate(chain):
+        for path in _commit_vaults(layer, chain[:depth]):
             vault = _read(path)
             tokens |= {vault.token} if isinstance(vault, Vault) else set()
             found += [_commit(layer, path, vault, chain)] if vault is not None else []
-        kept = healing_vault(layer, chain[0])
-        vault = _read(kept) if kept is not None and is_there(kept) else None
+        place = healing_vault(layer, chain[0])
+        kept = find_vault(place) if place is not None else None
+        vault = _read(kept) if kept is not None else None
         is_other = isinstance(vault, Vault) and not _is_of(vault, layer)
         if vault is not None and kept is not None and not is_other:
             found.append(_healing(layer, kept, vault, chain[0]))
@@ -64,7 +64,7 @@ def why_in_the_way(
 
 
 def healing_vault(layer: Layer, top: Layer) -> str | None:
-    """Return where the vault of an image is whose bitmaps are healed; None if there is no folder that stays."""
+    """Return the place of the vault of an image whose bitmaps are healed; None if there is no folder that stays."""
     if not layer.is_device:
         return healing_place(layer.real_path, os.path.dirname(layer.real_path))
     return None if top.is_device else healing_place(layer.real_path, os.path.dirname(top.real_path))
@@ -122,11 +122,13 @@ def _healing(layer: Layer, path: str, vault: Vault | Refusal, top: Layer) -> Unf
     if isinstance(vault, Refusal):
         return Unfinished(HEALING, layer.path, f"the vault {path} {vault.why}", vault.remedy)
     what = f"work on its bitmaps is unfinished (vault {path})"
+    if vault.is_given:
+        what = f"work on its bitmaps is done, and its vault is left over ({path}), which is of no use"
     remedy = (
         "Complete it with the same call again: kvmfleet.qcow2.domain_checkpoint with the name of its domain, or "
         f"kvmfleet.qcow2.qcow2_bitmap with path={top.path}."
     )
-    return Unfinished(HEALING, layer.path, what, remedy)
+    return Unfinished(HEALING, layer.path, what, remedy, is_in_the_way=not vault.is_given)
 
 
 def _read(path: str) -> Vault | Refusal | None:

@@ -20,7 +20,7 @@ bitmaps, and is never opened for writing once it is there::
 
 The vault of a commit lies beside the image that all goes into. That of a healing has another name, and lies beside the
 image whose bitmaps are written anew, which is the topmost one that it knows; the topmost one of the chain is among the
-others.
+others. Once all work on the bitmaps is done, either has another name, and nothing is ever taken from it again.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def read_vault(file: OpenImage) -> Vault:
         below={name: Kept(bitmap._replace(name=name), maps["b/" + name]) for name, bitmap in named["b/"].items()},
         above={name: Kept(bitmap._replace(name=name), maps["o/" + name]) for name, bitmap in named["o/"].items()},
         dead={name: reason for reason, kind in _DEAD.items() for name in named[kind]},
-        is_given=file.path.endswith(SUFFIX + _GIVEN),
+        is_given=file.path.endswith((SUFFIX + _GIVEN, _HEALING + _GIVEN)),
         given_at=file.status().st_ctime_ns,
     )
 
@@ -256,7 +256,7 @@ def is_as_kept(vault: Vault, bitmaps: t.Mapping[str, Bitmap], maps: t.Mapping[st
 
 
 def mark_given(vault_path: str) -> None:
-    """Say beside the image that all work on its bitmaps is done, in the vault's name."""
+    """Say beside the image that all work on its bitmaps is done, in the vault's name, on stable storage."""
     _rename(vault_path, vault_path + _GIVEN)
 
 

@@ -103,6 +103,11 @@ class Decision(t.NamedTuple):
     writes: bool  # whether images may have to be written, as far as their headers tell
 
 
+def bitmaps_known(known: t.Sequence[KnownCheckpoint], target: str) -> tuple[tuple[str, int], ...]:
+    """Return the bitmaps of a disk that libvirt's checkpoints need, and when each was made, in seconds since 1970."""
+    return tuple((one.bitmaps[target], one.created) for one in known if target in one.bitmaps)
+
+
 def no_such_checkpoint(domain: str, name: str) -> Refusal:
     """Return the refusal of a name of which libvirt knows no checkpoint."""
     why = f"libvirt knows no checkpoint {name!r} of it"
@@ -211,7 +216,7 @@ class _Draft:
                     removed=tuple(removed),
                     domain=self._uuid,
                     others=disk.others,
-                    created=tuple((one.bitmaps[target], one.created) for one in self._known if target in one.bitmaps),
+                    created=bitmaps_known(self._known, target),
                 )
         return requests
 

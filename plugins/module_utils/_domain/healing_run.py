@@ -20,7 +20,7 @@ from .._disk.verdict import FAILED, SKIPPED, problem_fields, root_causes
 from .._libvirt.connection import Domain, Kept, KnownCheckpoint, Libvirt, Unreadable
 from .._libvirt.definition import DomainDisk
 from .._libvirt.switch import check_unchanged, forget
-from .healing import CheckpointRequest, Decision, DiskChain, Fate, decide
+from .healing import CheckpointRequest, Decision, DiskChain, Fate, bitmaps_known, decide
 from .healing_live import fates_of_running, remove_from_running
 from .inventory import DiskFacts, Inventory, first_image
 from .look import DomainLook, look_at
@@ -121,9 +121,9 @@ class HealCall:
 
     def _plan_shut_off(self, domain: Domain, kept: Kept) -> ShutOff:
         facts = [self._inventory.facts(domain, disk) for disk in self._disks(domain, kept)]
-        decision = self._decide(domain, kept, [self._chain(one, with_all=False) for one in facts])
+        decision = self._decide(domain, kept, [self._chain(one, kept, with_all=False) for one in facts])
         if decision.writes:  # to look through whole folders takes its time
-            decision = self._decide(domain, kept, [self._chain(one, with_all=True) for one in facts])
+            decision = self._decide(domain, kept, [self._chain(one, kept, with_all=True) for one in facts])
         has_work = bool(decision.forgotten) or self._would_write(decision)
         asked = [one for one in facts if one.disk.target in decision.requests]
         # Of a chain that the VM does not use no verdict holds either.
@@ -142,7 +142,7 @@ class HealCall:
     def _decide(self, domain: Domain, kept: Kept, chains: t.Sequence[DiskChain]) -> Decision:
         return decide((domain.name, domain.uuid), self._request, kept.checkpoints, chains)
 
-    def _chain(self, facts: DiskFacts, *, with_all: bool) -> DiskChain:
+    def _chain(self, facts: DiskFacts, kept: Kept, *, with_all: bool) -> DiskChain:
         """Return a disk with its chain; `with_all`: and with what else stands on its images."""
         disk = facts.disk
         if disk.source is None or not disk.can_have_bitmaps:
@@ -152,7 +152,7 @@ class HealCall:
         others = self._inventory.sharers(facts) if with_all else ()
         with self._look() as held:
             try:
-                patients = look_at_chain(disk.source, held)
+                patients = look_at_chain(disk.source, held, frozenset(bitmaps_known(kept.checkpoints, disk.target)))
                 images = with_others(patients, dict(others)) if with_all else [one.standing for one in patients]
             except (Refusal, OSError) as exc:
                 refused = failed_by(HealVerdict(heal.HealRequest(disk.source)), exc)

@@ -20,6 +20,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import mend a
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.heal import HealRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.mend import MendBitmaps
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.session import Vm
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.vault import open_vault, read_vault
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu.monitor import Monitor
@@ -38,6 +39,7 @@ from .healing import (
     guest_writes,
     lose,
     mend,
+    overlay,
     recording_overlay,
 )
 from .overlays import SETTINGS
@@ -228,6 +230,72 @@ def test_what_somebody_has_removed_since_the_kill_is_not_put_back(case):
     mend(case.top)
     assert checkpoints(case.top) == {"monday", "tuesday"}
     assert "wednesday" not in {bitmap[0] for bitmap in qemu.bitmaps_of(case.folder / "middle.qcow2")}
+
+
+def test_what_is_removed_after_all_was_written_is_not_put_back(case):
+    """A run that is killed while libvirt is told leaves vaults behind; anybody can remove bitmaps then."""
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            vms = {case.top: Vm(lambda: os.kill(os.getpid(), signal.SIGKILL))}
+            run(MendBitmaps(), [HealRequest(case.top, names=("tuesday",), state="absent")], SETTINGS, vms)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert ".top.qcow2.kvmfleet-healing-given" in os.listdir(case.folder)
+    for image, name in itertools.product(("top", "middle", "base"), ("monday", "wednesday")):
+        if name in {one[0] for one in qemu.bitmaps_of(case.folder / f"{image}.qcow2")}:
+            qemu.qemu_img("bitmap", "--remove", str(case.folder / f"{image}.qcow2"), name)
+    _disk, changed = mend(case.top)
+    assert changed  # the vaults are gone
+    assert not any(qemu.bitmaps_of(case.folder / f"{image}.qcow2") for image in ("top", "middle", "base"))
+
+
+@pytest.mark.parametrize(
+    ("wish", "is_back"), [({"names": ("monday",)}, True), ({"known": ("monday",)}, True), ({}, False)]
+)
+def test_a_bitmap_that_is_counted_on_is_lost_though_a_newer_one_is_in_order(tmp_path, wish, is_back):
+    """QEMU was killed as it opened the image, and then a backup has made a checkpoint."""
+    path = lost_to_a_kill(tmp_path)
+    then = content(path)
+    guest_writes(path, random.Random(9))
+    qemu.add_bitmaps(path, [WEDNESDAY])
+    mend(path, **wish)
+    assert checkpoints(path) == ({"monday", "wednesday"} if is_back else {"wednesday"})
+    assert not is_back or not changed_bits(then, content(path)) & ~bits_of([path], "monday")
+
+
+@pytest.mark.parametrize("wish", [{"state": "absent"}, {"names": (), "removed": ("monday",), "known": ("monday",)}])
+def test_a_bitmap_that_is_counted_on_can_be_removed(tmp_path, wish):
+    path = lost_to_a_kill(tmp_path)
+    qemu.add_bitmaps(path, [WEDNESDAY])
+    mend(path, **{"names": ("monday",), **wish})
+    assert checkpoints(path) == {"wednesday"}
+
+
+def lost_to_a_kill(tmp_path):
+    """Return an image whose vault alone has the bitmap of Monday."""
+    path = qemu.create(tmp_path / "top.qcow2", SIZE)
+    guest_writes(path, random.Random(8))
+    qemu.add_bitmaps(path, [MONDAY, TUESDAY])
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            mend_module.bring = lambda *_args: os.kill(os.getpid(), signal.SIGKILL)
+            run(MendBitmaps(), [HealRequest(path, names=("tuesday",), state="absent")], SETTINGS)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    drop_all_bitmaps(path)
+    return path
+
+
+def test_what_cannot_be_put_back_names_the_way_out(case):
+    """An overlay that somebody has made meanwhile keeps the image below from being written."""
+    kill_after_top_was_written(case)
+    drop_all_bitmaps(case.folder / "middle.qcow2")
+    overlay(case.folder / "clone.qcow2", case.folder / "middle.qcow2")
+    (failure,) = run(MendBitmaps(), [HealRequest(case.top)], SETTINGS).failures
+    assert failure.code == "has_overlay"
+    assert f"remove its vault {case.folder}/.middle.qcow2.kvmfleet-healing," in failure.remedy
 
 
 def test_a_file_has_another_generation_than_the_one_whose_inode_it_got(tmp_path):

@@ -54,15 +54,25 @@ def broken_off(monkeypatch, module, name):
     monkeypatch.setattr(module, name, failing)
 
 
-@pytest.fixture(name="half_healed")
-def fixture_half_healed(chain, monkeypatch):
+def healed_until(chain, monkeypatch, step, words):
+    """Heal the chain, and have this step fail; return the paths of its images."""
     top, base = chain
     qemu.qemu_img("bitmap", "--remove", top, "tuesday")
     with monkeypatch.context() as patch:
-        broken_off(patch, mend_module, "remove_vault")
+        broken_off(patch, mend_module, step)
         (failure,) = run(MendBitmaps(), [HealRequest(top)], SETTINGS).failures
-    assert (failure.code, "a vault could not be removed" in failure.why) == ("storage", True)
+    assert (failure.code, words in failure.why) == ("storage", True)
     return top, base
+
+
+@pytest.fixture(name="half_healed")
+def fixture_half_healed(chain, monkeypatch):
+    return healed_until(chain, monkeypatch, "mark_given", "cannot be renamed")
+
+
+@pytest.fixture(name="all_healed")
+def fixture_all_healed(chain, monkeypatch):
+    return healed_until(chain, monkeypatch, "remove_vault", "a vault could not be removed")
 
 
 def test_nothing_is_unfinished_in_a_sound_chain(chain):
@@ -92,6 +102,25 @@ def test_a_healing_keeps_other_work_off(half_healed, tmp_path):
     assert not make_overlays([OverlayRequest(str(tmp_path / "next.qcow2"), top)], SETTINGS).failures
 
 
+def test_a_vault_that_is_only_left_over_is_told_and_in_nobodys_way(all_healed, tmp_path):
+    top, _base = all_healed
+    assert "is done, and its vault is left over" in unfinished(top)
+    assert not make_overlays([OverlayRequest(str(tmp_path / "next.qcow2"), top)], SETTINGS).failures
+    os.unlink(tmp_path / "next.qcow2")
+    disk, changed = mend(top)
+    assert (changed, disk["state"], unfinished(top)) == (True, "valid", None)
+
+
+def test_nothing_is_put_back_from_a_vault_that_is_only_left_over(all_healed):
+    """What was removed since is gone, even if nothing in the image tells that it was not lost."""
+    top, base = all_healed
+    for path in (top, base):
+        qemu.qemu_img("bitmap", "--remove", path, "monday")
+        qemu.qemu_img("bitmap", "--remove", path, "tuesday")
+    mend(top)
+    assert not qemu.bitmaps_of(top)
+
+
 @pytest.mark.parametrize("gets_its_inode", [False, True])
 def test_a_vault_of_another_file_is_no_unfinished_work(half_healed, monkeypatch, gets_its_inode):
     top, base = half_healed
@@ -102,8 +131,18 @@ def test_a_vault_of_another_file_is_no_unfinished_work(half_healed, monkeypatch,
         os.rename(f"{top}.other", top)
         monkeypatch.setattr(OpenImage, "generation", property(lambda _self: 7))
     assert unfinished(top) is None
-    disk, changed = mend(top)
-    assert (changed, disk["state"]) == (True, "valid")  # the vault is gone
+    place = os.path.join(os.path.dirname(top), ".top.qcow2.kvmfleet-healing")
+    with open(place, "rb") as file:
+        vault = file.read()
+    outcome = run(MendBitmaps(), [HealRequest(top)], SETTINGS)
+    assert not outcome.as_result("disks")["changed"]  # where nothing is to be written, nothing is in the way
+    assert [one.state for one in outcome.verdicts] == ["valid"]
+    crash(top)
+    for settings in (SETTINGS._replace(check_mode=True), SETTINGS):
+        failures = run(MendBitmaps(), [HealRequest(top)], settings).failures
+        assert [(one.code, "of another file" in one.why) for one in failures] == [("unfinished", True)]
+    with open(place, "rb") as file:
+        assert file.read() == vault  # the other file may come back
 
 
 def test_a_copy_does_not_get_what_a_vault_of_another_file_has(half_healed):

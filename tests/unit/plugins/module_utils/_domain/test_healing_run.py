@@ -8,6 +8,7 @@ What its driver for QEMU does, and domains that run, are in the integration targ
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import subprocess
@@ -17,6 +18,7 @@ import libvirt
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.signals import Interrupted
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import mend
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import run as image_run
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain import healing_run
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.healing import CheckpointRequest
@@ -320,6 +322,42 @@ def test_a_run_that_ends_before_libvirt_forgets_is_completed_by_the_next(fleet, 
     done = healed(fleet, state="absent", checkpoints=("one",))
     assert (done.state, states(done)) == ("removed", {"one": "removed"})
     assert fleet.checkpoints(domain) == ["two"]
+
+
+def test_what_a_kill_has_lost_is_put_back_though_a_backup_has_made_a_checkpoint_since(fleet):
+    """Nobody has removed its bitmap, since libvirt still knows the checkpoint."""
+    path = killed_at_removal(fleet)
+    for name in ("one", "two"):
+        qemu.qemu_img("bitmap", "--remove", path, name)
+    qemu.add_bitmaps(path, [bitmap("three")])
+    done = healed(fleet, checkpoints=("three",), removes_unusable=True)  # what is not asked for is not given up either
+    assert (done.state, states(done), done.changed) == ("valid", {"three": "valid"}, True)
+    assert {one[0] for one in qemu.bitmaps_of(path)} == {"one", "two", "three"}
+
+
+def test_what_a_kill_has_lost_is_removed_by_the_same_call(fleet):
+    path = killed_at_removal(fleet)
+    for name in ("one", "two"):
+        qemu.qemu_img("bitmap", "--remove", path, name)
+    qemu.add_bitmaps(path, [bitmap("three")])
+    done = healed(fleet, state="absent", checkpoints=("one",))
+    assert (done.state, states(done)) == ("removed", {"one": "removed"})
+    assert {one[0] for one in qemu.bitmaps_of(path)} == {"two", "three"}
+
+
+def killed_at_removal(fleet):
+    """Leave a domain whose vault has the bitmaps one and two, as libvirt knows them; return the path of its image."""
+    path = base(fleet, "a.qcow2", bitmap("one"), bitmap("two"), bitmap("zero"))
+    fleet.define("web", "a.qcow2", checkpoints=["one", "two", "three"])
+    if os.fork() == 0:
+        with contextlib.suppress(BaseException):
+            mend.bring = lambda *_args: os._exit(9)
+            call(removes_orphans=True)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == 9
+    assert ".a.qcow2.kvmfleet-healing" in os.listdir(fleet.folder)
+    qemu.qemu_img("bitmap", "--remove", path, "zero")
+    return path
 
 
 def test_domains_that_do_not_exist_and_patterns_that_match_none(fleet):
