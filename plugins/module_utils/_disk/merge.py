@@ -23,7 +23,7 @@ from .._qemu.jobs import Opened
 from . import commit, stages
 from .carry import Place, Wanted, bring, wrong_bitmaps
 from .commit import CommitRequest, CommitVerdict, Work
-from .observe import observe_chain
+from .observe import observe_chain, why_not_opened
 from .progress import telling
 from .publish import StagedFile, publish_at_once
 from .retire import KEPT_AS, remove_dangling_link, retire, stands, why_not_retired
@@ -105,6 +105,7 @@ class MergeLayers:
             return self.refused(request, [stage])
         outcome = commit.outcome_of(seen, stage)
         problems = commit.problems_of(seen, stage, request, outcome) + _problems_in_the_end(seen, request, held)
+        problems += _why_not_written(seen, stage, request, held)
         if problems:
             return self.refused(request, problems)
         token = seen.vault.token if seen.vault and not stage.stale_vault else token_of(seen)
@@ -120,8 +121,10 @@ class MergeLayers:
         above = [request.above] if request.above else []
         return Images((*above, *paths), frozenset([*above, *paths]))
 
-    def rehearse(self, verdict: CommitVerdict, _held: Held) -> CommitVerdict:
-        """Nothing beside the look can be rehearsed without writing."""
+    def rehearse(self, verdict: CommitVerdict, held: Held) -> CommitVerdict:
+        """Start QEMU, if it is to move data; nothing else beside the look can be rehearsed without writing."""
+        if verdict.work is not None and verdict.work.stage.name != stages.GIVEN:
+            held.monitor()
         return verdict
 
     def phases(self) -> t.Sequence[t.Callable[[CommitVerdict, Held], CommitVerdict]]:
@@ -351,6 +354,14 @@ def _problems_in_the_end(seen: Seen, request: CommitRequest, held: Held) -> list
         name = name_for_above(request, seen)
         found.append(why_not_changeable(held.image(request.above), name, request.backing_format))
     return [problem for problem in found if problem is not None]
+
+
+def _why_not_written(seen: Seen, stage: stages.Stage, request: CommitRequest, held: Held) -> list[Refusal]:
+    """Return why an end could not be opened for writing; of TOP only its bitmaps are written."""
+    if stage.name == stages.GIVEN:
+        return []
+    paths = [request.backing_file, *([request.path] if seen.top.version != 2 else [])]
+    return [problem for path in paths if (problem := why_not_opened(held.image(path))) is not None]
 
 
 def _finished(verdict: CommitVerdict, held: Held) -> CommitVerdict:

@@ -8,8 +8,11 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import subprocess
+import unittest.mock
 
 import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import mend as mend_module
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.heal import HealRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.mend import MendBitmaps
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
@@ -17,6 +20,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps impo
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu.monitor import Monitor
 
 from .. import qemu
+from . import commits
 from .healing import (
     MONDAY,
     SIZE,
@@ -303,3 +307,81 @@ def test_bits_that_cannot_be_stored_are_noticed(tmp_path, base, monkeypatch):
     outcome = run(MendBitmaps(), [HealRequest(top)], SETTINGS)
     assert [failure.code for failure in outcome.failures] == ["not_verified"]
     assert "The same call again goes on" in outcome.failures[0].remedy
+
+
+def refused_alike(path, code, settings=SETTINGS, **options):
+    """Have a call fail, and check mode before it, for the same reason; nothing is written."""
+    before = digest(path)
+    for one in (settings._replace(check_mode=True), settings):
+        outcome = run(MendBitmaps(), [HealRequest(str(path), **options)], one)
+        assert [failure.code for failure in outcome.failures] == [code], one
+        assert digest(path) == before
+        assert not any(name.startswith(".") for name in os.listdir(os.path.dirname(path)))
+
+
+def test_a_name_that_leaves_no_room_for_that_of_a_vault(tmp_path, base):
+    top = overlay(tmp_path / f"{'n' * 230}.qcow2", base)
+    qemu.add_bitmaps(top, [Bitmap("own", 65536, True, False)])
+    refused_alike(top, "name_too_long", names=("monday",))
+
+
+@pytest.mark.parametrize("inconsistent", [False, True])
+def test_a_bitmap_whose_name_is_too_long_for_a_vault(tmp_path, inconsistent):
+    top = qemu.create(tmp_path / "top.qcow2", SIZE)
+    qemu.add_bitmaps(top, [Bitmap("n" * 1022, 65536, True, False), MONDAY])
+    if inconsistent:
+        crash(top)
+    wish = {"assume_not_emptied": True} if inconsistent else {"names": ("monday",), "state": "absent"}
+    refused_alike(top, "bitmap_name", **wish)
+
+
+@pytest.fixture(name="kept_from_writing")
+def fixture_kept_from_writing():
+    """Have nobody open an image for writing, root included."""
+    paths = []
+
+    def keep(path):
+        if os.geteuid():
+            os.chmod(path, 0o444)
+            return
+        done = subprocess.run(["chattr", "+i", str(path)], stderr=subprocess.DEVNULL, check=False)
+        if done.returncode:
+            pytest.skip("the file system knows no immutable files")
+        paths.append(str(path))
+
+    yield keep
+    for path in paths:
+        subprocess.run(["chattr", "-i", path], check=True)
+
+
+def test_an_image_that_nobody_can_write_to(tmp_path, base, kept_from_writing):
+    top = overlay(tmp_path / "top.qcow2", base)
+    kept_from_writing(top)
+    refused_alike(top, "no_permission")
+
+
+def test_a_base_that_nobody_can_write_to(tmp_path, base, kept_from_writing):
+    recording_overlay(tmp_path / "top.qcow2", base)
+    kept_from_writing(base)
+    for settings in (SETTINGS._replace(check_mode=True), SETTINGS):
+        assert commits.refusal(tmp_path / "top.qcow2", base, settings=settings).code == "no_permission"
+    assert not any(name.startswith(".") for name in os.listdir(tmp_path))
+
+
+def test_without_qemu_check_mode_promises_nothing(tmp_path, base):
+    top = overlay(tmp_path / "top.qcow2", base)
+    settings = SETTINGS._replace(find_program=lambda _name: None, check_mode=True)
+    assert [one.code for one in run(MendBitmaps(), [HealRequest(top)], settings).failures] == ["no_qemu"]
+    assert commits.refusal(top, base, settings=settings).code == "no_qemu"
+
+
+def test_a_vault_that_cannot_be_removed_is_told_beforehand(tmp_path, base, monkeypatch):
+    recording_overlay(tmp_path / "top.qcow2", base)
+    top = str(tmp_path / "top.qcow2")
+    qemu.qemu_img("bitmap", "--remove", top, "tuesday")
+    with monkeypatch.context() as patch:
+        patch.setattr(mend_module, "remove_vault", unittest.mock.Mock(side_effect=OSError))
+        run(MendBitmaps(), [HealRequest(top)], SETTINGS)
+    monkeypatch.setattr(os, "access", lambda folder, _how: folder != str(tmp_path))
+    outcome = run(MendBitmaps(), [HealRequest(top)], SETTINGS._replace(check_mode=True))
+    assert [one.code for one in outcome.failures] == ["no_permission"]
