@@ -73,6 +73,8 @@ options:
         since, unless the image was emptied meanwhile by C(qemu-img commit) without C(-d). Neither can be seen.
       - Give your word that the checkpoints were made on these images, not on images below that have lost the bitmaps
         since, as by C(qemu-img convert), and that the images were not emptied.
+      - What a killed run has lost is put back without this word from what that run has kept, unless the image does not
+        hold all any more that it held then.
     type: bool
     default: false
   bitmap_content:

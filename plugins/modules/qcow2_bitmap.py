@@ -59,6 +59,8 @@ options:
         C(qemu-img commit) without C(-d). Neither can be seen.
       - Give your word that the checkpoint was made on this image, not on one below that has lost the bitmap since, as
         by C(qemu-img convert), and that the image was not emptied.
+      - What a killed run has lost is put back without this word from what that run has kept, unless the image does not
+        hold all any more that it held then.
     type: bool
     default: false
   bitmap_content:

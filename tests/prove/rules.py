@@ -295,6 +295,13 @@ RULES = (
     ),
     Rule("all is said to be done before anybody can remove a bitmap", "mend", "mark_given(place)", "pass", (KILLED,)),
     Rule(
+        "an image that was emptied since tells less",
+        "diagnose",
+        "return patients if is_trusted else",
+        "return patients if True else",
+        (KILLED,),
+    ),
+    Rule(
         "the vault of another file stays",
         "diagnose",
         "if vault is not None and not vault.is_given and not vault.is_of(",

@@ -42,6 +42,7 @@ class Patient(t.NamedTuple):
     own: t.Mapping[str, DirtyMap]  # its consistent bitmaps
     vault: Vault | None  # that a killed run has left
     standing: Standing
+    doubtful: frozenset[str] = frozenset()  # of what is put back, that which may lack changes
 
     @property
     def image(self) -> Image:
@@ -58,10 +59,11 @@ class Patient(t.NamedTuple):
         return [*maps, AllocationMap(self.file)] if want.held else maps
 
 
-def look_at_chain(path: str, held: Held, missed: t.AbstractSet[str]) -> list[Patient]:
+def look_at_chain(path: str, held: Held, missed: t.AbstractSet[str], *, is_trusted: bool) -> list[Patient]:
     """Return the images of a chain, topmost first; Refusal if one is in use, or if other work on it is unfinished.
 
     While locks are held, nobody can begin to write to one of them. `missed` are bitmaps that nobody has removed.
+    `is_trusted`: somebody says that no image was emptied.
     """
     layers = observe_chain(held.image(path), "qcow2", relative=False).layers
     for layer in layers:
@@ -73,7 +75,8 @@ def look_at_chain(path: str, held: Held, missed: t.AbstractSet[str]) -> list[Pat
     problem = why_in_the_way(layers, top_bitmaps, (COMMIT,))
     if problem is not None:
         raise problem
-    return [_look(layer, layers[0], held, missed) for layer in layers]
+    patients = [_look(layer, layers[0], held, missed) for layer in layers]
+    return patients if is_trusted else [_doubted(one, patients[place + 1 :]) for place, one in enumerate(patients)]
 
 
 def _look(layer: Layer, top: Layer, held: Held, missed: t.AbstractSet[str]) -> Patient:
@@ -124,6 +127,33 @@ def _lost(image: Image, vault: Vault, missed: t.AbstractSet[str]) -> frozenset[s
     if image.bitmaps and not image.lost_bitmaps and not any(bitmap.inconsistent for bitmap in image.bitmaps):
         return lost & missed
     return lost
+
+
+def _doubted(patient: Patient, below: t.Sequence[Patient]) -> Patient:
+    """Return an image with what only its vault tells, and may tell wrongly, as it is without the vault."""
+    standing, vault = patient.standing, patient.vault
+    alone = frozenset(name for name in standing.put_back if all(name not in one.own for one in below))
+    if vault is None or not alone or not _may_be_emptied(patient, vault):
+        return patient
+    there = {bitmap.name: bitmap for bitmap in patient.image.bitmaps if bitmap.name in alone}
+    standing = standing._replace(bitmaps={**standing.bitmaps, **there}, put_back=standing.put_back - there.keys())
+    return patient._replace(standing=standing, doubtful=alone - there.keys())
+
+
+def _may_be_emptied(patient: Patient, vault: Vault) -> bool:
+    """Whether the image may hold less than it held since the vault was kept, and so tells less of what changed.
+
+    'qemu-img commit' without -d takes all away, and 'qemu-img rebase' gives it another backing file.
+    """
+    if vault.held is None:
+        return False  # nobody can tell
+    backing_file, size = patient.image.backing_file or "", patient.layer.virtual_size
+    if vault.backing_file not in (None, backing_file):
+        return True
+    if backing_file and is_union(vault.held, (), size):
+        return True  # all that came since may have gone, too
+    now = AllocationMap(patient.file)
+    return not is_union(now, [now, vault.held], size)
 
 
 def _of_another_file(file: OpenImage, vault: Vault, what: str) -> Refusal:

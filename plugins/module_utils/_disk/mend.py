@@ -24,7 +24,9 @@ import typing as t
 from .._base.errors import QemuError, Refusal, system_refusal
 from .._base.files import is_there
 from .._qcow2.bitmaps import Bitmap
+from .._qcow2.extents import AllocationMap
 from . import heal
+from .bitmap_rules import names_of
 from .carry import Place, Wanted, bring
 from .cumulative import most_bytes
 from .diagnose import Bits, Patient, bits_to_be, changed_bitmaps, counted, look_at_chain, vault_problems, with_others
@@ -80,7 +82,7 @@ class MendBitmaps:
 
     def judge(self, request: HealRequest, held: Held) -> HealVerdict:
         """Look at the chain, and decide."""
-        patients = look_at_chain(request.path, held, request.missed)
+        patients = look_at_chain(request.path, held, request.missed, is_trusted=request.assume_not_emptied)
         standing = [one.standing for one in patients]
         plan = heal.decide(request, standing)
         if plan.written or request.state == heal.ABSENT:  # to look through whole folders takes its time
@@ -95,7 +97,7 @@ class MendBitmaps:
             if (names := changed_bitmaps(patients[place], plan.wants[place], bits[place]))
         }
         work = _Work(patients, plan, bits, changed)
-        problems = [*_barred(work), *_problems_with_vaults(work)]
+        problems = [*_barred(work), *_in_doubt(work), *_problems_with_vaults(work)]
         if problems:
             return self.refused(request, problems)
         for place in changed:
@@ -190,6 +192,23 @@ def _barred(work: _Work) -> t.Iterator[Refusal]:
             yield problem
 
 
+def _in_doubt(work: _Work) -> t.Iterator[Refusal]:
+    """Yield the images whose lost bitmaps stay, and would be put back without what may have changed since."""
+    for place, patient in enumerate(work.patients):
+        names = [name for name in sorted(patient.doubtful) if name in work.plan.wants[place]]
+        if names and patient.vault is not None:
+            lost = names_of([patient.standing.bitmaps[name] for name in names])
+            why = (
+                f"has lost its bitmap {lost} since a run was killed. The vault {patient.vault.path} has it, but the "
+                "image does not hold all any more that it held then, or nothing tells that it does"
+            )
+            remedy = (
+                "If nobody has run 'qemu-img commit' without -d or 'qemu-img rebase' on it since, use "
+                "assume_not_emptied=true. Else remove the vault, and make a full backup with a new checkpoint."
+            )
+            yield Refusal("may_be_emptied", patient.layer.path, why, remedy)
+
+
 def _problems_with_vaults(work: _Work) -> t.Iterator[Refusal]:
     """Yield why vaults cannot be kept of what the user's word alone makes valid, or cannot be removed in the end."""
     top = work.patients[0].layer
@@ -221,6 +240,8 @@ def _keep(place: int, work: _Work, held: Held) -> None:
         above=(),
         dead={},
         virtual_size=patient.layer.virtual_size,
+        held=AllocationMap(patient.file),
+        backing_file=patient.image.backing_file or "",
     )
     staged = held.enter(StagedFile(path, os.path.dirname(path)))
     write_vault(staged.file.fd, content)
@@ -317,8 +338,9 @@ def _need(work: _Work) -> Need | None:
     device = os.stat(folder).st_dev
     here = [(place, one) for place, one in files if one.file.status().st_dev == device]
     bits = sum(_bit_bytes(place, work) for place, _one in here)
+    held = sum(one.layer.virtual_size // AllocationMap(one.file).granularity // 8 for _place, one in here)
     free = free_bytes(folder)
-    return None if free is None else Need(device, folder, 2 * bits + _FOR_VAULT * len(here), free)
+    return None if free is None else Need(device, folder, 2 * bits + held + _FOR_VAULT * len(here), free)
 
 
 def _bit_bytes(place: int, work: _Work) -> int:

@@ -17,6 +17,8 @@ bitmaps, and is never opened for writing once it is there::
     m/TIME    when it was last written to, in ns since 1970
     l/DEV:INO:PATH  an image between the two
     g/DEV:INO:GEN   the generation of one of these files, since another one can have its number when it is gone
+    h/held    of a healing, what the image held itself
+    f/NAME    of a healing, the backing file that the image recorded; empty if it had none
 
 The vault of a commit lies beside the image that all goes into. That of a healing has another name, and lies beside the
 image whose bitmaps are written anew, which is the topmost one that it knows; the topmost one of the chain is among the
@@ -69,6 +71,8 @@ class Vault(t.NamedTuple):
     dead: t.Mapping[str, str]  # by name, why a bitmap must not become usable
     is_given: bool  # whether all work on the bitmaps is done
     given_at: int  # ns since 1970; when it was renamed last
+    held: DirtyMap | None = None  # what the topmost image held; commits and older releases do not keep it
+    backing_file: str | None = None  # that it recorded; None if that is not known
 
     def is_of(self, identity: Identity, path: str, generation: int | None) -> bool:
         """Whether this file is the topmost image that takes part; by its number alone if its generation is unknown."""
@@ -163,6 +167,8 @@ def read_vault(file: OpenImage) -> Vault:
         dead={name: reason for reason, kind in _DEAD.items() for name in named[kind]},
         is_given=file.path.endswith((SUFFIX + _GIVEN, _HEALING + _GIVEN)),
         given_at=file.status().st_ctime_ns,
+        held=maps.get(_HELD),
+        backing_file=next(iter(named["f/"]), None),
     )
 
 
@@ -172,7 +178,8 @@ def _no_vault(path: str) -> Refusal:
     return Refusal("unfinished", path, why, remedy)
 
 
-_KINDS = ("b/", "o/", "t/", "i/", "p/", "m/", "l/", "g/", *_DEAD.values())
+_KINDS = ("b/", "o/", "t/", "i/", "p/", "m/", "l/", "g/", "f/", *_DEAD.values())
+_HELD = "h/held"
 
 
 def _identity(device: str, inode: str) -> Identity:
@@ -197,6 +204,8 @@ class Content(t.NamedTuple):
     above: t.Sequence[tuple[Bitmap, t.Sequence[DirtyBits]]]
     dead: t.Mapping[str, str]
     virtual_size: int  # bytes; of the larger one of the two images
+    held: DirtyBits | None = None  # what the topmost image holds
+    backing_file: str | None = None  # that it records
 
     @property
     def generations(self) -> dict[Identity, int]:
@@ -212,6 +221,7 @@ def write_vault(fd: int, content: Content) -> None:
     words.append(f"m/{content.top.status().st_mtime_ns}")
     words += ["l/{}:{}:{}".format(*file.identity, file.path) for file in content.others]
     words += ["g/{}:{}:{}".format(*identity, number) for identity, number in content.generations.items()]
+    words += [f"f/{content.backing_file}"] if content.backing_file is not None else []
     words = [word for word in words if _is_bitmap_name(word)]  # of any other path nothing is known
     words += [f"{_DEAD[reason]}{name}" for name, reason in content.dead.items()]
     with_bits = [
@@ -219,6 +229,9 @@ def write_vault(fd: int, content: Content) -> None:
         for kind, bitmaps in (("b/", content.below), ("o/", content.above))
         for bitmap, maps in bitmaps
     ]
+    if content.held is not None:
+        bitmap = _FLAT._replace(name=_HELD, granularity=content.held.granularity)
+        with_bits.append((bitmap, united([content.held], bitmap.granularity, size)))
     write_scratch(fd, size, [*with_bits, *((_FLAT._replace(name=word), ()) for word in words)])
 
 
@@ -235,6 +248,8 @@ def holds(vault: Vault, content: Content) -> bool:
     return (
         (vault.token, vault.top, dict(vault.dead)) == (content.token, content.top.identity, dict(content.dead))
         and vault.generations == content.generations
+        and (vault.held is None) == (content.held is None)
+        and (vault.held is None or content.held is None or is_union(vault.held, [content.held], content.virtual_size))
         and _are(vault.above, content.above, content.virtual_size)
         and _are(vault.below, content.below, content.virtual_size)
     )

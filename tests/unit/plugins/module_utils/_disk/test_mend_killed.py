@@ -272,10 +272,25 @@ def test_a_bitmap_that_is_counted_on_can_be_removed(tmp_path, wish):
     assert checkpoints(path) == {"wednesday"}
 
 
+def drop_all_bitmaps(path):
+    """Leave an image as a QEMU does that is killed while it opens it, and another one that opens it then."""
+    lose(path)
+    with qemu.storage_daemon() as monitor:
+        qemu._open(monitor, path)
+        monitor.command("blockdev-del", {"node-name": "image"})
+    assert not qemu.bitmaps_of(path)
+
+
 def lost_to_a_kill(tmp_path):
     """Return an image whose vault alone has the bitmap of Monday."""
-    path = qemu.create(tmp_path / "top.qcow2", SIZE)
+    base = qemu.create(tmp_path / "base.qcow2", SIZE)
+    guest_writes(base, random.Random(7))
+    path = overlay(tmp_path / "top.qcow2", base)
     guest_writes(path, random.Random(8))
+    return killed_at_removal(path)
+
+
+def killed_at_removal(path, loses=drop_all_bitmaps):
     qemu.add_bitmaps(path, [MONDAY, TUESDAY])
     child = os.fork()
     if child == 0:
@@ -284,8 +299,50 @@ def lost_to_a_kill(tmp_path):
             run(MendBitmaps(), [HealRequest(path, names=("tuesday",), state="absent")], SETTINGS)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    drop_all_bitmaps(path)
+    loses(path)
     return path
+
+
+def merged_by_hand(path):
+    """Merge an image down without retiring it, which takes away what it held."""
+    qemu.qemu_img("commit", "-q", path)
+
+
+def flattened(path):
+    qemu.qemu_img("rebase", "-b", "", path)
+
+
+@pytest.mark.parametrize("emptied", [merged_by_hand, flattened])
+def test_what_an_image_that_was_emptied_cannot_tell_is_not_put_back(tmp_path, emptied):
+    path = lost_to_a_kill(tmp_path)
+    guest_writes(path, random.Random(9))
+    emptied(path)
+    for settings in (SETTINGS._replace(check_mode=True), SETTINGS):
+        (failure,) = run(MendBitmaps(), [HealRequest(path)], settings).failures
+        assert (failure.code, ".top.qcow2.kvmfleet-healing" in failure.why) == ("may_be_emptied", True)
+    assert ".top.qcow2.kvmfleet-healing" in os.listdir(tmp_path)
+    mend(path, assume_not_emptied=True)  # the user's word
+    assert checkpoints(path) == {"monday"}
+
+
+def test_an_image_that_may_have_held_something_since_is_not_trusted_either(tmp_path):
+    path = overlay(tmp_path / "top.qcow2", qemu.create(tmp_path / "base.qcow2", SIZE))
+    killed_at_removal(path)
+    (failure,) = run(MendBitmaps(), [HealRequest(path)], SETTINGS).failures
+    assert failure.code == "may_be_emptied"
+    mend(path, names=("monday", "tuesday"), state="absent")
+    assert not qemu.bitmaps_of(path)
+
+
+def test_a_vm_that_died_in_an_image_that_was_emptied_has_no_valid_bitmaps(tmp_path):
+    """The vault knows more than the image, which has their names still, and not what a merge has taken away."""
+    path = overlay(tmp_path / "top.qcow2", qemu.create(tmp_path / "base.qcow2", SIZE))
+    guest_writes(path, random.Random(8))
+    killed_at_removal(path, loses=crash)
+    merged_by_hand(path)
+    (failure,) = run(MendBitmaps(), [HealRequest(path, names=("monday",))], SETTINGS).failures
+    assert failure.code == "may_be_emptied"
+    assert not checkpoints(path)
 
 
 def test_what_cannot_be_put_back_names_the_way_out(case):
@@ -340,12 +397,3 @@ def dying_at_the_second(real):
         return real(*args)
 
     return calling
-
-
-def drop_all_bitmaps(path):
-    """Leave an image as a QEMU does that is killed while it opens it, and another one that opens it then."""
-    lose(path)
-    with qemu.storage_daemon() as monitor:
-        qemu._open(monitor, path)
-        monitor.command("blockdev-del", {"node-name": "image"})
-    assert not qemu.bitmaps_of(path)
