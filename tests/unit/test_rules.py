@@ -21,5 +21,5 @@ _spec.loader.exec_module(rules)
 
 @pytest.mark.parametrize("rule", rules.RULES, ids=[rule.what for rule in rules.RULES])
 def test_a_rule_can_be_broken(rule):
-    text = (PROGRAM.parents[2] / rules.CODE / f"{rule.file}.py").read_text(encoding="utf-8")
+    text = (PROGRAM.parents[2] / rules.CODE / rule.room / f"{rule.file}.py").read_text(encoding="utf-8")
     assert text.count(rule.line) == 1
