@@ -97,8 +97,8 @@ options:
     description:
       - Targets of the disks to take, such as V(vda). By default all that can take part.
       - A disk that is named and cannot take part is a failure.
-      - Where some disks of a domain are on O(snapshot) already and others are not, as one that was attached since, these
-        others join it now, with a warning. To go back would give the domain disks of two moments.
+      - Where some disks of a domain are on O(snapshot) already and others are not, as one that was attached since,
+        these others join it now, with a warning. To go back would give the domain disks of two moments.
     type: list
     elements: str
   directory:

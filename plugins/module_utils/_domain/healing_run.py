@@ -152,7 +152,7 @@ class HealCall:
         others = self._inventory.sharers(facts) if with_all else ()
         with self._look() as held:
             try:
-                known = frozenset(bitmaps_known(kept.checkpoints, disk.target))
+                known = frozenset(dict(bitmaps_known(kept.checkpoints, disk.target)))
                 patients = look_at_chain(disk.source, held, known, is_trusted=self._request.assume_not_emptied)
                 images = with_others(patients, dict(others)) if with_all else [one.standing for one in patients]
             except (Refusal, OSError) as exc:
