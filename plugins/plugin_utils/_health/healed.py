@@ -20,7 +20,7 @@ from .text import lines_of_hosts
 
 SCHEMA_VERSION = 1  # docs/heal.schema.json describes it
 STATES = (VALID, REBUILT, REMOVED, SKIPPED, FAILED)  # of domains and of checkpoints
-_NOT_RUN = problem("not_run", "Nothing was healed there, because the run ended before.")
+_NOT_RUN = problem("not_run", "Nothing was healed there: the run ended before, or an earlier play lost it.")
 
 
 class Work(t.NamedTuple):

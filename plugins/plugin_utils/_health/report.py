@@ -41,7 +41,7 @@ _OF_DOMAIN = (
     "orphan_bitmaps",
     "unfinished",
 )
-_NOT_RUN = problem("not_run", "It was not looked at, because the run ended before.")
+_NOT_RUN = problem("not_run", "It was not looked at: the run ended before, or an earlier play lost it.")
 
 
 class Look(t.NamedTuple):

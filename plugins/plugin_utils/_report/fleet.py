@@ -17,7 +17,9 @@ from .rows import Problem, problem
 NOT_RUN = "not run"
 SCHEMA_VERSION = 2  # of the report of the fleet; docs/report.schema.json describes it
 COLLECTION_VERSION = "1.0.0"  # as in galaxy.yml, which is not installed
-_TURN_NEVER_CAME = problem("not_run", "Its turn never came, because too many hosts before it failed.")
+_TURN_NEVER_CAME = problem(
+    "not_run", "Its turn never came: too many hosts before it failed, or an earlier play lost it."
+)
 _NOTHING_DONE = problem(
     "nothing_done",
     "Nothing was done: no host has anything of what was asked for. Correct that, or set overlay_allow_nothing.",

@@ -347,7 +347,7 @@ def test_the_fleet_has_a_line_for_each_host_and_a_sum():
         "hypervisor2  FAILED       0 created, 1 present, 0 skipped, 1 failed; bitmaps: 1 carried, 0 left behind",
         "             - /a: is in use.",
         "hv3          UNREACHABLE  Connection refused",
-        "hv4          NOT RUN      Its turn never came, because too many hosts before it failed.",
+        "hv4          NOT RUN      Its turn never came: too many hosts before it failed, or an earlier play lost it.",
         "4 hosts: 1 ok, 1 failed, 1 unreachable, 1 not run. 1 created, 1 present, 0 skipped, 1 failed; "
         "bitmaps: 2 carried, 2 left behind (1 disabled, 1 inconsistent)",
     ]
