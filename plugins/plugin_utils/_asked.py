@@ -87,10 +87,12 @@ def asked(state: str, given: t.Mapping[str, t.Any], unknown: t.Sequence[str]) ->
 
     `unknown`: a sentence for each variable that is most likely misspelt.
     """
+    # An empty key is as none at all; but for the name of the snapshot, which was forgotten.
+    given = {name: value for name, value in given.items() if value is not None or name == "snapshot"}
     picks = state == COMMITTED and ("older_than" in given or "keep" in given)
     names = as_list(given.get("domains", ["*"] if "snapshot" in given or picks else []))
     domains = names if isinstance(names, str) else [str(name) for name in _flat([names])]
-    disks = given.get("disks") or []  # an empty key is none
+    disks = given.get("disks") or []
     seconds = str(given.get("task_timeout") or 0)
     options = {}
     if disks:
@@ -103,10 +105,10 @@ def asked(state: str, given: t.Mapping[str, t.Any], unknown: t.Sequence[str]) ->
         state,
         options,
         domains,
-        boolean(given.get("all_or_none") or False),  # an empty key is none
+        boolean(given.get("all_or_none") or False),  # an empty text is none
         boolean(given.get("install") or False),
         int(seconds) if seconds.isdecimal() else 0,
-        given.get("progress") in (None, "") or boolean(given["progress"]),
+        given.get("progress", "") == "" or boolean(given["progress"]),
         " ".join(unknown) or _no_such_state(state) or _mistake(given, domains, picks=picks),
     )
 
@@ -129,6 +131,8 @@ def _mistake(given: t.Mapping[str, t.Any], domains: str | list[str], *, picks: b
     """Return what is wrong with the wish. An empty list is an answer; nothing at all is most likely a mistake."""
     if not str(given.get("task_timeout") or 0).isdecimal():
         return f"overlay_task_timeout={given['task_timeout']} must be a number of seconds."
+    if domains == "":  # as of a survey; who means all of them says so
+        return "overlay_domains is empty. Name domains, or leave it out for all of them."
     if "snapshot" in given:
         snapshot = given["snapshot"]
         if snapshot is None or not str(snapshot).strip():

@@ -69,9 +69,8 @@ def test_quiesce_has_a_meaning_only_with_live():
         ("present", {"disks": [DISK]}, [DISKS]),
         ("present", {"disks": [DISK], "snapshot": "monday"}, [DISKS, DOMAINS]),
         ("present", {"disks": []}, []),
-        ("present", {"disks": None}, []),
         ("present", {"snapshot": "monday", "domains": []}, []),
-        ("present", {"snapshot": "monday", "domains": None}, []),
+        ("present", {"snapshot": "monday", "domains": None}, [DOMAINS]),
         ("committed", {"older_than": "30d"}, [DOMAINS]),
         ("committed", {"keep": 3, "disks": [DISK]}, [DISKS, DOMAINS]),
     ],
@@ -104,6 +103,11 @@ def test_a_name_that_is_as_it_was_written_is_taken(snapshot):
     [
         ("present", {}, "Nothing was asked for"),
         ("commited", {"snapshot": "monday"}, "overlay_state=commited must be one of present, committed, reverted."),
+        ("present", {"disks": None}, "Nothing was asked for"),
+        ("present", {"domains": None, "disks": None}, "Nothing was asked for"),
+        ("committed", {"older_than": None, "keep": None}, "Nothing was asked for"),
+        ("present", {"snapshot": "s", "domains": ""}, "overlay_domains is empty"),
+        ("present", {"domains": "", "disks": [DISK]}, "overlay_domains is empty"),
         ("present", {"snapshot": None}, "is empty"),
         ("present", {"snapshot": "  "}, "is empty"),
         ("present", {"snapshot": 1.1}, "is 1.1 for YAML"),
@@ -135,6 +139,12 @@ def test_only_what_has_a_meaning_is_looked_into():
 @pytest.mark.parametrize("given, seconds", [({}, 0), ({"task_timeout": None}, 0), ({"task_timeout": "600"}, 600)])
 def test_a_call_may_take_so_many_seconds(given, seconds):
     assert asked("present", {"snapshot": "s", **given}, ()).timeout == seconds
+
+
+def test_an_empty_key_leaves_an_option_to_its_default():
+    empty = dict.fromkeys(set(variables("present")) - {"snapshot"})
+    wanted = {DOMAINS: {"state": "present", "name": ["*"], "snapshot": "monday"}}
+    assert options("present", snapshot="monday", **empty) == wanted
 
 
 @pytest.mark.parametrize("empty", [{}, {"all_or_none": None, "install": None, "progress": None}])
