@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 import typing as t
 
 from .._base.errors import Refusal, printable
@@ -18,7 +19,7 @@ from .._libvirt import quiesced
 from .._libvirt.connection import Domain, Kept, Libvirt, Unreadable
 from .._libvirt.definition import DomainDisk
 from .._libvirt.snapshots import check_still_runs
-from .._qcow2.chain import walk_chain
+from .._qcow2.chain import Layer, relative_data_file, walk_chain
 from .._qcow2.mark import Mark
 from .fitness import fitness_of
 from .inventory import Inventory, facts_without_chain
@@ -122,7 +123,7 @@ def _look_at_disk(daemon: Libvirt, domain: Domain, disk: DomainDisk, *, counts: 
     if disk.source is None:
         return DiskLook(disk, unfit, None)
     chain = examine_chain(disk.source, follow=True, count=counts, image_format=disk.format)
-    problem = chain.problem or _stated_problem(domain, disk, chain) or _other_file(daemon, domain, disk)
+    problem = chain.problem or _start_problem(domain, disk, chain) or _other_file(daemon, domain, disk)
     layers = [one.layer for one in chain.layers]
     marks = chain.layers[0].image.bitmaps if chain.layers and chain.layers[0].image else ()
     try:
@@ -132,11 +133,22 @@ def _look_at_disk(daemon: Libvirt, domain: Domain, disk: DomainDisk, *, counts: 
     return DiskLook(disk, unfit, chain, problem, unfinished)
 
 
-def _stated_problem(domain: Domain, disk: DomainDisk, chain: ExaminedChain) -> Refusal | None:
-    """Return how the definition states another chain than the images record; what runs always states one."""
+def _start_problem(domain: Domain, disk: DomainDisk, chain: ExaminedChain) -> Refusal | None:
+    """Return why the domain would start with other images than were read, or not at all; what runs has started."""
     if domain.state is not None or not chain.layers:
         return None
-    return next(iter(stated_problems(domain.name, disk, [one.layer for one in chain.layers])), None)
+    layers = [one.layer for one in chain.layers]
+    return next(iter([*stated_problems(domain.name, disk, layers), *_relative_data_files(disk, layers)]), None)
+
+
+def _relative_data_files(disk: DomainDisk, layers: t.Sequence[Layer]) -> t.Iterator[Refusal]:
+    """Yield which external data files QEMU looks for elsewhere; not of those that the definition states."""
+    images = disk.stated_chain.images if disk.stated_chain is not None else ()
+    stated = [disk.data_file, *(image.data_file for image in images)]
+    for layer, data_file in itertools.zip_longest(layers, stated[: len(layers)]):
+        relative = relative_data_file(layer.path, layer.image) if layer.image is not None else None
+        if relative is not None and data_file is None:
+            yield relative
 
 
 def _other_file(daemon: Libvirt, domain: Domain, disk: DomainDisk) -> Refusal | None:

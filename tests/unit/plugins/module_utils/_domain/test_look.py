@@ -128,6 +128,24 @@ def test_a_definition_that_states_another_chain_tells_nothing(define, chain, tmp
     assert result["next_backup"] == "unknown"
 
 
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_data_file_that_qemu_would_not_find_allows_no_increment(define, tmp_path, monkeypatch, depth):
+    monkeypatch.chdir(tmp_path)
+    path = base = qemu.create(tmp_path / "base.qcow2", "1M", "-o", f"data_file={tmp_path}/data")
+    if depth:
+        path = qemu.create(tmp_path / "top.qcow2", "1M", "-b", base, "-F", "qcow2")
+    for one in {base, path}:
+        qemu.add_bitmaps(one, [Bitmap("one", 65536, recording=True, inconsistent=False)])
+    qemu.qemu_img("amend", "-f", "qcow2", "-o", "data_file=data", base)
+    define("web", element("vda", path), checkpoint="one")
+    ((one,), _warnings) = look(Libvirt("test:///default"), ["web"], counts=True)
+    result = one.as_result()
+    assert (result["disks"][0]["code"], result["next_backup"]) == ("relative_data_file", "unknown")
+    # The way out that is told.
+    qemu.qemu_img("amend", "-f", "qcow2", "-o", f"data_file={tmp_path}/data", base)
+    assert looked()["next_backup"] == "incremental"
+
+
 def test_disks_that_cannot_take_part_or_cannot_be_read(define, chain, tmp_path):
     disks = [
         element("vda", chain[0]),
