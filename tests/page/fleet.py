@@ -49,6 +49,7 @@ def image(path, snapshot=None, bitmaps=(), *, days=1.0, held=3 * GIB, in_use=Fal
         "virtual_size": 40 * GIB,
         "actual_size": held,
         "in_use": in_use,
+        "corrupt": False,
         "modified": int(NOW - days * DAY),
         "snapshot": snapshot,
         "bitmaps": list(bitmaps),

@@ -13,7 +13,7 @@ import typing as t
 from .._base.errors import Refusal, printable, system_refusal
 from .._base.files import OpenImage, open_image, owning
 from .._qcow2.bitmaps import Bitmap
-from .._qcow2.chain import Layer, relative_data_file, walk_chain, why_unusable
+from .._qcow2.chain import Layer, corrupt_below, relative_data_file, walk_chain, why_unusable
 from .._qcow2.dirty import DirtyMap, counting_cost, dirty_bytes, maps_of
 from .._qcow2.formats import PLAIN
 from .._qcow2.header import SECTOR
@@ -311,6 +311,7 @@ class _Examination:
         unfinished: tuple[str, ...] = ()
         with self._problem_told():
             unfinished = tuple(self._unfinished())
+        layers = [one.layer for one in self._layers]
         changing = f"{self._path}: is being changed again and again, so dirty bytes are not counted."
         return ExaminedChain(
             path=self._path,
@@ -320,7 +321,11 @@ class _Examination:
             dirty=self._dirty if with_figures else {},
             dirty_top=self._layers[0].dirty if self._dirty and with_figures else {},
             problem=self._problem,
-            warnings=(*self._warnings, *([] if with_figures else [changing])),
+            warnings=(
+                *self._warnings,
+                *corrupt_below(self._path, layers),
+                *([] if with_figures else [changing]),
+            ),
             unfinished=unfinished,
         )
 

@@ -17,7 +17,7 @@ import typing as t
 from .._base.attributes import Attributes
 from .._base.errors import Refusal, printable
 from .._qcow2.bitmaps import Bitmap
-from .._qcow2.chain import MAX_LAYERS, has_protocol, relative_data_file, why_unusable
+from .._qcow2.chain import MAX_LAYERS, corrupt_below, has_protocol, relative_data_file, why_unusable
 from .._qcow2.header import MAX_BACKING_FILE_NAME, MAX_L1_TABLE, l1_bytes
 from .._qcow2.image import Image
 from .._qcow2.mark import Mark, mark_bytes
@@ -265,13 +265,7 @@ def _active_warnings(active: ObservedChain) -> list[str]:
             f"{active.path}: is used as raw, as asked, but begins like a qcow2 image. If it is one, the VM would "
             "read garbage: then remove the overlay and use backing_format=qcow2."
         )
-    warnings += [
-        f"{layer.path}: is below {active.path} and marked corrupt. QEMU reads it nevertheless; repair it with "
-        "'qemu-img check -r all', or restore it."
-        for layer in active.layers[1:]
-        if layer.image and layer.image.corrupt
-    ]
-    return warnings
+    return [*warnings, *corrupt_below(active.path, active.layers)]
 
 
 def _active_problems(active: ObservedChain) -> list[Refusal]:

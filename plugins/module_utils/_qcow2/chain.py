@@ -132,6 +132,16 @@ def why_unusable(path: str, image: Image, *, for_writing: bool) -> list[Refusal]
     return [*problems, *_data_file_problems(path, image)]
 
 
+def corrupt_below(top: str, layers: t.Sequence[Layer]) -> list[str]:
+    """Return a warning for each image below the topmost one that is marked corrupt, which is no reason to refuse."""
+    return [
+        f"{layer.path}: is below {top} and marked corrupt. QEMU reads it nevertheless, but a merge into it is refused. "
+        "Repair it with 'qemu-img check -r all' while no VM uses it, or restore it."
+        for layer in layers[1:]
+        if layer.image and layer.image.corrupt
+    ]
+
+
 def _data_file_problems(path: str, image: Image) -> list[Refusal]:
     """Return why the external data file cannot, or must not, be opened."""
     if image.has_data_file and image.data_file is None:

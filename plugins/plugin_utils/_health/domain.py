@@ -27,6 +27,7 @@ DAY = 24 * 60 * 60
 
 FindingCode = t.Literal[
     "broken_checkpoint",
+    "corrupt_image",
     "full",
     "long_chain",
     "old_snapshot",
@@ -101,6 +102,7 @@ def _of_rest(place: Place, domain: Result, limits: Limits, now: float) -> t.Iter
     for disk in domain["disks"]:
         if "msg" in disk:
             yield Finding("unreadable_disk", f"{disk['target']}: {disk['msg']}")
+        yield from _corrupt_below(disk)
     for one in domain["unfinished"]:
         where = f"{one['image']}: " if one["image"] else ""
         msg = f"{where}{one['what']}. {one['completed_by']}"
@@ -116,6 +118,17 @@ def _of_rest(place: Place, domain: Result, limits: Limits, now: float) -> t.Iter
         msg = f"No checkpoint refers to {'; '.join(named)}. libvirt makes no use of such a bitmap."
         yield Finding("orphan_bitmaps", msg, commands.for_orphans(place, domain))
     yield from _beyond(place, domain, limits, now)
+
+
+def _corrupt_below(disk: Result) -> t.Iterator[Finding]:
+    """Yield which images below the topmost one are marked corrupt; with a topmost one the disk cannot be read."""
+    for image in disk["images"][1:]:
+        if image["corrupt"]:
+            msg = (
+                f"{disk['target']}: {image['path']} is marked corrupt. QEMU reads it nevertheless, but a merge "
+                "into it is refused. Repair it with 'qemu-img check -r all' while no VM uses it, or restore it."
+            )
+            yield Finding("corrupt_image", msg)
 
 
 def _beyond(place: Place, domain: Result, limits: Limits, now: float) -> t.Iterator[Finding]:

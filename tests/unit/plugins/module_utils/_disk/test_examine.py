@@ -269,6 +269,19 @@ def test_a_topmost_image_on_which_no_vm_can_start(chain):
     assert checkpoints(result)["monday"][:2] == (None, "incomplete")
 
 
+def test_an_image_further_down_that_is_marked_corrupt_is_warned_of(chain, tmp_path):
+    low, backed_up = str(tmp_path / "low"), examine_chain(chain, follow=True, count=True)
+    qemu.patch(low, 72, struct.pack(">Q", 2))
+    disk = examine_chain(chain, follow=True, count=True)
+    assert subprocess.run(["qemu-io", "-c", "read 0 512", chain], check=False, capture_output=True).returncode == 0
+    assert (disk.problem, disk.as_result()["checkpoints"]) == (None, backed_up.as_result()["checkpoints"])
+    (warning,) = disk.warnings
+    assert f"{low}: is below {chain} and marked corrupt" in warning
+    # The way out that is told.
+    qemu.qemu_img("check", "-q", "-r", "all", low)
+    assert examine_chain(chain, follow=True, count=True).warnings == ()
+
+
 def test_below_a_format_that_is_not_looked_into_anything_may_be(tmp_path):
     base = tmp_path / "base"
     qemu.qemu_img("create", "-q", "-f", "vmdk", str(base), "10M")

@@ -21,7 +21,7 @@ NOW = 1_800_000_000
 ENDED = "2026-01-31T12:00:00Z"
 
 
-def image(path, bitmaps="", snapshot=None, *, days=1, in_use=False):
+def image(path, bitmaps="", snapshot=None, *, days=1, in_use=False, corrupt=False):
     """Return an image with bitmaps; "one! two0 three" are a broken one, a disabled one and a good one."""
     return {
         "path": path,
@@ -29,6 +29,7 @@ def image(path, bitmaps="", snapshot=None, *, days=1, in_use=False):
         "virtual_size": 1 << 30,
         "actual_size": 1 << 20,
         "in_use": in_use,
+        "corrupt": corrupt,
         "modified": NOW - days * DAY,
         "snapshot": snapshot,
         "bitmaps": [
@@ -200,6 +201,17 @@ def test_a_checkpoint_is_not_forgotten_while_an_image_could_not_be_read():
 def test_a_bitmap_is_called_as_its_disk_says():
     told = domain(image("/b"), image("/a", "own"), checkpoints=[checkpoint(problem="not_in_top", vda="own")])
     assert found(told)["broken_checkpoint"] == HEALED
+
+
+def test_an_image_further_down_that_is_marked_corrupt():
+    images = [image("/c"), image("/b"), image("/a", corrupt=True)]
+    judgement = judged(domain(*images))
+    (finding,) = judgement["findings"]
+    assert (judgement["health"], finding["code"]) == ("attention", "corrupt_image")
+    assert "vda: /a is marked corrupt" in finding["msg"]
+    assert "qemu-img check" in finding["msg"]
+    # Of the topmost one domain_info tells that the disk cannot be read.
+    assert found(domain(image("/a", corrupt=True))) == {}
 
 
 def test_orphans_are_removed_from_all_disks_at_once():
