@@ -46,7 +46,8 @@ notes:
     nothing is told about the checkpoints of this domain.
   - Of a domain that runs, the disks are those that it runs with. The next start may use others.
   - Whether a checkpoint of a domain that is shut off is valid is told by the images, as M(kvmfleet.qcow2.qcow2_info)
-    does. If the definition states another backing chain than the images record, nothing can be told.
+    does. If the definition states another backing chain than the images record, or QEMU would not find an external
+    data file, since it is recorded without its folder, nothing can be told.
   - The chain of a disk on the network is not read.
   - Times are in seconds since 1970.
 seealso:
@@ -220,7 +221,7 @@ domains:
               type: bool
               sample: false
             corrupt:
-              description: Whether QEMU has marked it corrupt.
+              description: Whether QEMU has marked it corrupt. Of an image below the topmost one that is a warning.
               type: bool
               sample: false
             dirty:

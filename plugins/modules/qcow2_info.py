@@ -203,7 +203,7 @@ disks:
           type: bool
           sample: false
         corrupt:
-          description: Whether QEMU has marked it corrupt.
+          description: Whether QEMU has marked it corrupt. Of an image below the topmost one that is a warning.
           type: bool
           sample: false
         dirty:
