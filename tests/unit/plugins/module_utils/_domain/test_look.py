@@ -134,7 +134,7 @@ def test_a_data_file_that_qemu_would_not_find_allows_no_increment(define, tmp_pa
     path = base = qemu.create(tmp_path / "base.qcow2", "1M", "-o", f"data_file={tmp_path}/data")
     if depth:
         path = qemu.create(tmp_path / "top.qcow2", "1M", "-b", base, "-F", "qcow2")
-    for one in {base, path}:
+    for one in dict.fromkeys((base, path)):
         qemu.add_bitmaps(one, [Bitmap("one", 65536, recording=True, inconsistent=False)])
     qemu.qemu_img("amend", "-f", "qcow2", "-o", "data_file=data", base)
     define("web", element("vda", path), checkpoint="one")
