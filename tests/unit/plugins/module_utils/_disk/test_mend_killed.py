@@ -251,7 +251,7 @@ def test_what_is_removed_after_all_was_written_is_not_put_back(case):
 
 
 @pytest.mark.parametrize(
-    ("wish", "is_back"), [({"names": ("monday",)}, True), ({"known": ("monday",)}, True), ({}, False)]
+    ("wish", "is_back"), [({"names": ("monday",)}, True), ({"created": (("monday", 0),)}, True), ({}, False)]
 )
 def test_a_bitmap_that_is_counted_on_is_lost_though_a_newer_one_is_in_order(tmp_path, wish, is_back):
     """QEMU was killed as it opened the image, and then a backup has made a checkpoint."""
@@ -264,7 +264,9 @@ def test_a_bitmap_that_is_counted_on_is_lost_though_a_newer_one_is_in_order(tmp_
     assert not is_back or not changed_bits(then, content(path)) & ~bits_of([path], "monday")
 
 
-@pytest.mark.parametrize("wish", [{"state": "absent"}, {"names": (), "removed": ("monday",), "known": ("monday",)}])
+@pytest.mark.parametrize(
+    "wish", [{"state": "absent"}, {"names": (), "removed": ("monday",), "created": (("monday", 0),)}]
+)
 def test_a_bitmap_that_is_counted_on_can_be_removed(tmp_path, wish):
     path = lost_to_a_kill(tmp_path)
     qemu.add_bitmaps(path, [WEDNESDAY])
