@@ -29,6 +29,7 @@ class RevertRequest(t.NamedTuple):
     backing_format: str = "qcow2"
     vm: str | None = None
     retire: How = KEEP
+    puts_on_base: bool = False  # whether the VM is put on BASE, and is going to write to it
 
 
 class Going(t.NamedTuple):
@@ -152,7 +153,7 @@ def decide(request: RevertRequest, seen: Observed) -> RevertVerdict:
     if seen.going:
         problems += [in_use(request.backing_file)] if seen.base_is_open else []
         problems += _base_problems(request, seen.base)
-        problems += _others_problems(request, seen) if request.vm is not None else []
+        problems += _others_problems(request, seen) if request.puts_on_base else []
     for one in seen.going:
         problems += _going_problems(one)
     return verdict.failed(*problems) if problems else verdict
@@ -175,9 +176,6 @@ def _promise(request: RevertRequest, seen: Observed) -> RevertVerdict:
 
 def _warnings(request: RevertRequest, seen: Observed) -> t.Iterator[str]:
     """Yield what going back means for the backups."""
-    if request.vm is None:
-        for other in seen.others:
-            yield f"{request.backing_file}: {other} stands on it, too. What a VM writes there breaks it."
     top, base = seen.going[0].layer.image, seen.base
     below = {bitmap.name for bitmap in base.image.bitmaps} if base and base.image else set()
     lost = [b for b in (top.bitmaps if top else ()) if carries_over(b) and b.name not in below]

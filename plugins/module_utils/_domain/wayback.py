@@ -231,7 +231,9 @@ def _revert_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark)
         left = _left_by_revert(facts, request, mark)
         if not left:
             return None
-        finish = RevertRequest(left[0], facts.disk.source or "", facts.disk.format, domain.uuid, retire)
+        finish = RevertRequest(
+            left[0], facts.disk.source or "", facts.disk.format, domain.uuid, retire, puts_on_base=True
+        )
         problems = [problem for path in left for problem in taken_over(domain, facts, path, mark)]
         return DiskPlan(mark.target, finish, None, tuple(problems))
     back = RevertRequest(
@@ -240,6 +242,7 @@ def _revert_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark)
         backing_format=found.below.format or found.below.format_found,
         vm=domain.uuid,
         retire=retire,
+        puts_on_base=True,
     )
     return DiskPlan(mark.target, back, _source(found.below), tuple(_chain_problems(domain, facts, found, mark)))
 
