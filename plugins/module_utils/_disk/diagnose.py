@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import os
-import re
 import typing as t
 
 from .._base.errors import Refusal
@@ -24,12 +23,11 @@ from .cumulative import MAX_UNITED, memory_image, uniting_cost
 from .examine import MAX_COUNTED_BITS
 from .heal import Plan, Standing, Want
 from .observe import observe_chain, why_not_opened, why_not_writable
+from .retire import is_kept
 from .session import Held
 from .siblings import all_standing_on
 from .unfinished import COMMIT, healing_vault, why_in_the_way
 from .vault import MAX_NAME, Vault, find_vault, open_vault, read_vault, why_no_vault
-
-_KEPT = re.compile(r"\.(committed|reverted)(\.[0-9]+)?$")  # the name of an image that no VM needs any more
 
 Bits = dict[str, DirtyBits]  # by the name of the bitmap
 
@@ -205,7 +203,7 @@ def with_others(patients: t.Sequence[Patient], known: t.Mapping[str, str]) -> li
     ours = {one.layer.identity for one in patients}
     folders = dict.fromkeys(os.path.dirname(one.layer.real_path) for one in patients if not one.layer.is_device)
     standing = all_standing_on(ours, folders, ours)
-    there = [[path for path in standing[one.layer.identity] if not _KEPT.search(path)] for one in patients]
+    there = [[path for path in standing[one.layer.identity] if not is_kept(path)] for one in patients]
     named = [[known[one.layer.real_path]] if one.layer.real_path in known else [] for one in patients]
     return [one.standing._replace(others=(*paths, *names)) for one, paths, names in zip(patients, there, named)]
 
