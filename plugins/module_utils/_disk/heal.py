@@ -390,4 +390,23 @@ def _unsafe(plan: Plan, chain: t.Sequence[Standing], request: HealRequest) -> di
                 f"{wrong!r} would look valid, and is not"
             )
             unsafe[place] = Refusal("closes_gap", chain[place].path, why, "Heal that one too, or remove it first.")
-    return unsafe
+    return {**unsafe, **_hiding(plan, chain, request)}
+
+
+def _hiding(plan: Plan, chain: t.Sequence[Standing], request: HealRequest) -> dict[int, Refusal]:
+    """Return the images that tell why a bitmap above them is not valid, and would not any more once they are written.
+
+    That they have lost their own bitmaps is told by their header, which QEMU writes anew.
+    """
+    told = judge_all(
+        _layers(chain, [_as_it_is(image) for image in chain], ()), complete=True, created=dict(request.created)
+    )
+    hidden = {one.name for one in told if one.problem == LOST} & {one.name for one in plan.checkpoints if one.valid}
+    why = (
+        f"has lost its bitmaps, perhaps {', '.join(map(repr, sorted(hidden)))}, too, which nothing would tell any more"
+    )
+    return {
+        place: Refusal("closes_gap", chain[place].path, why, "Remove that one first, and make a full backup.")
+        for place in plan.written
+        if hidden and place > 0 and chain[place].lost_bitmaps and not chain[place].put_back
+    }

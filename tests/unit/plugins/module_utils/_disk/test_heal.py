@@ -225,3 +225,15 @@ def test_nothing_is_rebuilt_from_a_bitmap_that_is_older_than_its_checkpoint():
     assert (found.problem.code, found.image) == ("not_healable", "/1")
     assert "its own is another one's" in found.problem.why
     assert decide(ASKED._replace(created=(("x", 10_000),)), chain).written == (0,)
+
+
+def test_no_image_is_written_that_alone_tells_why_a_bitmap_above_it_is_not_valid():
+    """It has lost its bitmaps: y of the topmost one can have begun there."""
+    chain = standing("glg")
+    own = Standing("/0", 1024, {**bitmap("g"), **bitmap("g", "y")})
+    plan = decide(ASKED, [own, *chain[1:]])
+    assert [one.problem.code for one in plan.found] == ["closes_gap"]
+    assert plan.written == ()
+    plan = decide(ASKED._replace(removed=("y",)), [own, *chain[1:]])
+    assert (plan.written, [one.problem for one in plan.found]) == ((0, 1), [None, None, None])
+    assert {one.name for one in plan.checkpoints if one.valid} == {"x"}
