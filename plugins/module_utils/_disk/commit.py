@@ -264,7 +264,25 @@ def problems_of(seen: Seen, stage: Stage, request: CommitRequest, outcome: Outco
             problems.append(closes_gap(seen.above.path, shown))
     if seen.top.version == 2 and not request.accept_lost_bitmaps:
         problems += _lost_by_version(seen)
+    if seen.vault is None:  # or else a killed run of ours has lost them, and the vault has them
+        above = seen.above.image.bitmaps if seen.above is not None and seen.above.image is not None else ()
+        problems += lost_before(seen, [*outcome.usable, *filter(carries_over, above)])
     return problems + _name_problems(seen, outcome)
+
+
+def lost_before(seen: Seen, bitmaps: t.Sequence[Bitmap]) -> list[Refusal]:
+    """Return that an image has lost its bitmaps, and so perhaps the beginning of these, which the merge would hide."""
+    image = next((layer for layer in seen.chain[1 : seen.depth + 1] if layer.image and layer.image.lost_bitmaps), None)
+    in_base = named(seen.base.image)
+    hidden = list({bitmap.name: bitmap for bitmap in bitmaps if bitmap.name not in in_base}.values())
+    if image is None or not hidden:
+        return []
+    why = f"has lost its bitmaps, perhaps {names_of(hidden)}, too, which would look valid after the merge, and not be"
+    remedy = (
+        "Remove these from the images above (kvmfleet.qcow2.domain_checkpoint with unusable=remove, without libvirt "
+        "kvmfleet.qcow2.qcow2_bitmap with state=absent), and make a full backup with a new checkpoint."
+    )
+    return [Refusal("lost_bitmaps", image.path, why, remedy)]
 
 
 def closes_gap(above: str, bitmaps: t.Sequence[Bitmap]) -> Refusal:

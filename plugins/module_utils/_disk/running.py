@@ -384,6 +384,7 @@ def _problems(request: CommitRequest, seen: Seen, known: Known, held: Held) -> t
         yield Refusal(
             "lost_bitmaps", request.backing_file, why, "Delete these checkpoints first, if no backup needs them."
         )
+    yield from commit.lost_before(seen, bitmaps_of(known.usable, seen.chain))
     if seen.above is not None:
         # QEMU may be writing to the image above: then what is stored of its bitmaps is that they are in use.
         above = {bitmap.name: bitmap for bitmap in bitmaps_of(named(seen.above.image), [seen.above])}

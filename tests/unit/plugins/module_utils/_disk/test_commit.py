@@ -512,3 +512,18 @@ def test_a_vault_of_a_stranger_is_not_trusted(chain, monkeypatch):
     told = commits.refusal(chain.top, chain.base)
     assert (told.code, told.subject) == ("unfinished", vault)
     assert "belongs to another user" in told.why
+
+
+def test_what_an_image_has_lost_must_not_come_to_look_valid(chain):
+    """The bitmap of TOP may have begun there: after the merge nothing would tell that it lacks what changed before."""
+    qemu.patch(chain.base, 88, struct.pack(">Q", 0))  # autoclear bit 0
+    refused(chain, "lost_bitmaps", chain.base, "perhaps 'x', too")
+    qemu.qemu_img("bitmap", "--remove", "-f", "qcow2", chain.top, "x")
+    qemu.qemu_img("bitmap", "--remove", "-f", "qcow2", chain.middle, "x")
+    assert commits.merged(chain.top, chain.base)["state"] == "committed"
+
+
+def test_what_an_image_between_has_lost_is_what_it_holds_where_base_has_it(chain):
+    qemu.patch(chain.middle, 88, struct.pack(">Q", 0))
+    done = commits.merged(chain.top, chain.base)
+    assert (done["state"], [one["name"] for one in done["bitmaps"]]) == ("committed", ["x"])

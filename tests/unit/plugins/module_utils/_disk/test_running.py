@@ -9,6 +9,7 @@ import os
 import pathlib
 import shutil
 import signal
+import struct
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.attributes import AttributeOptions
@@ -586,6 +587,16 @@ def test_a_bitmap_of_the_image_above_must_not_come_to_look_valid(tmp_path):
 def test_an_image_below_that_can_hold_no_bitmaps(tmp_path):
     base = qemu.create(tmp_path / "base.qcow2", "1M", "-o", "compat=0.10")
     path = overlay(tmp_path / "mon.qcow2", base)
+    assert refused(CommitRequest(path, base, vm="web"), Known(("sunday",))) == ["lost_bitmaps"]
+    assert states(merge([CommitRequest(path, base, vm="web")], Hypervisor())) == ["committed"]
+
+
+def test_an_image_below_that_has_lost_its_bitmaps(tmp_path):
+    """Libvirt goes on with those above, which may have begun there."""
+    base = qemu.create(tmp_path / "base.qcow2", "1M")
+    qemu.add_bitmaps(base, [SUNDAY])
+    path = overlay(tmp_path / "mon.qcow2", base, bitmaps=[SUNDAY])
+    qemu.patch(base, 88, struct.pack(">Q", 0))  # autoclear bit 0
     assert refused(CommitRequest(path, base, vm="web"), Known(("sunday",))) == ["lost_bitmaps"]
     assert states(merge([CommitRequest(path, base, vm="web")], Hypervisor())) == ["committed"]
 
