@@ -40,7 +40,7 @@ BTRFS_NODE = 16384  # bytes, in which it counts what it sets aside for a file's 
 QUOTAS = 30  # of so many nodes, for each disk: more than a run takes, with all that is set aside meanwhile
 ADVICE = re.compile(
     "[Rr]un this again|Make room|[Rr]un with become|Choose|Check the|Create it|make it writable|Mount it|Mount a proc|"
-    "Inspect it|must be readable|remove it|name the image|Name the |Please report|Wait for"
+    "Inspect it|move it away|must be readable|remove it|name the image|Name the |Please report|Wait for"
 )
 # What each call of the module or of QEMU may meet, beside EIO, which any may.
 ERRORS = {
