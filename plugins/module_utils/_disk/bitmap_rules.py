@@ -34,7 +34,6 @@ DIFFERENT_SIZE = "different_size"
 BROKEN = "broken"  # libvirt says so of a running domain, and not which rule
 IN_USE = "in_use"
 INCOMPLETE = "incomplete"
-
 LOST = "lost"
 
 # Why a bitmap that is not valid cannot be made so, beside those.
@@ -84,7 +83,7 @@ class LayerBitmaps(t.NamedTuple):
 
     def is_older_than(self, created: int | None) -> bool:
         """Whether it was last written to before a checkpoint was made: a bitmap is stored when its image is closed."""
-        return bool(created) and self.modified is not None and self.modified + _CLOCKS < t.cast("int", created)
+        return created is not None and self.modified is not None and self.modified + _CLOCKS < created
 
 
 class Checkpoint(t.NamedTuple):

@@ -155,7 +155,7 @@ class MakeOverlays:
             return verdict
         monitor = held.monitor()
         staged = held.stage(spec.target.path, spec.target.folder)
-        remove_signs(staged.file, spec.target.path)  # of an image that had its name and inode before
+        remove_signs(staged.file, spec.target.path)  # of images that had its name before
         witness = _witness(verdict, spec, held)
         _fill(monitor, staged, verdict, spec, witness)
         apply_attributes(staged.file, spec.attributes)

@@ -93,6 +93,13 @@ class Standing(t.NamedTuple):
     fault: Refusal | None = None  # why its bitmaps cannot be written
     others: tuple[str, ...] = ()  # paths of the images on top of it that are not in this chain
 
+    @property
+    def layer(self) -> LayerBitmaps:
+        """What the rules about checkpoints need of it, as it is."""
+        return LayerBitmaps(
+            self.path, self.virtual_size, self.bitmaps, lost_bitmaps=self.lost_bitmaps, modified=self.modified
+        )
+
 
 class Want(t.NamedTuple):
     """A bitmap that an image is to have. An inconsistent one only stays."""
@@ -333,12 +340,9 @@ def _layers(
 ) -> list[LayerBitmaps]:
     """Return what the rules about checkpoints need of a chain that has what is wanted."""
     return [
-        LayerBitmaps(
-            path=image.path,
-            virtual_size=image.virtual_size,
+        image.layer._replace(
             bitmaps={name: want.bitmap for name, want in wants[place].items()},
             lost_bitmaps=0 if place in written or image.put_back else image.lost_bitmaps,
-            modified=image.modified,
         )
         for place, image in enumerate(chain)
     ]

@@ -20,10 +20,11 @@ import typing as t
 
 from .._base.errors import Refusal
 from .._disk import heal
-from .._disk.bitmap_rules import LayerBitmaps, judge
+from .._disk.bitmap_rules import judge
 from .._disk.heal import ABSENT, VALID, HealRequest, Standing
 from .._disk.vault import MARK
 from .._libvirt.connection import KnownCheckpoint
+from .inventory import is_pattern
 
 # Why a checkpoint will never be valid again; everything else that is wrong can be mended.
 UNUSABLE = ("not_healable", "may_be_emptied", "no_checkpoint")
@@ -50,12 +51,11 @@ class CheckpointRequest(t.NamedTuple):
     def unknown(self, known: t.Sequence[KnownCheckpoint]) -> list[str]:
         """Return the names, not patterns, of which libvirt knows no checkpoint."""
         there = {one.name for one in known}
-        exact = [name for name in self._names if not any(character in name for character in "*?[")]
-        return [name for name in exact if name not in there]
+        return [name for name in self._names if not is_pattern(name) and name not in there]
 
     def unmatched(self, known: t.Sequence[KnownCheckpoint]) -> list[str]:
         """Return the patterns that match none of these checkpoints, but for the one that asks for all there are."""
-        patterns = [name for name in self._names if name != "*" and any(character in name for character in "*?[")]
+        patterns = [name for name in self._names if name != "*" and is_pattern(name)]
         return [one for one in patterns if not any(fnmatch.fnmatchcase(other.name, one) for other in known)]
 
     @property
@@ -75,10 +75,7 @@ class DiskChain(t.NamedTuple):
 
     def is_valid(self, bitmap: str, created: int) -> bool:
         """Whether the chain has this bitmap, of a checkpoint that was made then, in order as it is."""
-        layers = [
-            LayerBitmaps(one.path, one.virtual_size, one.bitmaps, lost_bitmaps=one.lost_bitmaps, modified=one.modified)
-            for one in self.images
-        ]
+        layers = [one.layer for one in self.images]
         return bool(layers) and judge(bitmap, layers, created=created).valid is True
 
 

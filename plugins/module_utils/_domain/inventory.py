@@ -81,7 +81,7 @@ class Inventory:
             # A domain can have the name of a pattern, such as "*", which must not hide the others.
             matching = [one for one in sorted(self._domains) if one == name or fnmatch.fnmatchcase(one, name)]
             found.update({match: self._domains[match] for match in matching})
-            if not matching and any(character in name for character in "*?["):
+            if not matching and is_pattern(name):
                 unmatched.append(name)
             elif not matching:
                 why = "libvirt knows no such domain on this host"
@@ -160,10 +160,13 @@ class Inventory:
 
     def _used_by(self, disk: DomainDisk, source: str) -> tuple[set[File], bool]:
         """Return the images of a disk, whatever is wrong with its chain, and whether these are all."""
-        stated = disk.stated_chain.images if disk.stated_chain is not None else ()
         is_stated = disk.stated_chain is not None and disk.stated_chain.is_complete
         chain = self._chain(source, disk.format)
-        files = {_file_at(source), *chain.used, *(_file_at(one.path) for one in stated if os.path.isabs(one.path))}
+        files = {
+            _file_at(source),
+            *chain.used,
+            *map(_file_at, filter(os.path.isabs, (one.path for one in disk.stated_images))),
+        }
         to_read, read = list(chain.further), set[str]()
         is_seen = chain.is_seen
         while to_read:
@@ -202,6 +205,11 @@ class Inventory:
         if (source, image_format) not in self._chains:
             self._chains[source, image_format] = _read(source, image_format)
         return self._chains[source, image_format]
+
+
+def is_pattern(name: str) -> bool:
+    """Whether a name that was asked for can match others."""
+    return any(character in name for character in "*?[")
 
 
 def facts_without_chain(disk: DomainDisk) -> DiskFacts:

@@ -11,7 +11,7 @@ import typing as t
 
 from .._base.errors import Refusal, printable
 from .._base.files import open_image
-from .._disk.examine import ExaminedChain, ExaminedLayer, examine_chain
+from .._disk.examine import ExaminedLayer, examine_chain
 from .._disk.observe import why_not_open
 from .._disk.unfinished import Unfinished, unfinished_work
 from .._disk.verdict import problem_fields
@@ -123,8 +123,8 @@ def _look_at_disk(daemon: Libvirt, domain: Domain, disk: DomainDisk, *, counts: 
     if disk.source is None:
         return DiskLook(disk, unfit, None)
     chain = examine_chain(disk.source, follow=True, count=counts, image_format=disk.format)
-    problem = chain.problem or _start_problem(domain, disk, chain) or _other_file(daemon, domain, disk)
     layers = [one.layer for one in chain.layers]
+    problem = chain.problem or _start_problem(domain, disk, layers) or _other_file(daemon, domain, disk, layers)
     marks = chain.layers[0].image.bitmaps if chain.layers and chain.layers[0].image else ()
     try:
         unfinished = tuple(unfinished_work(layers, marks)) if layers else ()
@@ -133,43 +133,36 @@ def _look_at_disk(daemon: Libvirt, domain: Domain, disk: DomainDisk, *, counts: 
     return DiskLook(disk, unfit, chain, problem, unfinished)
 
 
-def _start_problem(domain: Domain, disk: DomainDisk, chain: ExaminedChain) -> Refusal | None:
+def _start_problem(domain: Domain, disk: DomainDisk, layers: t.Sequence[Layer]) -> Refusal | None:
     """Return why the domain would start with other images than were read, or not at all; what runs has started."""
-    if domain.state is not None or not chain.layers:
+    if domain.state is not None or not layers:
         return None
-    layers = [one.layer for one in chain.layers]
     return next(iter([*stated_problems(domain.name, disk, layers), *_relative_data_files(disk, layers)]), None)
 
 
 def _relative_data_files(disk: DomainDisk, layers: t.Sequence[Layer]) -> t.Iterator[Refusal]:
     """Yield which external data files QEMU looks for elsewhere; not of those that the definition states."""
-    images = disk.stated_chain.images if disk.stated_chain is not None else ()
-    stated = [disk.data_file, *(image.data_file for image in images)]
+    stated = [disk.data_file, *(image.data_file for image in disk.stated_images)]
     for layer, data_file in itertools.zip_longest(layers, stated[: len(layers)]):
         relative = relative_data_file(layer.path, layer.image) if layer.image is not None else None
         if relative is not None and data_file is None:
             yield relative
 
 
-def _other_file(daemon: Libvirt, domain: Domain, disk: DomainDisk) -> Refusal | None:
+def _other_file(daemon: Libvirt, domain: Domain, disk: DomainDisk, layers: t.Sequence[Layer]) -> Refusal | None:
     """Return that a domain which runs has other files open; in another state, as of a migration, it may have none."""
     if domain.state != "running" or disk.source is None or disk.why_unfit is not None:
         return None
     try:
-        if _why_not_open(disk.source, disk.format) is None:
+        if why_not_open(layers, is_written=True) is None:
             return None
         # It may have been shut off since it was asked for, or a merge may just have ended.
         check_still_runs(daemon, domain)
-        return _why_not_open(disk.source, disk.format)
+        with open_image(disk.source) as file:
+            layers = [layer for layer, _file in walk_chain(file, disk.format)]
+        return why_not_open(layers, is_written=True)
     except Refusal:
         return None
-
-
-def _why_not_open(source: str, image_format: str) -> Refusal | None:
-    """Return which image of a disk is not the one that QEMU has open."""
-    with open_image(source) as file:
-        layers = [layer for layer, _file in walk_chain(file, image_format)]
-    return why_not_open(layers, is_written=True)
 
 
 def _disk_as_result(one: DiskLook, uuid: str) -> dict[str, t.Any]:

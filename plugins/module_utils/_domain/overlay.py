@@ -192,8 +192,7 @@ def _own_disks_with(domain: Domain, target: str, real_path: str) -> list[str]:
 
 def _named_by(disk: DomainDisk) -> list[str]:
     """Return the images that a definition names for a disk."""
-    stated = disk.stated_chain.images if disk.stated_chain is not None else ()
-    return [*([disk.source] if disk.source is not None else []), *(image.path for image in stated)]
+    return [*([disk.source] if disk.source is not None else []), *(image.path for image in disk.stated_images)]
 
 
 def _remembered(kept: Kept) -> set[str]:

@@ -403,10 +403,8 @@ def _identity_of_kept(path: str) -> Identity | None:
 
 def _is_of_disk(path: str, mark: Mark) -> bool:
     """Whether an image is a snapshot of the disk that a mark tells of, whichever."""
-    with contextlib.suppress(Refusal, OSError), open_image(path) as file:
-        found = read_head(file).mark
-        return found is not None and (found.vm, found.target) == (mark.vm, mark.target)
-    return False
+    found = _mark_of(path)
+    return found is not None and (found.vm, found.target) == (mark.vm, mark.target)
 
 
 def signed_leftovers(domain: Domain, facts: DiskFacts, request: WayBack) -> t.Iterator[str]:

@@ -99,6 +99,11 @@ class DomainDisk(t.NamedTuple):
     suspect: str | None = None  # as Place has it
 
     @property
+    def stated_images(self) -> tuple[StatedImage, ...]:
+        """The images that are stated to be below its own."""
+        return self.stated_chain.images if self.stated_chain is not None else ()
+
+    @property
     def can_have_bitmaps(self) -> bool:
         """Whether its images are ones that can be looked at, and whose format can keep bitmaps."""
         return self.source is not None and self.format == "qcow2" and self.why_unfit is None
@@ -175,7 +180,7 @@ class Definition:
     @property
     def paths(self) -> list[str]:
         """The paths of all images that it names, those that it states to be below others included."""
-        stated = (image.path for disk in self.disks if disk.stated_chain for image in disk.stated_chain.images)
+        stated = (image.path for disk in self.disks for image in disk.stated_images)
         return [*self.tops.values(), *stated]
 
     def with_sources(self, sources: t.Mapping[str, Source]) -> Definition:

@@ -244,17 +244,23 @@ def acl(uid):
     return struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
 
 
-@pytest.mark.parametrize("has_own", [False, True])
-def test_the_default_acl_of_the_folder_gives_nobody_access_whom_active_does_not(tmp_path, has_own):
-    active = tmp_path / "active"
+def active_beside(folder, **acls):
+    """Return an image in a folder, with the ACLs of the folder and of the image."""
+    active = folder / "active"
     active.touch()
     active.chmod(0o660)
     try:
-        os.setxattr(tmp_path, "system.posix_acl_default", acl(65534))
+        for name, value in acls.items():
+            os.setxattr(folder if name == "default" else active, f"system.posix_acl_{name}", value)
     except OSError:
         pytest.skip("the file system has no ACLs")
-    if has_own:
-        os.setxattr(active, "system.posix_acl_access", acl(1234))
+    return active
+
+
+@pytest.mark.parametrize("has_own", [False, True])
+def test_the_default_acl_of_the_folder_gives_nobody_access_whom_active_does_not(tmp_path, has_own):
+    own = {"access": acl(1234)} if has_own else {}
+    active = active_beside(tmp_path, default=acl(65534), **own)
     with open_image(str(active)) as image, staged(tmp_path / "a") as one:
         apply_attributes(one.file, attributes_for(image, AttributeOptions(), one.path))
         names = os.listxattr(one.file.fd)
@@ -268,13 +274,7 @@ def test_the_group_gets_no_more_where_an_acl_is_not_taken_over(tmp_path, monkeyp
     def refuse(*_args):
         raise OSError(errno.ENOTSUP, "Operation not supported")
 
-    active = tmp_path / "active"
-    active.touch()
-    active.chmod(0o660)
-    try:
-        os.setxattr(active, "system.posix_acl_access", acl(1234))
-    except OSError:
-        pytest.skip("the file system has no ACLs")
+    active = active_beside(tmp_path, access=acl(1234))
     monkeypatch.setattr(os, "setxattr", refuse)
     with open_image(str(active)) as image, staged(tmp_path / "a") as one:
         apply_attributes(one.file, attributes_for(image, AttributeOptions(mode=asked), one.path))
