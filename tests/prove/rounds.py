@@ -191,5 +191,8 @@ def prove(about: str, rounds: int, jobs_for: t.Callable[[Crew[L], Choice], list[
         chosen = [job for job in jobs if asked.only is None or fnmatch.fnmatch(job.name, asked.only)]
         # Side by side work best when long and short rounds are mixed.
         random.Random(asked.seed).shuffle(chosen)
-        crew.play(chosen[: asked.at_most], book)
-        return book.close(start)
+        try:
+            crew.play(chosen[: asked.at_most], book)
+        finally:  # also of hours of rounds that are told to end
+            status = book.close(start)
+        return status
