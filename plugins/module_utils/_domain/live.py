@@ -228,7 +228,7 @@ def _left_over(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark) -
     left = left_over(facts, facts.own, request, mark)
     if left is None:
         return None
-    image_format = left.below.format or left.below.format_found
+    image_format = left.below.format_found
     aside = CommitRequest(left.path, left.below.path, image_format, domain.uuid, retire=KEEP, speed=request.speed)
     return DiskPlan(mark.target, aside, None, tuple(taken_over(domain, facts, left.path, mark)))
 

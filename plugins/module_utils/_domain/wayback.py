@@ -206,7 +206,7 @@ def plan_merge(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark, f
     merge = CommitRequest(
         path=found.overlay.path,
         backing_file=found.below.path,
-        backing_format=found.below.format or found.below.format_found,
+        backing_format=found.below.format_found,
         vm=domain.uuid,
         above=above,
         retire=request.retire or DELETE,
@@ -239,7 +239,7 @@ def _revert_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark)
     back = RevertRequest(
         path=facts.layers[0].path,
         backing_file=found.below.path,
-        backing_format=found.below.format or found.below.format_found,
+        backing_format=found.below.format_found,
         vm=domain.uuid,
         retire=retire,
         puts_on_base=True,
@@ -249,7 +249,7 @@ def _revert_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark)
 
 def _source(layer: Layer) -> Source:
     """Return how a definition names an image that becomes the topmost one."""
-    return Source(layer.path, layer.format or layer.format_found, "block" if layer.is_device else "file")
+    return Source(layer.path, layer.format_found, "block" if layer.is_device else "file")
 
 
 def _unstated(facts: DiskFacts) -> Source | None:
@@ -309,7 +309,7 @@ def _half_committed(facts: DiskFacts, request: WayBack, domain: Domain, mark: Ma
             return CommitRequest(
                 path=left,
                 backing_file=base.path if place else facts.disk.source or "",
-                backing_format=(base.format or base.format_found) if place else facts.disk.format,
+                backing_format=base.format_found if place else facts.disk.format,
                 vm=domain.uuid,
                 above=facts.layers[place - 1].path if place else None,
                 retire=request.retire or DELETE,
