@@ -72,6 +72,7 @@ class DiskChain(t.NamedTuple):
     problem: Refusal | None = None  # why nothing can be said of it
     has_vault: bool = False  # that a killed run has left
     others: tuple[tuple[str, str], ...] = ()  # as HealRequest has it
+    holds_none: bool = False  # whether its format holds no bitmaps, as its definition has it
 
     def is_valid(self, bitmap: str, created: int) -> bool:
         """Whether the chain has this bitmap, of a checkpoint that was made then, in order as it is."""
@@ -117,6 +118,12 @@ def without_disks(domain: str, name: str) -> Refusal:
     return Refusal("no_checkpoint", domain, why, "Make a full backup with a new checkpoint.")
 
 
+def holds_no_bitmaps(disk: DiskChain, name: str) -> Refusal:
+    """Return the refusal of a checkpoint of a disk that has another format since."""
+    why = f"its format in the definition of the domain holds no bitmaps, so checkpoint {name!r} is never valid again"
+    return Refusal("no_checkpoint", disk.path, why, "Make a full backup with a new checkpoint.")
+
+
 def decide(
     domain: tuple[str, str],
     request: CheckpointRequest,
@@ -154,9 +161,11 @@ class _Draft:
             if not self._asked[name]:
                 self._give_up(name, without_disks(self._name, name))
         for name, bitmaps in self._asked.items():
-            problem = next((why for target in bitmaps if (why := self._disks[target].problem) is not None), None)
-            if problem is not None:
-                self._leave(name, problem)
+            for disk in (self._disks[target] for target in bitmaps):
+                if disk.holds_none and name in self._healed:
+                    self._give_up(name, holds_no_bitmaps(disk, name))
+                if disk.problem is not None:
+                    self._leave(name, disk.problem)
 
     def _bitmaps(self, checkpoint: KnownCheckpoint) -> dict[str, str]:
         """Return the bitmaps of a checkpoint on the disks that the domain still has."""
@@ -197,7 +206,7 @@ class _Draft:
         """Return what is asked of each disk."""
         requests = {}
         for target, disk in self._disks.items():
-            if disk.problem is not None:
+            if disk.problem is not None or disk.holds_none:
                 continue
             names = [self._asked[name][target] for name in self._healed if target in self._asked[name]]
             removed = [self._asked[name][target] for name in self._removed if target in self._asked[name]]

@@ -145,10 +145,12 @@ class HealCall:
     def _chain(self, facts: DiskFacts, kept: Kept, *, with_all: bool) -> DiskChain:
         """Return a disk with its chain; `with_all`: and with what else stands on its images."""
         disk = facts.disk
-        if disk.source is None or not disk.can_have_bitmaps:
-            why = disk.why_unfit or f"format {disk.format}"
-            refusal = Refusal("disk_unfit", disk.source or disk.target, f"cannot be looked at: {why}", "Make it fit.")
+        if disk.source is None or disk.why_unfit is not None:
+            why = f"cannot be looked at: {disk.why_unfit or 'it has no file'}"
+            refusal = Refusal("disk_unfit", disk.source or disk.target, why, "Make it fit.")
             return DiskChain(disk.target, disk.source or "", problem=refusal)
+        if not disk.can_have_bitmaps:
+            return DiskChain(disk.target, disk.source, holds_none=True)
         others = self._inventory.sharers(facts) if with_all else ()
         with self._look() as held:
             try:

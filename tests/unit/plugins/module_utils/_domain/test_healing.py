@@ -114,6 +114,16 @@ def test_what_goes_is_not_in_the_way_of_what_is_healed():
     assert decision.requests["vda"].names == ("good",)
 
 
+def test_a_checkpoint_of_a_disk_that_is_raw_now_is_never_valid_again_and_can_go():
+    disks = [disk("vda", *WHOLE), disk("vdb", holds_none=True)]
+    decision, states = decided([checkpoint("one")], disks)
+    assert (states, dict(decision.requests), decision.forgotten) == ({"one": "no_checkpoint"}, {}, ())
+    for request in ({"removes_unusable": True}, {"state": "absent"}):
+        decision, states = decided([checkpoint("one")], disks, **request)
+        assert (states, decision.forgotten, decision.problems) == ({"one": "removed"}, ("one",), ())
+        assert {target: one.removed for target, one in decision.requests.items()} == {"vda": ("one",)}
+
+
 def test_a_disk_that_cannot_be_read_spares_its_checkpoints():
     wrong = Refusal("in_use", "/vdb", "is in use")
     disks = [disk("vda", *HOPELESS), disk("vdb", problem=wrong)]

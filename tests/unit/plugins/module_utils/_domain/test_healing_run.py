@@ -214,6 +214,20 @@ def test_a_checkpoint_of_disks_that_are_gone_is_forgotten(fleet):
     assert fleet.checkpoints(domain) == []
 
 
+def test_a_checkpoint_goes_though_one_of_its_disks_is_raw_now(fleet):
+    base(fleet, "a.qcow2", bitmap("one"))
+    base(fleet, "b.qcow2", bitmap("one"))
+    domain = fleet.define("web", "a.qcow2", "b.qcow2", checkpoints=["one"])
+    before, stated, after = domain.XMLDesc(0).rpartition("type='qcow2'")
+    fleet.host.defineXML(f"{before}{stated.replace('qcow2', 'raw')}{after}")
+    raw = hashlib.sha256((fleet.folder / "b.qcow2").read_bytes()).hexdigest()
+    assert states(healed(fleet)) == {"one": "no_checkpoint"}
+    done = healed(fleet, state="absent")
+    assert (done.state, states(done)) == ("removed", {"one": "removed"})
+    assert (fleet.checkpoints(domain), qemu.bitmaps_of(fleet.path("a.qcow2"))) == ([], set())
+    assert hashlib.sha256((fleet.folder / "b.qcow2").read_bytes()).hexdigest() == raw
+
+
 def test_a_template_keeps_its_bitmaps_wherever_its_other_clones_are(fleet, tmp_path_factory):
     base(fleet, "template.qcow2", bitmap("one"), bitmap("its"))
     top(fleet, "web.qcow2", "template.qcow2", bitmap("one"))
