@@ -14,8 +14,9 @@ An incremental backup since a bitmap is possible if
 3) all of them are recording,
 4) none is inconsistent (libvirt, "Incremental backup internals", Integration with backups),
 5) all these images have one virtual size, since QEMU cannot merge bitmaps of different sizes, as the backup does, and
-6) no image below them has lost its bitmaps since the checkpoint was made: it can have had the one that this one goes on
-   with, and what changed there is told nowhere any more. QEMU and libvirt do not look.
+6) no image below them has lost the bitmap that this one goes on with: what changed there is told nowhere any more. QEMU
+   and libvirt do not look. Which bitmaps an image has lost their old directory tells. Where it is gone, all count, and
+   so does one of a name that was used before, unless the image is older than the checkpoint.
 """
 
 from __future__ import annotations
@@ -79,11 +80,18 @@ class LayerBitmaps(t.NamedTuple):
     bitmaps: t.Mapping[str, Bitmap]  # by name
     is_open_for_writing: bool = False  # so what is stored tells nothing about its bitmaps
     lost_bitmaps: int = 0  # made worthless by a program that does not know them
+    lost_names: frozenset[str] | None = None  # of these; None if that cannot be told
     modified: int | None = None  # seconds since 1970, of the last write; None if that cannot be told
 
     def is_older_than(self, created: int | None) -> bool:
         """Whether it was last written to before a checkpoint was made: a bitmap is stored when its image is closed."""
         return created is not None and self.modified is not None and self.modified + _CLOCKS < created
+
+    def may_have_lost(self, name: str, created: int | None = None) -> bool:
+        """Whether the bitmap of a checkpoint, which was made then, may be one that this image has lost."""
+        if not self.lost_bitmaps or name in self.bitmaps or self.is_older_than(created):
+            return False
+        return self.lost_names is None or name in self.lost_names
 
 
 class Checkpoint(t.NamedTuple):
@@ -140,7 +148,7 @@ def judge(
             if fault is not None:
                 return fault
             above = layer
-    lost = _lost_below(name, chain, created)
+    lost = lost_below(name, chain, created)
     if lost is not None:  # rule 6
         return Checkpoint(name, False, LOST, lost.path, f"{_LOST.format(lost.path)} {way_out}")
     if unknown is not None:
@@ -150,11 +158,11 @@ def judge(
     return Checkpoint(name, True)
 
 
-def _lost_below(name: str, chain: t.Sequence[LayerBitmaps], created: int | None) -> LayerBitmaps | None:
-    """Return the image below all that have, or can have, the bitmap which may have lost it."""
+def lost_below(name: str, chain: t.Sequence[LayerBitmaps], created: int | None) -> LayerBitmaps | None:
+    """Return the image that may have lost the bitmap, below all that have it, or can have it."""
     places = [place for place, one in enumerate(chain) if name in one.bitmaps or one.is_open_for_writing]
-    below = chain[places[-1] + 1 :] if places else ()
-    return next((one for one in below if one.lost_bitmaps and not one.is_older_than(created)), None)
+    below = chain[max(places, default=-1) + 1 :]
+    return next((one for one in below if one.may_have_lost(name, created)), None)
 
 
 def why_not_provable(
@@ -179,7 +187,7 @@ def why_not_provable(
     other = next((one for one in chain[places[-1] :: -1] if one.virtual_size != lowest.virtual_size), None)
     if other is not None:
         return DIFFERENT_SIZE, other
-    lost = _lost_below(name, chain, created)
+    lost = lost_below(name, chain, created)
     if lost is not None:
         return LOST, lost
     return (EMPTIED, lowest) if lowest.bitmaps[name].inconsistent else None
@@ -202,7 +210,7 @@ def _way_out(name: str, chain: t.Sequence[LayerBitmaps], complete: bool, created
 def _without(name: str, problem: str, missing: LayerBitmaps, below: LayerBitmaps | None, way_out: str) -> Checkpoint:
     """Return that an image lacks the bitmap, while one below has it, or none."""
     has = f", while {below.path} below has it" if below is not None else ""
-    if missing.lost_bitmaps:
+    if missing.may_have_lost(name):
         cause = "A program that does not know bitmaps has written to this image and made its bitmaps worthless. "
     elif below is None:
         cause = (

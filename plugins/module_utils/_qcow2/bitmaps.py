@@ -54,6 +54,7 @@ class StoredBitmaps(t.NamedTuple):
     bitmaps: tuple[Bitmap, ...] = ()  # in the order of the directory
     tables: tuple[BitmapTable, ...] = ()  # in the same order
     lost: int = 0  # bitmaps that a program which does not know them has made worthless (autoclear bit 0)
+    lost_names: frozenset[str] | None = None  # of these; None if that cannot be told
 
 
 class BitmapsExtension(t.NamedTuple):
@@ -70,8 +71,15 @@ def parse_bitmaps_extension(data: bytes, header: Header, path: str) -> BitmapsEx
     if len(data) != BITMAPS_EXTENSION.size:
         raise damaged(path, f"its bitmaps extension is {len(data)} bytes long instead of 24")
     count, reserved, size, offset = BITMAPS_EXTENSION.unpack(data)
-    if not header.autoclear & AUTOCLEAR_BITMAPS:
-        return BitmapsExtension(False, count, size, offset)
+    extension = BitmapsExtension(bool(header.autoclear & AUTOCLEAR_BITMAPS), count, size, offset)
+    if extension.is_trusted:
+        _check_extension(extension, reserved, header, path)
+    return extension
+
+
+def _check_extension(extension: BitmapsExtension, reserved: int, header: Header, path: str) -> None:
+    """Refuse what QEMU too refuses about an extension that counts."""
+    _is_trusted, count, size, offset = extension
     if reserved or not 1 <= count <= MAX_BITMAPS:
         raise _damaged(header, path, f"its bitmaps extension announces {count} bitmaps; allowed is 1 to {MAX_BITMAPS}")
     if size > MAX_BITMAP_DIRECTORY:
@@ -82,17 +90,30 @@ def parse_bitmaps_extension(data: bytes, header: Header, path: str) -> BitmapsEx
         raise _damaged(
             header, path, f"its bitmap directory lies at offset {offset}, which is not the beginning of a cluster"
         )
-    return BitmapsExtension(True, count, size, offset)
 
 
 def read_bitmaps(file: OpenImage, extension: BitmapsExtension | None, header: Header) -> StoredBitmaps:
     """Return the bitmaps that the header extension announces."""
     if extension is None or header.version == 2:
         return StoredBitmaps()
+    if not extension.is_trusted:
+        return StoredBitmaps(lost=extension.bitmaps, lost_names=_names_lost(file, extension, header))
+    return _read_directory(file, extension, header)
+
+
+def _names_lost(file: OpenImage, extension: BitmapsExtension, header: Header) -> frozenset[str] | None:
+    """Return the names of bitmaps that are worthless now; None if their directory does not stand there any more."""
+    try:
+        _check_extension(extension, 0, header, file.path)
+        return frozenset(bitmap.name for bitmap in _read_directory(file, extension, header).bitmaps)
+    except Refusal:
+        return None
+
+
+def _read_directory(file: OpenImage, extension: BitmapsExtension, header: Header) -> StoredBitmaps:
+    """Return the bitmaps in the directory; Refusal where QEMU too refuses it."""
     path = file.path
     _is_trusted, count, size, offset = extension
-    if not extension.is_trusted:
-        return StoredBitmaps(lost=count)
     if not count * BITMAP_ENTRY.size < size:
         raise _damaged(
             header, path, f"its bitmap directory of {count} entries has an impossible length of {size} bytes"

@@ -53,6 +53,7 @@ class Image(t.NamedTuple):
     lost_bitmaps: int  # bitmaps that a program which does not know them has made worthless (autoclear bit 0)
     snapshots: int = 0  # internal ones
     mark: Mark | None = None  # of an overlay that this collection has made for a domain
+    lost_names: frozenset[str] | None = None  # of the lost bitmaps; None if that cannot be told
 
 
 def read_image(file: OpenImage, *, with_bitmaps: bool = True) -> Image:
@@ -85,6 +86,7 @@ def read_image(file: OpenImage, *, with_bitmaps: bool = True) -> Image:
         bitmaps=stored.bitmaps,
         bitmap_tables=stored.tables,
         lost_bitmaps=stored.lost,
+        lost_names=stored.lost_names,
         snapshots=header.snapshots,
         mark=extensions.mark,
     )

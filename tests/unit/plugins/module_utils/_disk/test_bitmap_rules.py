@@ -191,3 +191,17 @@ def test_a_bitmap_that_is_older_than_the_checkpoint_of_its_name_is_another_one()
     assert why_not_provable("x", chain, 11_000) is None  # the clocks of host and storage may differ so much
     assert why_not_provable("x", chain) is None
     assert "cannot be made valid" in judge("x", chain, created=50_000).advice
+
+
+def test_only_a_bitmap_that_was_there_is_lost():
+    """What the directory of the lost bitmaps tells counts whenever that was; without it all of them may be lost."""
+    sound = {"x": Bitmap("x", 512, True, False)}
+    for names, problem in (({"x", "y"}, "lost"), ({"y"}, None), (None, "lost")):
+        lost = names if names is None else frozenset(names)
+        base = LayerBitmaps("/base", 1, {}, lost_bitmaps=2, lost_names=lost, modified=60_000)
+        chain = [LayerBitmaps("/top", 1, sound), base]
+        assert judge("x", chain).problem == problem
+        assert judge("x", chain, created=50_000).problem == problem
+        assert why_not_provable("x", chain) == (None if problem is None else ("lost", base))
+        advice = judge("x", chain[::-1]).advice
+        assert ("does not know bitmaps" in advice) == (problem == "lost")

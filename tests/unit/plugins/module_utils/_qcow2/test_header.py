@@ -101,7 +101,39 @@ def test_bitmaps_that_a_program_has_made_worthless_are_not_trusted(image_with_bi
     qemu.patch(image_with_bitmaps, 88, struct.pack(">Q", 0))
     image = qemu.read(image_with_bitmaps)
     assert (image.bitmaps, image.lost_bitmaps) == ((), 5)
+    assert image.lost_names == {f"chk-{i}" for i in range(5)}
     assert qemu.bitmaps_of(image_with_bitmaps) == set()
+
+
+@pytest.mark.parametrize("fault", ["overwritten", "outside", "too long", "within a cluster"])
+def test_which_bitmaps_were_lost_cannot_be_told_without_their_directory(image_with_bitmaps, fault):
+    """Nothing of it is an error, as QEMU does not look at it any more."""
+    offset, length = qemu.directory_of(image_with_bitmaps)
+    if fault == "overwritten":
+        qemu.patch(image_with_bitmaps, offset, bytes(length))
+    with open(image_with_bitmaps, "rb") as file:
+        place = file.read(4096).index(struct.pack(">II", 0x23852875, 24)) + 16
+    if fault == "outside":
+        qemu.patch(image_with_bitmaps, place + 8, struct.pack(">Q", (1 << 64) - 65536))
+    if fault == "within a cluster":
+        with open(image_with_bitmaps, "rb") as file:
+            file.seek(offset)
+            moved = file.read(length)
+        qemu.patch(image_with_bitmaps, offset + 512, moved)
+        qemu.patch(image_with_bitmaps, place + 8, struct.pack(">Q", offset + 512))
+    if fault == "too long":
+        qemu.patch(image_with_bitmaps, place, struct.pack(">Q", 1 << 40))
+    qemu.patch(image_with_bitmaps, 88, struct.pack(">Q", 0))
+    image = qemu.read(image_with_bitmaps)
+    assert (image.bitmaps, image.lost_bitmaps, image.lost_names) == ((), 5, None)
+
+
+def test_the_repair_of_qemu_has_an_image_forget_what_it_has_lost(image_with_bitmaps):
+    """As the advice says."""
+    qemu.patch(image_with_bitmaps, 88, struct.pack(">Q", 0))
+    qemu.qemu_img("check", "-q", "-r", "all", image_with_bitmaps)
+    image = qemu.read(image_with_bitmaps)
+    assert (image.bitmaps, image.lost_bitmaps, image.lost_names) == ((), 0, None)
 
 
 def test_an_image_that_was_not_closed_is_dirty(tmp_path):
