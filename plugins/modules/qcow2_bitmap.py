@@ -45,7 +45,7 @@ options:
         inconsistent in overlays is rebuilt in them, in the granularity of the image below. Above the lowest such
         overlay it is rebuilt in all, since there it may be a later one of the same name.
       - A bitmap cannot be made valid that is disabled, that is inconsistent in the lowest image with it, or that no
-        image has; nor one whose images have different sizes, or below which an image has lost its bitmaps.
+        image has; nor one whose images have different sizes, or below which an image has lost the bitmap.
       - V(absent) means that no image of the chain has the bitmaps. They are removed from the top downwards. An image
         that others stand on, such as a template, is never written to. If it has a bitmap of O(names), that one fails.
       - The bitmaps that are not asked for stay as they are.

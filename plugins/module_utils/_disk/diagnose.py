@@ -101,6 +101,7 @@ def _look(layer: Layer, top: Layer, held: Held, missed: t.AbstractSet[str]) -> P
         bitmaps={**named, **restored},
         put_back=put_back,
         lost_bitmaps=image.lost_bitmaps,
+        lost_names=image.lost_names,
         modified=None if file.is_device else int(file.status().st_mtime),
         fault=fault,
     )

@@ -89,6 +89,7 @@ class Standing(t.NamedTuple):
     bitmaps: Named  # those that are put back are told as the vault has them
     put_back: frozenset[str] = frozenset()  # that a killed run has lost, and that its vault has
     lost_bitmaps: int = 0
+    lost_names: frozenset[str] | None = None  # of these; None if that cannot be told
     modified: int | None = None  # seconds since 1970, of the last write; None if that cannot be told
     fault: Refusal | None = None  # why its bitmaps cannot be written
     others: tuple[str, ...] = ()  # paths of the images on top of it that are not in this chain
@@ -97,7 +98,12 @@ class Standing(t.NamedTuple):
     def layer(self) -> LayerBitmaps:
         """What the rules about checkpoints need of it, as it is."""
         return LayerBitmaps(
-            self.path, self.virtual_size, self.bitmaps, lost_bitmaps=self.lost_bitmaps, modified=self.modified
+            path=self.path,
+            virtual_size=self.virtual_size,
+            bitmaps=self.bitmaps,
+            lost_bitmaps=self.lost_bitmaps,
+            lost_names=self.lost_names,
+            modified=self.modified,
         )
 
 
@@ -342,7 +348,7 @@ def _layers(
     return [
         image.layer._replace(
             bitmaps={name: want.bitmap for name, want in wants[place].items()},
-            lost_bitmaps=0 if place in written or image.put_back else image.lost_bitmaps,
+            lost_bitmaps=0 if place in written else image.lost_bitmaps,
         )
         for place, image in enumerate(chain)
     ]
@@ -402,15 +408,15 @@ def _hiding(plan: Plan, chain: t.Sequence[Standing], request: HealRequest) -> di
 
     That they have lost their own bitmaps is told by their header, which QEMU writes anew.
     """
-    told = judge_all(
-        _layers(chain, [_as_it_is(image) for image in chain], ()), complete=True, created=dict(request.created)
-    )
+    created = dict(request.created)
+    told = judge_all(_layers(chain, [_as_it_is(image) for image in chain], ()), complete=True, created=created)
     hidden = {one.name for one in told if one.problem == LOST} & {one.name for one in plan.checkpoints if one.valid}
-    why = (
-        f"has lost its bitmaps, perhaps {', '.join(map(repr, sorted(hidden)))}, too, which nothing would tell any more"
-    )
-    return {
-        place: Refusal("closes_gap", chain[place].path, why, "Remove that one first, and make a full backup.")
-        for place in plan.written
-        if hidden and place > 0 and chain[place].lost_bitmaps and not chain[place].put_back
-    }
+    unsafe = {}
+    for place in (place for place in plan.written if place > 0):
+        # What its vault has is put back; of what else it has lost the vault tells nothing.
+        lost = [name for name in sorted(hidden) if chain[place].layer.may_have_lost(name, created.get(name))]
+        if lost:
+            why = f"has lost its bitmaps, perhaps {', '.join(map(repr, lost))}, too, which nothing would tell any more"
+            remedy = "Remove that one first, and make a full backup."
+            unsafe[place] = Refusal("closes_gap", chain[place].path, why, remedy)
+    return unsafe

@@ -212,11 +212,34 @@ def test_no_kill_in_any_step_leaves_what_looks_valid_and_is_not(request_for):
     assert written > 500
 
 
-def test_what_was_lost_is_back_where_it_is_put_back():
-    """Of an image with a vault all that it had is known, so nothing else was lost there."""
-    chain = standing("gl", put_back={1: frozenset("y")})
-    assert [one.problem for one in decide(ASKED, chain).found] == [None]
-    assert [one.problem.code for one in decide(ASKED, standing("gl")).found] == ["not_healable"]
+def with_vault(lost_names):
+    """Return an image with x on one that has lost bitmaps, of which its vault has only y."""
+    top, base = standing("gl", put_back={1: frozenset("y")}, lost_names={1: lost_names})
+    return [top, base._replace(bitmaps=bitmap("g", "y"))]
+
+
+def test_a_vault_answers_only_for_what_it_has():
+    asked = HealRequest("/0", ("x", "y"))
+    plan = decide(asked, with_vault(frozenset("y")))
+    assert [one.problem for one in plan.found if one.name == "x"] == [None]
+    assert plan.barred == {}
+    for lost_names in (frozenset("xy"), None):
+        plan = decide(asked, with_vault(lost_names))
+        assert plan.barred[1].code == "closes_gap"  # x would look valid once y is put back
+        assert "perhaps 'x', too" in plan.barred[1].why
+        assert [one.problem.code for one in plan.found if one.name == "x"] == ["not_healable"]
+        assert decide(asked._replace(names=("y",), removed=("x",)), with_vault(lost_names)).barred == {}
+
+
+def test_an_image_that_has_lost_others_is_written():
+    """What hides no loss is barred by nothing."""
+    chain = standing("glg", lost_names={1: frozenset("z")})
+    own = Standing("/0", 1024, {**bitmap("g"), **bitmap("g", "y")})
+    plan = decide(ASKED, [own, *chain[1:]])
+    assert [one.problem for one in plan.found] == [None, None]
+    assert {one.name for one in plan.checkpoints if one.valid} == {"x", "y"}
+    chain = standing("gllg", lost_names={1: frozenset("z"), 2: frozenset("y")})
+    assert set(decide(ASKED, [own, *chain[1:]]).barred) == {2}
 
 
 def test_nothing_is_rebuilt_from_a_bitmap_that_is_older_than_its_checkpoint():

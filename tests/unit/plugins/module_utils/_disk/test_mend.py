@@ -147,6 +147,18 @@ def test_what_is_not_asked_for_stays_broken_and_what_nobody_has_is_told(tmp_path
     assert qemu.bitmaps_of(top) == {("monday", 65536, True, True), ("tuesday", 4096, True, False)}
 
 
+def test_an_image_that_has_lost_others_can_be_written(tmp_path, base):
+    """The bitmap that began above it is not one of those."""
+    middle = str(tmp_path / "middle.qcow2")
+    recording_overlay(middle, base)
+    top = overlay(tmp_path / "top.qcow2", middle)
+    qemu.add_bitmaps(top, [Bitmap("new", 65536, True, False)])
+    lose(middle)
+    assert checkpoints(top) == {"new"}
+    mend(top)
+    assert checkpoints(top) == {"monday", "tuesday", "new"}
+
+
 def test_only_your_word_heals_what_no_image_below_has(tmp_path):
     top = qemu.create(tmp_path / "top.qcow2", SIZE)
     guest_writes(top, random.Random(1))

@@ -399,3 +399,30 @@ def dying_at_the_second(real):
         return real(*args)
 
     return calling
+
+
+def test_what_a_vault_does_not_have_is_lost(tmp_path, monkeypatch):
+    """A bitmap that was made after the kill, and was lost with the others, does not come to look valid again."""
+    base = qemu.create(tmp_path / "base.qcow2", SIZE)
+    qemu.add_bitmaps(base, [MONDAY])
+    middle = overlay(tmp_path / "middle.qcow2", base)
+    qemu.add_bitmaps(middle, [TUESDAY])
+    guest_writes(middle, random.Random(1))
+    with monkeypatch.context() as stopped:
+        stopped.setattr(MendBitmaps, "write", lambda *_arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(MendBitmaps(), [HealRequest(middle)], SETTINGS)
+    assert [name for name in os.listdir(tmp_path) if "healing" in name]
+    qemu.add_bitmaps(middle, [WEDNESDAY])
+    top = overlay(tmp_path / "top.qcow2", middle)
+    qemu.add_bitmaps(top, [WEDNESDAY])
+    assert checkpoints(top) == {"wednesday"}
+    lose(middle)
+    for check_mode in (True, False):
+        outcome = run(MendBitmaps(), [HealRequest(top)], SETTINGS._replace(check_mode=check_mode))
+        assert [one.code for one in outcome.failures] == ["closes_gap"]
+        assert "perhaps 'wednesday', too" in str(outcome.failures[0])
+        assert checkpoints(top) == set()
+    mend(top, state="absent", names=("wednesday",))  # as it advises
+    mend(top)
+    assert checkpoints(top) == {"monday", "tuesday"}
