@@ -17,7 +17,7 @@ from .._qcow2.extents import SUBCLUSTERS
 from .._qcow2.formats import PLAIN
 from .._qcow2.image import Image
 from .._qemu.locks import below_running_vm, in_use
-from .bitmap_rules import bitmap_problems, carries_over, names_of
+from .bitmap_rules import LayerBitmaps, bitmap_problems, carries_over, lost_below, names_of
 from .fates import DISABLED, INCONSISTENT, Fate, Named, fates, fault_below, wrongly_mended
 from .overlay import SkippedBitmap, name_problems
 from .retire import is_kept
@@ -46,6 +46,7 @@ class CommitRequest(t.NamedTuple):
     speed: int = 0  # bytes per second; 0 is no limit
     accept_lost_bitmaps: bool = False
     is_of_vm: bool = False  # whether it is certain that the VM has `path`, so that nothing of it is below already
+    created: tuple[tuple[str, int], ...] = ()  # bitmaps of known checkpoints, and when these were made, s since 1970
 
 
 class Outcome(t.NamedTuple):
@@ -264,25 +265,57 @@ def problems_of(seen: Seen, stage: Stage, request: CommitRequest, outcome: Outco
             problems.append(closes_gap(seen.above.path, shown))
     if seen.top.version == 2 and not request.accept_lost_bitmaps:
         problems += _lost_by_version(seen)
-    if seen.vault is None:  # or else a killed run of ours has lost them, and the vault has them
-        above = seen.above.image.bitmaps if seen.above is not None and seen.above.image is not None else ()
-        problems += lost_before(seen, [*outcome.usable, *filter(carries_over, above)])
-    return problems + _name_problems(seen, outcome)
+    return [*problems, *_lost_problems(seen, stage, request, outcome), *_name_problems(seen, outcome)]
 
 
-def lost_before(seen: Seen, bitmaps: t.Sequence[Bitmap]) -> list[Refusal]:
-    """Return that an image has lost its bitmaps, and so perhaps the beginning of these, which the merge would hide."""
-    image = next((layer for layer in seen.chain[1 : seen.depth + 1] if layer.image and layer.image.lost_bitmaps), None)
-    in_base = named(seen.base.image)
-    hidden = list({bitmap.name: bitmap for bitmap in bitmaps if bitmap.name not in in_base}.values())
-    if image is None or not hidden:
-        return []
-    why = f"has lost its bitmaps, perhaps {names_of(hidden)}, too, which would look valid after the merge, and not be"
-    remedy = (
-        "Remove these from the images above (kvmfleet.qcow2.domain_checkpoint with unusable=remove, without libvirt "
-        "kvmfleet.qcow2.qcow2_bitmap with state=absent), and make a full backup with a new checkpoint."
+def _lost_problems(seen: Seen, stage: Stage, request: CommitRequest, outcome: Outcome) -> list[Refusal]:
+    """Return that the merge would hide a loss. What a killed run of ours has lost is not: its vault has it."""
+    if seen.vault is not None and stage.name in (CARRIED, GIVEN):
+        return []  # TOP alone has all
+    above = seen.above.image.bitmaps if seen.above is not None and seen.above.image is not None else ()
+    kept = {*seen.vault.above, *seen.vault.below} if seen.vault is not None and stage.name == REBUILT else ()
+    bitmaps = [bitmap for bitmap in (*outcome.usable, *filter(carries_over, above)) if bitmap.name not in kept]
+    return lost_before(seen, bitmaps, dict(request.created))
+
+
+def lost_before(seen: Seen, bitmaps: t.Sequence[Bitmap], created: t.Mapping[str, int]) -> list[Refusal]:
+    """Return which images have lost their bitmaps, and so perhaps the beginning of these, which a merge would hide.
+
+    The images that go in are gone then, and the header of BASE is written anew.
+    """
+    part = [_for_rules(layer, seen) for layer in seen.part]
+    if seen.above is None:  # what TOP has lost it does not go on with; what is in memory alone began in it
+        part[0] = part[0]._replace(is_open_for_writing=True)
+    hidden: dict[str, dict[str, Bitmap]] = {}
+    for bitmap in bitmaps:
+        image = lost_below(bitmap.name, part, created.get(bitmap.name))
+        if image is not None:
+            hidden.setdefault(image.path, {})[bitmap.name] = bitmap
+    return [_hides_loss(path, list(lost.values())) for path, lost in hidden.items()]
+
+
+def _for_rules(layer: Layer, seen: Seen) -> LayerBitmaps:
+    """Return what the rules about checkpoints need of an image that takes part."""
+    image = layer.image
+    return LayerBitmaps(
+        path=layer.path,
+        virtual_size=layer.virtual_size,
+        bitmaps=named(image),
+        lost_bitmaps=image.lost_bitmaps if image else 0,
+        lost_names=image.lost_names if image else None,
+        modified=seen.written.get(layer.path),
     )
-    return [Refusal("lost_bitmaps", image.path, why, remedy)]
+
+
+def _hides_loss(path: str, bitmaps: t.Sequence[Bitmap]) -> Refusal:
+    why = f"has lost its bitmaps, perhaps {names_of(bitmaps)}, too, which would look valid after the merge, and not be"
+    remedy = (
+        "Remove these from the images above (kvmfleet.qcow2.domain_checkpoint with unusable=remove, or orphans=remove "
+        "if libvirt has no checkpoint of theirs; without libvirt kvmfleet.qcow2.qcow2_bitmap with state=absent), and "
+        "make a full backup with a new checkpoint. Or, if you know that they did not begin there, 'qemu-img check -r "
+        f"all {path}' has it forget them, with the VM shut off."
+    )
+    return Refusal("lost_bitmaps", path, why, remedy)
 
 
 def closes_gap(above: str, bitmaps: t.Sequence[Bitmap]) -> Refusal:

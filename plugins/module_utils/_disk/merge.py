@@ -264,7 +264,7 @@ def _held_back(
     A kill as QEMU opens TOP takes all its bitmaps away, names included. Of a bitmap that only TOP and the image above
     it have, nothing would tell that the bits of TOP are missing.
     """
-    names = stages.told_by_top_alone(work.seen)
+    names = stages.told_by_top_alone(work.seen, work.stage)
     if request.above is None or not names or not is_to_be_written():  # the last one reads all bits
         yield
         return

@@ -38,7 +38,7 @@ from .revert_rules import Retired
 from .session import Held, Images, failed_by
 from .siblings import standing_on
 from .stages import Seen, named
-from .survey import vault_place
+from .survey import last_written, vault_place
 from .vault import find_vault
 from .verdict import ABSENT, COMMITTED, DELETE, FAILED, KEEP, PRESENT, How, Need
 
@@ -368,6 +368,7 @@ def _see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, held: Hel
         open_for_writing=(),
         below_running=(),
         others=tuple(path for path in standing if not is_kept(path, KEPT_AS)),
+        written=last_written(chain[: depth + 1], held),
     )
 
 
@@ -384,7 +385,7 @@ def _problems(request: CommitRequest, seen: Seen, known: Known, held: Held) -> t
         yield Refusal(
             "lost_bitmaps", request.backing_file, why, "Delete these checkpoints first, if no backup needs them."
         )
-    yield from commit.lost_before(seen, bitmaps_of(known.usable, seen.chain))
+    yield from commit.lost_before(seen, bitmaps_of(known.usable, seen.chain), dict(request.created))
     if seen.above is not None:
         # QEMU may be writing to the image above: then what is stored of its bitmaps is that they are in use.
         above = {bitmap.name: bitmap for bitmap in bitmaps_of(named(seen.above.image), [seen.above])}

@@ -66,6 +66,7 @@ class Seen(t.NamedTuple):
     below_running: tuple[str, ...]  # paths of images that a running VM has as a backing file
     others: tuple[str, ...]  # images that stand on one that takes part, and do not take part
     begun: tuple[str, ...] = ()  # paths of the signs that merges of images that go in were begun while their VM ran
+    written: t.Mapping[str, int] = {}  # when images that take part were last, s since 1970; not those of devices
 
     @property
     def top(self) -> Image:
@@ -109,12 +110,13 @@ class Seen(t.NamedTuple):
         return self.holds_bitmaps and self.top.version == 3
 
 
-def told_by_top_alone(seen: Seen) -> list[str]:
+def told_by_top_alone(seen: Seen, stage: Stage) -> list[str]:
     """Return the bitmaps of the image above that look right to a backup if TOP loses its bitmaps, and are not."""
     if seen.above is None or seen.above.image is None:
         return []
     deeper = {bitmap.name for layer in seen.chain[1:] if layer.image for bitmap in layer.image.bitmaps}
-    tops = {bitmap.name for bitmap in seen.top.bitmaps} | set(seen.vault.above if seen.vault else ())
+    kept = seen.vault.above if seen.vault is not None and not stage.stale_vault else ()
+    tops = {*(bitmap.name for bitmap in seen.top.bitmaps), *kept}
     return [b.name for b in seen.above.image.bitmaps if carries_over(b) and b.name in tops - deeper]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import typing as t
 
 from .._base.errors import Refusal
 from .._base.files import OpenImage, open_image
@@ -109,7 +110,14 @@ def see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, above: Lay
         below_running=tuple(file.path for file in files if locks.is_locked_by_qemu(file, locks.WRITE_UNSHARED)),
         others=tuple(path for layer in part for path in standing[layer.identity] if not _has_gone_in(path, vault)),
         begun=tuple(filter(None, map(find_sign, files[:-1]))),
+        written=last_written(part, held),
     )
+
+
+def last_written(layers: t.Sequence[Layer], held: Held) -> dict[str, int]:
+    """Return when the images were last written to, in seconds since 1970, by path; a block device does not tell."""
+    files = {layer.path: held.image(layer.path) for layer in layers if not layer.is_device}
+    return {path: int(file.status().st_mtime) for path, file in files.items()}
 
 
 def _has_gone_in(path: str, vault: Vault | None) -> bool:

@@ -527,3 +527,109 @@ def test_what_an_image_between_has_lost_is_what_it_holds_where_base_has_it(chain
     qemu.patch(chain.middle, 88, struct.pack(">Q", 0))
     done = commits.merged(chain.top, chain.base)
     assert (done["state"], [one["name"] for one in done["bitmaps"]]) == ("committed", ["x"])
+
+
+def lose(path: str) -> None:
+    """Have a program that knows no bitmaps write to an image."""
+    qemu.patch(path, 88, struct.pack(">Q", 0))  # autoclear bit 0
+
+
+def without_directory(path: str) -> None:
+    """Have an image lose its bitmaps, and what tells their names."""
+    offset, length = qemu.directory_of(path)
+    qemu.patch(path, offset, bytes(length))
+    lose(path)
+
+
+@pytest.fixture(name="newer")
+def fixture_newer(chain):
+    """A chain whose topmost image alone has the bitmap new."""
+    qemu.add_bitmaps(chain.top, [commits.bitmap("new", "recording", 65536)])
+    for path in chain:
+        qemu.qemu_img("bitmap", "--remove", "-f", "qcow2", path, "x")
+        qemu.add_bitmaps(path, [commits.bitmap("old", "recording", 65536)] if path == chain.base else [])
+    return chain
+
+
+def test_a_bitmap_that_an_image_never_had_is_not_lost_there(newer):
+    lose(newer.base)
+    assert [one["name"] for one in commits.merged(newer.top, newer.base)["bitmaps"]] == ["new"]
+
+
+def test_without_a_directory_only_the_time_tells_what_is_not_lost(newer):
+    without_directory(newer.base)
+    os.utime(newer.base, (10_000, 10_000))
+    refused(newer, "lost_bitmaps", newer.base, "perhaps 'new', too")
+    refused(newer, "lost_bitmaps", newer.base, "perhaps 'new', too", created=(("new", 10_000),))
+    assert commits.merged(newer.top, newer.base, created=(("new", 50_000),))["state"] == "committed"
+
+
+def test_an_image_forgets_what_it_has_lost_as_the_refusal_advises(newer):
+    without_directory(newer.base)
+    told = commits.refusal(newer.top, newer.base)
+    assert f"'qemu-img check -r all {newer.base}'" in told.remedy
+    qemu.qemu_img("check", "-q", "-r", "all", newer.base)
+    assert commits.merged(newer.top, newer.base)["state"] == "committed"
+
+
+@pytest.mark.parametrize("which", ["middle", "base"])
+def test_what_goes_in_has_lost_what_the_image_above_goes_on_with(chain, which):
+    """Only TOP was looked past: the bitmap of the image above can have begun in it."""
+    qemu.qemu_img("bitmap", "--remove", "-f", "qcow2", chain.base if which == "middle" else chain.middle, "x")
+    lose(getattr(chain, which))
+    with untouched(*chain):
+        told = commits.refusal(chain.middle, chain.base, above=chain.top)
+    assert (told.code, told.subject) == ("lost_bitmaps", getattr(chain, which))
+    assert "perhaps 'x', too" in told.why
+    qemu.qemu_img("bitmap", "--remove", "-f", "qcow2", chain.top, "x")
+    assert commits.merged(chain.middle, chain.base, above=chain.top)["state"] == "committed"
+
+
+def test_what_topmost_image_has_lost_it_does_not_go_on_with(chain):
+    """BASE has the bitmap in order, so what TOP holds is all that changed since."""
+    lose(chain.top)
+    assert [one["name"] for one in commits.merged(chain.top, chain.base)["bitmaps"]] == ["x"]
+
+
+def test_a_vault_whose_work_is_done_answers_for_nothing(chain):
+    vault = stop_before("publish", chain.top, chain.base)
+    assert vault.endswith("-given")
+    os.unlink(chain.top)
+    new = commits.overlay(chain.base + ".new", chain.base)
+    qemu.add_bitmaps(new, [commits.bitmap("x", "recording", 65536)])
+    os.unlink(chain.middle)
+    lose(chain.base)
+    told = commits.refusal(new, chain.base)
+    assert (told.code, told.subject) == ("lost_bitmaps", chain.base)
+
+
+def test_a_vault_answers_only_for_what_it_has(chain):
+    """TOP has lost what it got before a kill, and a bitmap made since, with which the image above goes on."""
+    os.unlink(chain.top)
+    qemu.qemu_img("bitmap", "--remove", "-f", "qcow2", chain.base, "x")
+    stop_before("strip", chain.middle, chain.base)
+    qemu.add_bitmaps(chain.middle, [commits.bitmap("new", "recording", 65536)])
+    above = commits.overlay(chain.top, chain.middle)
+    qemu.add_bitmaps(above, [commits.bitmap(name, "recording", 65536) for name in ("x", "new")])
+    lose(chain.middle)
+    told = commits.refusal(chain.middle, chain.base, above=above)
+    assert (told.code, told.subject) == ("lost_bitmaps", chain.middle)
+    assert "perhaps 'new', too" in told.why
+    qemu.qemu_img("bitmap", "--remove", "-f", "qcow2", above, "new")
+    done = commits.merged(chain.middle, chain.base, above=above)
+    assert (done["state"], [one["name"] for one in done["bitmaps"]]) == ("committed", ["x"])
+
+
+def test_a_vault_of_other_work_tells_nothing_of_the_image_above(chain):
+    """Or a bitmap that began there would stay marked as in use: TOP, which would tell that it is safe, has none."""
+    vault = stop_before("publish", chain.top, chain.base)
+    os.unlink(chain.top)
+    os.unlink(chain.middle)
+    qemu.qemu_img("bitmap", "--remove", "-f", "qcow2", chain.base, "x")
+    middle = commits.overlay(chain.base + ".new", chain.base)
+    qemu.add_bitmaps(middle, [commits.bitmap("other", "recording", 65536)])
+    above = commits.overlay(chain.base + ".above", middle)
+    qemu.add_bitmaps(above, [commits.bitmap("x", "recording", 65536)])
+    assert os.path.exists(vault)
+    assert commits.merged(middle, chain.base, above=above)["state"] == "committed"
+    assert qemu.bitmaps_of(above) == {("x", 65536, True, False)}

@@ -598,7 +598,32 @@ def test_an_image_below_that_has_lost_its_bitmaps(tmp_path):
     path = overlay(tmp_path / "mon.qcow2", base, bitmaps=[SUNDAY])
     qemu.patch(base, 88, struct.pack(">Q", 0))  # autoclear bit 0
     assert refused(CommitRequest(path, base, vm="web"), Known(("sunday",))) == ["lost_bitmaps"]
+    assert states(merge([CommitRequest(path, base, vm="web")], Hypervisor(Known(("new",))), CHECK)) == ["committed"]
+    os.utime(base, (10_000, 10_000))
+    older = CommitRequest(path, base, vm="web", created=(("sunday", 50_000),))
+    assert states(merge([older], Hypervisor(Known(("sunday",))), CHECK)) == ["committed"]
     assert states(merge([CommitRequest(path, base, vm="web")], Hypervisor())) == ["committed"]
+
+
+def test_what_is_put_aside_may_have_lost_its_bitmaps(tmp_path):
+    """The VM does not have it any more, so none of its bitmaps go on with what was lost."""
+    base = qemu.create(tmp_path / "base.qcow2", "1M")
+    path = overlay(tmp_path / "mon.qcow2", base, bitmaps=[SUNDAY])
+    qemu.patch(path, 88, struct.pack(">Q", 0))
+    hypervisor = Hypervisor(Known(("sunday",)))
+    hypervisor.lost = {path}
+    assert states(merge([CommitRequest(path, base, vm="web")], hypervisor, CHECK)) == ["committed"]
+
+
+def test_an_image_further_down_that_has_lost_its_bitmaps(tmp_path):
+    """What is in memory, or in the image above, can have begun in the image that goes in."""
+    base = qemu.create(tmp_path / "base.qcow2", "1M")
+    middle = overlay(tmp_path / "mon.qcow2", base, bitmaps=[SUNDAY])
+    above = overlay(tmp_path / "tue.qcow2", middle, OF_WEB._replace(snapshot="tue"), [SUNDAY])
+    qemu.patch(middle, 88, struct.pack(">Q", 0))
+    request = CommitRequest(middle, base, vm="web", above=above)
+    assert refused(request, Known(("sunday",))) == ["lost_bitmaps"]
+    assert states(merge([request], Hypervisor(Known(("monday",))), CHECK)) == ["committed"]
 
 
 def test_a_merge_that_was_begun_while_the_vm_was_shut_off(tmp_path, disk):
