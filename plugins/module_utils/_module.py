@@ -20,6 +20,7 @@ class Report(t.NamedTuple):
     result: dict[str, t.Any]  # changed, the items, the diff
     failures: t.Sequence[Refusal] = ()  # root causes, each once
     warnings: t.Sequence[str] = ()
+    created: t.Mapping[str, t.Mapping[str, int]] = {}  # when checkpoints were made, by image and bitmap, s since 1970
 
 
 class Module(AnsibleModule):  # type: ignore[misc]  # Ansible has no types

@@ -39,7 +39,7 @@ def verified(once: Once, settings: Settings, params: t.Mapping[str, t.Any], item
     is_held_back = params["all_or_none"] and bool(preflight.failures)
     if settings.check_mode or is_held_back or not any(one["state"] in AFTER for one in before[items]):
         report = _held_back(preflight, items) if is_held_back else preflight
-        chains = _chains(report.result[items], is_planned=True)
+        chains = _chains(report.result[items], report.created, is_planned=True)
         return _told(report, before, None, chains, is_planned=settings.check_mode)
     made = _attempt(once, settings)
     if any(failure.code == "interrupted" for failure in made.failures):
@@ -50,7 +50,7 @@ def verified(once: Once, settings: Settings, params: t.Mapping[str, t.Any], item
         made._replace(warnings=list(dict.fromkeys([*preflight.warnings, *made.warnings, *again.warnings]))),
         before,
         {items: found} if items in again.result else problem_fields(again.failures),
-        _chains(made.result.get(items, found), is_planned=False),
+        _chains(made.result.get(items, found), {**again.created, **made.created}, is_planned=False),
     )
 
 
@@ -84,10 +84,14 @@ def _not_done(item: Result) -> Result:
     return {**item, **own, "state": FAILED, **problem_fields([refusal])}
 
 
-def _chains(items: t.Sequence[Result], *, is_planned: bool) -> list[Result]:
+def _chains(items: t.Sequence[Result], created: t.Mapping[str, t.Any], *, is_planned: bool) -> list[Result]:
     """Return what qcow2_info tells of the chains of disks that have bitmaps."""
     domains = [item for item in items if item["state"] != FAILED]
     overlays = [overlay for domain in domains for overlay in domain.get("overlays", [domain])]
     tops = [examined_image(one, is_planned=is_planned) for one in overlays if one["state"] not in (FAILED, SKIPPED)]
     paths = [top for top, one in zip(tops, overlays) if one.get("bitmaps")]
-    return [examine_chain(path, follow=True, count=False).as_result() for path in dict.fromkeys(paths)]
+    return [_chain(path, created.get(path, {})) for path in dict.fromkeys(paths)]
+
+
+def _chain(path: str, created: t.Mapping[str, int]) -> Result:
+    return examine_chain(path, follow=True, count=False, created=created).as_result()

@@ -487,7 +487,8 @@ domains:
         verified:
           description:
             - Whether libvirt itself has said so, as of domains that run. In check mode it is what libvirt says now.
-              Else it is judged by what the images store.
+              Else it is judged by what the images store, as it is always if the problem is V(lost), of which libvirt
+              knows nothing.
           type: bool
           sample: false
     unfit_disks:
@@ -769,7 +770,9 @@ def _report(domains: t.Sequence[DomainOutcome], warnings: t.Sequence[str]) -> Re
             "after": "".join(domain.diff[1] for domain in domains),
         },
     }
-    return Report(result, root_causes(problem for domain in domains for problem in domain.problems), warnings)
+    failures = root_causes(problem for domain in domains for problem in domain.problems)
+    created = {path: times for domain in domains for path, times in domain.created.items()}
+    return Report(result, failures, warnings, created)
 
 
 def main() -> None:

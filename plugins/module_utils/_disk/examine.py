@@ -48,6 +48,7 @@ class ExaminedLayer(t.NamedTuple):
             bitmaps={bitmap.name: bitmap for bitmap in self.image.bitmaps} if self.image else {},
             is_open_for_writing=self.is_open_for_writing,
             lost_bitmaps=self.image.lost_bitmaps if self.image else 0,
+            lost_names=self.image.lost_names if self.image else None,
             modified=self.modified,
         )
 
@@ -148,17 +149,25 @@ class ExaminedChain(t.NamedTuple):
         }
 
 
-def examine_chain(path: str, *, follow: bool, count: bool, image_format: str | None = None) -> ExaminedChain:
+def examine_chain(
+    path: str,
+    *,
+    follow: bool,
+    count: bool,
+    image_format: str | None = None,
+    created: t.Mapping[str, int] | None = None,
+) -> ExaminedChain:
     """Return everything about the chain with this topmost image; what is wrong there is in the answer.
 
     :param follow: down to the base, not only the topmost image.
     :param count: the dirty bytes too.
     :param image_format: of the topmost image, where it is known.
+    :param created: when checkpoints were made, by the name of their bitmaps, in seconds since 1970, as far as known.
     """
     attempts = _ATTEMPTS
     while True:
         attempts -= 1
-        with _Examination(path) as examination:
+        with _Examination(path, created or {}) as examination:
             examination.read(follow=follow, image_format=image_format)
             if count:
                 examination.count()
@@ -212,8 +221,9 @@ class _OpenLayer:
 class _Examination:
     """One attempt at a chain. The end of the block closes its images."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, created: t.Mapping[str, int]) -> None:
         self._path = path
+        self._created = created
         self._held = contextlib.ExitStack()
         self._layers: list[_OpenLayer] = []  # top to base
         self._size = ChainSize()
@@ -247,7 +257,7 @@ class _Examination:
             self._is_complete = bottom.is_bottom()
             self._problem = bottom.why_not_read()
         layers = [one.examined().bitmaps() for one in self._layers]
-        self._checkpoints = judge_all(layers, complete=self._is_complete)
+        self._checkpoints = judge_all(layers, complete=self._is_complete, created=self._created)
 
     def _add(self, layer: Layer, file: OpenImage) -> None:
         """Add an image, with a descriptor of its own, since the walk closes the one that it has."""

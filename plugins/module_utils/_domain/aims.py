@@ -21,6 +21,7 @@ from .._libvirt.connection import Domain, Kept, Libvirt
 from .._libvirt.definition import DomainDisk
 from .._libvirt.switch import check_unchanged, switch
 from .checkpoints import Chain, chain_of, promised
+from .healing import bitmaps_known
 from .inventory import DiskFacts, first_image
 from .names import same_names
 from .overlay import plan_domain
@@ -98,9 +99,9 @@ class MergeDown(OfShutOff):
         """Return what is done to the images."""
         return MergeLayers()
 
-    def plan(self, domain: Domain, facts: t.Sequence[DiskFacts], _kept: Kept) -> DomainPlan:
+    def plan(self, domain: Domain, facts: t.Sequence[DiskFacts], kept: Kept) -> DomainPlan:
         """Return what is to become of a domain, as far as that can be said without its images' bitmaps."""
-        return plan_commit(domain, facts, self._request)
+        return with_times(plan_commit(domain, facts, self._request), kept)
 
     def conflicts(self, _plans: t.Sequence[DomainPlan]) -> dict[str, list[Refusal]]:
         """Find none: an image that two domains have is refused for each."""
@@ -119,6 +120,13 @@ class MergeDown(OfShutOff):
     def lost_checkpoints(self, _plan: DomainPlan, _kept: Kept) -> tuple[str, ...]:
         """Lose none."""
         return ()
+
+
+def with_times(plan: DomainPlan, kept: Kept) -> DomainPlan:
+    """Return the plan of a merge which knows when the checkpoints were made: an older image cannot have lost them."""
+    times = {disk.target: bitmaps_known(kept.checkpoints, disk.target) for disk in plan.disks}
+    own = [disk._replace(request=disk.request._replace(created=times[disk.target])) for disk in plan.disks]
+    return plan._replace(disks=tuple(own))
 
 
 class GoBackTo(OfShutOff):

@@ -14,8 +14,8 @@ import typing as t
 
 from .._base.attributes import AttributeOptions
 from .._base.errors import Refusal
-from .._disk.commit import CommitRequest
-from .._disk.overlay import OverlayRequest
+from .._disk.commit import CommitRequest, CommitVerdict
+from .._disk.overlay import OverlayRequest, OverlayVerdict
 from .._disk.running import Begin, Known, MakeForRunning, MergeRunning
 from .._disk.verdict import KEEP
 from .._libvirt.connection import Domain, Kept, Libvirt
@@ -32,8 +32,8 @@ from .._libvirt.snapshots import (
     take_snapshot,
 )
 from .._qcow2.mark import Mark
-from .aims import MergeDown, PutOnOverlays
-from .checkpoints import Chain
+from .aims import MergeDown, PutOnOverlays, with_times
+from .checkpoints import Chain, chain_of
 from .inventory import READ_ONLY, DiskFacts
 from .names import find_snapshot
 from .overlay import plan_domain
@@ -77,9 +77,11 @@ class _OfRunning:
         """Return none: the domain has them all."""
         return None
 
-    def chain_after(self, _disk: DomainDisk, _verdict: t.Any | None) -> Chain:
-        """Return nothing: what images store while the domain runs tells nothing."""
-        return Chain((), is_complete=False)
+
+def _as_open(chain: Chain) -> Chain:
+    """Return a chain of which the topmost image tells nothing, since QEMU has its bitmaps in memory."""
+    top = [one._replace(is_open_for_writing=True) for one in chain.layers[:1]]
+    return chain._replace(layers=(*top, *chain.layers[1:]))
 
 
 class PutRunningOn(_OfRunning, PutOnOverlays):
@@ -107,6 +109,10 @@ class PutRunningOn(_OfRunning, PutOnOverlays):
 
         return plan_domain(domain, [as_it_runs(domain, one) for one in facts], self._request, kept, not_ready)
 
+    def chain_after(self, disk: DomainDisk, _verdict: OverlayVerdict | None) -> Chain:
+        """Return the chain that the overlay comes on top of: what libvirt does not look at is further down."""
+        return _as_open(chain_of(disk.source, disk.format))
+
     def switch(self, daemon: Libvirt, plan: DomainPlan, _seconds: float) -> None:
         """Have libvirt put the domain on its overlays."""
         quiesce = self._live is not None and self._live.quiesce
@@ -124,10 +130,15 @@ class MergeRunningDown(_OfRunning, MergeDown):
         """Return what is done to the images."""
         return MergeRunning(RunningDomains(daemon, domains), self._request.gone)
 
-    def plan(self, domain: Domain, facts: t.Sequence[DiskFacts], _kept: Kept) -> DomainPlan:
+    def plan(self, domain: Domain, facts: t.Sequence[DiskFacts], kept: Kept) -> DomainPlan:
         """Return what is to become of a domain, as far as that can be said without its images' bitmaps."""
         as_run = [as_it_runs(domain, one) for one in facts]
-        return plan_way_back(domain, as_run, self._request, _merge_disk, lambda one, _disks: not_live(one, self._live))
+        plan = plan_way_back(domain, as_run, self._request, _merge_disk, lambda one, _disks: not_live(one, self._live))
+        return with_times(plan, kept)
+
+    def chain_after(self, disk: DomainDisk, verdict: CommitVerdict | None) -> Chain:
+        """Return the chain of a disk after the run."""
+        return _as_open(super().chain_after(disk, verdict))
 
     def switch(self, daemon: Libvirt, plan: DomainPlan, _seconds: float) -> None:
         """See that the domain is on the images below: libvirt has put it there with the end of each merge."""

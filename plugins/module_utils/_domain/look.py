@@ -22,6 +22,7 @@ from .._libvirt.snapshots import check_still_runs
 from .._qcow2.chain import Layer, relative_data_file, walk_chain
 from .._qcow2.mark import Mark
 from .fitness import fitness_of
+from .healing import bitmaps_known
 from .inventory import Inventory, facts_without_chain
 from .overlay import stated_problems
 from .verdicts import UNKNOWN, DiskLook, DomainCheckpoint, NextBackup, judge_domain, next_backup, orphan_bitmaps
@@ -109,20 +110,21 @@ def look_at(daemon: Libvirt, domain: Domain, *, counts: bool) -> DomainLook | Un
         return Unreadable(domain.name, exc)
     # What it runs with is what its guest writes to, whatever the next start uses.
     definition = domain.running_definition or domain.definition
-    disks = tuple(_look_at_disk(daemon, domain, one, counts=counts) for one in definition.disks)
+    disks = tuple(_look_at_disk(daemon, domain, one, kept, counts=counts) for one in definition.disks)
     checkpoints = tuple(judge_domain(kept.checkpoints, disks, counts=counts))
     may_be_frozen = domain.state is not None and quiesced.is_left(daemon, domain)
     return DomainLook(domain, kept, disks, checkpoints, next_backup(checkpoints, disks), may_be_frozen)
 
 
-def _look_at_disk(daemon: Libvirt, domain: Domain, disk: DomainDisk, *, counts: bool) -> DiskLook:
+def _look_at_disk(daemon: Libvirt, domain: Domain, disk: DomainDisk, kept: Kept, *, counts: bool) -> DiskLook:
     """Look at one disk and at the images of its chain."""
     unfit = fitness_of(facts_without_chain(disk), None).why_unfit
     if unfit is None and disk.opted_out:
         unfit = "excluded by snapshot='no' in the definition"
     if disk.source is None:
         return DiskLook(disk, unfit, None)
-    chain = examine_chain(disk.source, follow=True, count=counts, image_format=disk.format)
+    created = dict(bitmaps_known(kept.checkpoints, disk.target))
+    chain = examine_chain(disk.source, follow=True, count=counts, image_format=disk.format, created=created)
     layers = [one.layer for one in chain.layers]
     problem = chain.problem or _start_problem(domain, disk, layers) or _other_file(daemon, domain, disk, layers)
     marks = chain.layers[0].image.bitmaps if chain.layers and chain.layers[0].image else ()

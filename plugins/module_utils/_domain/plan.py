@@ -9,11 +9,12 @@ from __future__ import annotations
 import typing as t
 
 from .._base.errors import Refusal, printable
-from .._disk.bitmap_rules import Checkpoint
+from .._disk.bitmap_rules import LOST, Checkpoint
 from .._disk.overlay import CUMULATIVE, Creation
 from .._disk.verdict import FAILED, problem_fields
-from .._libvirt.connection import Domain, Unreadable
+from .._libvirt.connection import Domain, KnownCheckpoint, Unreadable
 from .._libvirt.definition import Definition, Source
+from .healing import bitmaps_known
 from .retention import Picked
 
 
@@ -106,6 +107,17 @@ class DomainOutcome(t.NamedTuple):
     changed: bool = False  # whether it is to be switched, or was switched
     picked: tuple[Picked, ...] = ()  # the snapshots that are to be merged down since they are old
     lost: tuple[str, ...] = ()  # names of checkpoints that are gone with the images that had their bitmaps
+    known: t.Sequence[KnownCheckpoint] = ()  # that libvirt has
+
+    @property
+    def created(self) -> dict[str, dict[str, int]]:
+        """When the checkpoints of each image that a disk has, or may have, on top were made, by the bitmap's name."""
+        found: dict[str, dict[str, int]] = {}
+        for target, verdict in self.overlays:
+            request = verdict.request
+            paths = (request.path, request.backing_file, self.tops.get(target, request.path))
+            found.update({path: dict(bitmaps_known(self.known, target)) for path in paths})
+        return found
 
     def as_result(self) -> dict[str, t.Any]:
         """Return the domain as the module returns it."""
@@ -126,7 +138,11 @@ class DomainOutcome(t.NamedTuple):
             # What no snapshot of disks has.
             "nvram": self.definition.nvram if self.definition else None,
             "tpm": self.definition.has_tpm_state if self.definition else None,
-            "checkpoints": [{**one.as_result(), "verified": one.name in self.verified} for one in self.checkpoints],
+            "checkpoints": [
+                # Of a loss libvirt knows nothing.
+                {**one.as_result(), "verified": one.name in self.verified and one.problem != LOST}
+                for one in self.checkpoints
+            ],
             "libvirt_snapshots": [printable(name) for name in self.snapshots],
             "picked_snapshots": [one.as_result() for one in self.picked],
             "lost_checkpoints": [printable(name) for name in self.lost],

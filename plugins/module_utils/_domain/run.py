@@ -225,7 +225,8 @@ class Call:
             skipped=plan.skipped,
             checkpoints=judge_checkpoints(
                 [one for one in kept.checkpoints if one.name not in lost],
-                plan.domain.definition.disks,
+                # What it runs with is what its guest writes to, whatever the next start uses.
+                (plan.domain.running_definition or plan.domain.definition).disks,
                 lambda disk: aim.chain_after(disk, made.get(disk.target)),
             ),
             verified=_verified(kept),
@@ -237,6 +238,7 @@ class Call:
             problems=tuple(root_causes(problems)),
             diff=("", "") if problems else (_parts(plan, overlays, before=True), _parts(plan, overlays, before=False)),
             tops=definition.tops,
+            known=kept.checkpoints,
         )
 
 

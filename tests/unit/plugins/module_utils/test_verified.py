@@ -17,6 +17,8 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._module import Repo
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._verified import verified
 from ansible_collections.kvmfleet.qcow2.plugins.modules.qcow2_overlay import STATES, argument_spec, requests_from
 
+from . import qemu
+
 SETTINGS = Settings(check_mode=False, seconds=60.0, find_program=shutil.which)
 ALONE = {"verify": True, "all_or_none": False}
 
@@ -167,3 +169,19 @@ def test_what_is_merged_down_or_gone_back_from_is_absent_then(images):
     assert [disk["path"] for disk in planned.result["chains"]] == [f"{images}/b.snap"]
     back = Call(images, "b", state="reverted").verified()
     assert (states(back.result), states(back.result["again"])) == (["reverted"], ["absent"])
+
+
+def test_the_chains_are_judged_with_what_is_known_of_the_checkpoints(images):
+    """Of a loss whose names cannot be told an image is free that is older than the checkpoint."""
+    path = str(images / "a")
+    place, length = qemu.directory_of(path)
+    qemu.patch(path, place, bytes(length))
+    qemu.patch(path, 88, bytes(8))  # autoclear bit 0
+    top = qemu.create(images / "a.snap", "1M", "-b", path, "-F", "qcow2")
+    subprocess.run(["qemu-img", "bitmap", "--add", top, "tuesday"], check=True)
+    os.utime(path, (10_000, 10_000))
+    overlay = {"state": "present", "path": top, "backing_file": path, "bitmaps": ["tuesday"]}
+    for created, problem in (({top: {"tuesday": 50_000}}, None), ({path: {"tuesday": 50_000}}, "lost"), ({}, "lost")):
+        report = Report({"changed": False, "overlays": [overlay]}, created=created)
+        (chain,) = verified(lambda _settings, have=report: have, SETTINGS, ALONE, "overlays").result["chains"]
+        assert [one["problem"] for one in chain["checkpoints"]] == [problem]

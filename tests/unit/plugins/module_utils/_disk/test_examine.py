@@ -179,6 +179,14 @@ def test_bitmaps_that_another_program_made_worthless(chain):
     assert "does not know bitmaps" in result["checkpoints"][0]["advice"]
 
 
+def test_what_another_image_has_lost_is_none_of_a_later_bitmap(chain, tmp_path):
+    """The lowest one has lost its own, among which tuesday was not."""
+    qemu.patch(tmp_path / "low", 88, struct.pack(">Q", 0))
+    found = checkpoints(examine_chain(chain, follow=True, count=True).as_result())
+    assert found["monday"][:3] == (False, "lost", "low")
+    assert found["tuesday"][:3] == (True, None, None)
+
+
 def damage_of(tmp_path, what):
     """Break something below the topmost image of the chain."""
     low, mid = str(tmp_path / "low"), str(tmp_path / "mid")

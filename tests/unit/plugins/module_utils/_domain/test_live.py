@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.attributes import AttributeOptions
@@ -14,8 +15,14 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.begun import leave_sign
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.bitmap_rules import LayerBitmaps
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay import Creation
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import CommitRequest, CommitVerdict
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay import (
+    Creation,
+    OverlayRequest,
+    OverlayVerdict,
+)
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain import live
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.aims import MergeDown
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.checkpoints import Chain, judge_checkpoints
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.inventory import Inventory
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.live import (
@@ -25,7 +32,8 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.live import
     not_live,
     not_quiescent,
 )
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.plan import SnapshotRequest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.plan import DomainOutcome, SnapshotRequest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.run import Call
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.wayback import WayBack, plan_commit
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection import (
     Kept,
@@ -33,9 +41,11 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection
     LiveBitmaps,
 )
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import Definition, Place, Volume
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.pools import Pools
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
 
-from .hosts import Host
+from .. import qemu
+from .hosts import SETTINGS, Host
 
 LIVE = Live((9, 0, 0))
 AGENT = "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0' state='connected'/></channel>"
@@ -293,3 +303,104 @@ def test_libvirt_does_not_see_that_an_image_below_has_lost_its_bitmaps(host):
         disks = host.domains["web"].definition.disks
         (found,) = judge_checkpoints([known], disks, lambda _disk, have=layers: Chain(have, is_complete=True))
         assert (found.valid, found.problem) == verdict
+
+
+def lost_below(host, layers):
+    """Have the chain of vda with the bitmap b in all images, of which the one above the lowest has lost its own."""
+    for number in range(1, layers):
+        host.snapshot("web", f"s{number}")
+    paths = [layer.path for layer in host.facts("web")[0].layers]
+    for path in paths[:-1]:
+        qemu.add_bitmaps(path, [Bitmap("b", 65536, True, False)])
+    qemu.patch(paths[-2], 88, struct.pack(">Q", 0))  # autoclear bit 0
+    host.start("web")
+    return paths
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+def test_a_loss_below_an_overlay_of_a_domain_that_runs_is_told(host, is_new):
+    paths = lost_below(host, 3)
+    aim = PutRunningOn(SnapshotRequest("s3", None, None, False, Creation()), AttributeOptions(), LIVE)
+    request = OverlayRequest(f"{paths[0]}.new", paths[0])
+    verdict = OverlayVerdict(request, "created", virtual_size=1 << 20) if is_new else None
+    known = KnownCheckpoint("one", {"vda": "b"}, live=LiveBitmaps({"vda": 0}))
+    disks = host.domains["web"].definition.disks
+    (found,) = judge_checkpoints([known], disks, lambda disk: aim.chain_after(disk, verdict))
+    assert (found.valid, found.problem, found.image) == (False, "lost", paths[1])
+    broken = known._replace(live=LiveBitmaps({}))
+    (found,) = judge_checkpoints([broken], disks, lambda disk: aim.chain_after(disk, verdict))
+    assert found.problem == "lost"
+
+
+def test_a_loss_below_a_merge_of_a_domain_that_runs_is_told(host):
+    paths = lost_below(host, 4)
+    aim = MergeRunningDown(WayBack("s3"), LIVE)
+    bitmaps = (Bitmap("b", 65536, True, False),)
+    verdict = CommitVerdict(CommitRequest(paths[0], paths[1]), "committed", virtual_size=1 << 20, bitmaps=bitmaps)
+    known = KnownCheckpoint("one", {"vda": "b"}, live=LiveBitmaps({"vda": 0}))
+    for made in (None, verdict):
+        (found,) = judge_checkpoints(
+            [known], host.domains["web"].definition.disks, lambda d, v=made: aim.chain_after(d, v)
+        )
+        assert (found.valid, found.problem, found.image) == (False, "lost", paths[2])
+    os.unlink(paths[0])  # as it is after the merge
+    (found,) = judge_checkpoints([known], host.domains["web"].definition.disks, lambda d: aim.chain_after(d, verdict))
+    assert (found.valid, found.problem) == (False, "lost")
+
+
+def test_of_the_image_that_qemu_has_open_nothing_stored_counts(host):
+    path = host.facts("web")[0].layers[0].path
+    qemu.add_bitmaps(path, [Bitmap("b", 65536, False, False)])
+    host.start("web")
+    aim = MergeRunningDown(WayBack("mon"), LIVE)
+    (disk,) = host.domains["web"].definition.disks
+    assert [layer.is_open_for_writing for layer in aim.chain_after(disk, None).layers] == [True]
+    known = KnownCheckpoint("one", {"vda": "b"}, live=LiveBitmaps({}))
+    (found,) = judge_checkpoints([known], [disk], lambda one: aim.chain_after(one, None))
+    assert (found.valid, found.problem) == (False, "broken")
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_a_merge_knows_when_the_checkpoints_were_made(host, runs):
+    host.snapshot("web", "mon")
+    kept = Kept((KnownCheckpoint("one", {"vda": "b"}, created=50_000), KnownCheckpoint("two", {"vdb": "b"}, created=1)))
+    if runs:
+        host.start("web")
+    aim = MergeRunningDown(WayBack("mon"), LIVE) if runs else MergeDown(WayBack("mon"))
+    plan = aim.plan(host.domains["web"], host.facts("web"), kept)
+    assert [disk.request.created for disk in plan.disks] == [(("b", 50_000),)]
+
+
+class Daemon:
+    """Knows the domains of a host, and one checkpoint of each, which it takes for sound."""
+
+    def __init__(self, host):
+        self._host = host
+        known = KnownCheckpoint("one", {"vda": "b"}, created=50_000, live=LiveBitmaps({"vda": 0}))
+        self.kept = self.kept_now = lambda _domain: Kept((known,))
+        self.pools = Pools(None)
+
+    def domains(self):
+        return self._host.domains
+
+
+@pytest.mark.parametrize("runs_on_it", [True, False])
+def test_a_call_tells_of_a_loss_below_the_disks_that_a_domain_runs_with(host, runs_on_it):
+    lost_below(host, 3)
+    if not runs_on_it:
+        host.image("other.qcow2")
+        other = Definition(host.domains["web"].running_definition.text.replace("web.s2.qcow2", "other.qcow2"))
+        host.domains["web"] = host.domains["web"]._replace(running_definition=other)
+    aim = PutRunningOn(SnapshotRequest("s3", None, None, False, Creation()), AttributeOptions(), None)
+    ((outcome,), _warnings) = Call(Daemon(host), ["web"], [aim], SETTINGS).run()
+    (told,) = outcome.as_result()["checkpoints"]
+    assert (outcome.state, outcome.known[0].name) == ("failed", "one")
+    assert (told["problem"], told["verified"]) == (("lost", False) if runs_on_it else (None, True))
+
+
+def test_an_outcome_tells_when_the_checkpoints_of_its_images_were_made(host):
+    request = OverlayRequest("/top", "/base")
+    known = (KnownCheckpoint("one", {"vda": "b"}, created=50_000), KnownCheckpoint("two", {"vdb": "c"}, created=60_000))
+    verdict = OverlayVerdict(request, "created")
+    outcome = DomainOutcome("web", "uuid", "created", (("vda", verdict),), tops={"vda": "/above"}, known=known)
+    assert outcome.created == {path: {"b": 50_000} for path in ("/top", "/base", "/above")}

@@ -102,6 +102,17 @@ def test_a_domain_with_a_checkpoint_on_a_snapshot(define, chain):
     assert (result["orphan_bitmaps"], result["unfinished"]) == ([], [])
 
 
+def test_a_loss_that_is_older_than_the_checkpoint_costs_no_figures(define, chain):
+    """Whose directory is gone, so that only the time tells."""
+    place, length = qemu.directory_of(chain[1])
+    qemu.patch(chain[1], place, bytes(length))
+    qemu.patch(chain[1], 88, bytes(8))  # autoclear bit 0
+    os.utime(chain[1], (10_000, 10_000))
+    define("web", element("vda", chain[0]), checkpoint="one")
+    (checkpoint,) = looked()["checkpoints"]
+    assert (checkpoint["valid"], checkpoint["dirty_bytes"]) == (True, 0)
+
+
 def test_a_merge_that_was_killed_tells_which_snapshot_it_was(define, chain):
     with open_image(chain[0]) as file, open(place_of(chain[1], False, ""), "wb") as vault:
         write_vault(vault.fileno(), Content("0123", file, [], [], [], {}, 1 << 20))
