@@ -300,7 +300,7 @@ class MergeRunning(MergeLayers):
         with contextlib.suppress(Refusal):
             if self._hypervisor.has(request):
                 return f"its merge was given up, because the run was ended by {exc}; the VM goes on with it"
-            return f"is merged down, and was not retired, because the run was ended by {exc}"
+            return f"its VM does not have it any more; it was not retired, because the run was ended by {exc}"
         return f"the run was ended by {exc}, and whether it is merged down could not be told"
 
     def _merge(self, verdict: CommitVerdict, held: Held, begin: Begin) -> CommitVerdict:

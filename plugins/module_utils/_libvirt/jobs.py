@@ -52,7 +52,8 @@ def merge_down(daemon: Libvirt, merge: Merge, watch: Watch, seconds: float, begi
     """Merge the image down, until it is not in the chain of the disk any more; Refusal if that fails.
 
     That the disk does not have it is no sign of a merge: it may have been detached, or the domain was started anew on
-    another image. So it counts as merged only if a job of it was there in the same run of the domain.
+    another image. So it counts as merged only if a job of it was there in the same run of the domain, and the disk has
+    the image below in its place.
 
     Go on with a job that runs already, if it is of a run that was killed; never touch one of somebody else. After
     `seconds` without progress, or after a signal, give the job up; then the domain keeps the chain that it has. A
@@ -60,6 +61,19 @@ def merge_down(daemon: Libvirt, merge: Merge, watch: Watch, seconds: float, begi
     begun, and before one is followed.
     """
     _Merging(daemon, merge, watch, seconds + (_STEP / merge.speed if merge.speed else 0), begin).run()
+
+
+class _Job(t.NamedTuple):
+    """Where a job of the image was there."""
+
+    run: str  # libvirt's number of the run of the domain
+    place: int  # of the image in the chain
+    below: RunningImage  # that it goes into
+
+    def is_done(self, run: str, disk: RunningDisk | None) -> bool:
+        """Whether the disk, which does not have the image any more, has the one below it in its place."""
+        there = disk.images[self.place : self.place + 1] if disk is not None else ()
+        return run == self.run and any(_is_still(self.below, image) for image in there)
 
 
 class _Merging:
@@ -73,7 +87,7 @@ class _Merging:
         self._begin = begin
         self._is_ours = merge.resumes  # a job of the disk
         self._is_started = False
-        self._run = ""  # of the domain, in which a job of the image was there
+        self._job: _Job | None = None  # None if none was there
         self._begun: Begun | None = None
 
     def run(self) -> None:
@@ -98,12 +112,12 @@ class _Merging:
             found = self._find(handle)
             if found is None:
                 return
-            disk, place, number = found
-            _check_mirror(disk, place, self._merge)
+            disk, job = found
+            _check_mirror(disk, job.place, self._merge)
             info = handle.blockJobInfo(self._merge.target, 0)
             if info:
                 self._check_job(info)
-                self._run = number
+                self._job = job
                 self._begun = self._begin()
             elif self._is_started:
                 # A daemon that was just started tells first what was, and is asked once it knows of the job.
@@ -112,23 +126,23 @@ class _Merging:
                 self._end()
                 raise _ended(self._merge)
             else:
-                self._start(handle, disk, place, number)
+                self._start(handle, disk, job)
             self._follow(handle)
 
-    def _find(self, handle: t.Any) -> tuple[RunningDisk, int, str] | None:
-        """Return the disk, the place of the image in its chain, and the run of the domain; None if the image is merged.
+    def _find(self, handle: t.Any) -> tuple[RunningDisk, _Job] | None:
+        """Return the disk, and where a job of the image is or would be there; None if the image is merged.
 
-        Refusal if the disk does not have it any more, and no job of it was there in this run of the domain.
+        Refusal if the disk does not have it any more, and that is not known to be the work of a job.
         """
         text = running_text(handle, self._merge.domain)
         number = run_of(text)
         disk = next((disk for disk in running_disks(text) if disk.target == self._merge.target), None)
         place = disk.place_of(self._merge.path) if disk is not None else None
-        if disk is not None and place is not None:
-            return disk, place, number
-        if number != self._run:
-            raise other_disks_meanwhile(self._merge.domain)
-        return None
+        if disk is not None and place is not None and place + 1 < len(disk.images):
+            return disk, _Job(number, place, disk.images[place + 1])
+        if place is None and self._job is not None and self._job.is_done(number, disk):
+            return None
+        raise other_disks_meanwhile(self._merge.domain)
 
     def _check_job(self, info: t.Mapping[str, int]) -> None:
         """Refuse a job that is no merge of ours."""
@@ -137,8 +151,8 @@ class _Merging:
         if not self._is_ours:
             raise _busy(self._merge, f"that this run has not begun ({_kind_of(info)})")
 
-    def _start(self, handle: t.Any, disk: RunningDisk, place: int, number: str) -> None:
-        merge = self._merge
+    def _start(self, handle: t.Any, disk: RunningDisk, job: _Job) -> None:
+        merge, place = self._merge, job.place
         flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_BANDWIDTH_BYTES
         if place == 0:
             flags |= libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE
@@ -147,12 +161,12 @@ class _Merging:
         self._begun = begun = self._begin()
         # If the daemon goes now, the job may have begun, and nobody tells.
         self._is_ours = True
-        seen, self._run = self._run, number
+        seen, self._job = self._job, job
         try:
             handle.blockCommit(merge.target, disk.name_of(place + 1), disk.name_of(place), merge.speed, flags)
         except LibvirtError as exc:
             if self._daemon.is_there():
-                self._run = seen
+                self._job = seen
                 self._settle(begun, handle.blockJobInfo(merge.target, 0), exc)
             raise
         self._is_started = True
@@ -256,6 +270,14 @@ def _is_same(one: RunningImage, other: RunningImage) -> bool:
     if one.path is not None or other.path is not None:
         return one.path == other.path
     return one.number == other.number != ""
+
+
+def _is_still(one: RunningImage, other: RunningImage) -> bool:
+    """Whether both are one image of a disk, before and after a job."""
+    # A disk that was detached, and attached again with the image below alone, has another number of it.
+    if one.number and other.number:
+        return one.number == other.number
+    return one.path == other.path is not None
 
 
 def _pivot(handle: t.Any, target: str) -> bool:

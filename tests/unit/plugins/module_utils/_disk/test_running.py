@@ -350,7 +350,7 @@ def test_a_merge_that_is_complete_when_the_hypervisor_goes_is_told_and_its_image
 
 
 @pytest.mark.parametrize(
-    "is_lost, words", [(False, "is merged down, and was not retired"), (True, "could not be told")]
+    "is_lost, words", [(False, "its VM does not have it any more; it was not retired"), (True, "could not be told")]
 )
 def test_a_signal_at_the_end_of_a_merge_does_not_have_it_called_given_up(three, is_lost, words):
     hypervisor = Hypervisor(fails={three[0].path: Interrupted("SIGTERM")})

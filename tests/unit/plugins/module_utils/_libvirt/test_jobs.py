@@ -32,6 +32,7 @@ class Running:
 
     def __init__(self, looks, merges="/top", works=True, not_ready=0):
         self.chain = ["/top", "/mid", "/base"]
+        self.numbers = {"/top": 9, "/mid": 1, "/base": 0, "/other": 8}  # an image keeps its own
         self.looks = list(looks)
         self.merges = merges
         self.works = works
@@ -55,10 +56,10 @@ class Running:
 
     def XMLDesc(self, _flags):  # noqa: N802  libvirt's name
         inner = "<backingStore/>"
-        for number, path in enumerate(reversed(self.chain[1:])):
+        for path in reversed(self.chain[1:]):
             source = f"<format type='qcow2'/><source file='{path}'/>"
-            inner = f"<backingStore type='file' index='{number}'>{source}{inner}</backingStore>"
-        top = f"<source file='{self.chain[0]}' index='9'/>"
+            inner = f"<backingStore type='file' index='{self.numbers[path]}'>{source}{inner}</backingStore>"
+        top = f"<source file='{self.chain[0]}' index='{self.numbers[self.chain[0]]}'/>" if self.chain else ""
         if not self.number:
             return "<domain/>"
         disk = f"<disk type='file'>{top}{inner}<target dev='vda'/></disk>"
@@ -204,12 +205,29 @@ def shut_off(handle):
     handle.number = 0
 
 
+def detach(handle):
+    handle.chain = []
+
+
+def attach_the_image_below(handle):
+    handle.chain = ["/top", "/base"]
+    handle.numbers = {"/top": 11, "/base": 10}
+
+
+def pull_up(handle):
+    handle.chain = ["/top"]
+
+
 @pytest.mark.parametrize("is_away", [False, True])
 @pytest.mark.parametrize(
     "happens, said",
     [
         (start_on_another_image, "web: has got other disks meanwhile"),
         (shut_off, "web: was shut off meanwhile"),
+        (lose_the_disk, "web: has got other disks meanwhile"),
+        (detach, "web: has got other disks meanwhile"),
+        (attach_the_image_below, "web: has got other disks meanwhile"),
+        (pull_up, "web: has got other disks meanwhile"),
     ],
 )
 def test_what_the_domain_has_not_any_more_is_not_merged_for_that(happens, said, is_away):
@@ -244,6 +262,14 @@ def test_what_another_has_merged_when_the_job_is_to_begin_is_not_retired():
     handle.blockCommit = refuse
     with pytest.raises(Refusal, match="web: has got other disks meanwhile"):
         merged(handle, "/mid")
+
+
+def test_an_image_that_has_none_below_any_more_is_not_merged():
+    handle = Running([])
+    handle.chain = ["/top"]
+    with pytest.raises(Refusal, match="web: has got other disks meanwhile"):
+        merged(handle, "/top")
+    assert (handle.calls, handle.signs) == ([], [])
 
 
 @pytest.mark.parametrize("happens", [lose_the_disk, start_on_another_image])
@@ -335,8 +361,9 @@ def test_a_job_into_a_volume_is_known_by_the_number_of_the_image(number, codes):
     mirror = f"<mirror type='volume' job='active-commit'>{volume.format(' index=' + repr('7'))}</mirror>"
 
     def text(_flags):
-        paths = "".join(f"<source file='{path}' index='9'/>" for path in handle.chain[:1])
-        inner = chain + mirror if handle.chain[0] == "/top" else ""
+        is_below = handle.chain[0] != "/top"
+        paths = volume.format(" index='7'") if is_below else "<source file='/top' index='9'/>"
+        inner = "" if is_below else chain + mirror
         return f"<domain id='1'><devices><disk type='file'>{paths}{inner}<target dev='vda'/></disk></devices></domain>"
 
     handle.XMLDesc = text
