@@ -192,8 +192,10 @@ def not_quiescent(domain: Domain) -> list[Refusal]:
 
 
 def _written(definition: Definition) -> dict[str, str | None]:
-    """Return the images of the disks that are written to, by target."""
-    return {disk.target: disk.source for disk in definition.disks if disk.why_unfit not in READ_ONLY}
+    """Return the images of the disks that are written to for good, by target."""
+    # A transient disk has an image of that run alone, which libvirt has put on its own.
+    passing = (*READ_ONLY, "transient")
+    return {disk.target: disk.source for disk in definition.disks if disk.why_unfit not in passing}
 
 
 def _merge_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark) -> DiskPlan | None:

@@ -240,6 +240,20 @@ def test_a_drive_with_another_medium_does_not_count(host):
     assert not_live(changed, LIVE) == []
 
 
+def test_a_transient_disk_has_another_image_while_the_domain_runs(host):
+    host.image("tmp.qcow2")
+    host.define("web", "web.qcow2", "tmp.qcow2")
+    one = host.domains["web"]
+    text = one.definition.text.replace("<target dev='vdb'/>", "<target dev='vdb'/><transient/>")
+    host.domains["web"] = one._replace(definition=Definition(text))
+    domain = host.start("web")
+    text = domain.running_definition.text.replace("tmp.qcow2", "tmp.qcow2.TRANSIENT-web")
+    host.domains["web"] = domain._replace(running_definition=Definition(text))
+    assert not_live(host.domains["web"], LIVE) == []
+    other = domain._replace(running_definition=Definition(text.replace("/web.qcow2", "/other.qcow2")))
+    assert [problem.code for problem in not_live(other, LIVE)] == ["other_disks"]
+
+
 @pytest.mark.parametrize("version, is_refused", [((6, 5, 0), True), ((6, 6, 0), False), ((12, 8, 0), False)])
 def test_which_libvirt_can(host, version, is_refused):
     found = not_live(host.start("web"), Live(version))
