@@ -311,7 +311,7 @@ def _read(handle: t.Any, name: str) -> Domain | Unreadable:
 
 
 def _saved(handle: t.Any) -> Definition | None:
-    """Return what the managed save of a domain goes on with, which no definition need have; None if it is unreadable."""
+    """Return what the managed save of a domain goes on with, which no definition need have; None if it is damaged."""
     try:
         return Definition(handle.managedSaveGetXMLDesc(0))
     except LibvirtError:

@@ -149,9 +149,9 @@ def test_a_checkpoint_remembers_disks_that_were_volumes_then(host):
 
 def test_only_a_domain_with_a_managed_save_is_asked_for_what_that_has(host, monkeypatch):
     text = "<domain type='test'><name>{}</name><memory>1024</memory><os><type>hvm</type></os>{}</domain>"
-    volume = "<devices><disk type='volume'><source pool='images' volume='web.qcow2'/><target dev='vdb'/></disk></devices>"
+    disk = "<disk type='volume'><source pool='images' volume='web.qcow2'/><target dev='vdb'/></disk>"
     error = libvirt.libvirtError("cannot be read")
-    saves = {"saved": text.format("saved", volume), "odd": error}
+    saves = {"saved": text.format("saved", f"<devices>{disk}</devices>"), "odd": error}
 
     def tell(domain, _flags):
         if isinstance(saves[domain.name()], Exception):
