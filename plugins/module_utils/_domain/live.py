@@ -20,7 +20,7 @@ from .._disk.running import Begin, Known, MakeForRunning, MergeRunning
 from .._disk.verdict import KEEP
 from .._libvirt.connection import Domain, Kept, Libvirt
 from .._libvirt.definition import Definition, DomainDisk
-from .._libvirt.jobs import Merge, merge_down
+from .._libvirt.jobs import Merge, check_may_merge, check_no_job, merge_down
 from .._libvirt.running import RunningDisk, why_not_quiesced
 from .._libvirt.snapshots import (
     check_on,
@@ -287,6 +287,19 @@ class RunningDomains:
             raise other_disks_meanwhile(domain)
         merge = Merge(domain, disk.target, request.path, request.speed, relative, resumes)
         merge_down(self._daemon, merge, watch, seconds, begin)
+
+    def check_for_snapshot(self, request: OverlayRequest) -> None:
+        """Refuse a disk on which a job goes on that keeps it from a snapshot."""
+        if request.mark is not None:
+            check_no_job(self._daemon, self._domains[request.vm or ""], request.mark.target)
+
+    def check_for_merge(self, request: CommitRequest, *, resumes: bool) -> None:
+        """Refuse an image if a job is in the way of its merge."""
+        domain = self._domains[request.vm or ""]
+        disk = self._disk_with(domain, request.path)
+        if disk is None:
+            raise other_disks_meanwhile(domain)
+        check_may_merge(self._daemon, Merge(domain, disk.target, request.path, resumes=resumes), disk)
 
     def _disk_with(self, domain: Domain, path: str) -> RunningDisk | None:
         """Return the disk that has an image in its chain just now."""

@@ -2,7 +2,10 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 # PRIVATE to this collection: may change at any time.
-"""Act: have libvirt merge an image of a domain that runs into the one below it, and follow its job to the end."""
+"""Act: have libvirt merge an image of a domain that runs into the one below it, and follow its job to the end.
+
+Read: whether a job of somebody else is in the way of that, or of a snapshot.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,9 @@ import typing as t
 from .._base.errors import Refusal
 from .._base.signals import GoesOn, Interrupted, interruptible
 from .bindings import LibvirtError, libvirt, words_of
-from .connection import Domain, Libvirt
+from .connection import PATIENCE, Domain, Libvirt, unreadable
 from .running import RunningDisk, RunningImage, run_of, running_disks
-from .snapshots import gone_meanwhile, other_disks_meanwhile, running_text
+from .snapshots import RESTART, gone_meanwhile, other_disks_meanwhile, running_text
 
 Watch = t.Callable[[int, int], None]  # is called with the bytes that are done, and with all
 
@@ -35,6 +38,7 @@ _PAUSES = (0.02, 0.1, 0.5)  # seconds between two looks at a job; the last one a
 _STEP = 32 << 20  # bytes that QEMU moves at most before it pauses for the sake of a speed
 _KINDS = ("unknown", "pull", "copy", "commit", "active commit", "backup")  # virDomainBlockJobType
 _OURS = (3, 4)  # commit, active commit
+_BACKUP = 9  # virDomainJobOperation
 
 
 class Merge(t.NamedTuple):
@@ -116,7 +120,7 @@ class _Merging:
             _check_mirror(disk, job.place, self._merge)
             info = handle.blockJobInfo(self._merge.target, 0)
             if info:
-                self._check_job(info)
+                _check_job(self._merge, info, is_ours=self._is_ours)
                 self._job = job
                 self._begun = self._begin()
             elif self._is_started:
@@ -143,13 +147,6 @@ class _Merging:
         if place is None and self._job is not None and self._job.is_done(number, disk):
             return None
         raise other_disks_meanwhile(self._merge.domain)
-
-    def _check_job(self, info: t.Mapping[str, int]) -> None:
-        """Refuse a job that is no merge of ours."""
-        if info["type"] not in _OURS:
-            raise _busy(self._merge, f"of another kind ({_kind_of(info)})")
-        if not self._is_ours:
-            raise _busy(self._merge, f"that this run has not begun ({_kind_of(info)})")
 
     def _start(self, handle: t.Any, disk: RunningDisk, job: _Job) -> None:
         merge, place = self._merge, job.place
@@ -181,7 +178,7 @@ class _Merging:
         else:
             begun.withdraw()
         if is_busy:
-            raise _busy(self._merge, "that has just been begun") from exc
+            raise _busy(self._merge.domain, self._merge.target, "that has just been begun") from exc
 
     def _follow(self, handle: t.Any) -> None:
         """Return when there is no job any more; when one has the disk on both images, put the domain on the lower."""
@@ -191,7 +188,7 @@ class _Merging:
             info = handle.blockJobInfo(merge.target, 0)
             if not info:
                 return
-            self._check_job(info)
+            _check_job(merge, info, is_ours=self._is_ours)
             done, total = info["cur"], info["end"]
             self._watch(done, total)
             is_ready = info["type"] == libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT and done == total
@@ -251,6 +248,57 @@ class _Merging:
         return Refusal("libvirt_failed", merge.domain.name, why, remedy)
 
 
+class _Jobs(t.NamedTuple):
+    """The jobs that could be in the way of what is to be done to a disk."""
+
+    of_domain: t.Mapping[str, int]  # as virDomainGetJobStats() says
+    of_disk: t.Mapping[str, int]  # as virDomainGetBlockJobInfo() says; empty if it has none
+
+
+def check_no_job(daemon: Libvirt, domain: Domain, target: str) -> None:
+    """Refuse a disk of which no snapshot can be taken, since a job of it or of the whole domain goes on."""
+    jobs = _jobs_now(daemon, domain, target)
+    if jobs.of_disk:
+        raise _busy(domain, target, f"({_kind_of(jobs.of_disk)})")
+    if jobs.of_domain["type"]:
+        raise _domain_busy(domain)
+
+
+def check_may_merge(daemon: Libvirt, merge: Merge, disk: RunningDisk) -> None:
+    """Refuse a merge if merge_down() would find a job in its way."""
+    jobs = _jobs_now(daemon, merge.domain, merge.target)
+    _check_mirror(disk, disk.place_of(merge.path) or 0, merge)
+    if jobs.of_disk:
+        _check_job(merge, jobs.of_disk, is_ours=merge.resumes)
+    # A backup of other disks lets libvirt begin block jobs; a dump or a migration does not.
+    if jobs.of_domain["type"] and jobs.of_domain.get("operation") != _BACKUP:
+        raise _domain_busy(merge.domain)
+
+
+def _jobs_now(daemon: Libvirt, domain: Domain, target: str) -> _Jobs:
+    """Return the jobs of a domain and of one of its disks; Refusal if that cannot be told."""
+    while True:
+        try:
+            return daemon.in_time(
+                domain.uuid, lambda handle: _Jobs(handle.jobStats(0), handle.blockJobInfo(target, 0) or {})
+            )
+        except TimeoutError as exc:
+            why = f"its QEMU has not answered within {PATIENCE:.0f} seconds, so its jobs cannot be told"
+            remedy = "See the log of the domain, then run this again."
+            raise Refusal("libvirt_failed", domain.name, why, remedy) from exc
+        except LibvirtError as exc:
+            if not daemon.is_back(RESTART, can_end=False):
+                raise unreadable(domain.name, exc) from exc
+
+
+def _check_job(merge: Merge, info: t.Mapping[str, int], *, is_ours: bool) -> None:
+    """Refuse a job that is no merge of ours."""
+    if info["type"] not in _OURS:
+        raise _busy(merge.domain, merge.target, f"of another kind ({_kind_of(info)})")
+    if not is_ours:
+        raise _busy(merge.domain, merge.target, f"that this run has not begun ({_kind_of(info)})")
+
+
 def _kind_of(info: t.Mapping[str, int]) -> str:
     return _KINDS[info["type"]] if info["type"] < len(_KINDS) else "unknown"
 
@@ -262,7 +310,8 @@ def _check_mirror(disk: RunningDisk, place: int, merge: Merge) -> None:
     below = disk.images[place + 1] if place == 0 and len(disk.images) > 1 else None
     image = disk.mirror.image
     if disk.mirror.job != "active-commit" or below is None or not _is_same(image, below):
-        raise _busy(merge, f"of another kind ({disk.mirror.job} to {image.path or 'an image without a path'})")
+        which = f"of another kind ({disk.mirror.job} to {image.path or 'an image without a path'})"
+        raise _busy(merge.domain, merge.target, which)
 
 
 def _is_same(one: RunningImage, other: RunningImage) -> bool:
@@ -291,10 +340,16 @@ def _pivot(handle: t.Any, target: str) -> bool:
     return True
 
 
-def _busy(merge: Merge, which: str) -> Refusal:
-    why = f"its disk {merge.target} has a block job {which}"
-    remedy = "Wait for its end ('virsh blockjob'), or end it, then run this again."
-    return Refusal("block_job", merge.domain.name, why, remedy)
+def _busy(domain: Domain, target: str, which: str) -> Refusal:
+    why = f"its disk {target} has a block job {which}"
+    remedy = "Wait for its end ('virsh blockjob'; of a backup 'virsh domjobinfo'), or end it, then run this again."
+    return Refusal("block_job", domain.name, why, remedy)
+
+
+def _domain_busy(domain: Domain) -> Refusal:
+    why = "has a job of its own, as a backup or a migration, while which libvirt begins nothing of this kind"
+    remedy = "Wait for its end ('virsh domjobinfo'), or end it ('virsh domjobabort'), then run this again."
+    return Refusal("block_job", domain.name, why, remedy)
 
 
 def _ended(merge: Merge) -> Refusal:

@@ -19,11 +19,18 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.signals impor
 )
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection import Domain
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import Definition
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.jobs import Merge, merge_down
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.jobs import (
+    Merge,
+    check_may_merge,
+    check_no_job,
+    merge_down,
+)
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.running import Mirror, running_disks
 
 DOMAIN = Domain("web", "uuid", "running", True, False, Definition("<domain/>"), Definition("<domain/>"))
 ACTIVE = libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT
 COMMIT = libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COMMIT
+BACKUP = libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_BACKUP
 COPY = libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COPY
 
 
@@ -444,3 +451,90 @@ def test_a_daemon_that_tells_of_the_disk_before_it_knows_that_the_job_has_ended(
     handle.blockJobInfo = look_or_fail
     assert merged(handle, "/mid", daemon=daemon) == []
     assert handle.chain == ["/top", "/base"]
+
+
+class Asked(Daemon):
+    """A daemon that is asked for the jobs of the domain and of its disk."""
+
+    def __init__(self, of_disk=None, operation=None):
+        super().__init__(Running([(of_disk, 1)] * 9 if of_disk is not None else []))
+        self._operation = operation
+        self.answers = [True]  # when it is asked: whether it answers, None if it is away
+        (self.disk,) = running_disks(self._handle.XMLDesc(0))
+
+    def jobStats(self, _flags):  # noqa: N802  libvirt's name
+        return {"type": 0} if self._operation is None else {"type": 2, "operation": self._operation}
+
+    def blockJobInfo(self, target, flags):  # noqa: N802
+        return self._handle.blockJobInfo(target, flags)
+
+    def is_back(self, seconds, *, can_end=True):
+        assert not can_end
+        return super().is_back(seconds)
+
+    def in_time(self, _uuid, ask):
+        answer = self.answers.pop(0)
+        if answer is None:
+            self.is_away = True
+            raise failure(libvirt.VIR_ERR_RPC)
+        if not answer:
+            raise TimeoutError
+        return ask(self)
+
+    def snapshot(self):
+        return code_of(lambda: check_no_job(self, DOMAIN, "vda"))
+
+    def merge(self, resumes=False):
+        return code_of(lambda: check_may_merge(self, Merge(DOMAIN, "vda", "/top", resumes=resumes), self.disk))
+
+
+def code_of(check):
+    try:
+        check()
+    except Refusal as exc:
+        return exc.code
+    return None
+
+
+MIGRATION = libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT
+BACKUP_OF_DOMAIN = libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP
+
+
+@pytest.mark.parametrize(
+    "of_disk, operation, snapshot, merge, resumed",
+    [
+        (None, None, None, None, None),
+        (ACTIVE, None, "block_job", "block_job", None),
+        (COMMIT, None, "block_job", "block_job", None),
+        (COPY, None, "block_job", "block_job", "block_job"),
+        (BACKUP, BACKUP_OF_DOMAIN, "block_job", "block_job", "block_job"),
+        (None, BACKUP_OF_DOMAIN, "block_job", None, None),  # of another disk
+        (None, MIGRATION, "block_job", "block_job", "block_job"),
+    ],
+)
+def test_which_job_is_in_the_way_of_what(of_disk, operation, snapshot, merge, resumed):
+    assert Asked(of_disk, operation).snapshot() == snapshot
+    assert Asked(of_disk, operation).merge() == merge
+    assert Asked(of_disk, operation).merge(resumes=True) == resumed
+
+
+def test_a_merge_does_not_go_on_with_a_job_that_writes_to_another_image():
+    daemon = Asked(ACTIVE)
+    for place, code in ((2, "block_job"), (1, None)):
+        daemon.answers = [True]
+        daemon.disk = daemon.disk._replace(mirror=Mirror("active-commit", daemon.disk.images[place]))
+        assert daemon.merge(resumes=True) == code
+
+
+def test_a_qemu_that_does_not_tell_of_its_jobs_is_not_waited_for():
+    daemon = Asked()
+    daemon.answers = [False]
+    assert daemon.snapshot() == "libvirt_failed"
+
+
+def test_a_daemon_that_is_started_anew_is_asked_for_the_jobs_again():
+    daemon = Asked(COPY)
+    daemon.answers = [None, True]
+    assert (daemon.snapshot(), daemon.returns) == ("block_job", 1)
+    daemon.answers, daemon.is_back = [None], lambda _seconds, **_more: False
+    assert daemon.snapshot() == "libvirt_failed"
