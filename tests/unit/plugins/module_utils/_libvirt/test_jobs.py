@@ -138,6 +138,21 @@ def merged(handle, path, seconds=60.0, daemon=None, **more):
     return seen
 
 
+def merged_after(handle, happens):
+    """Have /mid be merged, and something happen to the domain while it is."""
+    look = handle.blockJobInfo
+
+    def look_first(target, flags):
+        info = look(target, flags)
+        if info:
+            happens(handle)
+            handle.is_begun = False
+        return {} if info else info
+
+    handle.blockJobInfo = look_first
+    merged(handle, "/mid")
+
+
 def test_the_topmost_image_goes_with_a_pivot_when_the_job_is_ready():
     handle = Running([None, (ACTIVE, 3), (ACTIVE, 10)], not_ready=1)
     assert merged(handle, "/top", speed=5) == [(3, 10), (10, 10), (10, 10)]
@@ -225,6 +240,10 @@ def pull_up(handle):
     handle.chain = ["/top"]
 
 
+def put_another_below(handle):
+    handle.chain = ["/top", "/other"]
+
+
 @pytest.mark.parametrize("is_away", [False, True])
 @pytest.mark.parametrize(
     "happens, said",
@@ -269,6 +288,16 @@ def test_what_another_has_merged_when_the_job_is_to_begin_is_not_retired():
     handle.blockCommit = refuse
     with pytest.raises(Refusal, match="web: has got other disks meanwhile"):
         merged(handle, "/mid")
+
+
+def test_images_without_numbers_are_known_by_their_paths():
+    handle = Running([None, (COMMIT, 3)], merges="/mid")
+    handle.numbers = dict.fromkeys(handle.numbers, "")
+    merged(handle, "/mid")
+    handle = Running([None, (COMMIT, 3)], merges="/base")
+    handle.numbers = dict.fromkeys(handle.numbers, "")
+    with pytest.raises(Refusal, match="web: has got other disks meanwhile"):
+        merged_after(handle, put_another_below)
 
 
 def test_an_image_that_has_none_below_any_more_is_not_merged():
