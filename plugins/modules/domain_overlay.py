@@ -36,9 +36,9 @@ options:
       - V(reverted) discards the snapshot O(snapshot) and all above it, on every disk that has it.
       - A domain that is not on the snapshot is left as it is.
       - Options about new overlays must be left out, or have their defaults, unless it is V(present). These are
-        O(quiesce), O(libvirt_snapshots), O(unfit_disks), O(bitmap_content), O(relative), O(cluster_size),
-        O(extended_l2), O(lazy_refcounts), O(refcount_bits), O(compression_type), O(owner), O(group), O(mode),
-        O(seuser), O(serole), O(setype) and O(selevel).
+        O(quiesce), O(unfit_disks), O(bitmap_content), O(relative), O(cluster_size), O(extended_l2), O(lazy_refcounts),
+        O(refcount_bits), O(compression_type), O(owner), O(group), O(mode), O(seuser), O(serole), O(setype) and
+        O(selevel).
     type: str
     choices: [present, committed, reverted]
     default: present
@@ -136,8 +136,11 @@ options:
     description:
       - What becomes of a domain of which libvirt has snapshots of its own (C(virsh snapshot-list)), internal ones or
         external ones with metadata.
-      - V(fail) refuses it. C(virsh snapshot-revert) would rewrite, or delete, the image below the overlay.
+      - V(fail) refuses it. C(virsh snapshot-revert) would rewrite, or delete, the image below the overlay. With
+        O(state=reverted) the images that go may be those that such a snapshot needs.
       - V(ignore) goes on. Never revert to such a snapshot then.
+      - Not allowed with O(state=committed). With that and with O(state=reverted), an image that goes and has internal
+        snapshots is always refused.
     type: str
     choices: [fail, ignore]
     default: fail
@@ -668,12 +671,12 @@ def _way_back(params: dict[str, t.Any]) -> WayBack:
         speed=params["speed"],
         skips_running=params["running"] == "skip",
         directory=_directory(params),
+        allows_snapshots=params["libvirt_snapshots"] == "ignore",
     )
 
 
 OF_NEW_FILES = (
     "quiesce",
-    "libvirt_snapshots",
     "unfit_disks",
     *creation_spec(defaults=True),
     *ownership_spec(),
@@ -681,7 +684,7 @@ OF_NEW_FILES = (
 AIMS: dict[str, tuple[t.Callable[[dict[str, t.Any], Live | None], list[Aim]], t.Sequence[str]]] = {
     # What it is to do, and the options that have no meaning then.
     "present": (_put_on, ["retire", "speed", "confirm_all", "older_than", "keep"]),
-    "committed": (_merge_down, [*OF_NEW_FILES, "confirm_all"]),
+    "committed": (_merge_down, [*OF_NEW_FILES, "libvirt_snapshots", "confirm_all"]),
     "reverted": (_go_back, [*OF_NEW_FILES, "speed", "older_than", "keep"]),
 }
 

@@ -204,8 +204,8 @@ notes:
   - A full disk pauses a commit. It goes on when there is room again within O(timeout), else the task fails, and the
     same call goes on later.
   - Going back is refused if a process has one of the images open, if another image in one of their folders stands on an
-    image that would go, or if a commit of these images was interrupted. It is also refused on a block device. While
-    images are retired, no VM can start on them or on O(backing_file).
+    image that would go, if that has internal snapshots, or if a commit of these images was interrupted. It is also
+    refused on a block device. While images are retired, no VM can start on them or on O(backing_file).
   - Checkpoints that were made since the snapshot are in the overlay alone. A warning names them. libvirt still has them
     after going back; M(kvmfleet.qcow2.domain_checkpoint) with
     O(kvmfleet.qcow2.domain_checkpoint#module:unusable=remove) has it forget them. Increments that were made since the

@@ -53,7 +53,7 @@ OPTIONS: t.Mapping[str, t.Mapping[str, t.Sequence[str]]] = {
         "older_than": (COMMITTED,),
         "keep": (COMMITTED,),
         "quiesce": (PRESENT,),
-        "libvirt_snapshots": (PRESENT,),
+        "libvirt_snapshots": (PRESENT, REVERTED),
         "unfit_disks": (PRESENT,),
         "confirm_all": (REVERTED,),
     },

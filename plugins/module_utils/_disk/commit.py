@@ -21,7 +21,7 @@ from .bitmap_rules import LayerBitmaps, bitmap_problems, carries_over, lost_belo
 from .fates import DISABLED, INCONSISTENT, Fate, Named, fates, fault_below, wrongly_mended
 from .overlay import SkippedBitmap, name_problems
 from .retire import is_kept
-from .revert_rules import Retired
+from .revert_rules import Retired, internal_snapshots
 from .stages import CARRIED, GIVEN, REBUILT, Seen, Stage, named
 from .vault import MARK, MAX_NAME, Vault
 from .verdict import COMMITTED, DELETE, FAILED, How, Need, problem_fields
@@ -410,10 +410,7 @@ def _layer_problems(seen: Seen, layer: Layer) -> list[Refusal]:
     image, is_base, is_top = layer.image, layer is seen.base, layer is seen.chain[0]
     if image is None:
         return []
-    problems = []
-    if not is_base and image.snapshots:
-        why = f"has {image.snapshots} internal snapshots, which would be lost"
-        problems.append(Refusal("unsupported", layer.path, why, "Remove them first ('qemu-img snapshot -d')."))
+    problems = [] if is_base else internal_snapshots(layer)
     if not is_base and image.has_data_file:
         why = "has an external data file, which is no part of the image; not supported in an image that goes in"
         problems.append(Refusal("unsupported", layer.path, why, "Use 'virsh blockcommit' while the VM runs."))

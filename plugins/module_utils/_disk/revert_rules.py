@@ -217,9 +217,18 @@ def _unfinished(request: RevertRequest, seen: Observed) -> list[Refusal]:
     return [Refusal("unfinished", request.path, why, remedy)]
 
 
+def internal_snapshots(layer: Layer) -> list[Refusal]:
+    """Return that an image which goes has internal snapshots, that nobody has asked to be discarded."""
+    if layer.image is None or not layer.image.snapshots:
+        return []
+    why = f"has {layer.image.snapshots} internal snapshots, which would go with it"
+    remedy = "Remove them first ('qemu-img snapshot -d'; those that libvirt knows by 'virsh snapshot-delete')."
+    return [Refusal("unsupported", layer.path, why, remedy)]
+
+
 def _going_problems(one: Going) -> list[Refusal]:
     """Return why this image cannot go."""
-    problems = []
+    problems = [] if one.is_kept_already else internal_snapshots(one.layer)
     if one.is_open_for_writing:
         problems.append(in_use(one.path))
     elif one.below_running_vm:

@@ -93,6 +93,12 @@ class Hypervisor(t.Protocol):
     def has(self, request: CommitRequest | OverlayRequest) -> bool:
         """Return whether the VM has the image at `path` in the chain of a disk, or is defined with it."""
 
+    def check_for_snapshot(self, request: OverlayRequest) -> None:
+        """Refuse a disk on which a job of somebody else goes on that keeps it from a snapshot."""
+
+    def check_for_merge(self, request: CommitRequest, *, resumes: bool) -> None:
+        """Refuse an image if merge() would find a job in its way."""
+
     def store(self, request: CommitRequest) -> None:
         """Have the definition of the VM as it is now on disk, where the next start of the hypervisor finds it."""
 
@@ -156,7 +162,17 @@ class MakeForRunning(MakeOverlays):
     def rehearse(self, verdict: OverlayVerdict, held: Held) -> OverlayVerdict:
         """Say which bitmaps the overlay would have."""
         held.monitor()  # a host without QEMU is refused
-        return self._foretold(verdict, held)
+        return self._foretold(self._check_jobs(verdict, held), held)
+
+    def phases(self) -> t.Sequence[t.Callable[[OverlayVerdict, Held], OverlayVerdict]]:
+        """Build only what can be taken."""
+        return [self._check_jobs, *super().phases()]
+
+    def _check_jobs(self, verdict: OverlayVerdict, _held: Held) -> OverlayVerdict:
+        """Refuse what a job is in the way of. Not before this run has its turn: it may be one of another run."""
+        if verdict.changed:
+            self._hypervisor.check_for_snapshot(verdict.request)
+        return verdict
 
     def publish(
         self, verdicts: t.Sequence[OverlayVerdict], held: Held, switch: t.Callable[[], None]
@@ -253,9 +269,20 @@ class MergeRunning(MergeLayers):
         paths = (request.path, request.backing_file, *([request.above] if request.above is not None else []))
         return Images((), running=tuple(filter(is_there, paths)))  # another run may have retired the first one
 
+    def rehearse(self, verdict: CommitVerdict, held: Held) -> CommitVerdict:
+        """Look for jobs; nothing else beside the look can be rehearsed."""
+        return self._check_jobs(verdict, held)
+
     def phases(self) -> t.Sequence[t.Callable[[CommitVerdict, Held], CommitVerdict]]:
         """Do nothing that could be undone: a disk whose merge is complete stays so."""
-        return []
+        return [self._check_jobs]
+
+    def _check_jobs(self, verdict: CommitVerdict, held: Held) -> CommitVerdict:
+        """Refuse what a job is in the way of. Not before this run has its turn: it may be one of another run."""
+        request = verdict.request
+        if verdict.method is not None:  # of what is left over nothing is merged
+            self._hypervisor.check_for_merge(request, resumes=has_begun_job(held.image(request.path)))
+        return verdict
 
     def publish(
         self, verdicts: t.Sequence[CommitVerdict], held: Held, switch: t.Callable[[], None]
@@ -300,7 +327,7 @@ class MergeRunning(MergeLayers):
         with contextlib.suppress(Refusal):
             if self._hypervisor.has(request):
                 return f"its merge was given up, because the run was ended by {exc}; the VM goes on with it"
-            return f"is merged down, and was not retired, because the run was ended by {exc}"
+            return f"its VM does not have it any more; it was not retired, because the run was ended by {exc}"
         return f"the run was ended by {exc}, and whether it is merged down could not be told"
 
     def _merge(self, verdict: CommitVerdict, held: Held, begin: Begin) -> CommitVerdict:

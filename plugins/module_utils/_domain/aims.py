@@ -143,9 +143,9 @@ class GoBackTo(OfShutOff):
         """Return what is done to the images."""
         return GoBack()
 
-    def plan(self, domain: Domain, facts: t.Sequence[DiskFacts], _kept: Kept) -> DomainPlan:
+    def plan(self, domain: Domain, facts: t.Sequence[DiskFacts], kept: Kept) -> DomainPlan:
         """Return what is to become of a domain, as far as that can be said without its images' bitmaps."""
-        return plan_revert(domain, facts, self._request)
+        return plan_revert(domain, facts, self._request, kept.snapshots)
 
     def conflicts(self, _plans: t.Sequence[DomainPlan]) -> dict[str, list[Refusal]]:
         """Find none: an image that two domains have is refused for each."""

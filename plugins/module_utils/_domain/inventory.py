@@ -125,10 +125,11 @@ class Inventory:
         return sorted(users - self._tops.get(_file_at(top), set()))
 
     def _disks(self) -> t.Iterator[tuple[Domain, DomainDisk]]:
-        """Yield every disk, with its domain."""
+        """Yield every disk, with its domain: as it is defined, as it runs, and as its managed save goes on with it."""
         for domain in self._domains.values():
             if isinstance(domain, Domain):
-                yield from ((domain, disk) for disk in domain.definition.disks)
+                definitions = (domain.definition, domain.running_definition, domain.saved_definition)
+                yield from ((domain, disk) for one in definitions if one is not None for disk in one.disks)
 
     def _readable(self) -> t.Iterator[tuple[Domain, DomainDisk, str]]:
         """Yield every disk that has an image, with its domain and its path."""
@@ -141,20 +142,21 @@ class Inventory:
     def _unseen_beside(self, domain: Domain) -> tuple[str, ...]:
         """Return the disks of other domains that can stand on any image."""
         self._users_of("")
-        return tuple(disk for name, disks in self._unseen.items() if name != domain.name for disk in disks)
+        disks = (disk for name, disks in self._unseen.items() if name != domain.name for disk in disks)
+        return tuple(dict.fromkeys(disks))
 
     def _users_of(self, path: str) -> set[tuple[str, str]]:
         """Return the disks, of all domains, that have the image anywhere in their chain, by whichever name."""
         if self._users is None:
             self._users = {}
-            self._unseen = {name: [name] for name, one in self._domains.items() if isinstance(one, Unreadable)}
+            self._unseen = {name: _hidden(one) for name, one in self._domains.items()}
             for domain, disk, source in self._readable():
                 files, is_seen = self._used_by(disk, source)
                 for file in files:
                     self._users.setdefault(file, set()).add((domain.name, disk.target))
                 self._tops.setdefault(_file_at(source), set()).add((domain.name, disk.target))
                 if not is_seen:
-                    self._unseen.setdefault(domain.name, []).append(f"{domain.name} ({disk.target})")
+                    self._unseen[domain.name].append(f"{domain.name} ({disk.target})")
         suspects = {(name, "") for name in self._suspects_of(path)}
         return self._users.get(_file_at(path), set()) | suspects
 
@@ -205,6 +207,13 @@ class Inventory:
         if (source, image_format) not in self._chains:
             self._chains[source, image_format] = _read(source, image_format)
         return self._chains[source, image_format]
+
+
+def _hidden(one: Domain | Unreadable) -> list[str]:
+    """Return what there is of a domain that can have any disks."""
+    if isinstance(one, Unreadable):
+        return [one.name]
+    return [f"{one.name} (its managed save)"] if one.managed_save and one.saved_definition is None else []
 
 
 def is_pattern(name: str) -> bool:

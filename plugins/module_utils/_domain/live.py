@@ -20,7 +20,7 @@ from .._disk.running import Begin, Known, MakeForRunning, MergeRunning
 from .._disk.verdict import KEEP
 from .._libvirt.connection import Domain, Kept, Libvirt
 from .._libvirt.definition import Definition, DomainDisk
-from .._libvirt.jobs import Merge, merge_down
+from .._libvirt.jobs import Merge, check_may_merge, check_no_job, merge_down
 from .._libvirt.running import RunningDisk, why_not_quiesced
 from .._libvirt.snapshots import (
     check_on,
@@ -203,8 +203,10 @@ def not_quiescent(domain: Domain) -> list[Refusal]:
 
 
 def _written(definition: Definition) -> dict[str, str | None]:
-    """Return the images of the disks that are written to, by target."""
-    return {disk.target: disk.source for disk in definition.disks if disk.why_unfit not in READ_ONLY}
+    """Return the images of the disks that are written to for good, by target."""
+    # A transient disk has an image of that run alone, which libvirt has put on its own.
+    passing = (*READ_ONLY, "transient")
+    return {disk.target: disk.source for disk in definition.disks if disk.why_unfit not in passing}
 
 
 def _merge_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark) -> DiskPlan | None:
@@ -296,6 +298,19 @@ class RunningDomains:
             raise other_disks_meanwhile(domain)
         merge = Merge(domain, disk.target, request.path, request.speed, relative, resumes)
         merge_down(self._daemon, merge, watch, seconds, begin)
+
+    def check_for_snapshot(self, request: OverlayRequest) -> None:
+        """Refuse a disk on which a job goes on that keeps it from a snapshot."""
+        if request.mark is not None:
+            check_no_job(self._daemon, self._domains[request.vm or ""], request.mark.target)
+
+    def check_for_merge(self, request: CommitRequest, *, resumes: bool) -> None:
+        """Refuse an image if a job is in the way of its merge."""
+        domain = self._domains[request.vm or ""]
+        disk = self._disk_with(domain, request.path)
+        if disk is None:
+            raise other_disks_meanwhile(domain)
+        check_may_merge(self._daemon, Merge(domain, disk.target, request.path, resumes=resumes), disk)
 
     def _disk_with(self, domain: Domain, path: str) -> RunningDisk | None:
         """Return the disk that has an image in its chain just now."""

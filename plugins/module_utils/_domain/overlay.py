@@ -55,7 +55,9 @@ def plan_domain(
         problems.append(Refusal("no_disk", domain.name, f"none of its disks can take part ({listed})"))
     problems += not_ready(domain, disks)
     if kept.snapshots and not request.allows_snapshots and any(disk.source for disk in disks):
-        problems.append(_snapshots_problem(domain, kept.snapshots))
+        # Reverting to an internal one rewrites that image; to an external one, libvirt 11 deletes it.
+        why = "'virsh snapshot-revert' would rewrite or delete the image below the overlay"
+        problems.append(snapshots_problem(domain, kept.snapshots, why))
     plan = DomainPlan(
         domain=domain,
         disks=tuple(disks),
@@ -71,15 +73,13 @@ def plan_domain(
     return plan._replace(definition=domain.definition.with_sources(plan.sources))
 
 
-def _snapshots_problem(domain: Domain, snapshots: t.Sequence[str]) -> Refusal:
-    """Return the refusal of a domain of which libvirt has snapshots of its own."""
+def snapshots_problem(domain: Domain, snapshots: t.Sequence[str], why: str) -> Refusal:
+    """Return the refusal of a domain of which libvirt has snapshots of its own; `why` it matters."""
     shown = ", ".join(snapshots[:_SHOWN]) + (f" and {len(snapshots) - _SHOWN} more" * (len(snapshots) > _SHOWN))
-    # Reverting to an internal one rewrites the image below the overlay; to an external one, libvirt 11 deletes it.
     return Refusal(
         "libvirt_snapshots",
         domain.name,
-        f"libvirt has snapshots of its own of it ({shown}). 'virsh snapshot-revert' would rewrite or delete the image "
-        "below the overlay",
+        f"libvirt has snapshots of its own of it ({shown}). {why}",
         "Remove them with 'virsh snapshot-delete', or set libvirt_snapshots=ignore and never revert to one of them.",
     )
 

@@ -30,7 +30,7 @@ from .checkpoints import chain_of
 from .fitness import fitness_of
 from .inventory import DiskFacts
 from .names import Found, find_snapshot, flattened, flattened_one
-from .overlay import stated_problems
+from .overlay import snapshots_problem, stated_problems
 from .plan import DiskPlan, DomainPlan, NotReady, SkippedDisk, not_shut_off
 from .retention import NO_STEP, Step
 
@@ -51,6 +51,7 @@ class WayBack(t.NamedTuple):
     lowest: str | None = None  # the snapshot further down that is merged down with it; all in between are, too
     steps: t.Mapping[str, Step] | None = None  # by the UUID of the domain, instead of the two above
     gone: t.Collection[str] = ()  # paths of images that check mode has not retired, although a run would have
+    allows_snapshots: bool = False  # libvirt's own snapshots of a domain that goes back are no failure
 
     def of(self, domain: Domain) -> WayBack:
         """Return what is wanted of this domain."""
@@ -79,11 +80,19 @@ def plan_commit(domain: Domain, facts: t.Sequence[DiskFacts], request: WayBack) 
     return plan_way_back(domain, facts, request, _commit_disk, not_ready)
 
 
-def plan_revert(domain: Domain, facts: t.Sequence[DiskFacts], request: WayBack) -> DomainPlan:
-    """Return what is to become of a domain that is to go back to what it was at the snapshot."""
+def plan_revert(
+    domain: Domain, facts: t.Sequence[DiskFacts], request: WayBack, snapshots: t.Sequence[str] = ()
+) -> DomainPlan:
+    """Return what is to become of a domain that is to go back to what it was at the snapshot.
+
+    `snapshots`: names of libvirt's own.
+    """
 
     def not_ready(domain: Domain, _disks: t.Sequence[DiskPlan]) -> list[Refusal]:
-        return not_shut_off(domain, "nobody can go back while it runs.", WHY_SAVED)
+        why = "'virsh snapshot-revert' would fail without the images that go, or leave the domain defined with them"
+        are_in_the_way = snapshots and not request.allows_snapshots
+        own = [snapshots_problem(domain, snapshots, why)] if are_in_the_way else []
+        return [*not_shut_off(domain, "nobody can go back while it runs.", WHY_SAVED), *own]
 
     return plan_way_back(domain, facts, request, _revert_disk, not_ready)
 

@@ -5,10 +5,11 @@
 """Read: the libvirt daemon of this host, by its Python bindings.
 
 The calls that are made in this room: open; listAllDomains, lookupByUUIDString, defineXML, listAllStoragePools,
-getLibVersion, isAlive of the connection; name, UUIDString, isActive, state, isPersistent, hasManagedSaveImage, XMLDesc,
-listAllCheckpoints, checkpointLookupByName, checkpointCreateXML, listAllSnapshots, snapshotCreateXML, ID, getTime,
-fsThaw, blockCommit, blockJobInfo, blockJobAbort of a domain; getName, getXMLDesc, delete of a checkpoint; getName of
-a snapshot; name, XMLDesc, isActive, storageVolLookupByName, refresh of a storage pool; path, info of a volume.
+getLibVersion, isAlive of the connection; name, UUIDString, isActive, state, isPersistent, hasManagedSaveImage,
+managedSaveGetXMLDesc, XMLDesc, listAllCheckpoints, checkpointLookupByName, checkpointCreateXML, listAllSnapshots,
+snapshotCreateXML, ID, getTime, fsThaw, blockCommit, blockJobInfo, blockJobAbort, jobStats of a domain; getName,
+getXMLDesc, delete of a checkpoint; getName of a snapshot; name, XMLDesc, isActive, storageVolLookupByName, refresh of a
+storage pool; path, info of a volume.
 Never a monitor command: it taints the domain.
 """
 
@@ -62,6 +63,7 @@ class Domain(t.NamedTuple):
     managed_save: bool
     definition: Definition  # what the next start uses, with its secrets
     running_definition: Definition | None  # what it runs with; None if it is shut off
+    saved_definition: Definition | None = None  # what its managed save goes on with, if there is one and it can be read
 
 
 class Kept(t.NamedTuple):
@@ -180,10 +182,11 @@ class Libvirt:
         """Return a domain with what libvirt knows of the volumes that its definitions name."""
         if isinstance(one, Unreadable):
             return one
-        running = one.running_definition
+        running, saved = one.running_definition, one.saved_definition
         return one._replace(
             definition=self.placed(one.definition),
             running_definition=self.placed(running) if running else None,
+            saved_definition=self.placed(saved) if saved else None,
         )
 
     def placed(self, definition: Definition) -> Definition:
@@ -292,17 +295,27 @@ def _read(handle: t.Any, name: str) -> Domain | Unreadable:
     """Return what libvirt says of a domain."""
     try:
         state = _STATES.get(handle.state()[0], "active") if handle.isActive() else None
+        has_save = bool(handle.hasManagedSaveImage(0))
         return Domain(
             name=name,
             uuid=handle.UUIDString(),
             state=state,
             persistent=bool(handle.isPersistent()),
-            managed_save=bool(handle.hasManagedSaveImage(0)),
+            managed_save=has_save,
             definition=definition_of(handle),
             running_definition=Definition(handle.XMLDesc(0)) if state else None,
+            saved_definition=_saved(handle) if has_save else None,
         )
     except LibvirtError as exc:
         return Unreadable(name, unreadable(name, exc))
+
+
+def _saved(handle: t.Any) -> Definition | None:
+    """Return what the managed save of a domain goes on with, which no definition need have; None if it is damaged."""
+    try:
+        return Definition(handle.managedSaveGetXMLDesc(0))
+    except LibvirtError:
+        return None
 
 
 def definition_of(handle: t.Any) -> Definition:

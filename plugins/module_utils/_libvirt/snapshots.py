@@ -23,7 +23,7 @@ _MAY_BE_FROZEN = (
     "The next run thaws them."
 )
 _NAMESPACE = "kvmfleet.qcow2"  # of metadata that no domain has
-_RESTART = 60.0  # seconds in which a daemon that is started anew, as by an update, is back
+RESTART = 60.0  # seconds in which a daemon that is started anew, as by an update, is back
 
 
 def take_snapshot(daemon: Libvirt, domain: Domain, sources: t.Mapping[str, Source], *, quiesce: bool) -> None:
@@ -94,7 +94,7 @@ def _attempt(handle: t.Any, wanted: str, *, quiesce: bool) -> t.Any:
 def _handle_after(daemon: Libvirt, domain: Domain, error: t.Any) -> t.Any:
     """Return the handle of a domain if the daemon was started anew; None if it was there all the time."""
     try:
-        if not daemon.is_back(_RESTART, can_end=False):
+        if not daemon.is_back(RESTART, can_end=False):
             return None
         return daemon.connection.lookupByUUIDString(domain.uuid)
     except (LibvirtError, Refusal) as exc:
@@ -162,7 +162,7 @@ def _asked(daemon: Libvirt, domain: Domain, ask: t.Callable[[t.Any], _Answer]) -
             return ask(daemon.connection.lookupByUUIDString(domain.uuid))
         except LibvirtError as exc:
             # No signal ends this: images of the domain may be merged down and retired already, which is to be told.
-            if daemon.is_back(_RESTART, can_end=False):
+            if daemon.is_back(RESTART, can_end=False):
                 continue
             if exc.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
                 raise gone_meanwhile(domain) from exc

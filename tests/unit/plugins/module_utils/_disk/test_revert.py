@@ -103,6 +103,25 @@ def test_both_images_go_and_the_second_run_changes_nothing(tmp_path, base, reque
     assert b"failed" not in subprocess.run(command, check=True, capture_output=True).stdout
 
 
+@pytest.mark.parametrize("retire", ["keep", "delete"])
+@pytest.mark.parametrize("name", ["s1", "s2"])
+def test_internal_snapshots_in_an_image_that_goes(tmp_path, request_for, name, retire):
+    qemu.qemu_img("snapshot", "-c", "s", str(tmp_path / name))
+    before = world(tmp_path)
+    for settings in (CHECK, SETTINGS):
+        (failure,) = go_back([request_for("s2", retire=retire)], settings).failures
+        assert (failure.code, failure.subject) == ("unsupported", str(tmp_path / name))
+        assert "has 1 internal snapshots, which would go with it" in failure.why
+    assert world(tmp_path) == before
+    qemu.qemu_img("snapshot", "-d", "s", str(tmp_path / name))
+    assert not go_back([request_for("s2", retire=retire)]).failures
+
+
+def test_internal_snapshots_of_the_image_that_the_disk_goes_back_to_stay(base, request_for):
+    qemu.qemu_img("snapshot", "-c", "s", base)
+    assert not go_back([request_for("s2")]).failures
+
+
 def test_delete(tmp_path, request_for):
     predicted = go_back([request_for("s2", retire="delete")], CHECK)
     outcome = go_back([request_for("s2", retire="delete")])

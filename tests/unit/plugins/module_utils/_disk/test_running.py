@@ -72,6 +72,7 @@ class Hypervisor:
         self.lost = set()  # paths of images that the VM does not have any more when they are to be merged
         self.signals = ()  # paths of images in whose merge a signal comes
         self.is_full = False  # where it keeps definitions
+        self.busy = set()  # paths of images, or of new ones, on whose disk somebody else's job goes on
 
     def known(self, _vm, _paths):
         return self._known
@@ -80,6 +81,14 @@ class Hypervisor:
         if self.is_lost:
             raise Refusal("libvirt_unreachable", "uri", "went away")
         return request.path in self.keeps or request.path not in self.gone | self.lost
+
+    def check_for_snapshot(self, request):
+        if request.path in self.busy:
+            raise Refusal("block_job", "web", "its disk vda has a block job")
+
+    def check_for_merge(self, request, *, resumes):
+        if not resumes:
+            self.check_for_snapshot(request)
 
     def store(self, _request):
         if self.is_full:
@@ -132,6 +141,22 @@ def snapshot(tmp_path, disk, switch, known=Known(("sunday", "new")), settings=SE
     request = OverlayRequest(str(tmp_path / "disk.mon.qcow2"), disk, vm="web", must_be_fresh=True, mark=OF_WEB)
     operation = MakeForRunning(AttributeOptions(), Hypervisor(known))
     return run(operation, [request], settings, {"web": Vm(switch)})
+
+
+@pytest.mark.parametrize("settings", [CHECK, SETTINGS])
+def test_a_job_of_somebody_else_keeps_the_disk_from_a_snapshot_and_nothing_is_made(tmp_path, disk, settings):
+    request = OverlayRequest(str(tmp_path / "disk.mon.qcow2"), disk, vm="web", must_be_fresh=True, mark=OF_WEB)
+    hypervisor = Hypervisor()
+    hypervisor.busy.add(request.path)
+    switched = []
+    vms = {"web": Vm(lambda: switched.append(1))}
+    (problem,) = run(MakeForRunning(AttributeOptions(), hypervisor), [request], settings, vms).failures
+    assert (problem.code, switched, os.listdir(tmp_path)) == ("block_job", [], ["disk.qcow2"])
+    hypervisor.busy.clear()
+    assert states(run(MakeForRunning(AttributeOptions(), hypervisor), [request], SETTINGS, vms)) == ["created"]
+    hypervisor.busy.add(request.path)  # nothing is to be done
+    present = OverlayRequest(request.path, disk, vm="web")
+    assert states(run(MakeForRunning(AttributeOptions(), hypervisor), [present], settings)) == ["present"]
 
 
 @pytest.mark.parametrize(
@@ -230,6 +255,29 @@ def test_a_bitmap_that_no_image_stores_has_the_granularity_that_qemu_gives_by_de
 
 def merge(requests, hypervisor, settings=SETTINGS):
     return run(MergeRunning(hypervisor), requests, settings)
+
+
+@pytest.mark.parametrize("settings", [CHECK, SETTINGS])
+def test_a_job_of_somebody_else_keeps_all_disks_of_the_vm_from_a_merge(three, settings):
+    hypervisor = Hypervisor()
+    hypervisor.busy.add(three[1].path)
+    outcome = merge(three[:2], hypervisor, settings)
+    assert [problem.code for verdict in outcome.verdicts for problem in verdict.problems] == [
+        "group_failed",
+        "block_job",
+    ]
+    assert hypervisor.resumed == {}
+    merge(three[:2], Hypervisor(fails={three[0].path: Interrupted("SIGTERM")}))
+    hypervisor.busy = {three[0].path}  # by a job of a run that was killed
+    assert states(merge(three[:2], hypervisor, settings)) == ["committed"] * 2
+
+
+def test_a_job_is_not_in_the_way_of_an_image_that_is_only_put_aside(tmp_path, disk):
+    request = CommitRequest(overlay(tmp_path / "disk.mon.qcow2", disk), disk, vm="web")
+    hypervisor = Hypervisor()
+    hypervisor.gone.add(request.path)
+    hypervisor.busy.add(request.path)
+    assert states(merge([request], hypervisor)) == ["committed"]
 
 
 def test_a_merged_image_goes_and_check_mode_says_so(tmp_path, disk):
@@ -350,7 +398,7 @@ def test_a_merge_that_is_complete_when_the_hypervisor_goes_is_told_and_its_image
 
 
 @pytest.mark.parametrize(
-    "is_lost, words", [(False, "is merged down, and was not retired"), (True, "could not be told")]
+    "is_lost, words", [(False, "its VM does not have it any more; it was not retired"), (True, "could not be told")]
 )
 def test_a_signal_at_the_end_of_a_merge_does_not_have_it_called_given_up(three, is_lost, words):
     hypervisor = Hypervisor(fails={three[0].path: Interrupted("SIGTERM")})

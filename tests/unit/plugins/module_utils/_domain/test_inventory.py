@@ -114,6 +114,27 @@ def test_a_disk_that_cannot_be_read_can_stand_on_any_image(tmp_path, complete):
     assert sorted(own.unseen()) == ["odd", "off (vda)", *([] if complete else ["stated (vda)"])]
 
 
+@pytest.mark.parametrize("kind", ["running_definition", "saved_definition"])
+def test_a_domain_uses_what_it_runs_with_and_what_its_managed_save_goes_on_with(host, tmp_path, kind):
+    """Neither need be in its definition: a disk can be attached to a domain that runs, which is saved then."""
+    template, one = str(tmp_path / "template"), str(tmp_path / "one")
+    hot = domain("rescue", str(tmp_path / "alone"), one).definition
+    host["rescue"] = domain("rescue", str(tmp_path / "alone"))._replace(**{kind: hot})
+    (own,) = facts(host, "one")
+    assert (own.writers, own.above(), own.unseen()) == (("rescue",), (), ())
+    assert own.others_with(template) == ["rescue", "two"]
+    (theirs,) = facts(host, "rescue")  # its own is no other domain's
+    assert theirs.writers == ("alone",)
+
+
+def test_a_managed_save_that_cannot_be_read_can_have_any_disks(host):
+    host["two"] = host["two"]._replace(managed_save=True)
+    (own,) = facts(host, "one")
+    assert own.unseen() == ("two (its managed save)",)
+    (theirs,) = facts(host, "two")
+    assert theirs.unseen() == ()
+
+
 def test_of_one_domain_without_a_chain_no_other_is_read(host, opened, tmp_path):
     (alone,) = facts(host, "alone")
     assert [layer.path for layer in alone.own] == [str(tmp_path / "alone")]

@@ -160,6 +160,49 @@ def test_a_domain_whose_turn_comes_must_still_run_as_it_was_planned(host, text, 
         aim.confirm(Daemon(), domain)
 
 
+def test_the_disk_whose_jobs_are_asked_for(host):
+    """Of a new overlay its mark tells it: of a volume libvirt tells no path."""
+    host.snapshot("web", "mon")
+    domain = host.start("web")
+    text = domain.running_definition.text.replace("<domain", "<domain id='1'", 1)
+    asked = []
+
+    class Daemon:
+        """A daemon with this domain alone, which has a backup."""
+
+        @property
+        def connection(self):
+            return self
+
+        def lookupByUUIDString(self, _uuid):  # noqa: N802  libvirt's names
+            return self
+
+        def XMLDesc(self, _flags):  # noqa: N802
+            return text
+
+        def jobStats(self, _flags):  # noqa: N802
+            return {"type": 2, "operation": 9}
+
+        def blockJobInfo(self, target, _flags):  # noqa: N802
+            asked.append(target)
+            return {"type": 5, "cur": 0, "end": 1}
+
+        def in_time(self, _uuid, ask):
+            return ask(self)
+
+    domains = live.RunningDomains(Daemon(), [domain])
+    with pytest.raises(Refusal, match="has a block job .backup.") as caught:
+        domains.check_for_snapshot(host.put_on("web", "tue").disks[0].request)
+    assert caught.value.code == "block_job"
+    request = host.merge("web", "mon").disks[0].request
+    with pytest.raises(Refusal, match="has a block job of another kind .backup."):
+        domains.check_for_merge(request, resumes=True)
+    assert asked == ["vda", "vda"]
+    text = text.replace("web.mon.qcow2", "other.qcow2")
+    with pytest.raises(Refusal, match="has got other disks meanwhile"):
+        domains.check_for_merge(request, resumes=False)
+
+
 def test_that_all_is_merged_down_is_told_if_libvirt_cannot_be_asked_afterwards(host, monkeypatch):
     def lost(*_more):
         raise Refusal("libvirt_unreachable", "uri", "libvirt's daemon went away", "Start it, then run this again.")
@@ -248,6 +291,20 @@ def test_a_drive_with_another_medium_does_not_count(host):
         ),
     )
     assert not_live(changed, LIVE) == []
+
+
+def test_a_transient_disk_has_another_image_while_the_domain_runs(host):
+    host.image("tmp.qcow2")
+    host.define("web", "web.qcow2", "tmp.qcow2")
+    one = host.domains["web"]
+    text = one.definition.text.replace("<target dev='vdb'/>", "<target dev='vdb'/><transient/>")
+    host.domains["web"] = one._replace(definition=Definition(text))
+    domain = host.start("web")
+    text = domain.running_definition.text.replace("tmp.qcow2", "tmp.qcow2.TRANSIENT-web")
+    host.domains["web"] = domain._replace(running_definition=Definition(text))
+    assert not_live(host.domains["web"], LIVE) == []
+    other = domain._replace(running_definition=Definition(text.replace("/web.qcow2", "/other.qcow2")))
+    assert [problem.code for problem in not_live(other, LIVE)] == ["other_disks"]
 
 
 @pytest.mark.parametrize("version, is_refused", [((6, 5, 0), True), ((6, 6, 0), False), ((12, 8, 0), False)])

@@ -18,6 +18,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.merge import 
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.revert import GoBack
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.session import Vm
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.aims import GoBackTo
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.inventory import Inventory
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.wayback import (
     WayBack,
@@ -266,6 +267,20 @@ def test_checkpoints_that_the_images_below_lack_are_lost(host):
     kept = Kept((KnownCheckpoint("sunday", both), KnownCheckpoint("late", {"vda": "sunday", "vdb": "late"})))
     assert lost_checkpoints(host.plan_back(plan_revert, "web", "wed"), kept) == ("late",)
     assert lost_checkpoints(host.plan_back(plan_revert, "web", "thu"), kept) == ()
+
+
+def test_snapshots_of_libvirts_own_are_in_the_way_of_going_back(host):
+    """They may need the images that go."""
+
+    def codes(snapshot, **wanted):
+        domain = host.domains["web"]
+        facts = [Inventory(host.domains).facts(domain, disk) for disk in domain.definition.disks]
+        aim = GoBackTo(WayBack(snapshot, **wanted))
+        return [problem.code for problem in aim.plan(domain, facts, Kept(snapshots=("int1",))).problems]
+
+    assert codes("wed") == ["libvirt_snapshots"]
+    assert codes("wed", allows_snapshots=True) == []
+    assert codes("thu") == []  # it is not on that, and nothing is to be done
 
 
 @pytest.mark.parametrize("way", ["commit", "revert"])

@@ -147,6 +147,30 @@ def test_a_checkpoint_remembers_disks_that_were_volumes_then(host):
     assert now.images == frozenset()
 
 
+def test_only_a_domain_with_a_managed_save_is_asked_for_what_that_has(host, monkeypatch):
+    text = "<domain type='test'><name>{}</name><memory>1024</memory><os><type>hvm</type></os>{}</domain>"
+    disk = "<disk type='volume'><source pool='images' volume='web.qcow2'/><target dev='vdb'/></disk>"
+    error = libvirt.libvirtError("cannot be read")
+    saves = {"saved": text.format("saved", f"<devices>{disk}</devices>"), "odd": error}
+
+    def tell(domain, _flags):
+        if isinstance(saves[domain.name()], Exception):
+            raise saves[domain.name()]
+        return saves[domain.name()]
+
+    monkeypatch.setattr(libvirt.virDomain, "hasManagedSaveImage", lambda domain, _flags: domain.name() in saves)
+    monkeypatch.setattr(libvirt.virDomain, "managedSaveGetXMLDesc", tell)
+    defined = [host.defineXML(text.format(name, "")) for name in ("saved", "odd", "plain")]
+    try:
+        domains = Libvirt("test:///default").domains()
+    finally:
+        for one in defined:
+            one.undefine()
+    assert domains["saved"].saved_definition.tops == {"vdb": "/srv/images/web.qcow2"}
+    assert (domains["odd"].managed_save, domains["odd"].saved_definition) == (True, None)
+    assert (domains["plain"].managed_save, domains["plain"].saved_definition) == (False, None)
+
+
 @pytest.fixture(name="with_sizes")
 def fixture_with_sizes(host, monkeypatch):
     """Have a domain with the checkpoints one and two, and what is called when their sizes are asked for."""

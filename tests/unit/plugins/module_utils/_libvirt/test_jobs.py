@@ -19,11 +19,18 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.signals impor
 )
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection import Domain
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import Definition
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.jobs import Merge, merge_down
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.jobs import (
+    Merge,
+    check_may_merge,
+    check_no_job,
+    merge_down,
+)
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.running import Mirror, running_disks
 
 DOMAIN = Domain("web", "uuid", "running", True, False, Definition("<domain/>"), Definition("<domain/>"))
 ACTIVE = libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT
 COMMIT = libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COMMIT
+BACKUP = libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_BACKUP
 COPY = libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COPY
 
 
@@ -32,6 +39,7 @@ class Running:
 
     def __init__(self, looks, merges="/top", works=True, not_ready=0):
         self.chain = ["/top", "/mid", "/base"]
+        self.numbers = {"/top": 9, "/mid": 1, "/base": 0, "/other": 8}  # an image keeps its own
         self.looks = list(looks)
         self.merges = merges
         self.works = works
@@ -55,10 +63,10 @@ class Running:
 
     def XMLDesc(self, _flags):  # noqa: N802  libvirt's name
         inner = "<backingStore/>"
-        for number, path in enumerate(reversed(self.chain[1:])):
+        for path in reversed(self.chain[1:]):
             source = f"<format type='qcow2'/><source file='{path}'/>"
-            inner = f"<backingStore type='file' index='{number}'>{source}{inner}</backingStore>"
-        top = f"<source file='{self.chain[0]}' index='9'/>"
+            inner = f"<backingStore type='file' index='{self.numbers[path]}'>{source}{inner}</backingStore>"
+        top = f"<source file='{self.chain[0]}' index='{self.numbers[self.chain[0]]}'/>" if self.chain else ""
         if not self.number:
             return "<domain/>"
         disk = f"<disk type='file'>{top}{inner}<target dev='vda'/></disk>"
@@ -128,6 +136,21 @@ def merged(handle, path, seconds=60.0, daemon=None, **more):
     daemon = daemon or Daemon(handle)
     merge_down(daemon, merge, lambda done, total: seen.append((done, total)), seconds, handle.begin)
     return seen
+
+
+def merged_after(handle, happens):
+    """Have /mid be merged, and something happen to the domain while it is."""
+    look = handle.blockJobInfo
+
+    def look_first(target, flags):
+        info = look(target, flags)
+        if info:
+            happens(handle)
+            handle.is_begun = False
+        return {} if info else info
+
+    handle.blockJobInfo = look_first
+    merged(handle, "/mid")
 
 
 def test_the_topmost_image_goes_with_a_pivot_when_the_job_is_ready():
@@ -204,12 +227,33 @@ def shut_off(handle):
     handle.number = 0
 
 
+def detach(handle):
+    handle.chain = []
+
+
+def attach_the_image_below(handle):
+    handle.chain = ["/top", "/base"]
+    handle.numbers = {"/top": 11, "/base": 10}
+
+
+def pull_up(handle):
+    handle.chain = ["/top"]
+
+
+def put_another_below(handle):
+    handle.chain = ["/top", "/other"]
+
+
 @pytest.mark.parametrize("is_away", [False, True])
 @pytest.mark.parametrize(
     "happens, said",
     [
         (start_on_another_image, "web: has got other disks meanwhile"),
         (shut_off, "web: was shut off meanwhile"),
+        (lose_the_disk, "web: has got other disks meanwhile"),
+        (detach, "web: has got other disks meanwhile"),
+        (attach_the_image_below, "web: has got other disks meanwhile"),
+        (pull_up, "web: has got other disks meanwhile"),
     ],
 )
 def test_what_the_domain_has_not_any_more_is_not_merged_for_that(happens, said, is_away):
@@ -244,6 +288,24 @@ def test_what_another_has_merged_when_the_job_is_to_begin_is_not_retired():
     handle.blockCommit = refuse
     with pytest.raises(Refusal, match="web: has got other disks meanwhile"):
         merged(handle, "/mid")
+
+
+def test_images_without_numbers_are_known_by_their_paths():
+    handle = Running([None, (COMMIT, 3)], merges="/mid")
+    handle.numbers = dict.fromkeys(handle.numbers, "")
+    merged(handle, "/mid")
+    handle = Running([None, (COMMIT, 3)], merges="/base")
+    handle.numbers = dict.fromkeys(handle.numbers, "")
+    with pytest.raises(Refusal, match="web: has got other disks meanwhile"):
+        merged_after(handle, put_another_below)
+
+
+def test_an_image_that_has_none_below_any_more_is_not_merged():
+    handle = Running([])
+    handle.chain = ["/top"]
+    with pytest.raises(Refusal, match="web: has got other disks meanwhile"):
+        merged(handle, "/top")
+    assert (handle.calls, handle.signs) == ([], [])
 
 
 @pytest.mark.parametrize("happens", [lose_the_disk, start_on_another_image])
@@ -335,8 +397,9 @@ def test_a_job_into_a_volume_is_known_by_the_number_of_the_image(number, codes):
     mirror = f"<mirror type='volume' job='active-commit'>{volume.format(' index=' + repr('7'))}</mirror>"
 
     def text(_flags):
-        paths = "".join(f"<source file='{path}' index='9'/>" for path in handle.chain[:1])
-        inner = chain + mirror if handle.chain[0] == "/top" else ""
+        is_below = handle.chain[0] != "/top"
+        paths = volume.format(" index='7'") if is_below else "<source file='/top' index='9'/>"
+        inner = "" if is_below else chain + mirror
         return f"<domain id='1'><devices><disk type='file'>{paths}{inner}<target dev='vda'/></disk></devices></domain>"
 
     handle.XMLDesc = text
@@ -417,3 +480,90 @@ def test_a_daemon_that_tells_of_the_disk_before_it_knows_that_the_job_has_ended(
     handle.blockJobInfo = look_or_fail
     assert merged(handle, "/mid", daemon=daemon) == []
     assert handle.chain == ["/top", "/base"]
+
+
+class Asked(Daemon):
+    """A daemon that is asked for the jobs of the domain and of its disk."""
+
+    def __init__(self, of_disk=None, operation=None):
+        super().__init__(Running([(of_disk, 1)] * 9 if of_disk is not None else []))
+        self._operation = operation
+        self.answers = [True]  # when it is asked: whether it answers, None if it is away
+        (self.disk,) = running_disks(self._handle.XMLDesc(0))
+
+    def jobStats(self, _flags):  # noqa: N802  libvirt's name
+        return {"type": 0} if self._operation is None else {"type": 2, "operation": self._operation}
+
+    def blockJobInfo(self, target, flags):  # noqa: N802
+        return self._handle.blockJobInfo(target, flags)
+
+    def is_back(self, seconds, *, can_end=True):
+        assert not can_end
+        return super().is_back(seconds)
+
+    def in_time(self, _uuid, ask):
+        answer = self.answers.pop(0)
+        if answer is None:
+            self.is_away = True
+            raise failure(libvirt.VIR_ERR_RPC)
+        if not answer:
+            raise TimeoutError
+        return ask(self)
+
+    def snapshot(self):
+        return code_of(lambda: check_no_job(self, DOMAIN, "vda"))
+
+    def merge(self, resumes=False):
+        return code_of(lambda: check_may_merge(self, Merge(DOMAIN, "vda", "/top", resumes=resumes), self.disk))
+
+
+def code_of(check):
+    try:
+        check()
+    except Refusal as exc:
+        return exc.code
+    return None
+
+
+MIGRATION = libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT
+BACKUP_OF_DOMAIN = libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP
+
+
+@pytest.mark.parametrize(
+    "of_disk, operation, snapshot, merge, resumed",
+    [
+        (None, None, None, None, None),
+        (ACTIVE, None, "block_job", "block_job", None),
+        (COMMIT, None, "block_job", "block_job", None),
+        (COPY, None, "block_job", "block_job", "block_job"),
+        (BACKUP, BACKUP_OF_DOMAIN, "block_job", "block_job", "block_job"),
+        (None, BACKUP_OF_DOMAIN, "block_job", None, None),  # of another disk
+        (None, MIGRATION, "block_job", "block_job", "block_job"),
+    ],
+)
+def test_which_job_is_in_the_way_of_what(of_disk, operation, snapshot, merge, resumed):
+    assert Asked(of_disk, operation).snapshot() == snapshot
+    assert Asked(of_disk, operation).merge() == merge
+    assert Asked(of_disk, operation).merge(resumes=True) == resumed
+
+
+def test_a_merge_does_not_go_on_with_a_job_that_writes_to_another_image():
+    daemon = Asked(ACTIVE)
+    for place, code in ((2, "block_job"), (1, None)):
+        daemon.answers = [True]
+        daemon.disk = daemon.disk._replace(mirror=Mirror("active-commit", daemon.disk.images[place]))
+        assert daemon.merge(resumes=True) == code
+
+
+def test_a_qemu_that_does_not_tell_of_its_jobs_is_not_waited_for():
+    daemon = Asked()
+    daemon.answers = [False]
+    assert daemon.snapshot() == "libvirt_failed"
+
+
+def test_a_daemon_that_is_started_anew_is_asked_for_the_jobs_again():
+    daemon = Asked(COPY)
+    daemon.answers = [None, True]
+    assert (daemon.snapshot(), daemon.returns) == ("block_job", 1)
+    daemon.answers, daemon.is_back = [None], lambda _seconds, **_more: False
+    assert daemon.snapshot() == "libvirt_failed"

@@ -36,7 +36,7 @@ DOMAIN = Domain(
 @pytest.fixture(name="daemon")
 def fixture_daemon(monkeypatch):
     """Have a daemon that has gone since."""
-    monkeypatch.setattr(snapshots, "_RESTART", 0.5)
+    monkeypatch.setattr(snapshots, "RESTART", 0.5)
     daemon = Libvirt("test:///default")
     daemon.connection.close()
     return daemon
