@@ -398,7 +398,7 @@ def _retire_left_over(path: str, vault: Vault, request: CommitRequest) -> t.Iter
     """Retire an image that went in, and that a killed run has left; nothing if another one has its name now."""
     try:
         with open_image(path) as file:
-            if vault.took_in(file.identity, path, file.generation):
+            if vault.took_in(file):
                 yield Retired(path, retire(path, file, request.retire, KEPT_AS))
     except Refusal as exc:
         if exc.code != "no_such_file":

@@ -94,7 +94,7 @@ def see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, above: Lay
         chain=chain,
         depth=depth,
         is_top_of_vault=vault is not None and vault.is_of(*known),
-        went_in_below_another=vault is not None and vault.took_in(*known),
+        went_in_below_another=vault is not None and vault.took_in(files[0]),
         vault=vault,
         mark_is_empty=_mark_is_empty(files[0], top) if top else None,
         base_is_as_kept=base_is_as_kept,

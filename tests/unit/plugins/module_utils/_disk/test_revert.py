@@ -259,7 +259,7 @@ def test_an_unfinished_commit(tmp_path, request_for, image):
     (tmp_path / f".{image}.kvmfleet-vault").touch()
     (failure,) = refused(tmp_path, request_for("s2"))
     assert failure.code == "unfinished"
-    assert f"{tmp_path}/.{image}.kvmfleet-vault tells" in failure.why
+    assert f"{tmp_path}/.{image}.kvmfleet-vault " in failure.why
     if image == "base.qcow2":
         os.unlink(tmp_path / "s2")
         assert code(tmp_path, request_for("s2")) == {"unfinished"}
