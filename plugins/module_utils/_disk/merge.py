@@ -42,7 +42,7 @@ from .survey import (
     vault_place,
     wanted_by,
 )
-from .unfinished import COMMIT, HEALING, why_in_the_way
+from .unfinished import HEALING, why_in_the_way, why_not_committed
 from .vault import (
     MARK,
     Vault,
@@ -94,7 +94,7 @@ class MergeLayers:
             chain[-1].why_no_bottom(),  # QEMU fills up BASE's clusters with what is below it
             why_in_the_way(chain[: depth + 1], (), (HEALING,)),
             # What went into an image between the two is in it, and a VM may have written to it since.
-            why_in_the_way(chain[:depth], (), (COMMIT,)),
+            why_not_committed(above, chain, depth, vault_place(request, base)),
         )
         wrong += [problem for problem in in_the_way if problem is not None]
         if wrong:
@@ -103,12 +103,14 @@ class MergeLayers:
         stage = stages.stage_of(seen)
         if isinstance(stage, Refusal):
             return self.refused(request, [stage])
+        if stage.stale_vault:  # it tells nothing of this commit
+            seen = seen._replace(vault=None, is_top_of_vault=False)
         outcome = commit.outcome_of(seen, stage)
         problems = commit.problems_of(seen, stage, request, outcome) + _problems_in_the_end(seen, request, held)
         problems += _why_not_written(seen, stage, request, held)
         if problems:
             return self.refused(request, problems)
-        token = seen.vault.token if seen.vault and not stage.stale_vault else token_of(seen)
+        token = seen.vault.token if seen.vault else token_of(seen)
         work = Work(seen, stage, outcome, vault_place(request, base), token)
         return promise(request, work, held)
 
@@ -135,8 +137,9 @@ class MergeLayers:
     def keep(self, verdict: CommitVerdict, work: Work, held: Held) -> CommitVerdict:
         """Put the bits of BASE and TOP into a vault, or take one back that says too much."""
         vault = work.seen.vault
-        if vault is not None and work.stage.stale_vault:
-            remove_vault(vault.path)
+        stale = find_vault(work.vault_place) if work.stage.stale_vault else None
+        if stale is not None:
+            remove_vault(stale)
         elif vault is not None:
             if work.stage.not_given:
                 take_back(vault.path)

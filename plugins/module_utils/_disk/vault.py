@@ -179,6 +179,15 @@ def read_vault(file: OpenImage) -> Vault:
     )
 
 
+def top_stands(vault: Vault) -> bool:
+    """Whether the image that the vault is of stands where it stood."""
+    if vault.top_path is None:
+        return False
+    with contextlib.suppress(Refusal, OSError), open_image(vault.top_path) as file:
+        return vault.is_of(file.identity, file.path, file.generation)
+    return False
+
+
 def _no_vault(path: str) -> Refusal:
     remedy = "If no commit and no healing was interrupted here, move it away; else make a full backup after that."
     why = "has the name of a vault of this collection but is none"
