@@ -15,7 +15,7 @@ from .._base.files import OpenImage, identity_of, open_image, real_path
 from .._qcow2.backing import change_backing_file, why_not_changeable
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer, read_head, resolve_name, walk_chain
-from .._qcow2.formats import QCOW2
+from .._qcow2.formats import PLAIN, QCOW2, RAW
 from .._qcow2.image import read_image
 from .._qcow2.in_use import set_in_use
 from .._qemu import jobs
@@ -124,9 +124,9 @@ class MergeLayers:
         return Images((*above, *paths), frozenset([*above, *paths]))
 
     def rehearse(self, verdict: CommitVerdict, held: Held) -> CommitVerdict:
-        """Start QEMU, if it is to move data; nothing else beside the look can be rehearsed without writing."""
-        if verdict.work is not None and verdict.work.stage.name != stages.GIVEN:
-            held.monitor()
+        """Have QEMU open what is below BASE; nothing else beside the look can be rehearsed without writing."""
+        if verdict.work is not None:
+            _try_to_open(verdict.work, held)
         return verdict
 
     def phases(self) -> t.Sequence[t.Callable[[CommitVerdict, Held], CommitVerdict]]:
@@ -136,6 +136,7 @@ class MergeLayers:
 
     def keep(self, verdict: CommitVerdict, work: Work, held: Held) -> CommitVerdict:
         """Put the bits of BASE and TOP into a vault, or take one back that says too much."""
+        _try_to_open(work, held)
         vault = work.seen.vault
         stale = find_vault(work.vault_place) if work.stage.stale_vault else None
         if stale is not None:
@@ -291,7 +292,17 @@ def _base_place(seen: Seen, held: Held) -> Place:
 def _opened(layer: Layer, held: Held) -> Opened:
     """Return an image of the chain as the jobs need it."""
     data_file = layer.image.data_file if layer.image else None
-    return Opened(held.image(layer.path), layer.format_found, held.image(data_file) if data_file else None)
+    driver = RAW if layer.format_found in PLAIN else layer.format_found
+    return Opened(held.image(layer.path), driver, held.image(data_file) if data_file else None)
+
+
+def _try_to_open(work: Work, held: Held) -> None:
+    """Fail before anything is written if QEMU cannot open what is below BASE, such as an encrypted image."""
+    if work.stage.name == stages.GIVEN:
+        return
+    monitor, below = held.monitor(), work.seen.chain[work.seen.depth + 1 :]
+    if below:
+        jobs.try_to_open(monitor, [_opened(layer, held) for layer in below])
 
 
 def _move_data(job: jobs.Job, seen: Seen, held: Held, *, is_shared: bool) -> str:

@@ -265,6 +265,27 @@ def test_a_new_image_with_the_number_of_one_that_went_in_is_not_retired(tmp_path
     assert os.path.exists(anew)
 
 
+@pytest.mark.parametrize("form", ["luks", "file"])
+def test_what_qemu_cannot_open_below_base_is_told_before_anything_is_written(tmp_path, form):
+    """Else BASE's bitmaps were gone, and no call led out."""
+    secret = ["--object", "secret,id=s,data=x", "-o", "key-secret=s,iter-time=10"] if form == "luks" else []
+    below = str(tmp_path / "below")
+    qemu.qemu_img("create", "-q", "-f", "luks" if secret else "raw", *secret, below, "8M")
+    base = commits.overlay(tmp_path / "base", below, form="raw", size="32M")
+    qemu.add_bitmaps(base, [Bitmap("a", 65536, True, False)])
+    qemu.qemu_img("rebase", "-u", "-b", below, "-F", form, base)
+    top = qemu.create(tmp_path / "top", "32M", "-u", "-b", base, "-F", "qcow2")
+    was = files_of(tmp_path)
+    if form == "file":
+        assert commits.merged(top, base)["state"] == "committed"
+        return
+    for check_mode in (True, False):
+        refused = commits.refusal(top, base, settings=SETTINGS._replace(check_mode=check_mode))
+        assert "key-secret" in str(refused)
+        assert refused.code == "qemu_failed"
+    assert files_of(tmp_path) == was
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="makes a loop device")
 def test_a_killed_commit_into_a_block_device_goes_on(tmp_path, monkeypatch):
     """Its vault lies beside TOP, where the vaults of commits into TOP would be."""
