@@ -204,7 +204,8 @@ def qemu_refusal(words: str) -> QemuError:
     """Return the error for a command or a job that QEMU says, in these words, has failed."""
     code: Code = "qemu_failed"
     remedy = CHECK_STORAGE
-    if "arameter '" in words:  # QAPI refuses what it does not know or was built without, such as zstd
+    is_option = "arameter '" in words and not any(word in words for word in ("required", "missing"))
+    if is_option:  # QAPI refuses what it does not know or was built without, such as zstd
         code, remedy = "qemu_option", "This QEMU does not know that option: leave it out, or update QEMU on this host."
     else:
         known = (found for number, found in _BY_ERRNO.items() if os.strerror(number) in words)

@@ -199,7 +199,7 @@ def outcome_of(seen: Seen, stage: Stage) -> Outcome:
         found = fates([named(layer.image) for layer in seen.chain], seen.depth)
     if not seen.carries_bitmaps:
         found = {name: fate._replace(bitmap=None, skipped=fate.skipped or "raw") for name, fate in found.items()}
-    dead = seen.vault.dead if seen.vault and not stage.stale_vault else {}
+    dead = seen.vault.dead if seen.vault else {}
     kept = {name: fate.bitmap.granularity for name, fate in found.items() if fate.bitmap is not None}
     granularity = {**dict.fromkeys(dead, DEFAULT_GRANULARITY), **kept, **_granularities(seen)}
     reasons = {**dead, **{name: fate.skipped for name, fate in found.items() if fate.skipped}}

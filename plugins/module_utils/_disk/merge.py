@@ -15,7 +15,7 @@ from .._base.files import OpenImage, identity_of, open_image, real_path
 from .._qcow2.backing import change_backing_file, why_not_changeable
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer, read_head, resolve_name, walk_chain
-from .._qcow2.formats import QCOW2
+from .._qcow2.formats import PLAIN, QCOW2, RAW
 from .._qcow2.image import read_image
 from .._qcow2.in_use import set_in_use
 from .._qemu import jobs
@@ -42,7 +42,7 @@ from .survey import (
     vault_place,
     wanted_by,
 )
-from .unfinished import COMMIT, HEALING, why_in_the_way
+from .unfinished import HEALING, why_in_the_way, why_not_committed
 from .vault import (
     MARK,
     Vault,
@@ -94,7 +94,7 @@ class MergeLayers:
             chain[-1].why_no_bottom(),  # QEMU fills up BASE's clusters with what is below it
             why_in_the_way(chain[: depth + 1], (), (HEALING,)),
             # What went into an image between the two is in it, and a VM may have written to it since.
-            why_in_the_way(chain[:depth], (), (COMMIT,)),
+            why_not_committed(above, chain, depth, vault_place(request, base)),
         )
         wrong += [problem for problem in in_the_way if problem is not None]
         if wrong:
@@ -103,12 +103,14 @@ class MergeLayers:
         stage = stages.stage_of(seen)
         if isinstance(stage, Refusal):
             return self.refused(request, [stage])
+        if stage.stale_vault:  # it tells nothing of this commit
+            seen = seen._replace(vault=None, is_top_of_vault=False)
         outcome = commit.outcome_of(seen, stage)
         problems = commit.problems_of(seen, stage, request, outcome) + _problems_in_the_end(seen, request, held)
         problems += _why_not_written(seen, stage, request, held)
         if problems:
             return self.refused(request, problems)
-        token = seen.vault.token if seen.vault and not stage.stale_vault else token_of(seen)
+        token = seen.vault.token if seen.vault else token_of(seen)
         work = Work(seen, stage, outcome, vault_place(request, base), token)
         return promise(request, work, held)
 
@@ -122,9 +124,9 @@ class MergeLayers:
         return Images((*above, *paths), frozenset([*above, *paths]))
 
     def rehearse(self, verdict: CommitVerdict, held: Held) -> CommitVerdict:
-        """Start QEMU, if it is to move data; nothing else beside the look can be rehearsed without writing."""
-        if verdict.work is not None and verdict.work.stage.name != stages.GIVEN:
-            held.monitor()
+        """Have QEMU open what is below BASE; nothing else beside the look can be rehearsed without writing."""
+        if verdict.work is not None:
+            _try_to_open(verdict.work, held)
         return verdict
 
     def phases(self) -> t.Sequence[t.Callable[[CommitVerdict, Held], CommitVerdict]]:
@@ -134,9 +136,11 @@ class MergeLayers:
 
     def keep(self, verdict: CommitVerdict, work: Work, held: Held) -> CommitVerdict:
         """Put the bits of BASE and TOP into a vault, or take one back that says too much."""
+        _try_to_open(work, held)
         vault = work.seen.vault
-        if vault is not None and work.stage.stale_vault:
-            remove_vault(vault.path)
+        stale = find_vault(work.vault_place) if work.stage.stale_vault else None
+        if stale is not None:
+            remove_vault(stale)
         elif vault is not None:
             if work.stage.not_given:
                 take_back(vault.path)
@@ -288,7 +292,17 @@ def _base_place(seen: Seen, held: Held) -> Place:
 def _opened(layer: Layer, held: Held) -> Opened:
     """Return an image of the chain as the jobs need it."""
     data_file = layer.image.data_file if layer.image else None
-    return Opened(held.image(layer.path), layer.format_found, held.image(data_file) if data_file else None)
+    driver = RAW if layer.format_found in PLAIN else layer.format_found
+    return Opened(held.image(layer.path), driver, held.image(data_file) if data_file else None)
+
+
+def _try_to_open(work: Work, held: Held) -> None:
+    """Fail before anything is written if QEMU cannot open what is below BASE, such as an encrypted image."""
+    if work.stage.name == stages.GIVEN:
+        return
+    monitor, below = held.monitor(), work.seen.chain[work.seen.depth + 1 :]
+    if below:
+        jobs.try_to_open(monitor, [_opened(layer, held) for layer in below])
 
 
 def _move_data(job: jobs.Job, seen: Seen, held: Held, *, is_shared: bool) -> str:
@@ -398,7 +412,7 @@ def _retire_left_over(path: str, vault: Vault, request: CommitRequest) -> t.Iter
     """Retire an image that went in, and that a killed run has left; nothing if another one has its name now."""
     try:
         with open_image(path) as file:
-            if vault.took_in(file.identity, path, file.generation):
+            if vault.took_in(file):
                 yield Retired(path, retire(path, file, request.retire, KEPT_AS))
     except Refusal as exc:
         if exc.code != "no_such_file":

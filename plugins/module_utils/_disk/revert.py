@@ -32,8 +32,7 @@ from .retire import REVERTED_AS, all_kept, is_kept, kept_path, retire, stands, w
 from .revert_rules import Going, Observed, Retired, RevertRequest, RevertVerdict
 from .session import Held, Images
 from .siblings import all_standing_on, standing_on
-from .unfinished import HEALING, why_in_the_way
-from .vault import SUFFIX
+from .unfinished import COMMIT, HEALING, why_in_the_way
 from .verdict import ABSENT, DELETE, FAILED, KEEP, How
 
 
@@ -152,8 +151,8 @@ def _observe(request: RevertRequest, held: Held) -> Observed:
         except (Refusal, OSError):
             if stands(request.path):
                 raise  # or else another run has retired it in this moment
-    base, *_below = _layers(held.image(request.backing_file), request.backing_file, request.backing_format)
-    return Observed((), base, False, None, _vaults([base.real_path]))
+    chain = list(_layers(held.image(request.backing_file), request.backing_file, request.backing_format))
+    return Observed((), chain[0], False, None, why_in_the_way(chain, (), (COMMIT,)))
 
 
 def _observe_overlay(request: RevertRequest, held: Held) -> Observed:
@@ -178,7 +177,8 @@ def _observe_overlay(request: RevertRequest, held: Held) -> Observed:
         base=None if depth is None else layers[depth],
         base_is_open=is_open_for_writing(below),
         below=layers[1].path if len(layers) > 1 else None,
-        vaults=_vaults(layer.real_path for layer in layers[: len(going) + 1]),
+        # A commit that goes on to an image further down has changed what those between are read as.
+        commit=why_in_the_way(layers, (), (COMMIT,)),
         others=() if depth is None else tuple(_others_on(layers[depth], layers)),
         begun=tuple(filter(None, (find_sign(held.image(place)) for place, _layer in going))),
     )
@@ -247,12 +247,3 @@ def _going(found: t.Sequence[tuple[str, Layer]], request: RevertRequest, held: H
             kept_as=kept_path(place, REVERTED_AS) if is_kept_by_name else None,
             is_kept_already=is_aside,
         )
-
-
-def _vaults(paths: t.Iterable[str]) -> tuple[str, ...]:
-    """Return the paths of what commits keep beside these images until they are complete."""
-    found: list[str] = []
-    for folder, name in dict.fromkeys(map(os.path.split, paths)):
-        begin = f".{name}{SUFFIX}"
-        found += [os.path.join(folder, one) for one in os.listdir(folder) if one.startswith(begin)]
-    return tuple(sorted(found))

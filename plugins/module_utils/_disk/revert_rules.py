@@ -52,7 +52,7 @@ class Observed(t.NamedTuple):
     base: Layer | None  # None if the backing file that was named is not in the chain
     base_is_open: bool  # for writing
     below: str | None  # path of the image below the topmost one
-    vaults: tuple[str, ...]  # paths of what unfinished commits of these images have left
+    commit: Refusal | None  # why a commit of the chain has to be completed first, as its vault tells
     others: tuple[str, ...] = ()  # paths of further images that stand on BASE, without those that are only kept
     begun: tuple[str, ...] = ()  # paths of the signs that merges of images that go were begun while the VM ran
 
@@ -209,12 +209,15 @@ def _unfinished(request: RevertRequest, seen: Observed) -> list[Refusal]:
         for one in seen.going
         if one.layer.image and any(bitmap.name.startswith(MARK) for bitmap in one.layer.image.bitmaps)
     ]
-    if not marked and not seen.vaults:
+    if seen.commit is not None:
+        return [seen.commit]
+    if not marked:
         return []
-    sign = seen.vaults[0] if seen.vaults else f"a bitmap in {marked[0]}"
-    why = f"cannot go any more: {sign} tells that a commit was interrupted, so data of it may be in the image below"
-    remedy = "Complete that: state=committed with the same path and backing_file."
-    return [Refusal("unfinished", request.path, why, remedy)]
+    why = (
+        f"cannot go any more: a bitmap in {marked[0]} tells that a commit was interrupted, so data of it may be in the "
+        "image below"
+    )
+    return [Refusal("unfinished", request.path, why, "Complete that: state=committed with the same options again.")]
 
 
 def internal_snapshots(layer: Layer) -> list[Refusal]:

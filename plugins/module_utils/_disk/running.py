@@ -38,8 +38,8 @@ from .revert_rules import Retired
 from .session import Held, Images, failed_by
 from .siblings import standing_on
 from .stages import Seen, named
-from .survey import last_written, vault_place
-from .vault import find_vault
+from .survey import last_written
+from .unfinished import COMMIT, why_in_the_way
 from .verdict import ABSENT, COMMITTED, DELETE, FAILED, KEEP, PRESENT, How, Need
 
 _LEAST_GRANULARITY = 4096  # bytes; between this and the next QEMU takes the size of a cluster
@@ -401,10 +401,9 @@ def _see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, held: Hel
 
 def _problems(request: CommitRequest, seen: Seen, known: Known, held: Held) -> t.Iterator[Refusal]:
     """Yield why the image cannot be merged down while the VM runs."""
-    vault = find_vault(vault_place(request, held.image(request.backing_file)))
-    if vault is not None:
-        why = f"its merge was begun while its VM was shut off, and is not complete: {vault} is there"
-        yield Refusal("unfinished", request.path, why, "Shut the VM down and run this again.")
+    begun = why_in_the_way(seen.chain, (), (COMMIT,))
+    if begun is not None:
+        yield begun.with_note("Its VM has to be shut off for that.")
     if not seen.holds_bitmaps and known.usable:
         kind = "raw" if seen.base.image is None else "an image of version 2 (compat 0.10)"
         lost = names_of(bitmaps_of(known.usable, seen.chain))

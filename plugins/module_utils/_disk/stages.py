@@ -248,9 +248,7 @@ def _stage_when_given(seen: Seen, vault: Vault) -> Stage | Refusal:
         has_run = seen.top_changed > vault.given_at if kept is None else seen.top_changed != kept
     if not has_run:
         return Stage(GIVEN)
-    # Of a block device only the bits tell whether it was written to.
-    has_base_run = not seen.top_has_all if seen.base_changed is None else seen.base_changed > vault.given_at
-    if has_base_run:
+    if _has_base_run(seen, vault):
         return _unfinished(
             seen,
             "after it was committed a VM has written to the overlay, and another one to BASE",
@@ -269,6 +267,13 @@ def _stage_when_given(seen: Seen, vault: Vault) -> Stage | Refusal:
             "BASE has what it needs, unless the overlay is a copy of the old one: then make a full backup.",
         )
     return Stage(REBUILT, not_given=True)
+
+
+def _has_base_run(seen: Seen, vault: Vault) -> bool:
+    """Whether BASE was, or may have been, written to since all was given: of a block device only the bits tell."""
+    if seen.base_changed is not None:
+        return seen.base_changed > vault.given_at
+    return not (seen.top_has_all and (vault.below or vault.above))
 
 
 def _is_mark(bitmap: Bitmap) -> bool:

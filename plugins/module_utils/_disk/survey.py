@@ -32,7 +32,7 @@ from .room import can_share, need_of
 from .session import Held
 from .siblings import all_standing_on
 from .stages import Seen
-from .vault import MARK, Content, Vault, find_vault, is_as_kept, open_vault, place_of, read_vault
+from .vault import MARK, Content, Vault, find_vault, is_as_kept, open_vault, place_of, read_vault, top_stands
 from .verdict import ABSENT, COMMITTED, FAILED, KEEP
 
 
@@ -47,19 +47,17 @@ def judge_gone(request: CommitRequest, base: OpenImage, held: Held) -> CommitVer
     if path is None:
         return CommitVerdict(request, ABSENT, virtual_size=_virtual_size(request, base))
     vault = read_vault(held.enter(open_vault(path)))
-    problem = commit.why_gone(request, vault, is_top_there=_is_still_there(vault))
+    is_top_there = top_stands(vault)
+    if vault.is_given and not is_top_there and not _is_of(vault, request.path):
+        return CommitVerdict(request, ABSENT, virtual_size=_virtual_size(request, base))
+    problem = commit.why_gone(request, vault, is_top_there=is_top_there)
     if problem is not None:
         return CommitVerdict(request, FAILED, (problem,))
     return CommitVerdict(request, COMMITTED, virtual_size=_virtual_size(request, base), finished=vault)
 
 
-def _is_still_there(vault: Vault) -> bool:
-    """Whether the overlay that the vault is of stands where it stood."""
-    if vault.top_path is None:
-        return False
-    with contextlib.suppress(Refusal), open_image(vault.top_path) as file:
-        return vault.is_of(file.identity, file.path, file.generation)
-    return False
+def _is_of(vault: Vault, path: str) -> bool:
+    return vault.top_path is None or os.path.realpath(vault.top_path) == os.path.realpath(path)
 
 
 def _virtual_size(request: CommitRequest, base: OpenImage) -> int:
@@ -95,7 +93,7 @@ def see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, above: Lay
         chain=chain,
         depth=depth,
         is_top_of_vault=vault is not None and vault.is_of(*known),
-        went_in_below_another=vault is not None and vault.took_in(*known),
+        went_in_below_another=vault is not None and vault.took_in(files[0]),
         vault=vault,
         mark_is_empty=_mark_is_empty(files[0], top) if top else None,
         base_is_as_kept=base_is_as_kept,

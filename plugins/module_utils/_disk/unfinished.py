@@ -13,7 +13,7 @@ from .._base.errors import Refusal, system_refusal
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer
 from .._qcow2.mark import Mark
-from .vault import MARK, Vault, find_vault, healing_place, open_vault, place_of, read_vault
+from .vault import MARK, Vault, find_vault, healing_place, open_vault, place_of, read_vault, top_stands
 
 COMMIT = "commit"
 HEALING = "healing"
@@ -41,16 +41,15 @@ def unfinished_work(chain: t.Sequence[Layer], top_bitmaps: t.Iterable[Bitmap]) -
     """Return what is unfinished in a chain, topmost image first."""
     found, tokens = list[Unfinished](), set[str]()
     for depth, layer in enumerate(chain):
-        for path in _commit_vaults(layer, chain[:depth]):
-            vault = _read(path)
+        for path, vault in _commits_into(layer, chain[:depth]):
             tokens |= {vault.token} if isinstance(vault, Vault) else set()
-            found += [_commit(layer, path, vault, chain)] if vault is not None else []
+            found.append(_commit(layer, path, vault, chain))
         place = healing_vault(layer, chain[0])
         kept = find_vault(place) if place is not None else None
-        vault = _read(kept) if kept is not None else None
-        is_other = isinstance(vault, Vault) and not _is_of(vault, layer)
-        if vault is not None and kept is not None and not is_other:
-            found.append(_healing(layer, kept, vault, chain[0]))
+        at_healing = _read(kept) if kept is not None else None
+        is_other = isinstance(at_healing, Vault) and not _is_of(at_healing, layer)
+        if at_healing is not None and kept is not None and not is_other:
+            found.append(_healing(layer, kept, at_healing, chain[0]))
     marks = [bitmap.name for bitmap in top_bitmaps if bitmap.name.startswith(MARK)]
     return [_mark(chain[0].path, name) for name in marks if name[len(MARK) :] not in tokens] + found
 
@@ -63,6 +62,30 @@ def why_in_the_way(
     return next((one.as_refusal() for one in found), None)
 
 
+def why_not_committed(above: Layer | None, chain: t.Sequence[Layer], depth: int, own: str) -> Refusal | None:
+    """Return which other commit has to be completed before that of a chain into its image at `depth`.
+
+    `above` is the image on top of the chain, if there is one; `own` is where the vault of this commit is.
+    """
+    whole = [*([above] if above is not None else []), *chain]
+    for place, layer in enumerate(whole):
+        for path, vault in _commits_into(layer, whole[:place]):
+            begun = _commit(layer, path, vault, whole)
+            if layer is chain[depth]:
+                is_other = isinstance(vault, Vault) and _is_of_another(vault, chain[0], own)
+            else:
+                is_other = begun.is_in_the_way or (isinstance(vault, Vault) and top_stands(vault))
+            if is_other:
+                return begun.as_refusal()
+    return None
+
+
+def _is_of_another(vault: Vault, top: Layer, own: str) -> bool:
+    """Whether a vault beside BASE is of another commit under way. Of one that is done the stages tell."""
+    is_own = vault.place == own and _is_of(vault, top)
+    return not is_own and not vault.is_given and top_stands(vault)
+
+
 def healing_vault(layer: Layer, top: Layer) -> str | None:
     """Return the place of the vault of an image whose bitmaps are healed; None if there is no folder that stays."""
     if not layer.is_device:
@@ -70,11 +93,17 @@ def healing_vault(layer: Layer, top: Layer) -> str | None:
     return None if top.is_device else healing_place(layer.real_path, os.path.dirname(top.real_path))
 
 
-def _commit_vaults(layer: Layer, above: t.Sequence[Layer]) -> list[str]:
-    """Return the paths of the vaults of commits into this image."""
+def _commits_into(layer: Layer, above: t.Sequence[Layer]) -> t.Iterator[tuple[str, Vault | Refusal]]:
+    """Yield the paths of the vaults of commits into this image, and what they hold.
+
+    Beside an image lies also the vault of its own commit into a block device.
+    """
     tops = [one.real_path for one in above if not one.is_device] if layer.is_device else [layer.real_path]
     places = dict.fromkeys(place_of(layer.real_path, layer.is_device, top) for top in tops)
-    return [path for path in map(find_vault, places) if path is not None]
+    for path in filter(None, map(find_vault, places)):
+        vault = _read(path)
+        if vault is not None and not (isinstance(vault, Vault) and _is_of(vault, layer)):
+            yield path, vault
 
 
 def _mark(path: str, name: str) -> Unfinished:
@@ -96,7 +125,8 @@ def _commit(layer: Layer, path: str, vault: Vault | Refusal, chain: t.Sequence[L
     options += [f"above={chain[place - 1].path}"] if place else []
     image = chain[place].image if place is not None else None
     mark = image.mark if image is not None else None
-    call = _call_of_commit(f"kvmfleet.qcow2.qcow2_overlay, state=committed, {', '.join(options)}", mark)
+    of_images = f"kvmfleet.qcow2.qcow2_overlay, state=committed, {', '.join(options)}"
+    call = _call_of_commit(of_images, mark, is_joined=bool(vault.others))
     if not vault.is_given:
         what = f"the commit of {top} into it is unfinished (vault {path})"
         return Unfinished(COMMIT, layer.path, what, call, mark=mark)
@@ -108,8 +138,13 @@ def _is_of(vault: Vault, layer: Layer) -> bool:
     return vault.is_of(layer.identity, layer.path, layer.generation)
 
 
-def _call_of_commit(of_images: str, mark: Mark | None) -> str:
+def _call_of_commit(of_images: str, mark: Mark | None, *, is_joined: bool) -> str:
     """Return which call completes a commit. A domain must be given a definition without the overlay, too."""
+    if mark is not None and is_joined:
+        return (
+            "Complete it with kvmfleet.qcow2.domain_overlay, state=committed with older_than or keep as before and the "
+            f"name of its domain; if libvirt does not know that any more, with {of_images}."
+        )
     if mark is None:
         return f"Complete it with {of_images} (or with the same call of kvmfleet.qcow2.domain_overlay)."
     return (

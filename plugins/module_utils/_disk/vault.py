@@ -78,9 +78,16 @@ class Vault(t.NamedTuple):
         """Whether this file is the topmost image that takes part; by its number alone if its generation is unknown."""
         return self._is_same(identity, path, generation, (self.top, self.top_path))
 
-    def took_in(self, identity: Identity, path: str, generation: int | None) -> bool:
-        """Whether this file is an image between the two."""
-        return any(self._is_same(identity, path, generation, other) for other in self.others)
+    def took_in(self, file: OpenImage) -> bool:
+        """Whether this file is an image between the two.
+
+        A new file can have the number of one that is gone. Where no generation tells, the time does: nobody writes to
+        an image that has gone in.
+        """
+        known = file.generation is not None and file.identity in self.generations
+        is_newer = not (known or file.is_device) and file.status().st_mtime_ns > self.given_at
+        this = (file.identity, file.path, file.generation)
+        return not is_newer and any(self._is_same(*this, other) for other in self.others)
 
     def _is_same(
         self, identity: Identity, path: str, generation: int | None, kept: tuple[Identity, str | None]
@@ -170,6 +177,15 @@ def read_vault(file: OpenImage) -> Vault:
         held=maps.get(_HELD),
         backing_file=next(iter(named["f/"]), None),
     )
+
+
+def top_stands(vault: Vault) -> bool:
+    """Whether the image that the vault is of stands where it stood."""
+    if vault.top_path is None:
+        return False
+    with contextlib.suppress(Refusal, OSError), open_image(vault.top_path) as file:
+        return vault.is_of(file.identity, file.path, file.generation)
+    return False
 
 
 def _no_vault(path: str) -> Refusal:

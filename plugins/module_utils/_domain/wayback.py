@@ -20,7 +20,7 @@ from .._disk.commit import CommitRequest
 from .._disk.retire import REVERTED_AS, all_kept, is_kept
 from .._disk.revert_rules import RevertRequest
 from .._disk.siblings import Above, overlays_in
-from .._disk.vault import find_vault, open_vault, place_of, read_vault
+from .._disk.vault import Vault, find_vault, open_vault, place_of, read_vault
 from .._disk.verdict import DELETE, KEEP, How
 from .._libvirt.connection import Domain, Kept
 from .._libvirt.definition import Source
@@ -338,7 +338,7 @@ def _left_by_commit(base: Layer, mark: Mark) -> str | None:
     top = vault.top_path
     if top is None or not vault.is_given:
         return None
-    is_it = bears(top, mark) if is_there(top) else top.endswith(f".{mark.snapshot}.qcow2")
+    is_it = _mark_of(top, vault) == mark if is_there(top) else top.endswith(f".{mark.snapshot}.qcow2")
     return top if is_it else None
 
 
@@ -348,8 +348,8 @@ def begun_merge(base: Layer) -> Mark | None:
     if path is None:
         return None
     with open_vault(path) as file:
-        top = read_vault(file).top_path
-    return None if top is None else _mark_of(top)
+        vault = read_vault(file)
+    return None if vault.top_path is None else _mark_of(vault.top_path, vault)
 
 
 def bears(path: str, mark: Mark) -> bool:
@@ -357,9 +357,11 @@ def bears(path: str, mark: Mark) -> bool:
     return _mark_of(path) == mark
 
 
-def _mark_of(path: str) -> Mark | None:
+def _mark_of(path: str, vault: Vault | None = None) -> Mark | None:
+    """Return the mark of an image; None if it is not the one that the vault is of: a new one can have its name."""
     with contextlib.suppress(Refusal, OSError), open_image(path) as file:
-        return read_head(file).mark
+        if vault is None or vault.is_of(file.identity, path, file.generation):
+            return read_head(file).mark
     return None
 
 

@@ -79,6 +79,13 @@ def share(job: Job, layer: Opened, base: t.Sequence[Opened]) -> None:
     _run(job, "blockdev-backup", arguments, [_TOP, _BASE], base[0])
 
 
+def try_to_open(monitor: Monitor, chain: t.Sequence[Opened]) -> None:
+    """Have QEMU open a chain for reading, and close it again; QemuError if it cannot."""
+    monitor.command("blockdev-add", {"node-name": _BASE, **_read_only(chain, None)})
+    close_node(monitor, _BASE)
+    monitor.receive_rest()
+
+
 def resize(monitor: Monitor, base: Opened, virtual_size: int, seconds: float) -> None:
     """Have QEMU give BASE this virtual size. It must have no bitmaps."""
     monitor.send("blockdev-add", {"node-name": _BASE, **_writable([base])})

@@ -498,8 +498,8 @@ def test_the_vault_is_of_another_overlay(tmp_path):
     os.unlink(stop_before("strip", tops[0], base))  # it carries what that vault told
     stop_before("strip", tops[1], base)
     told = commits.refusal(tops[0], base)
-    assert (told.code, told.subject) == ("unfinished", tops[0])
-    assert "of another commit" in told.why
+    assert (told.code, told.subject) == ("unfinished", base)
+    assert f"the commit of {tops[1]} into it is unfinished" in told.why
     assert commits.merged(tops[1], base)["state"] == "committed"
 
 

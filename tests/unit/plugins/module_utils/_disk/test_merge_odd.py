@@ -15,14 +15,22 @@ import unittest.mock
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import OpenImage, open_image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.signals import ending_cleanly
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import merge, siblings
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import merge, siblings, survey
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.begun import leave_sign
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import CommitRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.merge import MergeLayers
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.observe import observe_chain
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.revert import GoBack
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.revert_rules import RevertRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.vault import MARK
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.unfinished import unfinished_work
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.vault import (
+    MARK,
+    find_vault,
+    open_vault,
+    place_of,
+    read_vault,
+)
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import Mark, write_mark
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu import locks
@@ -153,8 +161,13 @@ def test_a_snapshot_that_has_copied_the_mark_does_not_carry_what_the_mark_says(t
     base, top, above = half_committed(tmp_path, monkeypatch)
     for below in (base, top):
         refused = commits.refusal(above, below)
-        assert refused.code == "unfinished"
-        assert f"{top}, which takes part below it, has the mark" in refused.why
+        assert (refused.code, refused.subject) == ("unfinished", base)
+        assert f"the commit of {top} into it is unfinished" in refused.why
+        assert f"above={above}" in refused.remedy
+    vault = find_vault(place_of(base, False, top))
+    os.rename(vault, f"{vault}.away")
+    assert f"{top}, which takes part below it, has the mark" in commits.refusal(above, base).why
+    os.rename(f"{vault}.away", vault)
     commits.merged(top, base, above=above)
     # Nothing tells now that the mark is a copy, but for the bits.
     refused = commits.refusal(above, base)
@@ -164,6 +177,146 @@ def test_a_snapshot_that_has_copied_the_mark_does_not_carry_what_the_mark_says(t
     qemu.qemu_img("bitmap", "--remove", above, mark)
     commits.merged(above, base)
     assert dirty(tmp_path, base) == [(0, 2 * MiB), (4 * MiB, MiB)]
+
+
+def leave_vault(monkeypatch: pytest.MonkeyPatch, top: str, base: str, **options: t.Any) -> None:
+    """Have a merge be killed when all is done but that its vault goes."""
+    with monkeypatch.context() as patch:
+        patch.setattr(merge, "remove_vault", unittest.mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            commits.merge(top, base, **options)
+
+
+def files_of(folder: t.Any) -> dict[str, tuple[int, int]]:
+    return {one.name: (one.stat().st_ino, one.stat().st_mtime_ns) for one in os.scandir(folder)}
+
+
+@pytest.mark.parametrize("phase", ["carry", "strip", "give"])
+def test_no_other_commit_comes_between_a_killed_one_and_its_end(tmp_path, monkeypatch, phase):
+    """It would take away the vault, which alone has the bits, or BASE's data would be another's."""
+    base = qemu.create(tmp_path / "base")
+    qemu.add_bitmaps(base, [Bitmap("a", 65536, True, False)])
+    s1 = snapshot(tmp_path / "s1", base)
+    s2 = snapshot(tmp_path / "s2", s1)
+    commits.write(s1, "write -P 1 0 1M")
+    commits.write(s2, "write -P 2 2M 1M")
+    before = commits.content(s2)
+    interrupt(monkeypatch, phase, s2, base)
+    was = files_of(tmp_path)
+    for request in ((s1, base, s2), (s1, base, None), (s2, s1, None)):
+        refused = commits.refusal(request[0], request[1], above=request[2])
+        assert (refused.code, refused.subject) == ("unfinished", base)
+        assert f"the commit of {s2} into it" in refused.why
+    assert files_of(tmp_path) == was
+    commits.merged(s2, base)
+    assert commits.content(base) == before
+    assert os.listdir(tmp_path) == ["base"]
+    assert dirty(tmp_path, base) == [(0, MiB), (2 * MiB, MiB)]
+
+
+def test_an_image_that_another_commit_went_into_is_not_put_onto_another_one_before_that_is_complete(
+    tmp_path, monkeypatch
+):
+    """To edit its header looked like a VM that has written to it."""
+    base = qemu.create(tmp_path / "base")
+    s1 = snapshot(tmp_path / "s1", base)
+    s2 = snapshot(tmp_path / "s2", s1)
+    s3 = snapshot(tmp_path / "s3", s2)
+    interrupt(monkeypatch, "publish", s3, s2)
+    refused = commits.refusal(s1, base, above=s2)
+    assert (refused.code, refused.subject) == ("unfinished", s2)
+    commits.merged(s3, s2)
+    commits.merged(s1, base, above=s2)
+    assert commits.merged(s2, base)["state"] == "committed"
+
+
+def test_a_vault_of_a_commit_that_is_done_tells_nothing_of_another_one(tmp_path, monkeypatch):
+    base = qemu.create(tmp_path / "base")
+    old = commits.overlay(tmp_path / "old", base)
+    leave_vault(monkeypatch, old, base)
+    assert commits.merged(tmp_path / "never", base, retire="delete")["state"] == "absent"
+    top = commits.overlay(tmp_path / "top", base)
+    with open_image(top) as file:
+        leave_sign(file)
+    assert commits.refusal(top, base).code == "unfinished"
+    assert commits.merged(top, base, is_of_vm=True)["state"] == "committed"
+    assert os.listdir(tmp_path) == ["base"]
+
+
+def test_a_new_image_with_the_number_of_one_that_went_in_is_not_retired(tmp_path, monkeypatch):
+    """Where a file system tells no generation, the time does."""
+    monkeypatch.setattr(OpenImage, "generation", None)
+    base = qemu.create(tmp_path / "base")
+    s1 = commits.overlay(tmp_path / "s1", base)
+    s2 = commits.overlay(tmp_path / "s2", s1)
+    leave_vault(monkeypatch, s2, base)
+    (vault_path,) = (one.path for one in os.scandir(tmp_path) if one.name.endswith("-given"))
+    anew = commits.overlay(tmp_path / "s1", base)
+    with open_vault(vault_path) as file:
+        vault = read_vault(file)
+    with open_image(anew) as file:
+        went_in = vault._replace(others=[(file.identity, anew)])
+        assert not went_in.took_in(file)
+        os.utime(anew, ns=(0, vault.given_at - 1))
+        assert went_in.took_in(file)
+    os.utime(anew)
+    monkeypatch.setattr(survey, "read_vault", lambda _file: went_in)
+    assert commits.merged(s2, base)["state"] == "committed"
+    assert os.path.exists(anew)
+
+
+@pytest.mark.parametrize("form", ["luks", "file"])
+def test_what_qemu_cannot_open_below_base_is_told_before_anything_is_written(tmp_path, form):
+    """Else BASE's bitmaps were gone, and no call led out."""
+    secret = ["--object", "secret,id=s,data=x", "-o", "key-secret=s,iter-time=10"] if form == "luks" else []
+    below = str(tmp_path / "below")
+    qemu.qemu_img("create", "-q", "-f", "luks" if secret else "raw", *secret, below, "8M")
+    base = commits.overlay(tmp_path / "base", below, form="raw", size="32M")
+    qemu.add_bitmaps(base, [Bitmap("a", 65536, True, False)])
+    qemu.qemu_img("rebase", "-u", "-b", below, "-F", form, base)
+    top = qemu.create(tmp_path / "top", "32M", "-u", "-b", base, "-F", "qcow2")
+    was = files_of(tmp_path)
+    if form == "file":
+        assert commits.merged(top, base)["state"] == "committed"
+        return
+    for check_mode in (True, False):
+        refused = commits.refusal(top, base, settings=SETTINGS._replace(check_mode=check_mode))
+        assert "key-secret" in str(refused)
+        assert refused.code == "qemu_failed"
+    assert files_of(tmp_path) == was
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes a loop device")
+def test_a_killed_commit_into_a_block_device_goes_on(tmp_path, monkeypatch):
+    """Its vault lies beside TOP, where the vaults of commits into TOP would be."""
+    qemu.create(tmp_path / "volume", "8M")
+    qemu.add_bitmaps(tmp_path / "volume", [Bitmap("a", 65536, True, False)])
+    os.truncate(tmp_path / "volume", 16 * MiB)
+    with commits.loop_device(tmp_path / "volume") as base:
+        top = snapshot(tmp_path / "top", base)
+        commits.write(top, "write -P 1 0 1M")
+        before = commits.content(top)
+        for phase in ("strip", "give", "publish"):
+            interrupt(monkeypatch, phase, top, base)
+        with open_image(top) as file:
+            layers = observe_chain(file, "qcow2", relative=False).layers
+        (begun,) = unfinished_work(layers, ())
+        assert begun.path == base
+        commits.merged(top, base)
+        assert commits.content(base) == before
+        assert os.listdir(tmp_path) == ["volume"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes a loop device")
+def test_nothing_tells_whether_a_raw_device_was_written_to_since_all_was_given(tmp_path, monkeypatch):
+    (tmp_path / "volume").touch()
+    os.truncate(tmp_path / "volume", 8 * MiB)
+    with commits.loop_device(tmp_path / "volume") as base:
+        top = commits.overlay(tmp_path / "top", base, form="raw")
+        interrupt(monkeypatch, "publish", top, base, backing_format="raw")
+        commits.write(top, "write -P 1 0 1M")
+        refused = commits.refusal(top, base, backing_format="raw")
+        assert (refused.code, refused.subject) == ("unfinished", top)
 
 
 def test_a_snapshot_with_a_copied_mark_while_the_vault_that_says_given_is_still_there(tmp_path, monkeypatch):

@@ -16,8 +16,10 @@ import sys
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal, UnknownOutcomeError
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import merge, revert
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import retire as retiring
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import revert
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import CommitRequest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.merge import MergeLayers
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay import OverlayRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.revert import GoBack
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.revert_rules import RevertRequest
@@ -278,10 +280,32 @@ def test_an_unfinished_commit(tmp_path, request_for, image):
     (tmp_path / f".{image}.kvmfleet-vault").touch()
     (failure,) = refused(tmp_path, request_for("s2"))
     assert failure.code == "unfinished"
-    assert f"{tmp_path}/.{image}.kvmfleet-vault tells" in failure.why
+    assert f"{tmp_path}/.{image}.kvmfleet-vault " in failure.why
     if image == "base.qcow2":
         os.unlink(tmp_path / "s2")
         assert code(tmp_path, request_for("s2")) == {"unfinished"}
+
+
+def test_an_unfinished_commit_into_an_image_further_down(tmp_path, base, request_for, monkeypatch):
+    """Its data is below the image to go back to, and TOP, which tells of it, can lose its mark."""
+    with monkeypatch.context() as patch:
+        patch.setattr(MergeLayers, "give", lambda *_args: os.close(-1))
+        assert run(MergeLayers(), [CommitRequest(f"{tmp_path}/s2", base)], SETTINGS).failures
+    for name, *_others in qemu.bitmaps_of(tmp_path / "s2"):
+        qemu.qemu_img("bitmap", "--remove", str(tmp_path / "s2"), name)
+    request = RevertRequest(f"{tmp_path}/s2", f"{tmp_path}/s1")
+    (failure,) = refused(tmp_path, request)
+    assert (failure.code, failure.subject) == ("unfinished", base)
+    os.unlink(tmp_path / ".base.qcow2.kvmfleet-vault")
+    assert not go_back([request]).failures
+
+
+def test_the_vault_of_a_commit_that_is_done_is_in_nobodys_way(tmp_path, base, request_for, monkeypatch):
+    monkeypatch.setattr(merge, "remove_vault", lambda _path: None)
+    assert not run(MergeLayers(), [CommitRequest(f"{tmp_path}/s2", base)], SETTINGS).failures
+    assert names(tmp_path) == [".base.qcow2.kvmfleet-vault-given", "base.qcow2"]
+    make_overlays([OverlayRequest(f"{tmp_path}/s2", base)], SETTINGS)
+    assert not go_back([request_for("s2")]).failures
 
 
 def test_the_mark_of_an_unfinished_commit(tmp_path, request_for):

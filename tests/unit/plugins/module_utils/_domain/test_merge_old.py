@@ -11,7 +11,10 @@ import time
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import OpenImage, open_image
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import merge
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.begun import leave_sign
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import CommitRequest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain import merge_old
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.plan import DomainOutcome
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.retention import Retention, Step
@@ -59,6 +62,18 @@ def test_a_snapshot_that_was_made_since_by_the_name_of_a_leftover_is_not_merged_
     retention = Retention(MONTH, 0, time.time())
     old = merge_old._find_old(Daemon(on_it, base), ["web"], WayBack(""), retention)
     assert [one.snapshot for one in old["uuid"].picked] == picked
+
+
+def test_the_vault_of_a_merge_that_is_done_has_no_new_snapshot_of_that_name_merged_down(tmp_path, monkeypatch):
+    base, top = snapshot(tmp_path, "vda")
+    monkeypatch.setattr(merge, "remove_vault", lambda _path: None)  # as if it had been killed before
+    run(merge.MergeLayers(), [CommitRequest(top, base)], SETTINGS)
+    assert sorted(os.listdir(tmp_path)) == [".vda.qcow2.kvmfleet-vault-given", "vda.qcow2"]
+    os.unlink(base)
+    assert snapshot(tmp_path, "vda") == (base, top)
+    retention = Retention(MONTH, 3, time.time())
+    old = merge_old._find_old(Daemon(top), ["web"], WayBack(""), retention)
+    assert [one.snapshot for one in old["uuid"].picked] == []
 
 
 @pytest.mark.parametrize("ends", ["refused", "signal"])
