@@ -161,6 +161,11 @@ def test_an_overlay_that_is_not_there_at_the_second_look_is_a_problem(again):
     assert f"{A}: is created, but the idempotence check finds otherwise" in messages(result)[0]
 
 
+def test_a_domain_without_a_name_is_told_like_any_other():
+    failed = of_domains(("", "failed"))
+    assert messages(report((), [failed, failed, failed])) == [": is wrong."]
+
+
 def test_a_domain_that_is_not_there_at_the_second_look_is_a_problem():
     made = of_domains(("web", "created", overlay(A)), ("db", "failed"))
     result = report((), [made, made, of_domains(("web", "failed", overlay(A, "failed")), ("db", "failed"))])
