@@ -78,6 +78,7 @@ options:
     description:
       - Names of domains, or patterns of names such as V(web*), as a list.
       - A name that does not exist is a failure; a pattern that matches nothing is worth a warning.
+      - A name that is empty, or has a blank around it, is refused. Such a one is most likely of a text with commas.
     type: list
     elements: str
     required: true
@@ -598,7 +599,7 @@ from ..module_utils._domain.wayback import WayBack
 from ..module_utils._libvirt.bindings import LIBVIRT_IMPORT_ERROR
 from ..module_utils._libvirt.connection import Libvirt
 from ..module_utils._libvirt.quiesced import thaw_left
-from ..module_utils._module import Module, Report, require, run
+from ..module_utils._module import Module, Report, check_names, require, run
 from ..module_utils._options import (
     MERGING,
     attributes_from,
@@ -740,6 +741,7 @@ def work(module: AnsibleModule) -> Report:
     """Find the domains and do what the state asks for."""
     settings = settings_from(module)
     params = module.params
+    check_names(params, "name", "disks")
     make_aims, without = AIMS[params["state"]]
     refuse_given(params, without, f"state={params['state']}")
     retention = _retention(params) if _is_retention(params) else None
