@@ -748,17 +748,36 @@ def work(module: AnsibleModule) -> Report:
     is_live = params["running"] == "live"
     refuse_given(params, [] if is_live else ["quiesce"], f"running={params['running']}")
 
+    calls: list[Call] = []
+
     def once(settings: Settings) -> Report:
         daemon = Libvirt(params["uri"])
         live = Live(daemon.version, quiesce=params["quiesce"]) if is_live else None
         if retention is None:
-            return _report(*Call(daemon, params["name"], make_aims(params, live), settings).run())
+            call = Call(daemon, params["name"], make_aims(params, live), settings)
+            calls.append(call)
+            return _report(*call.run())
         request = _way_back(params)
         return _report(*merge_old(daemon, params["name"], request, retention, lambda one: _merge(one, live), settings))
 
     thawed = thaw_left(lambda: Libvirt(params["uri"]), check_mode=settings.check_mode)
     report = verified(once, settings, params, "domains")
-    return report._replace(warnings=[*thawed, *report.warnings])
+    # Of the first call only: what comes after the run finds the snapshot gone, as it is to be.
+    return report._replace(warnings=[*thawed, *_in_vain(calls[:1], params), *report.warnings])
+
+
+def _in_vain(calls: t.Sequence[Call], params: dict[str, t.Any]) -> t.Iterator[str]:
+    """Yield the warning that a snapshot which is to go is nowhere, while there are others: it may be misspelt.
+
+    No failure, since a second run finds the same.
+    """
+    for call in calls:
+        others = [] if params["state"] == "present" else call.snapshots_instead(params["snapshot"])
+        if others:
+            yield (
+                f"{params['snapshot']}: none of these domains is on this snapshot, and nothing of it is left. They are "
+                f"on {', '.join(others)}. Check the name, if this one was not merged down or gone back from before."
+            )
 
 
 def _report(domains: t.Sequence[DomainOutcome], warnings: t.Sequence[str]) -> Report:
