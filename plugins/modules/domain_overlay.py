@@ -92,6 +92,8 @@ options:
       - An image without the mark that is called as the snapshot would be may be the snapshot, or a clone of a template.
         It counts as the snapshot if an image below it is known to have been the domain's disk, by its mark or by a
         checkpoint, and no other disk has it. Else the domain is refused as ambiguous.
+      - With O(state=committed) and O(state=reverted), a snapshot that is nowhere, while the domains are on others, is
+        worth a warning, since its name may be misspelt. A second run may find the same.
       - Required unless O(older_than) or O(keep) is given.
     type: str
   disks:
@@ -611,6 +613,8 @@ from ..module_utils._options import (
 )
 from ..module_utils._verified import verified, verify_spec
 
+_MOST_NAMED = 10  # snapshots in a warning
+
 
 def argument_spec() -> dict[str, t.Any]:
     """Return the options of the module."""
@@ -774,9 +778,11 @@ def _in_vain(calls: t.Sequence[Call], params: dict[str, t.Any]) -> t.Iterator[st
     for call in calls:
         others = [] if params["state"] == "present" else call.snapshots_instead(params["snapshot"])
         if others:
+            more = f" and {len(others) - _MOST_NAMED} more" if len(others) > _MOST_NAMED else ""
             yield (
                 f"{params['snapshot']}: none of these domains is on this snapshot, and nothing of it is left. They are "
-                f"on {', '.join(others)}. Check the name, if this one was not merged down or gone back from before."
+                f"on {', '.join(others[:_MOST_NAMED])}{more}. Check the name, if this one was not merged down or gone "
+                "back from before."
             )
 
 

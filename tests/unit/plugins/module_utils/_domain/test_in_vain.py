@@ -48,6 +48,13 @@ def test_a_snapshot_that_is_nowhere_while_there_are_others_is_warned_of(host, ai
     assert "They are on mon, tue." in told
 
 
+def test_of_many_snapshots_some_are_named(host):
+    for number in range(10):
+        host.snapshot("web", f"n{number}")
+    (told,) = warnings(host, ["web"], "mno")
+    assert "They are on mon, n0, n1, n2, n3, n4, n5, n6, n7, n8 and 2 more. Check" in told
+
+
 def test_what_is_on_any_domain_or_where_there_is_none_is_not_warned_of(host):
     assert warnings(host, ["*"], "mon") == []
     assert warnings(host, ["*"], "wed", targets=("vdb",)) == []  # its disk vda is on it
