@@ -111,7 +111,7 @@ def _told(host: HostRun) -> dict[str, t.Any]:
         "diff": [one["diff"] for one in host.runs if one.get("diff")],
         **{key: _each_once(one.get(key) for one in host.results) for key in ("warnings", "deprecations")},
         **({"ansible_facts": facts} if facts else {}),
-        **({"unreachable": True, "msg": lost["msg"]} if lost else {}),
+        **({"unreachable": True, "msg": lost.get("msg", "")} if lost else {}),
     }
 
 

@@ -55,12 +55,14 @@ from ..plugin_utils._variables import texts
 
 
 def make_host_healed(done: t.Mapping[str, t.Any]) -> str:
-    """Return the report on a host."""
-    return as_text(
-        host_healed(
-            Work(done.get("work"), done.get("problem", ""), texts(done.get("names")), texts(done.get("checkpoints")))
-        )
-    )
+    """Return the report on a host. Whatever is wrong with it, what the module has returned is in it."""
+    work = Work(done.get("work"), done.get("problem", ""), texts(done.get("names")), texts(done.get("checkpoints")))
+    try:
+        return as_text(host_healed(work))
+    except Exception as exc:  # a bug, after the work was done
+        result = work.result or {}
+        why = f"The report could not be made: {type(exc).__name__}: {exc}. What the module returned is in `results`."
+        return as_text({**host_healed(Work({"warnings": result.get("warnings")}, why)), "results": [result]})
 
 
 class FilterModule:

@@ -81,7 +81,7 @@ from ..plugin_utils._health.carried import as_text
 from ..plugin_utils._health.commands import Place
 from ..plugin_utils._health.domain import Limits
 from ..plugin_utils._health.report import Look, host_health
-from ..plugin_utils._variables import as_list, texts
+from ..plugin_utils._variables import texts
 
 
 def make_host_health(
@@ -99,7 +99,7 @@ def make_host_health(
         found.get("problem") or "",
         [name for name in texts(found.get("names")) if any(character in name for character in "*?[")],
     )
-    limits = Limits(int(longest_chain), float(oldest_snapshot), tuple(filter(None, texts(as_list(without_backup)))))
+    limits = Limits(int(longest_chain), float(oldest_snapshot), tuple(filter(None, texts(without_backup))))
     return as_text(host_health(Place(host, str(uri or "")), look, limits, time.time()))
 
 

@@ -281,6 +281,11 @@ _value:
       description: Of each pattern of names of domains the number of domains that it matches.
       type: dict
       sample: {"web*": 2}
+    results:
+      description: What the modules returned. Everything else but RV(_value.warnings) is empty then, and that is a bug.
+      returned: if the report could not be made
+      type: list
+      elements: dict
     warnings:
       description: The warnings of the modules.
       type: list

@@ -95,6 +95,22 @@ def real_list(option: str, value: t.Any, kind: str, example: str, remedy: str = 
     return value
 
 
+def check_names(params: dict[str, t.Any], *options: str) -> None:
+    """Refuse names that are empty or have blanks around them: Ansible leaves both when it splits a text at commas.
+
+    A pattern with such a blank would match nothing, without a failure; and a domain may be called like that.
+    """
+    for option in options:
+        for name in params[option] or ():
+            if not name.strip():
+                why = "has an empty name in it, as a comma too many makes it"
+                raise Refusal("bad_option", option, why, "Leave that out.")
+            if name != name.strip():
+                why = "begins or ends with a blank, which stays when a text is split at commas"
+                remedy = "Leave the blank out. If it belongs to the name, put it in brackets, as in '[ ]web'."
+                raise Refusal("bad_option", f"{option}={name!r}", why, remedy)
+
+
 def image_paths(params: dict[str, t.Any]) -> list[str]:
     """Return the topmost images that a task asks for by `path` or `paths`; Refusal if their list is none."""
     if params["path"] is not None:

@@ -79,7 +79,7 @@ def _not_done(item: Result) -> Result:
     if item["state"] not in AFTER:
         return item
     why = "is left as it is, because something else of this call was refused, and all_or_none is set"
-    refusal = Refusal("held_back", item.get("name") or item["path"], why)
+    refusal = Refusal("held_back", item["name"] if "name" in item else item["path"], why)
     own = {"overlays": [_not_done(one) for one in item["overlays"]]} if "overlays" in item else {}
     return {**item, **own, "state": FAILED, **problem_fields([refusal])}
 

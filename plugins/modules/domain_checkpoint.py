@@ -24,6 +24,8 @@ options:
     description:
       - Names of domains, or patterns such as V(web*). A pattern that matches no domain is a warning. A name that
         libvirt does not know is an error.
+      - A name that is empty, or has a blank around it, is refused, here and in O(checkpoints). Such a one is most
+        likely of a text with commas.
     type: list
     elements: str
     required: true
@@ -270,7 +272,7 @@ from ..module_utils._domain.healing import CheckpointRequest
 from ..module_utils._domain.healing_run import HealCall
 from ..module_utils._libvirt.bindings import LIBVIRT_IMPORT_ERROR
 from ..module_utils._libvirt.connection import Libvirt
-from ..module_utils._module import Report, require, run
+from ..module_utils._module import Report, check_names, require, run
 from ..module_utils._options import settings_from
 
 _OF_VALID = {"unusable": "keep", "assume_not_emptied": False, "bitmap_content": "keep"}
@@ -298,6 +300,7 @@ def request_from(params: dict[str, t.Any]) -> CheckpointRequest:
 def work(module: AnsibleModule) -> Report:
     """Heal, or remove, the checkpoints of the domains."""
     params = module.params
+    check_names(params, "name", "checkpoints")
     request, settings = request_from(params), settings_from(module)
     call = HealCall(Libvirt(params["uri"]), params["name"], request, settings, live=params["running"] == "live")
     domains, warnings = call.run()

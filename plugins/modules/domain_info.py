@@ -20,6 +20,7 @@ options:
     description:
       - Names of domains, or patterns of names such as V(web*), as a list. By default all domains of the host.
       - A name that does not exist is a failure; a pattern that matches nothing is worth a warning.
+      - A name that is empty, or has a blank around it, is refused. Such a one is most likely of a text with commas.
     type: list
     elements: str
     default: ["*"]
@@ -444,12 +445,13 @@ from ..module_utils._disk.verdict import root_causes
 from ..module_utils._domain.look import DomainLook, look, unreadable_as_result
 from ..module_utils._libvirt.bindings import LIBVIRT_IMPORT_ERROR
 from ..module_utils._libvirt.connection import Libvirt, Unreadable
-from ..module_utils._module import Report, require, run
+from ..module_utils._module import Report, check_names, require, run
 
 
 def work(module: AnsibleModule) -> Report:
     """Look at the domains."""
     params = module.params
+    check_names(params, "name")
     looks, warnings = look(Libvirt(params["uri"]), params["name"], counts=params["dirty_bytes"])
     domains = [one.as_result() if isinstance(one, DomainLook) else unreadable_as_result(one) for one in looks]
     return Report(

@@ -78,6 +78,7 @@ options:
     description:
       - Names of domains, or patterns of names such as V(web*), as a list.
       - A name that does not exist is a failure; a pattern that matches nothing is worth a warning.
+      - A name that is empty, or has a blank around it, is refused. Such a one is most likely of a text with commas.
     type: list
     elements: str
     required: true
@@ -91,6 +92,8 @@ options:
       - An image without the mark that is called as the snapshot would be may be the snapshot, or a clone of a template.
         It counts as the snapshot if an image below it is known to have been the domain's disk, by its mark or by a
         checkpoint, and no other disk has it. Else the domain is refused as ambiguous.
+      - With O(state=committed) and O(state=reverted), a snapshot that is nowhere, while the domains are on others, is
+        worth a warning, since its name may be misspelt. A second run may find the same.
       - Required unless O(older_than) or O(keep) is given.
     type: str
   disks:
@@ -602,7 +605,7 @@ from ..module_utils._domain.wayback import WayBack
 from ..module_utils._libvirt.bindings import LIBVIRT_IMPORT_ERROR
 from ..module_utils._libvirt.connection import Libvirt
 from ..module_utils._libvirt.quiesced import thaw_left
-from ..module_utils._module import Module, Report, require, run
+from ..module_utils._module import Module, Report, check_names, require, run
 from ..module_utils._options import (
     MERGING,
     attributes_from,
@@ -613,6 +616,8 @@ from ..module_utils._options import (
     settings_from,
 )
 from ..module_utils._verified import verified, verify_spec
+
+_MOST_NAMED = 10  # snapshots in a warning
 
 
 def argument_spec() -> dict[str, t.Any]:
@@ -744,23 +749,45 @@ def work(module: AnsibleModule) -> Report:
     """Find the domains and do what the state asks for."""
     settings = settings_from(module)
     params = module.params
+    check_names(params, "name", "disks")
     make_aims, without = AIMS[params["state"]]
     refuse_given(params, without, f"state={params['state']}")
     retention = _retention(params) if _is_retention(params) else None
     is_live = params["running"] == "live"
     refuse_given(params, [] if is_live else ["quiesce"], f"running={params['running']}")
 
+    calls: list[Call] = []
+
     def once(settings: Settings) -> Report:
         daemon = Libvirt(params["uri"])
         live = Live(daemon.version, quiesce=params["quiesce"]) if is_live else None
         if retention is None:
-            return _report(*Call(daemon, params["name"], make_aims(params, live), settings).run())
+            call = Call(daemon, params["name"], make_aims(params, live), settings)
+            calls.append(call)
+            return _report(*call.run())
         request = _way_back(params)
         return _report(*merge_old(daemon, params["name"], request, retention, lambda one: _merge(one, live), settings))
 
     thawed = thaw_left(lambda: Libvirt(params["uri"]), check_mode=settings.check_mode)
     report = verified(once, settings, params, "domains")
-    return report._replace(warnings=[*thawed, *report.warnings])
+    # Of the first call only: what comes after the run finds the snapshot gone, as it is to be.
+    return report._replace(warnings=[*thawed, *_in_vain(calls[:1], params), *report.warnings])
+
+
+def _in_vain(calls: t.Sequence[Call], params: dict[str, t.Any]) -> t.Iterator[str]:
+    """Yield the warning that a snapshot which is to go is nowhere, while there are others: it may be misspelt.
+
+    No failure, since a second run finds the same.
+    """
+    for call in calls:
+        others = [] if params["state"] == "present" else call.snapshots_instead(params["snapshot"])
+        if others:
+            more = f" and {len(others) - _MOST_NAMED} more" if len(others) > _MOST_NAMED else ""
+            yield (
+                f"{params['snapshot']}: none of these domains is on this snapshot, and nothing of it is left. They are "
+                f"on {', '.join(others[:_MOST_NAMED])}{more}. Check the name, if this one was not merged down or gone "
+                "back from before."
+            )
 
 
 def _report(domains: t.Sequence[DomainOutcome], warnings: t.Sequence[str]) -> Report:

@@ -11,7 +11,7 @@ import typing as t
 
 from ansible.module_utils.parsing.convert_bool import boolean
 
-from ._variables import as_list
+from ._variables import texts
 
 DISKS, DOMAINS = "qcow2_overlay", "domain_overlay"  # the modules, in the order in which they are called
 PRESENT, COMMITTED, REVERTED = "present", "committed", "reverted"
@@ -68,7 +68,7 @@ class Asked(t.NamedTuple):
 
     state: str
     options: t.Mapping[str, t.Mapping[str, t.Any]]  # by module, of those that are to be called
-    domains: str | list[str]  # names and patterns
+    domains: list[str]  # names and patterns
     all_or_none: bool
     installs: bool  # what is missing
     timeout: int  # seconds that a call may take; 0 for no limit
@@ -90,8 +90,9 @@ def asked(state: str, given: t.Mapping[str, t.Any], unknown: t.Sequence[str]) ->
     # An empty key is as none at all; but for the name of the snapshot, which was forgotten.
     given = {name: value for name, value in given.items() if value is not None or name == "snapshot"}
     picks = state == COMMITTED and ("older_than" in given or "keep" in given)
-    names = as_list(given.get("domains", ["*"] if "snapshot" in given or picks else []))
-    domains = names if isinstance(names, str) else [str(name) for name in _flat([names])]
+    domains = texts(given.get("domains", ["*"] if "snapshot" in given or picks else []))
+    if "targets" in given:
+        given["targets"] = texts(given["targets"])
     disks = given.get("disks") or []
     seconds = str(given.get("task_timeout") or 0)
     options = {}
@@ -127,12 +128,16 @@ def _no_such_state(state: str) -> str:
     return "" if state in _ANY else f"overlay_state={state} must be one of {', '.join(_ANY)}."
 
 
-def _mistake(given: t.Mapping[str, t.Any], domains: str | list[str], *, picks: bool) -> str:
+def _mistake(given: t.Mapping[str, t.Any], domains: list[str], *, picks: bool) -> str:
     """Return what is wrong with the wish. An empty list is an answer; nothing at all is most likely a mistake."""
     if not str(given.get("task_timeout") or 0).isdecimal():
         return f"overlay_task_timeout={given['task_timeout']} must be a number of seconds."
-    if domains == "":  # as of a survey; who means all of them says so
+    if domains == [""]:  # as of a survey; who means all of them says so
         return "overlay_domains is empty. Name domains, or leave it out for all of them."
+    for name, names in (("domains", domains), ("targets", given.get("targets", ()))):
+        if not all(one.strip() for one in names):
+            why = "as a comma too many makes it, or with -e a blank that is not in quotation marks"
+            return f"overlay_{name} has an empty name in it, {why}. Leave that out."
     if "snapshot" in given:
         snapshot = given["snapshot"]
         if snapshot is None or not str(snapshot).strip():
@@ -153,12 +158,3 @@ def _is_as_written(name: t.Any) -> bool:
     if isinstance(name, (bool, float)):
         return False
     return isinstance(name, (str, int)) or re.match(r"[0-9]{4}-[0-9]{2}-[0-9]{2}$", str(name)) is not None
-
-
-def _flat(values: t.Iterable[t.Any]) -> t.Iterator[t.Any]:
-    """Yield the items of lists in lists, without those that are empty."""
-    for value in values:
-        if isinstance(value, (list, tuple)):
-            yield from _flat(value)
-        elif value is not None:
-            yield value

@@ -63,8 +63,16 @@ class HostRun:
             self._results[module][RUN] = result
 
     def report(self) -> dict[str, t.Any]:
-        """Return the report."""
-        return self._report(check_mode=self._check_mode)
+        """Return the report. Whatever is wrong with it, what the modules have returned is in it."""
+        try:
+            return self._report(check_mode=self._check_mode)
+        except Exception as exc:  # a bug, after the work was done
+            why = (
+                f"The report could not be made: {type(exc).__name__}: {exc}. What the modules returned is in `results`"
+            )
+            bare = make_host_report({"wanted": self._asked.state, "problem": f"{why}."}, self._check_mode)
+            warnings = [str(one) for result in self.results for one in result.get("warnings") or ()]
+            return {**bare, "warnings": list(dict.fromkeys(warnings)), "results": self.results}
 
     def run(self) -> None:
         """Do what is asked for."""

@@ -114,12 +114,20 @@ def as_list(names: t.Any) -> t.Any:
 def texts(value: t.Any) -> list[str]:
     """Return the items of a variable as texts. For YAML a name such as 101 or 2024-06-01 is none.
 
-    `value`: a list, a single item, a text with commas, as a survey gives it, or None.
+    `value`: a list, lists in it, a single item, a text with commas, as a survey gives it, or None.
     """
-    if isinstance(value, str):
-        return [text.strip() for text in value.split(",")]
-    items = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
-    return [str(item) for item in items]
+    items = as_list(value)
+    # Ansible would split it, too, and leave the blanks, with which no name is found.
+    return [one.strip() for one in items.split(",")] if isinstance(items, str) else list(map(str, _flat([items])))
+
+
+def _flat(values: t.Iterable[t.Any]) -> t.Iterator[t.Any]:
+    """Yield the items of lists in lists, without those that are None."""
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from _flat(value)
+        elif value is not None:
+            yield value
 
 
 @functools.cache

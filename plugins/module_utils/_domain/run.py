@@ -74,6 +74,7 @@ class Call:
         self._daemon = daemon
         self._names = names
         self._settings = settings
+        self._snapshots: set[str] = set()  # that the domains were on at the beginning
         self._plan(aims)
         # A merge may be under way whose controller was lost. What it leaves has to be looked at anew.
         begun = {one.domain.uuid for one in self._plans.values() if one.has_work}
@@ -86,14 +87,18 @@ class Call:
         self._found = [self._with_kept(one) for one in found]
         domains = [(one, kept) for one, kept in self._found if isinstance(one, Domain)]
         self._aims = {one.name: next(aim for aim in aims if aim.takes(one)) for one, _kept in domains}
-        self._plans = {
-            one.name: self._aims[one.name].plan(one, [inventory.facts(one, d) for d in one.definition.disks], kept)
-            for one, kept in domains
-        }
+        facts = {one.name: [inventory.facts(one, disk) for disk in one.definition.disks] for one, _kept in domains}
+        self._snapshots |= {name for one, _kept in domains for name in _snapshots_of(one, facts[one.name])}
+        self._plans = {one.name: self._aims[one.name].plan(one, facts[one.name], kept) for one, kept in domains}
         taking_part = [plan for plan in self._plans.values() if not self._is_left_out(plan)]
         # The last one takes every domain, so its rule holds for all of them.
         for name, problems in aims[-1].conflicts(taking_part).items():
             self._plans[name] = self._plans[name].failed(problems)
+
+    def snapshots_instead(self, snapshot: str) -> list[str]:
+        """Return the snapshots that the domains are on, if none is on this one, and nothing of it is left."""
+        is_there = snapshot in self._snapshots or any(plan.disks for plan in self._plans.values())
+        return [] if is_there else sorted(self._snapshots)
 
     def _with_kept(self, one: Domain | Unreadable) -> tuple[Domain | Unreadable, Kept]:
         """Return a domain with what libvirt keeps of it; unreadable if libvirt cannot tell that."""
@@ -240,6 +245,14 @@ class Call:
             tops=definition.tops,
             known=kept.checkpoints,
         )
+
+
+def _snapshots_of(domain: Domain, facts: t.Sequence[DiskFacts]) -> t.Iterator[str]:
+    """Yield the names of the snapshots that a domain is on, as the marks of its images have them."""
+    for layer in (layer for one in facts for layer in one.own):
+        mark = layer.image.mark if layer.image is not None else None
+        if mark is not None and mark.vm == domain.uuid:
+            yield mark.snapshot
 
 
 def _is_touched(disk: DiskPlan, verdicts: t.Mapping[str, t.Any]) -> bool:

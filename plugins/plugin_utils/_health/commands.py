@@ -10,7 +10,6 @@ templates could take a name in it for something else; and if it would be refused
 
 from __future__ import annotations
 
-import glob
 import json
 import re
 import shlex
@@ -18,6 +17,7 @@ import typing as t
 
 Result = t.Mapping[str, t.Any]
 
+_OF_PATTERNS = re.compile(r"[*?[]|\A\s|\s\Z")  # what a module does not take for a part of a name
 _TEMPLATE = re.compile(r"\{[{%#]")
 _HOST = re.compile(r"[\w.][\w.:-]*", re.ASCII)  # that is no pattern of hosts
 _USUAL_URI = "qemu:///system"
@@ -48,8 +48,7 @@ def for_checkpoints(place: Place, domain: Result) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for remedy in (_HEAL, _REMOVE):
         names = [name for name, its in remedies.items() if its == remedy]
-        # By patterns, which match themselves alone.
-        wanted = {"checkpoints": list(map(glob.escape, names)), **remedy}
+        wanted = {"checkpoints": list(map(_alone, names)), **remedy}
         found.update(dict.fromkeys(names, _of_domain(place, domain, "domain_checkpoint", wanted)))
     return found
 
@@ -108,10 +107,18 @@ def _merge(place: Place, domain: Result, snapshot: str) -> str | None:
 def _of_domain(place: Place, domain: Result, module: str, options: Result) -> str | None:
     """Return the command that calls a module for a domain. JSON spells out all that is not ASCII."""
     of_daemon = {"uri": place.uri} if place.uri not in ("", _USUAL_URI) else {}
-    arguments = json.dumps({"name": [domain["name"]], **options, **of_daemon})
+    arguments = json.dumps({"name": [_alone(domain["name"])], **options, **of_daemon})
     is_whole = all("msg" not in one for one in domain["disks"])
     would_be_done = domain["state"] == _SHUT_OFF and not domain["managed_save"] and is_whole
     if not would_be_done or _TEMPLATE.search(arguments) or not _HOST.fullmatch(place.host):
         return None
     words = ["ansible", place.host, "-b", "-m", f"kvmfleet.qcow2.{module}", "-a", arguments]
     return shlex.join(words)
+
+
+def _alone(name: str) -> str:
+    """Return what a module takes for this name and no other, if need be a pattern.
+
+    With a slash, which libvirt forbids in names: what glob.escape() returns may be the name of something else.
+    """
+    return _OF_PATTERNS.sub(r"[\g<0>/]", name)

@@ -172,7 +172,7 @@ def _unstable(one: Pass, key: str) -> t.Iterator[Problem]:
 
 def _name(item: Result) -> str:
     """Return the name of a domain, or the path of an overlay."""
-    return t.cast("str", item.get("name") or item["path"])
+    return t.cast("str", item["name"] if "name" in item else item["path"])
 
 
 class _Chains:

@@ -29,32 +29,44 @@ def checkpoint_matches(patterns: t.Sequence[str], domains: t.Sequence[Result]) -
     """
     names = [[checkpoint["name"] for checkpoint in domain["checkpoints"]] for domain in domains]
     counts = {one: sum(any(_fits(name, one) for name in of_one) for of_one in names) for one in patterns}
-    is_all_told = all(domain["state"] not in (SKIPPED, FAILED) for domain in domains)
-    return {pattern: count for pattern, count in counts.items() if count or is_all_told}
+    return {pattern: count for pattern, count in counts.items() if count or _are_told(domains)}
 
 
 def unmatched(hosts: t.Sequence[Result], way_out: str) -> t.Iterator[Problem]:
-    """Yield which patterns match nowhere. That one host of many is asked for what it lacks, is no fault.
+    """Yield which patterns match on none of the hosts that were asked for them. One of these may lack it.
 
     `way_out`: the variable that allows it.
     """
-    for pattern in dict.fromkeys(pattern for host in hosts for pattern in host["patterns"]):
-        found = [host["patterns"][pattern] for host in hosts if pattern in host["patterns"]]
-        # All domains is what is asked for by default, also of hosts without libvirt's domains.
-        if pattern != "*" and not any(found) and (len(found) > 1 or len(hosts) == 1):
+    for pattern in _in_vain(hosts, "patterns", []):
+        if pattern != "*":  # what is asked for by default, also of hosts without libvirt's domains
             yield _nowhere(pattern, "domain", way_out)
 
 
 def unmatched_checkpoints(hosts: t.Sequence[Result], way_out: str) -> t.Iterator[Problem]:
-    """Yield which patterns of names of checkpoints match nowhere, if every host was asked for them and could tell."""
-    told = [host["checkpoint_patterns"] for host in hosts]
-    for pattern in told[0] if told else ():
-        if all(one.get(pattern) == 0 for one in told):
-            yield _nowhere(pattern, "checkpoint", way_out)
+    """Yield which patterns of names of checkpoints match on none of the hosts that were asked for them."""
+    silent = [host for host in hosts if not _are_told(host["domains"])]
+    for pattern in _in_vain(hosts, "checkpoint_patterns", silent):
+        yield _nowhere(pattern, "checkpoint", way_out)
+
+
+def _in_vain(hosts: t.Sequence[Result], key: str, silent: t.Container[Result]) -> t.Iterator[str]:
+    """Yield the patterns that match on no host; `silent`: hosts that have not told all."""
+    for pattern in dict.fromkeys(pattern for host in hosts for pattern in host[key]):
+        without = [host for host in hosts if pattern not in host[key]]
+        # A host that could not tell may have been asked for it, and have it.
+        may_be_there = any(host["problems"] or host in silent for host in without)
+        if not may_be_there and not any(host[key].get(pattern) for host in hosts):
+            yield pattern
 
 
 def _nowhere(pattern: str, what: str, way_out: str) -> Problem:
-    return problem("no_match", f"{pattern}: no {what} of any host matches it. Correct it, or set {way_out}.")
+    where = f"no {what} of any host that was asked for it matches it"
+    return problem("no_match", f"{pattern}: {where}. Correct it, or set {way_out}.")
+
+
+def _are_told(domains: t.Sequence[Result]) -> bool:
+    """Whether of each of these domains its checkpoints are told."""
+    return all(domain["state"] not in (SKIPPED, FAILED) for domain in domains)
 
 
 def _fits(name: str, pattern: str) -> bool:

@@ -82,15 +82,21 @@ def test_a_module_is_called_if_there_is_something_for_it(state, given, called):
 @pytest.mark.parametrize(
     "domains, names",
     [
-        ("web*,db", "web*,db"),
+        ("web*,db", ["web*", "db"]),
+        ("web*, db* ", ["web*", "db*"]),
         (101, ["101"]),
         ('["web", "db"]', ["web", "db"]),  # as from the command line
-        ("[ab]*", "[ab]*"),
+        ("[ab]*", ["[ab]*"]),
+        (["a, b", " c"], ["a, b", " c"]),  # such names are possible
         (["web", [101, None], datetime.date(2024, 6, 1)], ["web", "101", "2024-06-01"]),
     ],
 )
 def test_names_of_domains_are_texts(domains, names):
     assert options("present", snapshot="monday", domains=domains)[DOMAINS]["name"] == names
+
+
+def test_targets_of_disks_are_split_alike():
+    assert options("present", snapshot="monday", targets="vda, vdb")[DOMAINS]["disks"] == ["vda", "vdb"]
 
 
 @pytest.mark.parametrize("snapshot", ["1.10", 7, datetime.date(2024, 6, 1), "true"])
@@ -108,6 +114,10 @@ def test_a_name_that_is_as_it_was_written_is_taken(snapshot):
         ("committed", {"older_than": None, "keep": None}, "Nothing was asked for"),
         ("present", {"snapshot": "s", "domains": ""}, "overlay_domains is empty"),
         ("present", {"domains": "", "disks": [DISK]}, "overlay_domains is empty"),
+        ("present", {"snapshot": "s", "domains": "web,"}, "overlay_domains has an empty name in it"),
+        ("committed", {"snapshot": "s", "domains": ["web", ""]}, "overlay_domains has an empty name in it"),
+        ("reverted", {"snapshot": "s", "domains": ["web", " "]}, "overlay_domains has an empty name in it"),
+        ("present", {"snapshot": "s", "targets": "vda,"}, "overlay_targets has an empty name in it"),
         ("present", {"snapshot": None}, "is empty"),
         ("present", {"snapshot": "  "}, "is empty"),
         ("present", {"snapshot": 1.1}, "is 1.1 for YAML"),

@@ -144,6 +144,18 @@ def test_a_look_afterwards_without_a_result_leaves_the_first_reason():
     assert "slower" not in [one["msg"] for one in report["problems"]]
 
 
+def test_a_report_that_cannot_be_made_throws_no_result_away():
+    told = {**domains("reverted"), "warnings": ["web: a checkpoint goes with it"]}
+    told["domains"][0].pop("checkpoints")
+    report, calls = play(made(), told, snapshot="s")
+    assert calls == [(DISKS, "run"), (DOMAINS, "run")]
+    assert (report["state"], report["results"][1]) == ("failed", told)
+    assert report["warnings"] == ["web: a checkpoint goes with it"]
+    assert [(one["code"], "KeyError: 'checkpoints'" in one["msg"]) for one in report["problems"]] == [
+        ("task_failed", True)
+    ]
+
+
 def test_of_a_host_that_is_gone_nothing_more_is_asked():
     report, calls = play(GONE, snapshot="s")
     assert (calls, report["state"]) == ([(DISKS, "run")], "unreachable")

@@ -76,7 +76,7 @@ def test_a_pattern_of_checkpoints_that_is_nowhere_is_told():
         return fleet_healed(hosts, check_mode=False, allows_nothing=allows_nothing)
 
     web, on = domain("web", "valid", "valid"), domain("on", "skipped")
-    told = "nosuch*: no checkpoint of any host matches it. Correct it, or set heal_allow_nothing."
+    told = "nosuch*: no checkpoint of any host that was asked for it matches it. Correct it, or set heal_allow_nothing."
     assert [one["msg"] for one in report(web)["problems"]] == [told]
     assert [one["msg"] for one in report(web, domain("db", "valid"))["problems"]] == [told]
     assert report(web, allows_nothing=True)["problems"] == []
@@ -85,3 +85,18 @@ def test_a_pattern_of_checkpoints_that_is_nowhere_is_told():
     assert report(on)["problems"] == []
     assert report(on, web, web)["problems"] == []
     assert report(web)["hosts"]["0"]["checkpoint_patterns"] == {"0": 1, "nosuch*": 0}
+
+
+def test_a_pattern_of_checkpoints_of_one_host_alone_may_be_in_vain_too():
+    def report(other):
+        own = host_healed(Work({"domains": [domain("web", "valid", "valid")]}, "", ["*"], ["nosuch*"]))
+        return fleet_healed({"own": own, "other": other}, check_mode=False)
+
+    def healed(*domains, checkpoints=("0",)):
+        return host_healed(Work({"domains": list(domains)}, "", ["*"], checkpoints))
+
+    assert [one["code"] for one in report(healed(domain("db", "valid", "valid")))["problems"]] == ["no_match"]
+    # A host that does not tell all may have it.
+    assert report(healed(domain("db", "skipped"), checkpoints=("nosuch*",)))["problems"] == []
+    assert report(host_healed(Work({"msg": "boom"}, "", ["*"], ["nosuch*"])))["problems"] == []
+    assert report(None)["problems"] == []

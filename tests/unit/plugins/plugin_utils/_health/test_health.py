@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import shlex
 
 import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.inventory import Inventory
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection import Unreadable
 from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils._health.carried import as_text, from_text
 from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils._health.commands import Place
 from ansible_collections.kvmfleet.qcow2.plugins.plugin_utils._health.domain import DAY, Limits, domain_health
@@ -170,8 +173,23 @@ def test_the_command_mends_all_checkpoints_that_are_broken_alike():
     checkpoints = [checkpoint(name, problem) for name, problem in problems.items()]
     told = domain(image("/b", "fine"), image("/a", "one t*o off0 fine"), checkpoints=checkpoints)
     words = [one["command"] and shlex.split(one["command"])[-1] for one in judged(told)["findings"]]
-    both = '{"name": ["web"], "checkpoints": ["one", "t[*]o"]}'  # and no other that the name would match as a pattern
+    both = '{"name": ["web"], "checkpoints": ["one", "t[*/]o"]}'  # and no other that the name would match as a pattern
     assert words == [both, both, '{"name": ["web"], "checkpoints": ["gone"], "unusable": "remove"}', None]
+
+
+@pytest.mark.parametrize(
+    "name", ["web", "*", "w*", "web?", "[ab]", "a]", "a-[b", "!", "[!a]*", " web", "web\t", " ", "a, b"]
+)
+def test_a_command_names_its_domain_and_no_other(name):
+    told = domain(image("/a", "one"), name=name, orphan_bitmaps=[{"image": "/a", "bitmaps": ["one"]}])
+    (asked,) = json.loads(found(told)["orphan_bitmaps"][-1])["name"]
+    assert asked == asked.strip()  # a blank around it would be refused
+    # A domain that is called as the pattern would be glob.escape()'s; libvirt allows no slash.
+    others = [glob.escape(name), "web", "w1", "web1", "a", "b", "*", " ", "x", "web ", "webweb"]
+    found_names = [
+        one.name for one in Inventory({one: Unreadable(one, None) for one in {name, *others}}).select([asked])[0]
+    ]
+    assert found_names == [name]
 
 
 def test_the_command_asks_the_daemon_that_was_asked():

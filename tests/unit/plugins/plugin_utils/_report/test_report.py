@@ -161,6 +161,11 @@ def test_an_overlay_that_is_not_there_at_the_second_look_is_a_problem(again):
     assert f"{A}: is created, but the idempotence check finds otherwise" in messages(result)[0]
 
 
+def test_a_domain_without_a_name_is_told_like_any_other():
+    failed = of_domains(("", "failed"))
+    assert messages(report((), [failed, failed, failed])) == [": is wrong."]
+
+
 def test_a_domain_that_is_not_there_at_the_second_look_is_a_problem():
     made = of_domains(("web", "created", overlay(A)), ("db", "failed"))
     result = report((), [made, made, of_domains(("web", "failed", overlay(A, "failed")), ("db", "failed"))])
@@ -366,9 +371,8 @@ def test_a_pattern_tells_how_many_domains_it_matches():
 def test_a_pattern_that_matches_nowhere_is_a_problem_of_the_fleet():
     hosts = {"hv1": asked(["web*", "bd*"], "web"), "hv2": asked(["web*", "bd*"])}
     fleet = fleet_report(hosts, check_mode=False)
-    assert fleet["problems"] == [
-        {"code": "no_match", "msg": "bd*: no domain of any host matches it. Correct it, or set overlay_allow_nothing."}
-    ]
+    told = "bd*: no domain of any host that was asked for it matches it. Correct it, or set overlay_allow_nothing."
+    assert fleet["problems"] == [{"code": "no_match", "msg": told}]
     assert summary_of_fleet(fleet)[-2] == fleet["problems"][0]["msg"]
     assert (fleet["states"]["ok"], fleet["repeat"]) == (2, [])
     assert codes(fleet_report(hosts, check_mode=False, allows_nothing=True)) == []
@@ -376,8 +380,9 @@ def test_a_pattern_that_matches_nowhere_is_a_problem_of_the_fleet():
 
 def test_one_host_of_many_may_lack_what_it_is_asked_for():
     assert codes(fleet_report({"hv1": asked(["web*"], "web"), "hv2": asked(["web*"])}, check_mode=False)) == []
-    # Also by a pattern of its own, but not as the only host.
-    assert codes(fleet_report({"hv1": asked(["web*"], "web"), "hv2": asked(["x*"])}, check_mode=False)) == []
+    # But not by a pattern of its own.
+    hosts = {"hv1": asked(["web*"], "web"), "hv2": asked(["x*"])}
+    assert codes(fleet_report(hosts, check_mode=False)) == ["no_match"]
     assert codes(fleet_report({"hv2": asked(["x*"])}, check_mode=False)) == ["no_match"]
 
 
@@ -392,7 +397,10 @@ def test_a_fleet_in_which_there_was_nothing_to_do_is_a_problem():
     assert codes(fleet_report({"hv1": left_out}, check_mode=False)) == []
 
 
-@pytest.mark.parametrize("unknown", [report([GONE]), None, report(waiting_for=["qemu-utils"], check_mode=True)])
+@pytest.mark.parametrize(
+    "unknown",
+    [report([GONE]), None, report((), [CRASHED], patterns=["x*"]), report(waiting_for=["qemu-utils"], check_mode=True)],
+)
 def test_where_nobody_could_look_it_may_be(unknown):
     assert codes(fleet_report({"hv1": asked(["x*"]), "hv2": asked(["x*"]), "hv3": unknown}, check_mode=False)) == []
 
