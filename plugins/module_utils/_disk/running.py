@@ -39,6 +39,7 @@ from .session import Held, Images, failed_by
 from .siblings import standing_on
 from .stages import Seen, named
 from .survey import vault_place
+from .unfinished import why_not_merged
 from .vault import find_vault
 from .verdict import ABSENT, COMMITTED, DELETE, FAILED, KEEP, PRESENT, How, Need
 
@@ -218,7 +219,9 @@ class MergeRunning(MergeLayers):
         # What is left over is put aside, and nothing below it changes: what stands there may be the VM's.
         seen = _see(request, chain, depth, held, is_left_over=is_left_over)
         seen = seen._replace(others=tuple(one for one in seen.others if os.path.realpath(one) not in self._gone))
-        other = None if is_left_over else why_not_open(chain, is_written=request.above is None)
+        other = None
+        if not is_left_over:
+            other = why_not_open(chain, is_written=request.above is None) or why_not_merged(chain, depth, seen.above)
         if other is not None:
             return self.refused(request, [other])
         problems = [*commit.image_problems(seen), *commit.size_problems(seen), *_problems(request, seen, known, held)]

@@ -63,6 +63,15 @@ def why_in_the_way(
     return next((one.as_refusal() for one in found), None)
 
 
+def why_not_merged(chain: t.Sequence[Layer], depth: int, above: Layer | None) -> Refusal | None:
+    """Return why the images down to the one at `depth` must not be merged before other work ends; None if they can."""
+    higher = (above,) if above is not None else ()
+    # What only a vault has, the merge cannot judge: above, it may be what lacks changes; below, what others count on.
+    healing = why_in_the_way((*higher, *chain), (), (HEALING,))
+    # What went into an image above BASE is in it, and a VM may have written to it since.
+    return healing or why_in_the_way((*higher, *chain[:depth]), (), (COMMIT,))
+
+
 def healing_vault(layer: Layer, top: Layer) -> str | None:
     """Return the place of the vault of an image whose bitmaps are healed; None if there is no folder that stays."""
     if not layer.is_device:
@@ -125,8 +134,8 @@ def _healing(layer: Layer, path: str, vault: Vault | Refusal, top: Layer) -> Unf
     if vault.is_given:
         what = f"work on its bitmaps is done, and its vault is left over ({path}), which is of no use"
     remedy = (
-        "Complete it with the same call again: kvmfleet.qcow2.domain_checkpoint with the name of its domain, or "
-        f"kvmfleet.qcow2.qcow2_bitmap with path={top.path}."
+        "With the VM shut off, complete it with the same call again: kvmfleet.qcow2.domain_checkpoint with the name of "
+        f"its domain, or kvmfleet.qcow2.qcow2_bitmap with path={top.path}."
     )
     return Unfinished(HEALING, layer.path, what, remedy, is_in_the_way=not vault.is_given)
 
