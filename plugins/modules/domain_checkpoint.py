@@ -51,6 +51,8 @@ options:
     description:
       - What becomes of checkpoints that cannot be made valid, with O(state=valid). V(keep) leaves them as they are, and
         the domain has failed. V(remove) removes them with their bitmaps.
+      - One of them is a checkpoint whose bitmap a killed run has lost, and that is not put back without
+        O(assume_not_emptied).
       - A checkpoint that something else keeps from being healed, such as a process that uses an image, is never
         removed.
       - Of a domain that runs, all are unusable that libvirt does not call valid, also those that could be healed while

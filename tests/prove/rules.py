@@ -122,9 +122,9 @@ RULES = (
     ),
     Rule(
         "a commit into an image between is completed first",
-        "merge",
-        "why_in_the_way(chain[:depth], (), (COMMIT,)),",
-        "None,",
+        "unfinished",
+        "why_in_the_way((*higher, *chain[:depth]), (), (COMMIT,))",
+        "None",
         (COMMIT,),
     ),
     Rule(
@@ -292,6 +292,20 @@ RULES = (
         "if vault.is_given:",
         "if False:",
         (KILLED, "test_unfinished"),
+    ),
+    Rule(
+        "a healing of any image of a chain keeps merging off",
+        "unfinished",
+        "why_in_the_way((*higher, *chain), (), (HEALING,))",
+        "None",
+        ("test_unfinished",),
+    ),
+    Rule(
+        "a healing of any image of a chain keeps going back off",
+        "revert",
+        "healing = why_in_the_way(layers, (), (HEALING,))",
+        "healing = None",
+        ("test_unfinished",),
     ),
     Rule("all is said to be done before anybody can remove a bitmap", "mend", "mark_given(place)", "pass", (KILLED,)),
     Rule(

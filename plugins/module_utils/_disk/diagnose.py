@@ -21,7 +21,7 @@ from .._qemu import locks
 from .bitmap_rules import bitmap_problems, names_of
 from .cumulative import MAX_UNITED, memory_image, uniting_cost
 from .examine import MAX_COUNTED_BITS
-from .heal import Plan, Standing, Want
+from .heal import Plan, Standing, Want, in_doubt
 from .observe import observe_chain, why_not_opened, why_not_writable
 from .retire import is_kept
 from .session import Held
@@ -40,7 +40,6 @@ class Patient(t.NamedTuple):
     own: t.Mapping[str, DirtyMap]  # its consistent bitmaps
     vault: Vault | None  # that a killed run has left
     standing: Standing
-    doubtful: frozenset[str] = frozenset()  # of what is put back, that which may lack changes
 
     @property
     def image(self) -> Image:
@@ -135,8 +134,12 @@ def _doubted(patient: Patient, below: t.Sequence[Patient]) -> Patient:
     if vault is None or not alone or not _may_be_emptied(patient, vault):
         return patient
     there = {bitmap.name: bitmap for bitmap in patient.image.bitmaps if bitmap.name in alone}
-    standing = standing._replace(bitmaps={**standing.bitmaps, **there}, put_back=standing.put_back - there.keys())
-    return patient._replace(standing=standing, doubtful=alone - there.keys())
+    standing = standing._replace(
+        bitmaps={**standing.bitmaps, **there},
+        put_back=standing.put_back - there.keys(),
+        doubtful={name: in_doubt(standing.path, vault.path, name) for name in sorted(alone - there.keys())},
+    )
+    return patient._replace(standing=standing)
 
 
 def _may_be_emptied(patient: Patient, vault: Vault) -> bool:

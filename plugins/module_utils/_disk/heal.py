@@ -88,6 +88,7 @@ class Standing(t.NamedTuple):
     virtual_size: int  # bytes
     bitmaps: Named  # those that are put back are told as the vault has them
     put_back: frozenset[str] = frozenset()  # that a killed run has lost, and that its vault has
+    doubtful: t.Mapping[str, Refusal] = {}  # of those, the ones that may lack changes, and why
     lost_bitmaps: int = 0
     lost_names: frozenset[str] | None = None  # of these; None if that cannot be told
     modified: int | None = None  # seconds since 1970, of the last write; None if that cannot be told
@@ -283,9 +284,10 @@ class _Draft:
     def _heal(self, name: str) -> list[Found]:
         """Add what makes a bitmap valid; return what was found of it."""
         chain, layers = self._chain, _layers(self._chain, self._wants, ())
-        if judge(name, layers, created=self._created.get(name)).valid:
+        doubt = next((image.doubtful[name] for image in chain if name in image.doubtful), None)
+        if doubt is None and judge(name, layers, created=self._created.get(name)).valid:
             return [Found(name, chain[0].path)]
-        problem = _why_not(name, self._request, layers)
+        problem = doubt or _why_not(name, self._request, layers)
         if problem is not None:
             return [Found(name, None if problem.code == "no_checkpoint" else problem.subject, problem)]
         lowest = max(place for place, image in enumerate(chain) if name in image.bitmaps)
@@ -383,6 +385,19 @@ def _why_not(name: str, request: HealRequest, layers: t.Sequence[LayerBitmaps]) 
         "and what it marked there is told nowhere.)"
     )
     return Refusal("may_be_emptied", found[1].path, why, f"{remedy} Else: {_FULL}")
+
+
+def in_doubt(path: str, vault_path: str, name: str) -> Refusal:
+    """Return why a bitmap that an image has lost is not put back from its vault without the user's word."""
+    why = (
+        f"has lost its bitmap {name!r} since a run was killed. The vault {vault_path} has it, but the image does not "
+        "hold all any more that it held then, or nothing tells that it does"
+    )
+    remedy = (
+        "If nobody has run 'qemu-img commit' without -d or 'qemu-img rebase' on it since, use "
+        f"assume_not_emptied=true. Else: {_FULL}"
+    )
+    return Refusal("may_be_emptied", path, why, remedy)
 
 
 def _unsafe(plan: Plan, chain: t.Sequence[Standing], request: HealRequest) -> dict[int, Refusal]:

@@ -26,7 +26,6 @@ from .._base.files import is_there
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.extents import AllocationMap
 from . import heal
-from .bitmap_rules import names_of
 from .carry import Place, Wanted, bring
 from .cumulative import most_bytes
 from .diagnose import Bits, Patient, bits_to_be, changed_bitmaps, counted, look_at_chain, vault_problems, with_others
@@ -195,18 +194,7 @@ def _barred(work: _Work) -> t.Iterator[Refusal]:
 def _in_doubt(work: _Work) -> t.Iterator[Refusal]:
     """Yield the images whose lost bitmaps stay, and would be put back without what may have changed since."""
     for place, patient in enumerate(work.patients):
-        names = [name for name in sorted(patient.doubtful) if name in work.plan.wants[place]]
-        if names and patient.vault is not None:
-            lost = names_of([patient.standing.bitmaps[name] for name in names])
-            why = (
-                f"has lost its bitmap {lost} since a run was killed. The vault {patient.vault.path} has it, but the "
-                "image does not hold all any more that it held then, or nothing tells that it does"
-            )
-            remedy = (
-                "If nobody has run 'qemu-img commit' without -d or 'qemu-img rebase' on it since, use "
-                "assume_not_emptied=true. Else remove the vault, and make a full backup with a new checkpoint."
-            )
-            yield Refusal("may_be_emptied", patient.layer.path, why, remedy)
+        yield from (why for name, why in patient.standing.doubtful.items() if name in work.plan.wants[place])
 
 
 def _problems_with_vaults(work: _Work) -> t.Iterator[Refusal]:

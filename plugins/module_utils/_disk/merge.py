@@ -42,7 +42,7 @@ from .survey import (
     vault_place,
     wanted_by,
 )
-from .unfinished import HEALING, why_in_the_way, why_not_committed
+from .unfinished import why_not_merged
 from .vault import (
     MARK,
     Vault,
@@ -92,9 +92,7 @@ class MergeLayers:
         wrong = commit.chain_problems(request, chain, depth, above)
         in_the_way = (
             chain[-1].why_no_bottom(),  # QEMU fills up BASE's clusters with what is below it
-            why_in_the_way(chain[: depth + 1], (), (HEALING,)),
-            # What went into an image between the two is in it, and a VM may have written to it since.
-            why_not_committed(above, chain, depth, vault_place(request, base)),
+            why_not_merged(chain, depth, above, vault_place(request, base)),
         )
         wrong += [problem for problem in in_the_way if problem is not None]
         if wrong:

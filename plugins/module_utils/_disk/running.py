@@ -39,7 +39,7 @@ from .session import Held, Images, failed_by
 from .siblings import standing_on
 from .stages import Seen, named
 from .survey import last_written
-from .unfinished import COMMIT, why_in_the_way
+from .unfinished import why_not_merged
 from .verdict import ABSENT, COMMITTED, DELETE, FAILED, KEEP, PRESENT, How, Need
 
 _LEAST_GRANULARITY = 4096  # bytes; between this and the next QEMU takes the size of a cluster
@@ -234,7 +234,11 @@ class MergeRunning(MergeLayers):
         # What is left over is put aside, and nothing below it changes: what stands there may be the VM's.
         seen = _see(request, chain, depth, held, is_left_over=is_left_over)
         seen = seen._replace(others=tuple(one for one in seen.others if os.path.realpath(one) not in self._gone))
-        other = None if is_left_over else why_not_open(chain, is_written=request.above is None)
+        other = None
+        if not is_left_over:
+            other = why_not_open(chain, is_written=request.above is None) or why_not_merged(
+                chain, depth, seen.above, None
+            )
         if other is not None:
             return self.refused(request, [other])
         problems = [*commit.image_problems(seen), *commit.size_problems(seen), *_problems(request, seen, known, held)]
@@ -401,9 +405,6 @@ def _see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, held: Hel
 
 def _problems(request: CommitRequest, seen: Seen, known: Known, held: Held) -> t.Iterator[Refusal]:
     """Yield why the image cannot be merged down while the VM runs."""
-    begun = why_in_the_way(seen.chain, (), (COMMIT,))
-    if begun is not None:
-        yield begun.with_note("Its VM has to be shut off for that.")
     if not seen.holds_bitmaps and known.usable:
         kind = "raw" if seen.base.image is None else "an image of version 2 (compat 0.10)"
         lost = names_of(bitmaps_of(known.usable, seen.chain))

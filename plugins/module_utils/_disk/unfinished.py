@@ -62,16 +62,22 @@ def why_in_the_way(
     return next((one.as_refusal() for one in found), None)
 
 
-def why_not_committed(above: Layer | None, chain: t.Sequence[Layer], depth: int, own: str) -> Refusal | None:
-    """Return which other commit has to be completed before that of a chain into its image at `depth`.
+def why_not_merged(chain: t.Sequence[Layer], depth: int, above: Layer | None, own: str | None) -> Refusal | None:
+    """Return which other work has to be completed before a chain is merged down into its image at `depth`; None if none.
 
-    `above` is the image on top of the chain, if there is one; `own` is where the vault of this commit is.
+    `above` is the image on top of the chain, if there is one; `own` is where the vault of this merge is, which the
+    stages judge; None if the merge goes on with no vault.
     """
     whole = [*([above] if above is not None else []), *chain]
+    # What only a vault has, the merge cannot judge: above, it may be what lacks changes; below, what others count on.
+    healing = why_in_the_way(whole, (), (HEALING,))
+    if healing is not None:
+        return healing
     for place, layer in enumerate(whole):
         for path, vault in _commits_into(layer, whole[:place]):
+            # What went into an image above BASE is in it, and a VM may have written to it since.
             begun = _commit(layer, path, vault, whole)
-            if layer is chain[depth]:
+            if own is not None and layer is chain[depth]:
                 is_other = isinstance(vault, Vault) and _is_of_another(vault, chain[0], own)
             else:
                 is_other = begun.is_in_the_way or (isinstance(vault, Vault) and top_stands(vault))
@@ -160,8 +166,8 @@ def _healing(layer: Layer, path: str, vault: Vault | Refusal, top: Layer) -> Unf
     if vault.is_given:
         what = f"work on its bitmaps is done, and its vault is left over ({path}), which is of no use"
     remedy = (
-        "Complete it with the same call again: kvmfleet.qcow2.domain_checkpoint with the name of its domain, or "
-        f"kvmfleet.qcow2.qcow2_bitmap with path={top.path}."
+        "With the VM shut off, complete it with the same call again: kvmfleet.qcow2.domain_checkpoint with the name of "
+        f"its domain, or kvmfleet.qcow2.qcow2_bitmap with path={top.path}."
     )
     return Unfinished(HEALING, layer.path, what, remedy, is_in_the_way=not vault.is_given)
 

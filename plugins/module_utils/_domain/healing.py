@@ -75,9 +75,10 @@ class DiskChain(t.NamedTuple):
     holds_none: bool = False  # whether its format holds no bitmaps, as its definition has it
 
     def is_valid(self, bitmap: str, created: int) -> bool:
-        """Whether the chain has this bitmap, of a checkpoint that was made then, in order as it is."""
+        """Whether the chain has this bitmap, of a checkpoint that was made then, in order as it is, without a vault."""
         layers = [one.layer for one in self.images]
-        return bool(layers) and judge(bitmap, layers, created=created).valid is True
+        is_complete = bool(layers) and not any(bitmap in one.put_back for one in self.images)
+        return is_complete and judge(bitmap, layers, created=created).valid is True
 
 
 class Fate(t.NamedTuple):
@@ -155,6 +156,7 @@ class _Draft:
         self._problems: dict[str, Refusal] = {}  # by checkpoint
         self._of_orphans: list[Refusal] = []
         self._orphans = self._find_orphans() if request.removes_orphans else {}
+        self._left_over = self._find_left_over() if request.state == ABSENT else []
         self._healed = list(self._asked) if request.state == VALID else []
         self._removed = [] if request.state == VALID else list(self._asked)
         for name in list(self._healed):
@@ -171,13 +173,15 @@ class _Draft:
         """Return the bitmaps of a checkpoint on the disks that the domain still has."""
         return {target: bitmap for target, bitmap in checkpoint.bitmaps.items() if target in self._disks}
 
+    def _referred(self) -> set[str]:
+        """Return the bitmaps that checkpoints need, of whichever disk: one can have got another target since."""
+        return {bitmap for one in self._known for bitmap in one.bitmaps.values()}
+
     def _find_orphans(self) -> dict[str, tuple[str, ...]]:
         """Return the bitmaps that no checkpoint refers to, by target."""
-        found = {}
+        found, referred = {}, self._referred()
         for target, disk in self._disks.items():
             self._of_orphans += [disk.problem] if disk.problem is not None else []
-            # Of whichever disk: one can have got another target since.
-            referred = {bitmap for one in self._known for bitmap in one.bitmaps.values()}
             own = []
             for image in disk.images:
                 if image.others:  # what a template has is its own
@@ -198,7 +202,7 @@ class _Draft:
     def _leave(self, name: str, problem: Refusal) -> None:
         """Leave a checkpoint as it is, on all disks."""
         self._problems.setdefault(name, problem)
-        for names in (self._healed, self._removed):
+        for names in (self._healed, self._removed, self._left_over):
             if name in names:
                 names.remove(name)
 
@@ -211,27 +215,28 @@ class _Draft:
             names = [self._asked[name][target] for name in self._healed if target in self._asked[name]]
             removed = [self._asked[name][target] for name in self._removed if target in self._asked[name]]
             removed += self._orphans.get(target, ())
-            if disk.has_vault:  # a killed run may have had libvirt forget them, and left the vaults
-                removed += self._forgotten_before()
+            if disk.has_vault:  # by which they would be put back
+                removed += self._left_over
             if names or removed or disk.has_vault:
                 requests[target] = HealRequest(
                     path=disk.path,
-                    names=tuple(names),
+                    names=tuple(dict.fromkeys(names)),
                     assume_not_emptied=self._request.assume_not_emptied,
                     cumulative=self._request.cumulative,
-                    removed=tuple(removed),
+                    removed=tuple(dict.fromkeys(removed)),
                     domain=self._uuid,
                     others=disk.others,
                     created=bitmaps_known(self._known, target),
                 )
         return requests
 
-    def _forgotten_before(self) -> list[str]:
+    def _find_left_over(self) -> list[str]:
         """Return the bitmaps of checkpoints that are to be absent and that libvirt does not know any more.
 
-        It names a bitmap as its checkpoint, unless it is asked for another name.
+        It names a bitmap as its checkpoint, unless it is asked for another name. Then it can be that of another one.
         """
-        return self._request.unknown(self._known) if self._request.state == ABSENT else []
+        referred = self._referred()
+        return [name for name in self._request.unknown(self._known) if name not in referred]
 
     def _plans(self) -> dict[str, heal.Plan]:
         return {target: heal.decide(one, self._disks[target].images) for target, one in self._requests().items()}
@@ -256,14 +261,18 @@ class _Draft:
         if not never:  # what goes may have been in the way of the others
             for name, problem in wrong.items():
                 self._leave(name, problem)
-            self._spare_orphans({key: why for key, why in found.items() if not wrong})
+            self._spare({key: why for key, why in found.items() if not wrong})
         return bool(found)
 
-    def _spare_orphans(self, found: t.Mapping[tuple[str, str], Refusal]) -> None:
-        """Leave the orphans that cannot be removed."""
+    def _spare(self, found: t.Mapping[tuple[str, str], Refusal]) -> None:
+        """Leave what cannot be removed of what no checkpoint refers to."""
         for (target, bitmap), problem in found.items():
-            self._orphans[target] = tuple(name for name in self._orphans[target] if name != bitmap)
-            self._of_orphans.append(problem)
+            orphans = self._orphans.get(target, ())
+            if bitmap in orphans:
+                self._orphans[target] = tuple(name for name in orphans if name != bitmap)
+                self._of_orphans.append(problem)
+            if bitmap in self._left_over:
+                self._leave(bitmap, problem)
 
     def decision(self) -> Decision:
         """Return what holds now that nothing has to be moved any more."""
@@ -293,4 +302,10 @@ class _Draft:
             if self._request.state == VALID:
                 yield Fate(name, {}, VALID, no_such_checkpoint(self._name, name))
             else:
-                yield Fate(name, {}, ABSENT, is_as_wanted=True)
+                problem = self._problems.get(name)
+                yield Fate(name, {}, ABSENT, problem, is_as_wanted=problem is None and not self._is_to_go(name))
+
+    def _is_to_go(self, name: str) -> bool:
+        """Whether an image still has the bitmap of a checkpoint that libvirt has forgotten, or would get it back."""
+        with_vault = [one for one in self._disks.values() if one.has_vault]
+        return name in self._left_over and any(name in image.bitmaps for one in with_vault for image in one.images)

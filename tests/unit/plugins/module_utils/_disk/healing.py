@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import subprocess
 
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import mend as mend_module
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.examine import examine_chain
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.heal import HealRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.mend import MendBitmaps
@@ -135,6 +137,21 @@ def union_of_granules(bits, granularity):
     """Return bits of a granularity as bits of sectors."""
     factor = granularity // 512
     return int("".join(digit * factor for digit in bin(bits)[2:]), 2)
+
+
+def leave_healing(top, image, monkeypatch):
+    """Leave the vault of a healing that has removed a bitmap of an image of the chain, and was not completed."""
+
+    def failing(_path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    qemu.add_bitmaps(image, [Bitmap("left", 65536, True, False)])
+    with monkeypatch.context() as patch:
+        patch.setattr(mend_module, "mark_given", failing)
+        request = HealRequest(str(top), names=("left",), state="absent")
+        assert run(MendBitmaps(), [request], SETTINGS).failures
+    folder, name = os.path.split(image)
+    assert [one for one in os.listdir(folder) if one.endswith("-healing")] == [f".{name}.kvmfleet-healing"]
 
 
 def recording_overlay(path, base):

@@ -43,6 +43,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import 
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu.locks import LIVE_TURN, take_turn
 
 from .. import qemu
+from .healing import leave_healing
 from .overlays import SETTINGS, states
 
 CHECK = SETTINGS._replace(check_mode=True)
@@ -678,6 +679,17 @@ def test_a_merge_that_was_begun_while_the_vm_was_shut_off(tmp_path, disk):
     path = overlay(tmp_path / "mon.qcow2", disk)
     (tmp_path / ".disk.qcow2.kvmfleet-vault").touch()
     assert refused(CommitRequest(path, disk, vm="web")) == ["unfinished"]
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_healing_of_any_image_of_the_chain_that_is_unfinished(tmp_path, monkeypatch, place):
+    images = [str(tmp_path / name) for name in ("top", "upper", "lower", "base")]
+    qemu.create(images[3], "1M")
+    qemu.add_bitmaps(images[3], [SUNDAY])
+    for upper, below in ((2, 3), (1, 2), (0, 1)):
+        overlay(images[upper], images[below], bitmaps=[SUNDAY])
+    leave_healing(images[0], images[place], monkeypatch)
+    assert refused(CommitRequest(images[1], images[2], vm="web", above=images[0])) == ["unfinished"]
 
 
 def test_an_image_that_another_one_stands_on(tmp_path, disk):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import shutil
 
 import pytest
@@ -27,7 +28,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu import locks
 
 from .. import qemu
 from .commits import merge
-from .healing import MONDAY, SIZE, crash, mend, recording_overlay
+from .healing import MONDAY, SIZE, crash, guest_writes, leave_healing, lose, mend, recording_overlay
 from .overlays import SETTINGS, make_overlays
 
 
@@ -100,6 +101,57 @@ def test_a_healing_keeps_other_work_off(half_healed, tmp_path):
         assert "kvmfleet.qcow2.qcow2_bitmap" in outcome.failures[0].remedy
     mend(top)
     assert not make_overlays([OverlayRequest(str(tmp_path / "next.qcow2"), top)], SETTINGS).failures
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_healing_of_any_image_of_the_chain_keeps_merging_and_going_back_off(tmp_path, monkeypatch, place):
+    """Above what is merged a vault may have the only bitmap that tells what is lost; below, bits that only go back."""
+    images = [str(tmp_path / name) for name in ("top", "upper", "lower", "base")]
+    qemu.create(images[3], SIZE)
+    qemu.add_bitmaps(images[3], [MONDAY])
+    for path, below in ((2, 3), (1, 2), (0, 1)):
+        recording_overlay(images[path], images[below])
+    leave_healing(images[0], images[place], monkeypatch)
+    outcomes = [
+        merge(images[1], images[2], above=images[0]),
+        run(GoBack(), [RevertRequest(images[0], images[2])], SETTINGS),
+    ]
+    for outcome in outcomes:
+        assert [(failure.code, failure.subject) for failure in outcome.failures] == [("unfinished", images[place])]
+        assert f"qcow2_bitmap with path={images[0]}." in outcome.failures[0].remedy
+    mend(images[0], names=("left",), state="absent")
+    assert not merge(images[1], images[2], above=images[0]).failures
+
+
+def test_what_a_merge_loses_is_not_put_back_above_it_as_if_it_were_valid(tmp_path, monkeypatch):
+    """The bitmap of the upper image lacks what was written while that of the one below was not in order."""
+    base = qemu.create(tmp_path / "base", SIZE)
+    lower, upper = str(tmp_path / "lower"), str(tmp_path / "upper")
+    recording_overlay(lower, base)
+    qemu.add_bitmaps(lower, [MONDAY._replace(inconsistent=True)])
+    recording_overlay(upper, lower)
+    qemu.add_bitmaps(upper, [MONDAY])
+    guest_writes(upper, random.Random(1))
+    leave_healing(upper, upper, monkeypatch)
+    lose(upper)  # QEMU was killed as it opened it
+    assert [failure.code for failure in merge(lower, base, above=upper).failures] == ["unfinished"]
+    mend(upper, names=("left",), state="absent", created=(("monday", 0),))
+    assert {one[0] for one in qemu.bitmaps_of(upper)} == {"monday"}
+    assert [failure.code for failure in merge(lower, base, above=upper).failures] == ["closes_gap"]
+
+
+def test_a_commit_into_the_image_above_keeps_a_merge_off(chain, tmp_path, monkeypatch):
+    """Its bitmaps are only in what is merged into it meanwhile."""
+    top, base = chain
+    upper = str(tmp_path / "upper")
+    recording_overlay(upper, top)
+    with monkeypatch.context() as patch:
+        broken_off(patch, merge_module, "mark_given")
+        assert merge(upper, top).failures
+    below = qemu.create(tmp_path / "below", SIZE)
+    qemu.qemu_img("rebase", "-u", "-b", below, "-F", "qcow2", base)
+    (failure,) = merge(base, below, above=top).failures
+    assert (failure.code, failure.subject) == ("unfinished", top)
 
 
 def test_a_vault_that_is_only_left_over_is_told_and_in_nobodys_way(all_healed, tmp_path):

@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import heal
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.bitmap_rules import LayerBitmaps, judge
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.heal import Standing
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.vault import MARK
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain import healing
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.healing import (
     CheckpointRequest,
     DiskChain,
@@ -25,6 +28,18 @@ BROKEN = Bitmap("", 65536, True, True)
 ENDED = Bitmap("", 65536, False, False)
 STATES = {"s": SOUND, "b": BROKEN, "e": ENDED, "-": None}
 SIZE = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def fixture_each_decision_ends(monkeypatch):
+    move = healing._Draft.move
+
+    def counted(draft):
+        draft.moves = getattr(draft, "moves", 0) + 1
+        assert draft.moves < 20
+        return move(draft)
+
+    monkeypatch.setattr(healing._Draft, "move", counted)
 
 
 def image(path, bitmaps, **more):
@@ -224,3 +239,159 @@ def test_a_bitmap_of_a_disk_that_has_another_target_now_is_no_orphan():
     disks = [disk("vdc", {"one": "s", "old": "s"}), disk("vda", {"one": "s"})]
     decision, _states = decided([checkpoint("one", "vda", "vdb")], disks, removes_orphans=True)
     assert decision.orphans == {"vdc": ("old",)}
+
+
+DOUBT = Refusal("may_be_emptied", "/vda-0", "has lost its bitmap since a run was killed")
+
+
+def test_what_only_a_vault_has_is_not_yet_as_wanted():
+    chain = (image("/vda-0", {"one": "s"}, put_back=frozenset(["one"])),)
+    decision, states = decided([checkpoint("one", "vda")], [DiskChain("vda", "/vda-0", chain, has_vault=True)])
+    assert (states, decision.fates[0].is_as_wanted, decision.writes) == ({"one": "valid"}, False, True)
+
+
+def test_what_a_vault_may_tell_wrongly_is_unusable():
+    chain = (image("/vda-0", {"one": "s", "two": "s"}, put_back=frozenset(["one"]), doubtful={"one": DOUBT}),)
+    known, disks = [checkpoint("one", "vda"), checkpoint("two", "vda")], [DiskChain("vda", "/", chain, has_vault=True)]
+    _decision, states = decided(known, disks)
+    assert states == {"one": "may_be_emptied", "two": "valid"}
+    decision, states = decided(known, disks, removes_unusable=True)
+    assert (states, decision.forgotten) == ({"one": "removed", "two": "valid"}, ("one",))
+    assert (decision.requests["vda"].names, decision.requests["vda"].removed) == (("two",), ("one",))
+
+
+@pytest.mark.parametrize("orphans", [False, True])
+def test_what_libvirt_has_forgotten_and_cannot_go_is_told(orphans):
+    """A killed run has left a vault, and a clone stands on the image now."""
+    chain = (image("/vda-0", {"one": "s", "two": "s"}, others=("/clone",)),)
+    disks = [DiskChain("vda", "/vda-0", chain, has_vault=True), disk("vdb", {"one": "s"})]
+    request = {"state": "absent", "checkpoints": ("one", "none"), "removes_orphans": orphans}
+    decision, states = decided([checkpoint("two")], disks, **request)
+    assert (states, decision.fates[0].is_as_wanted) == ({"one": "has_overlay", "none": "absent"}, False)
+    assert "one" not in decision.requests["vda"].removed
+
+
+def test_what_libvirt_has_forgotten_goes_once():
+    disks = [disk("vda", {"one": "s"}, has_vault=True)]
+    decision, states = decided([], disks, state="absent", checkpoints=("one", "one"), removes_orphans=True)
+    assert (states, decision.requests["vda"].removed) == ({"one": "absent"}, ("one",))
+    assert not decision.fates[0].is_as_wanted  # if that fails it has failed
+
+
+def test_the_bitmap_of_another_checkpoint_is_not_what_libvirt_has_forgotten():
+    disks = [disk("vda", {"one": "s"}, has_vault=True)]
+    known = [KnownCheckpoint("two", {"vda": "one"})]
+    decision, states = decided(known, disks, state="absent", checkpoints=("one",))
+    assert (states, decision.requests["vda"].removed) == ({"one": "absent"}, ())
+
+
+NAMES = ("one", "two", "three")
+
+
+def random_image(dice, path):
+    """Draw an image: its bitmaps, what a killed run has lost of them, and what keeps it from being written."""
+    bitmaps = {name: dice.choice("sssbe--") for name in NAMES}
+    own = image(path, bitmaps).bitmaps
+    lost = frozenset(name for name, one in own.items() if dice.random() < 0.15 and not one.inconsistent)
+    return image(
+        path,
+        bitmaps,
+        put_back=lost,
+        doubtful={name: DOUBT for name in lost if dice.random() < 0.3},
+        lost_bitmaps=dice.choice((0, 0, 0, 2)),
+        modified=dice.choice((None, 100, 100_000)),
+        fault=Refusal("unsupported", path, "is old") if dice.random() < 0.1 else None,
+        others=("/clone",) if dice.random() < 0.1 else (),
+    )
+
+
+def random_disk(dice, target):
+    chain = tuple(random_image(dice, f"/{target}-{number}") for number in range(dice.randint(1, 3)))
+    kind = dice.random()
+    if kind < 0.05:
+        return DiskChain(target, f"/{target}", problem=Refusal("in_use", f"/{target}", "is in use"))
+    if kind < 0.1:
+        return DiskChain(target, f"/{target}", holds_none=True)
+    return DiskChain(target, f"/{target}", chain, has_vault=any(one.put_back for one in chain) or dice.random() < 0.3)
+
+
+def random_case(dice):
+    """Draw what libvirt knows, the disks, and what is asked for."""
+    disks = [random_disk(dice, target) for target in ("vda", "vdb")[: dice.randint(1, 2)]]
+    shift = dice.choice((0, 0, 1))  # checkpoints whose bitmaps have the names of other checkpoints
+    known = [
+        KnownCheckpoint(
+            name,
+            {one.target: NAMES[number - shift] for one in disks if dice.random() < 0.8},
+            created=dice.choice((50, 50_000)),
+        )
+        for number, name in enumerate(NAMES)
+        if dice.random() < 0.6
+    ]
+    request = CheckpointRequest(
+        checkpoints=tuple(dice.sample([*NAMES, "*"], dice.randint(0, 2))),
+        state=dice.choice(("valid", "absent")),
+        removes_unusable=dice.random() < 0.5,
+        removes_orphans=dice.random() < 0.4,
+        cumulative=dice.random() < 0.3,
+        assume_not_emptied=dice.random() < 0.3,
+    )
+    return request, known, disks
+
+
+def is_in_order(one, bitmap, created):
+    """Whether a disk has the bitmap in order, without what only a vault has."""
+    if not one.images or any(bitmap in each.put_back for each in one.images):
+        return False
+    return judge(bitmap, [each.layer for each in one.images], created=created).valid
+
+
+def assert_kept(fate, request, decision, plans, known, disks):
+    """See that a promise without a problem is kept by what is asked of the disks, and that nothing valid goes."""
+    created = {one.name: one.created for one in known}.get(fate.name)
+    for target, bitmap in fate.bitmaps.items():
+        if fate.state == "valid":
+            assert bitmap in decision.requests[target].names
+            assert {one.name: one.valid for one in plans[target].checkpoints}[bitmap]
+            assert not any(bitmap in one.doubtful for one in disks[target].images)
+        elif target in plans:
+            assert not left_in(plans[target], disks[target], bitmap)
+    in_order = [is_in_order(disks[target], bitmap, created) for target, bitmap in fate.bitmaps.items()]
+    assert not (fate.is_as_wanted and fate.bitmaps) or all(in_order)
+    assert not (fate.state == "removed" and request.state == "valid" and in_order) or not all(in_order)
+    if fate.state == "absent" and fate.name not in {name for one in known for name in one.bitmaps.values()}:
+        with_vault = [one for one in disks.values() if one.has_vault]
+        assert not any(left_in(plans[one.target], one, fate.name) for one in with_vault)
+        has_it = any(fate.name in image.bitmaps for one in with_vault for image in one.images[: own_of(one)])
+        assert not (fate.is_as_wanted and has_it)
+
+
+def own_of(one):
+    """Return how many images of a disk, from the top, are not somebody else's, too."""
+    return next((place for place, each in enumerate(one.images) if each.others), len(one.images))
+
+
+def left_in(plan, one, bitmap):
+    return any(bitmap in plan.wants[place] for place in range(own_of(one)))
+
+
+def test_whatever_is_there_it_ends_and_nothing_is_promised_that_is_not_done():
+    dice, seen = random.Random(7), set()
+    for _round in range(1500):
+        request, known, disks = random_case(dice)
+        decision = decide(("web", "uuid"), request, known, disks)
+        by_target = {one.target: one for one in disks}
+        plans = {target: heal.decide(one, by_target[target].images) for target, one in decision.requests.items()}
+        assert not [one for plan in plans.values() for one in plan.found if one.problem is not None]
+        for one in decision.requests.values():
+            assert len({*one.names, *one.removed}) == len(one.names) + len(one.removed)
+        for fate in decision.fates:
+            seen.add(fate.problem.code if fate.problem else fate.state)
+            if fate.problem is None:
+                assert_kept(fate, request, decision, plans, known, by_target)
+                continue
+            assert not fate.is_as_wanted
+            assert fate.name not in decision.forgotten
+            touched = {(target, name) for target, one in decision.requests.items() for name in one.names + one.removed}
+            assert touched.isdisjoint(fate.bitmaps.items())
+    assert {"valid", "removed", "absent", "not_healable", "may_be_emptied", "unsupported", "has_overlay"} <= seen

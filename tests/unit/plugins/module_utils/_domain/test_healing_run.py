@@ -27,7 +27,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
 
 from .. import qemu
-from .._disk.healing import as_info_tells, overlay
+from .._disk.healing import as_info_tells, lose, overlay
 from .hosts import SETTINGS
 
 UUID = "4dea22b3-1d52-d8f3-2516-782e98ab3fa0"
@@ -359,16 +359,100 @@ def test_what_a_kill_has_lost_is_removed_by_the_same_call(fleet):
     assert {one[0] for one in qemu.bitmaps_of(path)} == {"two", "three"}
 
 
+def test_what_a_vault_may_tell_wrongly_is_not_valid_and_goes_as_unusable(fleet):
+    """The image held nothing when the run was killed, so nobody can tell what it held since."""
+    base(fleet, "base.qcow2", bitmap("one"))
+    path = overlay(fleet.path("a.qcow2"), fleet.path("base.qcow2"))
+    qemu.add_bitmaps(path, [bitmap("two")])
+    domain = fleet.define("web", "a.qcow2", checkpoints=["one", "two"])
+    killed()
+    lose(path)
+    for options in ({}, {"checkpoints": ("one",)}):
+        for settings in (SETTINGS._replace(check_mode=True), SETTINGS):
+            (done,), _warnings = call(settings=settings, **options)
+            assert (done.state, done.changed) == ("failed", False)
+            assert set(states(done).values()) == {"may_be_emptied"}
+    done = healed(fleet, removes_unusable=True)
+    assert (done.state, states(done)) == ("removed", {"one": "rebuilt", "two": "removed"})
+    assert fleet.checkpoints(domain) == ["one"]
+    assert {one["name"]: one["valid"] for one in as_info_tells(path)} == {"one": True}
+
+
+def test_what_a_vault_may_tell_wrongly_is_put_back_by_the_users_word(fleet):
+    base(fleet, "base.qcow2", bitmap("one"))
+    path = overlay(fleet.path("a.qcow2"), fleet.path("base.qcow2"))
+    qemu.add_bitmaps(path, [bitmap("two")])
+    fleet.define("web", "a.qcow2", checkpoints=["one", "two"])
+    killed()
+    lose(path)
+    done = healed(fleet, assume_not_emptied=True)
+    assert (done.state, states(done)) == ("rebuilt", {"one": "rebuilt", "two": "rebuilt"})
+
+
+def test_what_only_a_vault_has_is_not_called_valid_where_nothing_is_done(fleet):
+    base(fleet, "base.qcow2", bitmap("one"))
+    path = top(fleet, "a.qcow2", "base.qcow2", bitmap("two"))
+    fleet.define("web", "a.qcow2", checkpoints=["one", "two"])
+    killed()
+    lose(path)
+    fleet.define("other", "a.qcow2", uuid=OTHER_UUID)  # shares the disk
+    (done,), _warnings = call()
+    assert states(done) == {"one": "shared_disk", "two": "shared_disk"}
+
+
+@pytest.mark.parametrize("orphans", [False, True])
+def test_what_libvirt_has_forgotten_and_a_clone_needs_stays_and_is_told(fleet, orphans):
+    path = killed_before_removal(fleet)
+    overlay(fleet.path("clone.qcow2"), path)
+    request = {"state": "absent", "checkpoints": ("one",), "removes_orphans": orphans}
+    (foretold,), _warnings = call(settings=SETTINGS._replace(check_mode=True), **request)
+    (done,), _warnings = call(**request)
+    assert foretold.as_result() == done.as_result()
+    assert (done.state, states(done)) == ("failed", {"one": "has_overlay"})
+    assert {one[0] for one in qemu.bitmaps_of(path)} == {"one", "two"}
+
+
+@pytest.mark.parametrize("orphans", [False, True])
+def test_what_libvirt_has_forgotten_goes_once(fleet, orphans):
+    path = killed_before_removal(fleet)
+    done = healed(fleet, state="absent", checkpoints=("one",), removes_orphans=orphans)
+    assert (done.changed, states(done)) == (True, {"one": "absent"})
+    assert {one[0] for one in qemu.bitmaps_of(path)} == {"two"}
+
+
+@pytest.mark.parametrize("orphans", [False, True])
+def test_what_libvirt_has_forgotten_stays_in_an_image_that_is_corrupt(fleet, orphans):
+    path = killed_before_removal(fleet)
+    qemu.patch(path, 79, b"\2")  # QEMU has marked it so
+    (done,), _warnings = call(state="absent", checkpoints=("one",), removes_orphans=orphans)
+    assert (done.state, states(done)) == ("failed", {"one": "corrupt"})
+    assert {one[0] for one in qemu.bitmaps_of(path)} == {"one", "two"}
+
+
+def killed_before_removal(fleet):
+    """Leave a vault beside an image, and a checkpoint of it that libvirt has forgotten; return the path."""
+    path = base(fleet, "a.qcow2", bitmap("one"), bitmap("two"))
+    domain = fleet.define("web", "a.qcow2", checkpoints=["one", "two"])
+    killed(state="absent", checkpoints=("one",))
+    domain.checkpointLookupByName("one").delete(libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
+    return path
+
+
+def killed(**request):
+    """Have a run be killed before it writes to the first image."""
+    if os.fork() == 0:
+        with contextlib.suppress(BaseException):
+            mend.bring = lambda *_args: os._exit(9)
+            call(**request)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == 9
+
+
 def killed_at_removal(fleet):
     """Leave a domain whose vault has the bitmaps one and two, as libvirt knows them; return the path of its image."""
     path = base(fleet, "a.qcow2", bitmap("one"), bitmap("two"), bitmap("zero"))
     fleet.define("web", "a.qcow2", checkpoints=["one", "two", "three"])
-    if os.fork() == 0:
-        with contextlib.suppress(BaseException):
-            mend.bring = lambda *_args: os._exit(9)
-            call(removes_orphans=True)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.wait()[1]) == 9
+    killed(removes_orphans=True)
     assert ".a.qcow2.kvmfleet-healing" in os.listdir(fleet.folder)
     qemu.qemu_img("bitmap", "--remove", path, "zero")
     return path
