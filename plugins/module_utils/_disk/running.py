@@ -234,11 +234,7 @@ class MergeRunning(MergeLayers):
         # What is left over is put aside, and nothing below it changes: what stands there may be the VM's.
         seen = _see(request, chain, depth, held, is_left_over=is_left_over)
         seen = seen._replace(others=tuple(one for one in seen.others if os.path.realpath(one) not in self._gone))
-        other = None
-        if not is_left_over:
-            other = why_not_open(chain, is_written=request.above is None) or why_not_merged(
-                chain, depth, seen.above, None
-            )
+        other = None if is_left_over else _in_the_way(request, chain, depth, seen.above)
         if other is not None:
             return self.refused(request, [other])
         problems = [*commit.image_problems(seen), *commit.size_problems(seen), *_problems(request, seen, known, held)]
@@ -400,6 +396,14 @@ def _see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, held: Hel
         below_running=(),
         others=tuple(path for path in standing if not is_kept(path, KEPT_AS)),
         written=last_written(chain[: depth + 1], held),
+    )
+
+
+def _in_the_way(request: CommitRequest, chain: tuple[Layer, ...], depth: int, above: Layer | None) -> Refusal | None:
+    """Return why nothing can be told of these images, or which other work has to be completed before."""
+    begun = why_not_merged(chain, depth, above, None)
+    return why_not_open(chain, is_written=request.above is None) or (
+        begun.with_note("Its VM has to be shut off for that.") if begun is not None else None
     )
 
 

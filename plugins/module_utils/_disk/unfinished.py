@@ -63,7 +63,7 @@ def why_in_the_way(
 
 
 def why_not_merged(chain: t.Sequence[Layer], depth: int, above: Layer | None, own: str | None) -> Refusal | None:
-    """Return which other work has to be completed before a chain is merged down into its image at `depth`; None if none.
+    """Return which other work has to be completed before a chain is merged into its image at `depth`; None if none.
 
     `above` is the image on top of the chain, if there is one; `own` is where the vault of this merge is, which the
     stages judge; None if the merge goes on with no vault.
@@ -148,8 +148,8 @@ def _call_of_commit(of_images: str, mark: Mark | None, *, is_joined: bool) -> st
     """Return which call completes a commit. A domain must be given a definition without the overlay, too."""
     if mark is not None and is_joined:
         return (
-            "Complete it with kvmfleet.qcow2.domain_overlay, state=committed with older_than or keep as before and the "
-            f"name of its domain; if libvirt does not know that any more, with {of_images}."
+            "Complete it with kvmfleet.qcow2.domain_overlay, state=committed with older_than or keep "
+            f"as before and the name of its domain; if libvirt does not know that any more, with {of_images}."
         )
     if mark is None:
         return f"Complete it with {of_images} (or with the same call of kvmfleet.qcow2.domain_overlay)."
