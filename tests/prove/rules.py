@@ -367,7 +367,7 @@ RULES = (
     Rule(
         "no VM is put on an image that others stand on",
         "revert",
-        "others=() if depth is None else tuple(_others_on(layers[depth], layers)),",
+        "others=() if depth is None else tuple(_others_on(layers[depth], request, layers)),",
         "others=(),",
         ("test_revert",),
     ),

@@ -31,7 +31,7 @@ from .begun import find_sign
 from .retire import REVERTED_AS, all_kept, is_kept, kept_path, retire, stands, why_not_retired
 from .revert_rules import Going, Observed, Retired, RevertRequest, RevertVerdict
 from .session import Held, Images
-from .siblings import all_standing_on, standing_on
+from .siblings import all_standing_on, folders_beside, standing_on
 from .unfinished import HEALING, why_in_the_way
 from .vault import SUFFIX
 from .verdict import ABSENT, DELETE, FAILED, KEEP, How
@@ -179,14 +179,14 @@ def _observe_overlay(request: RevertRequest, held: Held) -> Observed:
         base_is_open=is_open_for_writing(below),
         below=layers[1].path if len(layers) > 1 else None,
         vaults=_vaults(layer.real_path for layer in layers[: len(going) + 1]),
-        others=() if depth is None else tuple(_others_on(layers[depth], layers)),
+        others=() if depth is None else tuple(_others_on(layers[depth], request, layers)),
         begun=tuple(filter(None, (find_sign(held.image(place)) for place, _layer in going))),
     )
 
 
-def _others_on(base: Layer, chain: t.Sequence[Layer]) -> t.Iterator[str]:
+def _others_on(base: Layer, request: RevertRequest, chain: t.Sequence[Layer]) -> t.Iterator[str]:
     """Yield the paths of the images beside BASE that stand on it and are in use, as far as their names tell."""
-    folders = [] if base.is_device else [os.path.dirname(base.real_path)]
+    folders = folders_beside([base.path, request.backing_file])
     for path in standing_on(base.identity, folders, [layer.identity for layer in chain]):
         if not is_kept(os.path.realpath(path)):
             yield path
@@ -230,7 +230,7 @@ def _going(found: t.Sequence[tuple[str, Layer]], request: RevertRequest, held: H
     """Yield what there is to know of each image that goes."""
     files = [held.image(place) for place, _layer in found]
     own = {file.identity for file in files}
-    folders = [os.path.dirname(one) for place, layer in found for one in (place, layer.real_path)]
+    folders = folders_beside(one for place, layer in found for one in (place, layer.path))
     standing = all_standing_on(own, folders, own)
     for (place, layer), file in zip(found, files):
         is_aside = place != layer.path

@@ -214,6 +214,16 @@ def test_a_template_keeps_its_bitmaps(tmp_path, base):
     assert mend(top, state="absent")[0]["state"] == "removed"
 
 
+def test_a_template_that_is_named_by_a_symlink_keeps_its_bitmaps(tmp_path, base):
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / "base.qcow2"
+    link.symlink_to(base)
+    clone = overlay(tmp_path / "links" / "clone.qcow2", link)
+    assert told(mend(link, names=("monday",), state="absent")[0]) == [("monday", "base.qcow2", "has_overlay")]
+    os.unlink(clone)
+    assert told(mend(link, names=("monday",), state="absent")[0]) == [("monday", "base.qcow2", "removed")]
+
+
 def test_images_of_all_kinds(tmp_path, base):
     options = [
         ("-o", "cluster_size=4k"),

@@ -219,6 +219,21 @@ def test_another_image_on_top_of_the_one_that_a_vm_is_to_write_to(tmp_path, base
     assert (states(outcome), [one for one in outcome.warnings if clone in one]) == (["reverted"], [])
 
 
+def test_what_stands_on_images_beside_a_symlink_to_them(tmp_path, base, request_for):
+    (tmp_path / "links").mkdir()
+    for name in ("base.qcow2", "s2"):
+        (tmp_path / "links" / name).symlink_to(f"../{name}")
+    link = request_for("links/s2", vm="web", puts_on_base=True)._replace(backing_file=f"{tmp_path}/links/base.qcow2")
+    clone = qemu.create(tmp_path / "links" / "clone", "64M", "-b", "base.qcow2", "-F", "qcow2")
+    (failure,) = refused(tmp_path, link)
+    assert (failure.code, f"is the backing file of {clone}" in failure.why) == ("has_overlay", True)
+    qemu.qemu_img("rebase", "-u", "-b", "s2", "-F", "qcow2", clone)
+    (failure,) = refused(tmp_path, link)
+    assert (failure.code, f"is the backing file of {clone}" in failure.why) == ("has_overlay", True)
+    os.unlink(clone)
+    assert states(go_back([link])) == ["reverted"]
+
+
 def test_other_requests_of_the_call(tmp_path, base, request_for):
     far = tmp_path / "far"
     far.mkdir()
