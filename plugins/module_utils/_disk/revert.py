@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import typing as t
 
-from .._base.errors import CHECK_STORAGE, Refusal
+from .._base.errors import CHECK_STORAGE, Refusal, system_refusal
 from .._base.files import Identity, OpenImage, identity_of, is_there, open_image
 from .._qcow2.chain import Layer, read_head, resolve_name, walk_chain
 from .._qcow2.formats import QCOW2
@@ -35,6 +35,8 @@ from .siblings import all_standing_on, folders_beside, standing_on
 from .unfinished import HEALING, why_in_the_way
 from .vault import SUFFIX
 from .verdict import ABSENT, DELETE, FAILED, KEEP, How
+
+Placed = tuple[str, Layer]  # a layer, and where it is: a killed run can have renamed it
 
 
 class GoBack:
@@ -202,28 +204,69 @@ def _layers(file: OpenImage, path: str, image_format: str | None) -> t.Iterator[
         yield layer
 
 
-def _chain(request: RevertRequest, held: Held, base: Identity) -> list[tuple[str, Layer]]:
+class _Aside(t.NamedTuple):
+    """An image that a killed run may have renamed, so that the chain goes on with it."""
+
+    place: str  # where it is
+    path: str  # where it stood
+    image_format: str | None
+    above: list[Placed]
+
+
+def _chain(request: RevertRequest, held: Held, base: Identity) -> list[Placed]:
     """Return the layers from the path down to the end of the chain, each with its place.
 
-    A run that was killed can have renamed layers above BASE already, from the lowest upwards: follow them there.
+    A run that was killed can have renamed layers above BASE already, from the lowest upwards: follow them there. Of
+    several that are kept, it is the newest one that leads down to BASE.
     """
-    found: list[tuple[str, Layer]] = []
-    place, path, image_format = request.path, request.path, t.cast("str | None", QCOW2)
-    while True:
-        try:
-            for layer in _layers(held.image(place), path, image_format):
-                found.append((place if layer.path == path else layer.path, layer))  # noqa: PERF401  they must stay
-            return found
-        except Refusal as exc:
-            identities = [layer.identity for _place, layer in found]
-            image = found[-1][1].image if found else None
-            if exc.code != "no_such_file" or base in identities or image is None or image.backing_file is None:
-                raise
-            path, image_format = resolve_name(found[-1][1].path, image.backing_file), image.backing_format
-            kept = all_kept(path, REVERTED_AS)
-            if not kept or identity_of(os.stat(kept[-1])) in identities:
-                raise
-            place = kept[-1]
+    found, missing = _walk(request.path, request.path, QCOW2, held)
+    if missing is None:
+        return found
+    if missing.code != "no_such_file" or base in _identities_of(found):
+        raise missing
+    to_try, tried = _kept_below(found), set[str]()
+    while to_try:
+        one = to_try.pop()
+        if one.place in tried:  # what did not lead to BASE does not do so from elsewhere
+            continue
+        tried.add(one.place)
+        found, problem = _walk(one.place, one.path, one.image_format, held)
+        whole = [*one.above, *found]
+        if len(_identities_of(whole)) < len(whole):  # a loop
+            continue
+        if base in _identities_of(found):
+            if problem is not None:
+                raise problem
+            return whole
+        if problem is not None and problem.code == "no_such_file":
+            to_try += _kept_below(whole)
+    raise missing
+
+
+def _kept_below(found: list[Placed]) -> list[_Aside]:
+    """Return the images that may be the one which the lowest of these layers stands on, the likeliest last."""
+    lowest = found[-1][1] if found else None
+    if lowest is None or lowest.image is None or lowest.image.backing_file is None:
+        return []
+    path = resolve_name(lowest.path, lowest.image.backing_file)
+    return [_Aside(place, path, lowest.image.backing_format, found) for place in all_kept(path, REVERTED_AS)]
+
+
+def _identities_of(found: t.Iterable[Placed]) -> set[Identity]:
+    return {layer.identity for _place, layer in found}
+
+
+def _walk(place: str, path: str, image_format: str | None, held: Held) -> tuple[list[Placed], Refusal | None]:
+    """Return the layers from the image at this place, which stood at the path; and why they are not all."""
+    found: list[Placed] = []
+    try:
+        for layer in _layers(held.image(place), path, image_format):
+            found.append((place if layer.path == path else layer.path, layer))  # noqa: PERF401  they must stay
+    except Refusal as exc:
+        return found, exc
+    except OSError as exc:
+        return found, system_refusal(exc, place, "cannot be read")
+    return found, None
 
 
 def _going(found: t.Sequence[tuple[str, Layer]], request: RevertRequest, held: Held) -> t.Iterator[Going]:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal, UnknownOutcomeError
@@ -59,6 +61,10 @@ def go_back(requests, settings=SETTINGS, vms=None):
 
 def names(folder):
     return sorted(os.listdir(folder))
+
+
+def fail(error):
+    raise error
 
 
 def world(folder):
@@ -558,6 +564,52 @@ def test_a_kept_image_of_an_earlier_time_is_not_deleted(tmp_path, base, request_
         {"path": f"{tmp_path}/s2", "kept_as": None},
         {"path": f"{tmp_path}/s1", "kept_as": f"{tmp_path}/s1.reverted"},
     ]
+
+
+@pytest.mark.parametrize("damage", ["elsewhere", "gone below", "no image", "unreadable", "folder", "nowhere", "itself"])
+def test_what_else_is_kept_is_not_taken_for_the_image_that_a_killed_run_has_renamed(
+    tmp_path, base, request_for, damage, monkeypatch
+):
+    os.rename(tmp_path / "s1", tmp_path / "s1.reverted")
+    other = tmp_path / "s1.reverted.1"
+    if damage in ("elsewhere", "gone below"):
+        qemu.create(tmp_path / "other", "64M")
+        qemu.create(other, "64M", "-b", f"{tmp_path}/other", "-F", "qcow2")
+        if damage == "gone below":
+            os.unlink(tmp_path / "other")
+    elif damage == "folder":
+        other.mkdir()
+    elif damage in ("nowhere", "itself"):
+        other.symlink_to("nowhere" if damage == "nowhere" else "s2")
+    else:
+        other.write_bytes(b"QFI\xfb")
+    if damage == "unreadable":
+        look = revert._layers
+        failure = OSError(errno.EIO, os.strerror(errno.EIO))
+        monkeypatch.setattr(
+            revert, "_layers", lambda file, *how: fail(failure) if file.path == str(other) else look(file, *how)
+        )
+    assert retiring.all_kept(f"{tmp_path}/s1", "reverted")[-1] == str(other)
+    outcome = go_back([request_for("s2")])
+    assert states(outcome) == ["reverted"]
+    assert outcome.as_result("overlays")["overlays"][0]["retired"][1]["kept_as"] == f"{tmp_path}/s1.reverted"
+
+
+def test_of_several_that_a_killed_run_may_have_renamed_it_is_the_newest(tmp_path, base, request_for):
+    shutil.copy(tmp_path / "s1", tmp_path / "s1.reverted.1")  # kept by an earlier release, which filled gaps
+    time.sleep(0.02)
+    os.rename(tmp_path / "s1", tmp_path / "s1.reverted")
+    outcome = go_back([request_for("s2")])
+    assert outcome.as_result("overlays")["overlays"][0]["retired"][1]["kept_as"] == f"{tmp_path}/s1.reverted"
+
+
+def test_what_is_missing_below_the_image_to_go_back_to_is_told(tmp_path, base, request_for):
+    template = qemu.create(tmp_path / "template", "64M")
+    qemu.qemu_img("rebase", "-u", "-b", template, "-F", "qcow2", base)
+    os.unlink(template)
+    assert "template: does not exist" in str(refused(tmp_path, request_for("s2"))[0])
+    os.rename(tmp_path / "s1", tmp_path / "s1.reverted")
+    assert "template: does not exist" in str(refused(tmp_path, request_for("s2"))[0])
 
 
 def test_a_loop_through_kept_images_ends(tmp_path, base, request_for):
