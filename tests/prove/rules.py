@@ -396,8 +396,8 @@ RULES = (
     Rule(
         "the way down goes through what a killed run has renamed",
         "wayback",
-        "below = one.backing_identity or _identity_of_kept(one.backing_file)",
-        "below = one.backing_identity",
+        "for below in [one.backing_identity] if one.backing_identity else _kept_below(one):",
+        "for below in [one.backing_identity]:",
         ("test_wayback",),
         "_domain",
     ),
