@@ -346,7 +346,7 @@ RULES = (
     Rule(
         "the way down stays while TOP is there",
         "revert",
-        "_retire(one.path, held.image(one.path), KEEP))",
+        "_retire(one.path, held.image(one.path), KEEP if is_renamed else how))",
         "_retire(one.path, held.image(one.path), how))",
         ("test_revert",),
     ),

@@ -320,6 +320,8 @@ def test_what_is_missing(tmp_path, base, request_for):
 def test_a_name_that_would_be_too_long(tmp_path, base):
     path = qemu.create(tmp_path / ("x" * 250), "64M", "-b", base, "-F", "qcow2")
     assert code(tmp_path, RevertRequest(path, base)) == {"name_too_long"}
+    (tmp_path / "link").symlink_to(path)  # so it is renamed before it is deleted
+    assert code(tmp_path, RevertRequest(f"{tmp_path}/link", base, retire="delete")) == {"name_too_long"}
     assert states(go_back([RevertRequest(path, base, retire="delete")])) == ["reverted"]
 
 
@@ -520,6 +522,82 @@ def test_a_kill_at_any_step_leaves_what_the_same_call_completes(tmp_path, base, 
             break
         steps += 1
     assert steps >= 5
+
+
+@pytest.mark.parametrize("how", ["keep", "delete"])
+@pytest.mark.parametrize("linked", ["s1", "s2"])
+def test_a_kill_at_any_step_beside_a_symlink_leaves_what_the_same_call_completes(tmp_path, base, how, linked):
+    folder, store, steps = tmp_path / "vm", tmp_path / "store", 0
+    images = {name: (tmp_path / name).read_bytes() for name in ("base.qcow2", "s1", "s2")}
+    was_killed = True
+    while was_killed:
+        for one in (folder, store):
+            shutil.rmtree(one, ignore_errors=True)
+            one.mkdir()
+        for name, content in images.items():
+            place = store / name if name == linked else folder / name
+            place.write_bytes(content)
+            if name == linked:
+                (folder / name).symlink_to(place)
+        for name, below in (("s1", "base.qcow2"), ("s2", "s1")):
+            qemu.qemu_img("rebase", "-u", "-b", str(folder / below), "-F", "qcow2", str(folder / name))
+        request = RevertRequest(f"{folder}/s2", f"{folder}/base.qcow2", retire=how)
+        was_killed = killed_at(steps + 1, how, request.path, request.backing_file, by_link=False)
+        foretold, outcome = go_back([request], CHECK), go_back([request])
+        assert outcome.as_result("x")["x"] == foretold.as_result("x")["x"]
+        assert states(outcome) in (["reverted"], ["absent"]), outcome.failures
+        kept = {name for one in (folder, store) for name in names(one) if name.endswith(".reverted")}
+        assert how == "delete" or kept == {"s1.reverted", "s2.reverted"}
+        # Of the one below nothing tells once the topmost one has gone.
+        left = {"s1"} if states(outcome) == ["absent"] and linked == "s1" else set()
+        assert {"base.qcow2"} <= set(names(folder)) - kept <= {"base.qcow2"} | left
+        assert states(go_back([request])) == ["absent"]
+        steps += 1
+    assert set(names(folder)) - kept == {"base.qcow2"}
+    assert steps >= 5
+
+
+def test_a_symlink_that_leads_nowhere_stays_if_nothing_tells_that_the_image_was_renamed(tmp_path, base, request_for):
+    (tmp_path / "link").symlink_to("gone")
+    qemu.create(tmp_path / "gone.reverted", "64M")  # which does not stand on BASE
+    before = world(tmp_path)
+    assert [problem.code for problem in go_back([request_for("link")]).failures] == ["no_such_file"]
+    assert world(tmp_path) == before
+
+
+def test_a_symlink_that_cannot_be_removed_is_told(tmp_path, base, request_for, monkeypatch):
+    (tmp_path / "link").symlink_to("s2")
+
+    real = revert.remove_dangling_link
+
+    def failing(path):
+        if is_gone:
+            real(path)
+        if path == f"{tmp_path}/link":
+            raise OSError(5, "Input/output error")
+
+    for is_gone in (False, True):
+        monkeypatch.setattr(revert, "remove_dangling_link", failing)
+        (failure,) = go_back([request_for("link")]).failures
+        assert (failure.code, failure.subject) == ("not_removed", f"{tmp_path}/link")
+        monkeypatch.undo()
+        assert states(go_back([request_for("link")])) == ["absent" if is_gone else "reverted"]
+        for name in ("s1", "s2"):
+            os.rename(tmp_path / f"{name}.reverted", tmp_path / name)
+        if not is_gone:
+            (tmp_path / "link").symlink_to("s2")
+
+
+def test_a_symlink_in_between_that_cannot_be_removed_is_told(tmp_path, base, request_for, monkeypatch):
+    os.rename(tmp_path / "s1", tmp_path / "far")
+    (tmp_path / "s1").symlink_to("far")
+
+    def failing(_path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(revert, "remove_dangling_link", failing)
+    (failure,) = go_back([request_for("s2")]).failures
+    assert (failure.code, failure.subject) == ("not_removed", f"{tmp_path}/s1")
 
 
 def test_of_runs_that_race_one_goes_back_and_the_others_find_it_done(tmp_path, base):
