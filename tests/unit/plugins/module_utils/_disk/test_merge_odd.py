@@ -369,6 +369,16 @@ def test_an_image_that_another_one_stands_on_beside_a_symlink_to_it(tmp_path, is
     commits.merged(top, link)
 
 
+def test_what_a_killed_run_has_left_beside_the_file_of_a_symlink_goes(tmp_path):
+    base, link = qemu.create(tmp_path / "base"), tmp_path / "links" / "base"
+    (tmp_path / "links").mkdir()
+    link.symlink_to(base)
+    top = commits.overlay(tmp_path / "links" / "top", link)
+    (tmp_path / ".kvmfleet-0123456789abcdef.tmp").touch()
+    commits.merged(top, link)
+    assert sorted(os.listdir(tmp_path)) == ["base", "links"]
+
+
 def test_a_process_that_is_killed_fails_its_vm_only(tmp_path, monkeypatch):
     requests = []
     for number in range(3):
