@@ -89,8 +89,9 @@ notes:
   - Where nothing is to be written no QEMU is needed.
   - Refused is a disk that is in use, an image below a running VM that would have to be written, and a chain on which a
     commit is unfinished. While bitmaps are written, no VM can start on the images.
-  - Other images in the folders of the chain that stand on one of its images are seen, those elsewhere are not. Images
-    called C(.committed) or C(.reverted) count as such that nobody needs.
+  - Other images in the folders of the chain that stand on one of its images are seen, those elsewhere are not. The
+    folder of a symlink that names one of them counts, too. Images called C(.committed) or C(.reverted) count as such
+    that nobody needs.
   - If the VM runs before an interrupted call is run again, its bitmaps are broken or right, but never look valid while
     bits are missing. Bitmaps that were lost are put back then with what they marked and all that the image holds.
   - libvirt is not asked, and not told. A checkpoint whose bitmaps are removed is still known to it. For domains of

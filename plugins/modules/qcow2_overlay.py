@@ -48,9 +48,10 @@ options:
   retire:
     description:
       - What becomes of images that the VM does not need any more.
-      - V(keep) renames each to its own name with C(.reverted) or C(.committed) behind it, and a number where that is
-        taken, so that the old name is free. Of an image that was reverted, what it was at the snapshot comes back if it
-        is renamed back before a VM has run on O(backing_file). Keep it until the first backup afterwards is good.
+      - V(keep) renames each to its own name with C(.reverted) or C(.committed) behind it, and, where such are there
+        already, a number above theirs, so that the old name is free. Of an image that was reverted, what it was at the
+        snapshot comes back if it is renamed back before a VM has run on O(backing_file). Keep it until the first backup
+        afterwards is good.
       - V(delete) deletes them. Of an image that was reverted, all that was written since the snapshot is gone.
       - The default is V(keep) with O(state=reverted) and V(delete) with O(state=committed). Not allowed with
         O(state=present), which retires nothing.
@@ -201,6 +202,7 @@ notes:
     that does not take part; if an overlay is smaller than the image below it, has internal snapshots, an external data
     file, or is on a block device; if there is not enough room, which is computed beforehand. O(backing_file) may be a
     block device, smaller than the overlay, have internal snapshots, an external data file, or any cluster size.
+  - Where an image is named by a symlink, the folder of the symlink is looked through for others that stand on it, too.
   - A full disk pauses a commit. It goes on when there is room again within O(timeout), else the task fails, and the
     same call goes on later.
   - Going back is refused if a process has one of the images open, if another image in one of their folders stands on an

@@ -360,7 +360,7 @@ RULES = (
     Rule(
         "the way down stays while TOP is there",
         "revert",
-        "_retire(one.path, held.image(one.path), KEEP))",
+        "_retire(one.path, held.image(one.path), KEEP if is_renamed else how))",
         "_retire(one.path, held.image(one.path), how))",
         ("test_revert",),
     ),
@@ -381,7 +381,7 @@ RULES = (
     Rule(
         "no VM is put on an image that others stand on",
         "revert",
-        "others=() if depth is None else tuple(_others_on(layers[depth], layers)),",
+        "others=() if depth is None else tuple(_others_on(layers[depth], request, layers)),",
         "others=(),",
         ("test_revert",),
     ),
@@ -410,8 +410,8 @@ RULES = (
     Rule(
         "the way down goes through what a killed run has renamed",
         "wayback",
-        "below = one.backing_identity or _identity_of_kept(one.backing_file)",
-        "below = one.backing_identity",
+        "for below in [one.backing_identity] if one.backing_identity else _kept_below(one):",
+        "for below in [one.backing_identity]:",
         ("test_wayback",),
         "_domain",
     ),

@@ -18,7 +18,7 @@ import typing as t
 from .errors import Refusal, system_refusal
 
 _ANY_DEVICE = -1  # stands for the file system of a block device, which can have several nodes
-_MOST_LINKS = 40  # on the way to a folder; the kernel follows no more either
+_MOST_LINKS = 40  # on the way to a file; the kernel follows no more either
 # With O_DIRECTORY, or what is mounted on demand would not be mounted.
 _PASS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _ENTER = _PASS | os.O_DIRECTORY
@@ -151,6 +151,18 @@ def real_path(path: str) -> str:
     if is_link(real):
         raise Refusal("storage", path, "ends in a symlink that cannot be followed", "Give the real path.")
     return real
+
+
+def names_of_file(path: str) -> t.Iterator[str]:
+    """Yield the path, then each name that a symlink there leads on to; Refusal if one cannot be followed."""
+    for _step in range(_MOST_LINKS):
+        yield path
+        if not is_link(path):
+            break
+        try:
+            path = os.path.join(os.path.dirname(path), os.readlink(path))
+        except OSError as exc:
+            raise system_refusal(exc, path, "cannot be followed") from exc
 
 
 def _look(path: str) -> os.stat_result | None:

@@ -41,7 +41,7 @@ from .observe import ObservedChain, observe_chain, observe_target
 from .overlay import BuildSpec, OverlayRequest, OverlayVerdict
 from .publish import StagedFile, publish_together
 from .session import Held, Images, failed_by
-from .siblings import Above, overlays_in
+from .siblings import Above, folders_beside, overlays_in
 from .unfinished import why_in_the_way
 from .verdict import FAILED, PRESENT
 
@@ -85,8 +85,7 @@ class MakeOverlays:
         if verdict.changed and unfinished is not None:
             return verdict.failed(unfinished)
         if verdict.changed:
-            top = active.layers[0]
-            folders = [target.folder, *([] if top.is_device else [os.path.dirname(top.real_path)])]
+            folders = folders_beside([target.path, request.backing_file])
             verdict = overlay.with_waiting(verdict, target, self._waiting_for(target.path, folders))
             if verdict.state == FAILED:
                 return verdict
@@ -117,7 +116,7 @@ class MakeOverlays:
         for folder in folders:
             if folder not in self._waiting:
                 self._waiting[folder] = [one for one in overlays_in(folder) if one.backing_identity is None]
-        waiting = (one for folder in dict.fromkeys(folders) for one in self._waiting[folder])
+        waiting = (one for folder in folders for one in self._waiting[folder])
         return [one.path for one in waiting if os.path.realpath(one.backing_file) == path]
 
     def observe(self, request: OverlayRequest, file: OpenImage) -> ObservedChain:

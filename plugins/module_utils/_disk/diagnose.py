@@ -25,7 +25,7 @@ from .heal import Plan, Standing, Want, in_doubt
 from .observe import observe_chain, why_not_opened, why_not_writable
 from .retire import is_kept
 from .session import Held
-from .siblings import all_standing_on
+from .siblings import all_standing_on, folders_beside
 from .unfinished import COMMIT, healing_vault, why_in_the_way
 from .vault import MAX_NAME, Vault, find_vault, open_vault, read_vault, why_no_vault
 
@@ -205,8 +205,7 @@ def with_others(patients: t.Sequence[Patient], known: t.Mapping[str, str]) -> li
     `known` has beside that what else has an image, by its real path.
     """
     ours = {one.layer.identity for one in patients}
-    folders = dict.fromkeys(os.path.dirname(one.layer.real_path) for one in patients if not one.layer.is_device)
-    standing = all_standing_on(ours, folders, ours)
+    standing = all_standing_on(ours, folders_beside(one.layer.path for one in patients), ours)
     there = [[path for path in standing[one.layer.identity] if not is_kept(path)] for one in patients]
     named = [[known[one.layer.real_path]] if one.layer.real_path in known else [] for one in patients]
     return [one.standing._replace(others=(*paths, *names)) for one, paths, names in zip(patients, there, named)]

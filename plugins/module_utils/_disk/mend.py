@@ -73,7 +73,7 @@ class MendBitmaps:
 
     def folders(self, request: HealRequest) -> t.Sequence[str]:
         """Return the folder of the topmost image, where a killed run can have left a vault that was not finished."""
-        return [os.path.dirname(request.path)]
+        return [os.path.dirname(os.path.realpath(request.path))]  # which is beside the file, not beside a symlink
 
     def refused(self, request: HealRequest, problems: t.Sequence[Refusal]) -> HealVerdict:
         """Return the verdict on a request that is refused without a look."""

@@ -75,7 +75,8 @@ class MergeLayers:
 
     def folders(self, request: CommitRequest) -> t.Sequence[str]:
         """Return the folders of both ends, where a killed run can have left a vault that was not finished."""
-        return list(dict.fromkeys(os.path.dirname(path) for path in (request.path, request.backing_file)))
+        ends = map(os.path.realpath, (request.path, request.backing_file))  # a vault is beside the file, not a symlink
+        return list(dict.fromkeys(map(os.path.dirname, ends)))
 
     def refused(self, request: CommitRequest, problems: t.Sequence[Refusal]) -> CommitVerdict:
         """Return the verdict on a request that is refused without a look."""

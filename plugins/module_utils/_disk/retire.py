@@ -10,13 +10,14 @@ goes and then the symlink, which leads nowhere any more.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
 import stat
 import typing as t
 
-from .._base.errors import Refusal
+from .._base.errors import Refusal, system_refusal
 from .._base.files import OpenImage, close, exceeded_name_max, identity_of, is_link, is_there, real_path
 from .begun import remove_signs
 from .observe import why_not_writable
@@ -41,7 +42,7 @@ def retire(path: str, file: OpenImage, how: How, suffix: str) -> str | None:
         # First: no VM has the image, and a sign that is left would be the next one's that gets its name and inode.
         remove_signs(file, real)
         if how == KEEP:
-            kept = os.path.join(folder, _move_aside(file, name, f"{name}.{suffix}", folder_fd))
+            kept = os.path.join(folder, _move_aside(file, name, f"{name}.{suffix}", folder_fd, folder))
         else:
             kept = None
             os.unlink(name, dir_fd=folder_fd)
@@ -85,7 +86,11 @@ def stands(path: str) -> bool:
 
 def kept_path(path: str, suffix: str) -> str:
     """Return the path that the image at `path` would be kept as."""
-    return next(one for one in _candidates(f"{real_path(path)}.{suffix}") if not is_there(one))
+    real = real_path(path)
+    wanted = f"{real}.{suffix}"
+    kept = _kept(os.path.dirname(real), os.path.basename(wanted))
+    second_name = (one for _number, one in kept if _are_one(real, one))  # a run was killed between link and unlink
+    return next(second_name, None) or next(_new_names(wanted, kept))
 
 
 def is_kept(path: str, suffix: str | None = None) -> bool:
@@ -95,8 +100,16 @@ def is_kept(path: str, suffix: str | None = None) -> bool:
 
 
 def all_kept(path: str, suffix: str) -> list[str]:
-    """Return the paths that images which stood at `path` are kept as, the newest last."""
-    return list(itertools.takewhile(is_there, _candidates(f"{real_path(path)}.{suffix}")))
+    """Return the paths that images which stood at `path` are kept as, the newest last.
+
+    A file that is renamed gets a new ctime. Its number alone does not tell: earlier releases filled the gaps.
+    """
+    folder, name = os.path.split(real_path(path))
+    found: list[tuple[int, int, str]] = []
+    for number, one in _kept(folder, f"{name}.{suffix}"):
+        with contextlib.suppress(OSError):  # it has gone meanwhile
+            found.append((os.lstat(one).st_ctime_ns, number, one))
+    return [one for _changed, _number, one in sorted(found)]
 
 
 def why_not_retired(path: str, file: OpenImage, how: How, suffix: str) -> Refusal | None:
@@ -149,25 +162,45 @@ def _check_place(path: str, file: OpenImage, name: str, folder_fd: int) -> None:
         raise Refusal("changed_meanwhile", path, "was moved or replaced meanwhile", "Run this again.")
 
 
-def _candidates(path: str) -> t.Iterator[str]:
-    """Yield the path, then the same with a number, without end."""
-    yield path
-    for number in itertools.count(1):
-        yield f"{path}.{number}"
+def _kept(folder: str, name: str) -> list[tuple[int, str]]:
+    """Return what has this name in the folder, or this name and a number: the number, 0 for none, and the path."""
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as exc:
+        raise system_refusal(exc, folder, "cannot be searched for images that are kept") from exc
+    numbered = re.compile(rf"{re.escape(name)}(?:\.([0-9]+))?")
+    found = filter(None, map(numbered.fullmatch, names))
+    return sorted((int(one[1] or 0), os.path.join(folder, one[0])) for one in found)
 
 
-def _move_aside(file: OpenImage, name: str, wanted: str, folder_fd: int) -> str:
+def _new_names(wanted: str, kept: t.Sequence[tuple[int, str]]) -> t.Iterator[str]:
+    """Yield names for one more image, without end. None fills a gap, or the newest could not be told by its number."""
+    for number in itertools.count(kept[-1][0] + 1 if kept else 0):
+        yield f"{wanted}.{number}" if number else wanted
+
+
+def _are_one(path: str, other: str) -> bool:
+    """Whether both are names of one file; not if one of them is a symlink."""
+    with contextlib.suppress(FileNotFoundError):
+        return identity_of(os.lstat(path)) == identity_of(os.lstat(other))
+    return False
+
+
+def _move_aside(file: OpenImage, name: str, wanted: str, folder_fd: int, folder: str) -> str:
     """Rename within the folder, with a number where the name is taken; return the new name."""
-    for place in _candidates(wanted):
-        try:
+    kept = _kept(folder, wanted)
+    for place in (os.path.basename(one) for _number, one in kept):
+        if _is_there(file, place, folder_fd):  # a run was killed between link and unlink
+            os.unlink(name, dir_fd=folder_fd)
+            return place
+    for place in _new_names(wanted, kept):
+        with contextlib.suppress(FileExistsError):  # another file got that name in this moment
             if not rename_without_replacing(folder_fd, name, place):
                 _link_aside(file, name, place, folder_fd)
             return place
-        except FileExistsError:
-            if _is_there(file, place, folder_fd):  # a run was killed between link and unlink
-                os.unlink(name, dir_fd=folder_fd)
-                return place
-    raise AssertionError("the candidates do not end")
+    raise AssertionError("the names do not end")
 
 
 def _link_aside(file: OpenImage, name: str, place: str, folder_fd: int) -> None:

@@ -18,8 +18,8 @@ from __future__ import annotations
 import os
 import typing as t
 
-from .._base.errors import CHECK_STORAGE, Refusal
-from .._base.files import Identity, OpenImage, identity_of, is_there, open_image
+from .._base.errors import CHECK_STORAGE, Refusal, system_refusal
+from .._base.files import Identity, OpenImage, identity_of, is_link, is_there, open_image, real_path
 from .._qcow2.chain import Layer, read_head, resolve_name, walk_chain
 from .._qcow2.formats import QCOW2
 from .._qcow2.header import is_qcow2
@@ -28,12 +28,23 @@ from .._qemu import locks
 from .._qemu.settled import is_open_for_writing, read_settled
 from . import revert_rules
 from .begun import find_sign
-from .retire import REVERTED_AS, all_kept, is_kept, kept_path, retire, stands, why_not_retired
+from .retire import (
+    REVERTED_AS,
+    all_kept,
+    is_kept,
+    kept_path,
+    remove_dangling_link,
+    retire,
+    stands,
+    why_not_retired,
+)
 from .revert_rules import Going, Observed, Retired, RevertRequest, RevertVerdict
 from .session import Held, Images
-from .siblings import all_standing_on, standing_on
+from .siblings import all_standing_on, folders_beside, standing_on
 from .unfinished import COMMIT, HEALING, why_in_the_way
 from .verdict import ABSENT, DELETE, FAILED, KEEP, How
+
+Placed = tuple[str, Layer]  # a layer, and where it is: a killed run can have renamed it
 
 
 class GoBack:
@@ -98,27 +109,32 @@ def _retire_all(verdict: RevertVerdict, held: Held) -> RevertVerdict:
 
     The topmost one goes last: while it stands the same call finds the work, and by it the chain. So the others are
     only renamed before, which leaves the way down through them, and those that are to be deleted are so at the end.
+    Symlinks are on that way, too. So they go when all is renamed, and that of the topmost one last.
     """
-    top, *others = verdict.retired
     how = verdict.request.retire
     done: list[Retired] = []
     try:
-        for one in reversed(others):
-            done.insert(0, _retire(one.path, held.image(one.path), KEEP))
-        done.insert(0, _retire(top.path, held.image(top.path), how))
+        for one in reversed(verdict.retired):
+            is_renamed = one is not verdict.retired[0] or is_link(one.path)
+            done.insert(0, _retire(one.path, held.image(one.path), KEEP if is_renamed else how))
+        for one in reversed((*verdict.retired, *verdict.kept_already)):
+            remove_dangling_link(one.path)
         if how == DELETE:
-            for index, (one, kept) in enumerate(zip(others, done[1:]), 1):
-                _retire(kept.kept_as or one.path, held.image(one.path), how)
-                done[index] = Retired(one.path, None)
+            for index, one in enumerate(done):
+                if one.kept_as is not None:
+                    done[index] = _retire(one.kept_as, held.image(one.path), how)._replace(path=one.path)
     except (Refusal, OSError) as exc:
         left = [one.path for one in verdict.retired if one.path not in {gone.path for gone in done}]
         left += [one.kept_as for one in done if how == DELETE and one.kept_as is not None]
+        left += [one.path for one in (*done, *verdict.kept_already) if os.path.islink(one.path)]
+        left = left or [verdict.request.path]
         return verdict.failed(_not_removed(verdict, exc, left))._replace(warnings=verdict.warnings)
     return verdict._replace(retired=tuple(done))
 
 
 def _retire(path: str, file: OpenImage, how: How) -> Retired:
-    return Retired(path, retire(path, file, how, REVERTED_AS))
+    """Retire an image; a symlink that leads to it stays."""
+    return Retired(path, retire(real_path(path), file, how, REVERTED_AS))
 
 
 def _not_removed(verdict: RevertVerdict, exc: Refusal | OSError, left: t.Sequence[str]) -> Refusal:
@@ -157,14 +173,9 @@ def _observe(request: RevertRequest, held: Held) -> Observed:
 
 def _observe_overlay(request: RevertRequest, held: Held) -> Observed:
     """Return what the image at the path is, and what is below it."""
-    file, below = held.image(request.path), held.image(request.backing_file)
-    remedy = "Name the overlay as path, and the image below it as backing_file."
-    if not is_qcow2(file):
-        why = "is not a qcow2 image, so it is no overlay. It may be the raw disk of a VM"
-        raise Refusal("not_qcow2", request.path, why, remedy)
-    if file.identity == below.identity:
-        why = f"is {request.backing_file} itself, so there is nothing to go back from"
-        raise Refusal("backs_itself", request.path, why, remedy)
+    below = held.image(request.backing_file)
+    if not _is_link_left(request.path):
+        _check_overlay(request, held.image(request.path), below)
     found = _chain(request, held, below.identity)
     layers = [layer for _place, layer in found]
     depth = next((depth for depth, layer in enumerate(layers) if layer.identity == below.identity), None)
@@ -180,14 +191,30 @@ def _observe_overlay(request: RevertRequest, held: Held) -> Observed:
         below=layers[1].path if len(layers) > 1 else None,
         # A commit that goes on to an image further down has changed what those between are read as.
         commit=why_in_the_way(layers, (), (COMMIT,)),
-        others=() if depth is None else tuple(_others_on(layers[depth], layers)),
+        others=() if depth is None else tuple(_others_on(layers[depth], request, layers)),
         begun=tuple(filter(None, (find_sign(held.image(place)) for place, _layer in going))),
     )
 
 
-def _others_on(base: Layer, chain: t.Sequence[Layer]) -> t.Iterator[str]:
+def _is_link_left(path: str) -> bool:
+    """Whether a symlink that leads nowhere stands there, as after a run that was killed once the image was renamed."""
+    return is_link(path) and not is_there(real_path(path))
+
+
+def _check_overlay(request: RevertRequest, file: OpenImage, below: OpenImage) -> None:
+    """Refuse what is no overlay."""
+    remedy = "Name the overlay as path, and the image below it as backing_file."
+    if not is_qcow2(file):
+        why = "is not a qcow2 image, so it is no overlay. It may be the raw disk of a VM"
+        raise Refusal("not_qcow2", request.path, why, remedy)
+    if file.identity == below.identity:
+        why = f"is {request.backing_file} itself, so there is nothing to go back from"
+        raise Refusal("backs_itself", request.path, why, remedy)
+
+
+def _others_on(base: Layer, request: RevertRequest, chain: t.Sequence[Layer]) -> t.Iterator[str]:
     """Yield the paths of the images beside BASE that stand on it and are in use, as far as their names tell."""
-    folders = [] if base.is_device else [os.path.dirname(base.real_path)]
+    folders = folders_beside([base.path, request.backing_file])
     for path in standing_on(base.identity, folders, [layer.identity for layer in chain]):
         if not is_kept(os.path.realpath(path)):
             yield path
@@ -203,39 +230,85 @@ def _layers(file: OpenImage, path: str, image_format: str | None) -> t.Iterator[
         yield layer
 
 
-def _chain(request: RevertRequest, held: Held, base: Identity) -> list[tuple[str, Layer]]:
+class _Aside(t.NamedTuple):
+    """An image that a killed run may have renamed, so that the chain goes on with it."""
+
+    place: str  # where it is
+    path: str  # where it stood
+    image_format: str | None
+    above: list[Placed]
+
+
+def _chain(request: RevertRequest, held: Held, base: Identity) -> list[Placed]:
     """Return the layers from the path down to the end of the chain, each with its place.
 
-    A run that was killed can have renamed layers above BASE already, from the lowest upwards: follow them there.
+    A run that was killed can have renamed layers above BASE already, from the lowest upwards: follow them there. Of
+    several that are kept, it is the newest one that leads down to BASE.
     """
-    found: list[tuple[str, Layer]] = []
-    place, path, image_format = request.path, request.path, t.cast("str | None", QCOW2)
-    while True:
-        try:
-            for layer in _layers(held.image(place), path, image_format):
-                found.append((place if layer.path == path else layer.path, layer))  # noqa: PERF401  they must stay
-            return found
-        except Refusal as exc:
-            identities = [layer.identity for _place, layer in found]
-            image = found[-1][1].image if found else None
-            if exc.code != "no_such_file" or base in identities or image is None or image.backing_file is None:
-                raise
-            path, image_format = resolve_name(found[-1][1].path, image.backing_file), image.backing_format
-            kept = all_kept(path, REVERTED_AS)
-            if not kept or identity_of(os.stat(kept[-1])) in identities:
-                raise
-            place = kept[-1]
+    found, missing = _walk(request.path, request.path, QCOW2, held)
+    if missing is None:
+        return found
+    if missing.code != "no_such_file" or base in _identities_of(found):
+        raise missing
+    to_try, tried = _kept_below(found), set[str]()
+    if _is_link_left(request.path):
+        to_try = _kept_of(request.path, QCOW2, [])
+    while to_try:
+        one = to_try.pop()
+        if one.place in tried:  # what did not lead to BASE does not do so from elsewhere
+            continue
+        tried.add(one.place)
+        found, problem = _walk(one.place, one.path, one.image_format, held)
+        whole = [*one.above, *found]
+        if len(_identities_of(whole)) < len(whole):  # a loop
+            continue
+        if base in _identities_of(found):
+            if problem is not None:
+                raise problem
+            return whole
+        if problem is not None and problem.code == "no_such_file":
+            to_try += _kept_below(whole)
+    raise missing
+
+
+def _kept_below(found: list[Placed]) -> list[_Aside]:
+    """Return the images that may be the one which the lowest of these layers stands on, the likeliest last."""
+    lowest = found[-1][1] if found else None
+    if lowest is None or lowest.image is None or lowest.image.backing_file is None:
+        return []
+    return _kept_of(resolve_name(lowest.path, lowest.image.backing_file), lowest.image.backing_format, found)
+
+
+def _kept_of(path: str, image_format: str | None, above: list[Placed]) -> list[_Aside]:
+    return [_Aside(place, path, image_format, above) for place in all_kept(path, REVERTED_AS)]
+
+
+def _identities_of(found: t.Iterable[Placed]) -> set[Identity]:
+    return {layer.identity for _place, layer in found}
+
+
+def _walk(place: str, path: str, image_format: str | None, held: Held) -> tuple[list[Placed], Refusal | None]:
+    """Return the layers from the image at this place, which stood at the path; and why they are not all."""
+    found: list[Placed] = []
+    try:
+        for layer in _layers(held.image(place), path, image_format):
+            found.append((place if layer.path == path else layer.path, layer))  # noqa: PERF401  they must stay
+    except Refusal as exc:
+        return found, exc
+    except OSError as exc:
+        return found, system_refusal(exc, place, "cannot be read")
+    return found, None
 
 
 def _going(found: t.Sequence[tuple[str, Layer]], request: RevertRequest, held: Held) -> t.Iterator[Going]:
     """Yield what there is to know of each image that goes."""
     files = [held.image(place) for place, _layer in found]
     own = {file.identity for file in files}
-    folders = [os.path.dirname(one) for place, layer in found for one in (place, layer.real_path)]
+    folders = folders_beside(one for place, layer in found for one in (place, layer.path))
     standing = all_standing_on(own, folders, own)
     for (place, layer), file in zip(found, files):
         is_aside = place != layer.path
-        how = request.retire if layer is found[0][1] else KEEP
+        how = request.retire if layer is found[0][1] and not is_link(place) else KEEP
         problem = None if is_aside else why_not_retired(place, file, how, REVERTED_AS)
         is_kept_by_name = not is_aside and not file.is_device and request.retire == KEEP
         yield Going(

@@ -36,7 +36,7 @@ from .publish import publish_unlocked
 from .retire import KEPT_AS, is_kept, kept_path, retire, why_not_retired
 from .revert_rules import Retired
 from .session import Held, Images, failed_by
-from .siblings import standing_on
+from .siblings import folders_beside, standing_on
 from .stages import Seen, named
 from .survey import last_written
 from .unfinished import why_not_merged
@@ -377,7 +377,7 @@ def _see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, held: Hel
     """Return what stands there. Of the bitmaps it tells nothing."""
     ours = [*([held.image(request.above).identity] if request.above else []), *(one.identity for one in chain)]
     changing = chain[: depth if is_left_over else depth + 1]
-    folders = [os.path.dirname(layer.real_path) for layer in changing if not layer.is_device]
+    folders = folders_beside([*(layer.path for layer in changing), request.backing_file])
     standing = [path for layer in changing for path in standing_on(layer.identity, folders, ours)]
     return Seen(
         chain=chain,

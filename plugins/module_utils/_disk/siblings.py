@@ -20,7 +20,7 @@ import stat
 import typing as t
 
 from .._base.errors import Refusal, system_refusal
-from .._base.files import Identity, OpenImage, identity_of, open_image
+from .._base.files import Identity, OpenImage, identity_of, names_of_file, open_image
 from .._qcow2.backing import recorded_name
 from .._qcow2.chain import files_named, resolve_name
 from .publish import is_temporary
@@ -36,6 +36,26 @@ class Above(t.NamedTuple):
     identity: Identity
     backing_file: str  # path, from which a relative name is resolved
     backing_identity: Identity | None  # None if it does not exist
+
+
+def folders_beside(paths: t.Iterable[str]) -> list[str]:
+    """Return the folders in which others that stand on the images at these paths can lie, each once.
+
+    An overlay lies beside that name of the image by which it was made, and a symlink gives it one more.
+    """
+    found: dict[t.Hashable, str] = {}
+    for folder in (folder for path in paths for folder in _folders_of(path)):
+        status = _status_of(folder)
+        found.setdefault(identity_of(status) if status else folder, folder)
+    return list(found.values())
+
+
+def _folders_of(path: str) -> list[str]:
+    """Return the folders of all names of an image; of a block device without its own, which holds no images."""
+    folders = [os.path.realpath(os.path.dirname(name)) for name in names_of_file(path)]
+    status = _status_of(path)
+    is_device = status is not None and stat.S_ISBLK(status.st_mode)
+    return [folder for folder in folders if not (is_device and folder == folders[-1])]
 
 
 def overlays_in(folder: str) -> list[Above]:

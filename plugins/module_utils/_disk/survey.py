@@ -30,7 +30,7 @@ from .retire import KEPT_AS, is_kept, kept_path
 from .revert_rules import Retired
 from .room import can_share, need_of
 from .session import Held
-from .siblings import all_standing_on
+from .siblings import all_standing_on, folders_beside
 from .stages import Seen
 from .vault import MARK, Content, Vault, find_vault, is_as_kept, open_vault, place_of, read_vault, top_stands
 from .verdict import ABSENT, COMMITTED, FAILED, KEEP
@@ -87,7 +87,7 @@ def see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, above: Lay
     base_is_as_kept = vault is not None and _is_as_kept(vault, files[depth], base)
     known = (files[0].identity, files[0].path, files[0].generation)
     ours = [*([held.image(request.above).identity] if request.above else []), *(layer.identity for layer in part)]
-    folders = [os.path.dirname(layer.real_path) for layer in part if not layer.is_device]
+    folders = folders_beside([*(layer.path for layer in part), request.backing_file])
     standing = all_standing_on([layer.identity for layer in part], folders, ours)
     return Seen(
         chain=chain,

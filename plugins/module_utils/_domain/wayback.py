@@ -19,7 +19,7 @@ from .._disk.begun import find_sign
 from .._disk.commit import CommitRequest
 from .._disk.retire import REVERTED_AS, all_kept, is_kept
 from .._disk.revert_rules import RevertRequest
-from .._disk.siblings import Above, overlays_in
+from .._disk.siblings import Above, folders_beside, overlays_in
 from .._disk.vault import Vault, find_vault, open_vault, place_of, read_vault
 from .._disk.verdict import DELETE, KEEP, How
 from .._libvirt.connection import Domain, Kept
@@ -368,9 +368,11 @@ def _mark_of(path: str, vault: Vault | None = None) -> Mark | None:
 def left_over(facts: DiskFacts, layers: t.Iterable[Layer], request: WayBack, mark: Mark) -> Left | None:
     """Return the snapshot that stands on one of these images of a disk, if a run was killed before it was retired."""
     chain = {layer.identity for layer in facts.layers}
+    overlays = _overlays_beside(facts, request)
     for layer in layers:
-        for one in standing_on(layer, request):
-            if one.identity not in chain and not is_kept(one.path) and bears(one.path, mark):
+        for one in overlays:
+            is_gone = one.backing_identity == layer.identity and one.identity not in chain and not is_kept(one.path)
+            if is_gone and bears(one.path, mark):
                 return Left(one.path, layer)
     return None
 
@@ -380,36 +382,36 @@ def _left_by_revert(facts: DiskFacts, request: WayBack, mark: Mark) -> list[str]
 
     The lowest one bears the mark. Those above it were to go with it.
     """
-    overlays = _overlays_beside(facts.layers[0].real_path, request)
+    overlays = _overlays_beside(facts, request)
     known = {one.identity: one for one in overlays}
     used = {layer.identity for layer in facts.layers}
     tops = [one for one in overlays if one.identity not in used and not is_kept(one.path)]
-    ways = [_way_down(one, facts.layers[0].identity, known) for one in tops]
-    fitting = [way for way in ways if way and bears(way[-1], mark) and _is_of_disk(way[0], mark)]
-    return max(fitting, key=len, default=[])
+    ways = [_way_down(one, facts.layers[0].identity, known, mark) for one in tops if _is_of_disk(one.path, mark)]
+    return max(ways, key=len, default=[])
 
 
-def _way_down(top: Above, base: Identity, known: t.Mapping[Identity, Above]) -> list[str]:
-    """Return the paths from an overlay down to the last one above BASE; none if it does not stand on BASE.
+def _way_down(top: Above, base: Identity, known: t.Mapping[Identity, Above], mark: Mark) -> list[str]:
+    """Return the paths from an overlay down to the one above BASE that bears the mark; none if it does not lead there.
 
     A run that was killed can have renamed images in between already.
     """
-    way, one = [top.path], top
-    while len(way) <= len(known):  # or else they stand on each other
-        below = one.backing_identity or _identity_of_kept(one.backing_file)
-        if below == base:
-            return way
-        if below is None or below not in known:
-            break
-        one = known[below]
-        way.append(one.path)
+    to_go, seen = [(top, [top.path])], {top.identity}
+    while to_go:
+        one, way = to_go.pop()
+        for below in [one.backing_identity] if one.backing_identity else _kept_below(one):
+            if below == base and bears(one.path, mark):
+                return way
+            if below in known and below not in seen:  # or else they stand on each other
+                seen.add(below)
+                to_go.append((known[below], [*way, known[below].path]))
     return []
 
 
-def _identity_of_kept(path: str) -> Identity | None:
-    """Return which image stood at a path that was retired and kept last; None if none was."""
-    kept = all_kept(path, REVERTED_AS)
-    return identity_of(os.stat(kept[-1])) if kept else None
+def _kept_below(one: Above) -> t.Iterator[Identity]:
+    """Yield which images may have stood where an overlay records its backing file, and are kept; the newest last."""
+    for path in all_kept(one.backing_file, REVERTED_AS):
+        with contextlib.suppress(OSError):  # such as a symlink that leads nowhere
+            yield identity_of(os.stat(path))
 
 
 def _is_of_disk(path: str, mark: Mark) -> bool:
@@ -421,9 +423,10 @@ def _is_of_disk(path: str, mark: Mark) -> bool:
 def signed_leftovers(domain: Domain, facts: DiskFacts, request: WayBack) -> t.Iterator[str]:
     """Yield the snapshots of a disk that went in while its VM ran, or may have, in a run that was killed meanwhile."""
     chain = {layer.identity for layer in facts.layers}
+    overlays = _overlays_beside(facts, request)
     for layer in facts.own:
-        for one in standing_on(layer, request):
-            if one.identity in chain or is_kept(one.path):
+        for one in overlays:
+            if one.backing_identity != layer.identity or one.identity in chain or is_kept(one.path):
                 continue
             with contextlib.suppress(Refusal, OSError), open_image(one.path) as file:
                 mark = read_head(file).mark
@@ -432,16 +435,11 @@ def signed_leftovers(domain: Domain, facts: DiskFacts, request: WayBack) -> t.It
                     yield mark.snapshot
 
 
-def standing_on(layer: Layer, request: WayBack) -> list[Above]:
-    """Return the images on top of one, as far as they lie beside it, or where overlays were made."""
-    return [one for one in _overlays_beside(layer.real_path, request) if one.backing_identity == layer.identity]
-
-
-def _overlays_beside(real_path: str, request: WayBack) -> list[Above]:
-    """Return the overlays in the folder of an image, and in that where overlays were made."""
-    beside = os.path.dirname(real_path)
-    folders = dict.fromkeys([beside, beside if request.directory is None else os.path.realpath(request.directory)])
-    return [one for folder in folders for one in overlays_in(folder)]
+def _overlays_beside(facts: DiskFacts, request: WayBack) -> list[Above]:
+    """Return the overlays in the folders of a disk's own images, and in that where overlays were made."""
+    beside = folders_beside(layer.path for layer in facts.own)
+    made_in = [] if request.directory is None else [os.path.realpath(request.directory)]
+    return [one for folder in dict.fromkeys([*beside, *made_in]) for one in overlays_in(folder)]
 
 
 def lost_checkpoints(plan: DomainPlan, kept: Kept) -> tuple[str, ...]:

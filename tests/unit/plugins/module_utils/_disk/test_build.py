@@ -189,6 +189,16 @@ def test_an_overlay_takes_no_place_at_which_an_image_has_lost_its_backing_file(t
     assert not os.path.exists(tmp_path / "over")
 
 
+def test_an_image_beside_a_symlink_to_the_one_below_that_waits_for_the_overlay(tmp_path, disk):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "far").mkdir()
+    (tmp_path / "links" / "disk").symlink_to(disk)
+    wanted = OverlayRequest(f"{tmp_path}/far/over", f"{tmp_path}/links/disk")
+    clone = qemu.create(tmp_path / "links" / "clone", "1G", "-b", wanted.path, "-F", "qcow2", "-u")
+    (problem,) = make_overlays([wanted], SETTINGS).failures
+    assert (problem.code, f"is the backing file of {clone}, which" in problem.why) == ("occupied", True)
+
+
 def test_an_image_that_is_only_kept_is_told_of_and_keeps_nobody_from_an_overlay(tmp_path, disk):
     kept = qemu.create(tmp_path / "above.reverted", "1G", "-b", str(tmp_path / "over"), "-F", "qcow2", "-u")
     wanted = [OverlayRequest(str(tmp_path / "over"), disk)]

@@ -226,6 +226,24 @@ def test_a_template_keeps_its_bitmaps(tmp_path, base):
     assert mend(top, state="absent")[0]["state"] == "removed"
 
 
+def test_a_template_that_is_named_by_a_symlink_keeps_its_bitmaps(tmp_path, base):
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / "base.qcow2"
+    link.symlink_to(base)
+    clone = overlay(tmp_path / "links" / "clone.qcow2", link)
+    assert told(mend(link, names=("monday",), state="absent")[0]) == [("monday", "base.qcow2", "has_overlay")]
+    os.unlink(clone)
+    assert told(mend(link, names=("monday",), state="absent")[0]) == [("monday", "base.qcow2", "removed")]
+
+
+def test_what_a_killed_run_has_left_beside_the_file_of_a_symlink_goes(tmp_path, base):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "base.qcow2").symlink_to(base)
+    (tmp_path / ".kvmfleet-0123456789abcdef.tmp").touch()
+    assert run(MendBitmaps(), [HealRequest(f"{tmp_path}/links/base.qcow2")], SETTINGS).warnings
+    assert sorted(os.listdir(tmp_path)) == ["base.qcow2", "links"]
+
+
 def test_images_of_all_kinds(tmp_path, base):
     options = [
         ("-o", "cluster_size=4k"),

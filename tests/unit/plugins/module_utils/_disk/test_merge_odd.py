@@ -508,6 +508,30 @@ def test_an_image_that_was_kept_is_never_to_be_merged(tmp_path, way):
     commits.merged(top, base)
 
 
+@pytest.mark.parametrize("is_recorded", [False, True])
+def test_an_image_that_another_one_stands_on_beside_a_symlink_to_it(tmp_path, is_recorded):
+    base, link = qemu.create(tmp_path / "base"), tmp_path / "links" / "base"
+    for folder in ("links", "far"):
+        (tmp_path / folder).mkdir()
+    link.symlink_to(base)
+    clone = commits.overlay(tmp_path / "links" / "clone", link)
+    top = commits.overlay(tmp_path / "far" / "top", link if is_recorded else base)
+    refused = commits.refusal(top, base if is_recorded else link)
+    assert (refused.code, f"is the backing file of {clone}" in refused.why) == ("has_overlay", True)
+    os.unlink(clone)
+    commits.merged(top, link)
+
+
+def test_what_a_killed_run_has_left_beside_the_file_of_a_symlink_goes(tmp_path):
+    base, link = qemu.create(tmp_path / "base"), tmp_path / "links" / "base"
+    (tmp_path / "links").mkdir()
+    link.symlink_to(base)
+    top = commits.overlay(tmp_path / "links" / "top", link)
+    (tmp_path / ".kvmfleet-0123456789abcdef.tmp").touch()
+    commits.merged(top, link)
+    assert sorted(os.listdir(tmp_path)) == ["base", "links"]
+
+
 def test_a_process_that_is_killed_fails_its_vm_only(tmp_path, monkeypatch):
     requests = []
     for number in range(3):

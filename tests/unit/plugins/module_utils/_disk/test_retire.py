@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
@@ -15,6 +16,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import 
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import publish, retire
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.begun import find_sign, leave_sign, remove_signs
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.retire import (
+    all_kept,
     kept_path,
     why_not_kept,
     why_not_retired,
@@ -96,6 +98,38 @@ def test_keep_beside_what_was_kept_before(tmp_path, path):
 
 
 @pytest.mark.usefixtures("by_link")
+@pytest.mark.parametrize("there, name", [((".1",), ".2"), ((".9", ".10"), ".11"), ((".x", ".1x", "0"), "")])
+def test_a_number_is_above_all_that_are_there(tmp_path, path, there, name):
+    """Or the newest could not be told once somebody has removed an older one."""
+    for one in there:
+        (tmp_path / f"a.qcow2.reverted{one}").write_text("old")
+    assert do(path, KEEP) == f"{path}.reverted{name}"
+
+
+def test_the_newest_that_is_kept_is_the_last(tmp_path, path):
+    assert all_kept(path, "reverted") == all_kept(f"{tmp_path}/gone/b", "reverted") == []
+    kept = []
+    for number in (".1", "", ".10", ".9"):  # earlier releases filled gaps
+        (tmp_path / "new").write_text("")
+        kept.append(f"{path}.reverted{number}")
+        before = time.time_ns()
+        while (tmp_path / "new").stat().st_ctime_ns <= before:  # the clock of a file system has long ticks
+            (tmp_path / "new").touch()
+        os.rename(tmp_path / "new", kept[-1])
+    (tmp_path / "a.qcow2.committed").write_text("")
+    assert all_kept(path, "reverted") == kept
+
+
+def test_a_folder_that_cannot_be_listed_hides_nothing(path, monkeypatch):
+    def listdir(_folder):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    with pytest.raises(Refusal, match="cannot be searched for images that are kept"):
+        all_kept(path, "reverted")
+
+
+@pytest.mark.usefixtures("by_link")
 def test_a_name_that_is_taken_in_that_moment_is_left_alone(tmp_path, path):
     with open_image(path) as file:
         assert kept_path(path, "reverted") == f"{path}.reverted"
@@ -129,6 +163,7 @@ def test_a_kill_between_link_and_unlink_is_completed(tmp_path, path, monkeypatch
         retire.retire(path, file, KEEP, "reverted")
     monkeypatch.setattr(os, "unlink", real)
     assert len(os.listdir(tmp_path)) == 2
+    assert kept_path(path, "reverted") == f"{path}.reverted"
     with open_image(path) as file:
         assert retire.retire(path, file, KEEP, "reverted") == f"{path}.reverted"
     assert os.listdir(tmp_path) == ["a.qcow2.reverted"]

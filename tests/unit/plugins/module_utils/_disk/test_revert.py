@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal, UnknownOutcomeError
@@ -61,6 +63,10 @@ def go_back(requests, settings=SETTINGS, vms=None):
 
 def names(folder):
     return sorted(os.listdir(folder))
+
+
+def fail(error):
+    raise error
 
 
 def world(folder):
@@ -240,6 +246,21 @@ def test_another_image_on_top_of_the_one_that_a_vm_is_to_write_to(tmp_path, base
     assert (states(outcome), [one for one in outcome.warnings if clone in one]) == (["reverted"], [])
 
 
+def test_what_stands_on_images_beside_a_symlink_to_them(tmp_path, base, request_for):
+    (tmp_path / "links").mkdir()
+    for name in ("base.qcow2", "s2"):
+        (tmp_path / "links" / name).symlink_to(f"../{name}")
+    link = request_for("links/s2", vm="web", puts_on_base=True)._replace(backing_file=f"{tmp_path}/links/base.qcow2")
+    clone = qemu.create(tmp_path / "links" / "clone", "64M", "-b", "base.qcow2", "-F", "qcow2")
+    (failure,) = refused(tmp_path, link)
+    assert (failure.code, f"is the backing file of {clone}" in failure.why) == ("has_overlay", True)
+    qemu.qemu_img("rebase", "-u", "-b", "s2", "-F", "qcow2", clone)
+    (failure,) = refused(tmp_path, link)
+    assert (failure.code, f"is the backing file of {clone}" in failure.why) == ("has_overlay", True)
+    os.unlink(clone)
+    assert states(go_back([link])) == ["reverted"]
+
+
 def test_other_requests_of_the_call(tmp_path, base, request_for):
     far = tmp_path / "far"
     far.mkdir()
@@ -342,6 +363,8 @@ def test_what_is_missing(tmp_path, base, request_for):
 def test_a_name_that_would_be_too_long(tmp_path, base):
     path = qemu.create(tmp_path / ("x" * 250), "64M", "-b", base, "-F", "qcow2")
     assert code(tmp_path, RevertRequest(path, base)) == {"name_too_long"}
+    (tmp_path / "link").symlink_to(path)  # so it is renamed before it is deleted
+    assert code(tmp_path, RevertRequest(f"{tmp_path}/link", base, retire="delete")) == {"name_too_long"}
     assert states(go_back([RevertRequest(path, base, retire="delete")])) == ["reverted"]
 
 
@@ -544,6 +567,82 @@ def test_a_kill_at_any_step_leaves_what_the_same_call_completes(tmp_path, base, 
     assert steps >= 5
 
 
+@pytest.mark.parametrize("how", ["keep", "delete"])
+@pytest.mark.parametrize("linked", ["s1", "s2"])
+def test_a_kill_at_any_step_beside_a_symlink_leaves_what_the_same_call_completes(tmp_path, base, how, linked):
+    folder, store, steps = tmp_path / "vm", tmp_path / "store", 0
+    images = {name: (tmp_path / name).read_bytes() for name in ("base.qcow2", "s1", "s2")}
+    was_killed = True
+    while was_killed:
+        for one in (folder, store):
+            shutil.rmtree(one, ignore_errors=True)
+            one.mkdir()
+        for name, content in images.items():
+            place = store / name if name == linked else folder / name
+            place.write_bytes(content)
+            if name == linked:
+                (folder / name).symlink_to(place)
+        for name, below in (("s1", "base.qcow2"), ("s2", "s1")):
+            qemu.qemu_img("rebase", "-u", "-b", str(folder / below), "-F", "qcow2", str(folder / name))
+        request = RevertRequest(f"{folder}/s2", f"{folder}/base.qcow2", retire=how)
+        was_killed = killed_at(steps + 1, how, request.path, request.backing_file, by_link=False)
+        foretold, outcome = go_back([request], CHECK), go_back([request])
+        assert outcome.as_result("x")["x"] == foretold.as_result("x")["x"]
+        assert states(outcome) in (["reverted"], ["absent"]), outcome.failures
+        kept = {name for one in (folder, store) for name in names(one) if name.endswith(".reverted")}
+        assert how == "delete" or kept == {"s1.reverted", "s2.reverted"}
+        # Of the one below nothing tells once the topmost one has gone.
+        left = {"s1"} if states(outcome) == ["absent"] and linked == "s1" else set()
+        assert {"base.qcow2"} <= set(names(folder)) - kept <= {"base.qcow2"} | left
+        assert states(go_back([request])) == ["absent"]
+        steps += 1
+    assert set(names(folder)) - kept == {"base.qcow2"}
+    assert steps >= 5
+
+
+def test_a_symlink_that_leads_nowhere_stays_if_nothing_tells_that_the_image_was_renamed(tmp_path, base, request_for):
+    (tmp_path / "link").symlink_to("gone")
+    qemu.create(tmp_path / "gone.reverted", "64M")  # which does not stand on BASE
+    before = world(tmp_path)
+    assert [problem.code for problem in go_back([request_for("link")]).failures] == ["no_such_file"]
+    assert world(tmp_path) == before
+
+
+def test_a_symlink_that_cannot_be_removed_is_told(tmp_path, base, request_for, monkeypatch):
+    (tmp_path / "link").symlink_to("s2")
+
+    real = revert.remove_dangling_link
+
+    def failing(path):
+        if is_gone:
+            real(path)
+        if path == f"{tmp_path}/link":
+            raise OSError(5, "Input/output error")
+
+    for is_gone in (False, True):
+        monkeypatch.setattr(revert, "remove_dangling_link", failing)
+        (failure,) = go_back([request_for("link")]).failures
+        assert (failure.code, failure.subject) == ("not_removed", f"{tmp_path}/link")
+        monkeypatch.undo()
+        assert states(go_back([request_for("link")])) == ["absent" if is_gone else "reverted"]
+        for name in ("s1", "s2"):
+            os.rename(tmp_path / f"{name}.reverted", tmp_path / name)
+        if not is_gone:
+            (tmp_path / "link").symlink_to("s2")
+
+
+def test_a_symlink_in_between_that_cannot_be_removed_is_told(tmp_path, base, request_for, monkeypatch):
+    os.rename(tmp_path / "s1", tmp_path / "far")
+    (tmp_path / "s1").symlink_to("far")
+
+    def failing(_path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(revert, "remove_dangling_link", failing)
+    (failure,) = go_back([request_for("s2")]).failures
+    assert (failure.code, failure.subject) == ("not_removed", f"{tmp_path}/s1")
+
+
 def test_of_runs_that_race_one_goes_back_and_the_others_find_it_done(tmp_path, base):
     copies = tmp_path.parent / f"{tmp_path.name}.copies"
     shutil.copytree(tmp_path, copies)
@@ -586,6 +685,52 @@ def test_a_kept_image_of_an_earlier_time_is_not_deleted(tmp_path, base, request_
         {"path": f"{tmp_path}/s2", "kept_as": None},
         {"path": f"{tmp_path}/s1", "kept_as": f"{tmp_path}/s1.reverted"},
     ]
+
+
+@pytest.mark.parametrize("damage", ["elsewhere", "gone below", "no image", "unreadable", "folder", "nowhere", "itself"])
+def test_what_else_is_kept_is_not_taken_for_the_image_that_a_killed_run_has_renamed(
+    tmp_path, base, request_for, damage, monkeypatch
+):
+    os.rename(tmp_path / "s1", tmp_path / "s1.reverted")
+    other = tmp_path / "s1.reverted.1"
+    if damage in ("elsewhere", "gone below"):
+        qemu.create(tmp_path / "other", "64M")
+        qemu.create(other, "64M", "-b", f"{tmp_path}/other", "-F", "qcow2")
+        if damage == "gone below":
+            os.unlink(tmp_path / "other")
+    elif damage == "folder":
+        other.mkdir()
+    elif damage in ("nowhere", "itself"):
+        other.symlink_to("nowhere" if damage == "nowhere" else "s2")
+    else:
+        other.write_bytes(b"QFI\xfb")
+    if damage == "unreadable":
+        look = revert._layers
+        failure = OSError(errno.EIO, os.strerror(errno.EIO))
+        monkeypatch.setattr(
+            revert, "_layers", lambda file, *how: fail(failure) if file.path == str(other) else look(file, *how)
+        )
+    assert retiring.all_kept(f"{tmp_path}/s1", "reverted")[-1] == str(other)
+    outcome = go_back([request_for("s2")])
+    assert states(outcome) == ["reverted"]
+    assert outcome.as_result("overlays")["overlays"][0]["retired"][1]["kept_as"] == f"{tmp_path}/s1.reverted"
+
+
+def test_of_several_that_a_killed_run_may_have_renamed_it_is_the_newest(tmp_path, base, request_for):
+    shutil.copy(tmp_path / "s1", tmp_path / "s1.reverted.1")  # kept by an earlier release, which filled gaps
+    time.sleep(0.02)
+    os.rename(tmp_path / "s1", tmp_path / "s1.reverted")
+    outcome = go_back([request_for("s2")])
+    assert outcome.as_result("overlays")["overlays"][0]["retired"][1]["kept_as"] == f"{tmp_path}/s1.reverted"
+
+
+def test_what_is_missing_below_the_image_to_go_back_to_is_told(tmp_path, base, request_for):
+    template = qemu.create(tmp_path / "template", "64M")
+    qemu.qemu_img("rebase", "-u", "-b", template, "-F", "qcow2", base)
+    os.unlink(template)
+    assert "template: does not exist" in str(refused(tmp_path, request_for("s2"))[0])
+    os.rename(tmp_path / "s1", tmp_path / "s1.reverted")
+    assert "template: does not exist" in str(refused(tmp_path, request_for("s2"))[0])
 
 
 def test_a_loop_through_kept_images_ends(tmp_path, base, request_for):

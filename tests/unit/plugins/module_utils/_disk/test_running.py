@@ -700,6 +700,17 @@ def test_an_image_that_another_one_stands_on(tmp_path, disk):
     assert states(merge([CommitRequest(path, disk, vm="web")], Hypervisor())) == ["committed"]
 
 
+def test_an_image_that_another_one_stands_on_beside_a_symlink_to_it(tmp_path, disk):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "disk").symlink_to(disk)
+    path = overlay(tmp_path / "mon.qcow2", disk)
+    clone = overlay(tmp_path / "links" / "clone.qcow2", f"{tmp_path}/links/disk", None)
+    request = CommitRequest(path, f"{tmp_path}/links/disk", vm="web")
+    assert refused(request) == ["has_overlay"]
+    os.unlink(clone)
+    assert states(merge([request], Hypervisor())) == ["committed"]
+
+
 def test_what_is_left_over_is_put_aside_though_the_vm_stands_on_the_image_below(tmp_path, disk):
     left = overlay(tmp_path / "mon.qcow2", disk)
     overlay(tmp_path / "tue.qcow2", disk, OF_WEB._replace(snapshot="tue"))  # what the VM has now

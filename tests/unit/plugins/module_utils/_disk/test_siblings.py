@@ -7,13 +7,21 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import struct
 import time
+import types
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import identity_of
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.siblings import Above, overlays_in, standing_on
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import siblings
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.siblings import (
+    Above,
+    folders_beside,
+    overlays_in,
+    standing_on,
+)
 
 from .. import qemu
 
@@ -141,6 +149,50 @@ def test_who_stands_on_an_image_by_whatever_name(tmp_path, base):
     assert standing_on(identity(base), folders, set()) == names
     assert standing_on(identity(base), folders[:1], {identity(tmp_path / "a")}) == names[1:2]
     assert standing_on(identity(tmp_path / "a"), folders, set()) == [f"{tmp_path}/e"]
+
+
+@pytest.fixture(name="linked")
+def fixture_linked(tmp_path):
+    """Have a symlink in one folder to a symlink in another one to a file in a third; and a symlink to the first one."""
+    for folder, link in (("vm", "../between/b"), ("between", f"{tmp_path}/store/b"), ("store", None)):
+        (tmp_path / folder).mkdir()
+        if link is not None:
+            (tmp_path / folder / "b").symlink_to(link)
+    (tmp_path / "folder").symlink_to("vm")
+    return str(tmp_path / "vm" / "b")
+
+
+def test_the_folder_of_each_name_of_an_image_counts_once(tmp_path, linked, base):
+    os.rename(base, tmp_path / "store" / "b")
+    folders = [str(tmp_path / name) for name in ("vm", "between", "store")]
+    assert folders_beside([linked]) == folders
+    assert folders_beside([f"{tmp_path}/folder/b", linked, f"{tmp_path}/store/b"]) == folders
+    (tmp_path / "between" / "b").unlink()
+    assert folders_beside([linked]) == folders[:2]  # to what is not there a symlink can lead, too
+    assert folders_beside([f"{tmp_path}/gone/b", f"{tmp_path}/gone/c"]) == [f"{tmp_path}/gone"]
+    (tmp_path / "between" / "b").symlink_to("b")
+    assert folders_beside([linked]) == folders[:2]
+
+
+def test_one_folder_with_two_names_counts_once(tmp_path, monkeypatch):
+    """As of a file system that is mounted twice."""
+    monkeypatch.setattr(siblings, "_status_of", lambda _path: os.stat(tmp_path))
+    assert folders_beside([f"{tmp_path}/a", "/mnt/b"]) == [str(tmp_path)]
+
+
+def test_the_folder_of_a_block_device_holds_no_images_and_that_of_a_symlink_to_it_may(tmp_path, linked, monkeypatch):
+    real, device = siblings._status_of, types.SimpleNamespace(st_mode=stat.S_IFBLK)
+    monkeypatch.setattr(siblings, "_status_of", lambda path: device if path[-2:] == "/b" else real(path))
+    assert folders_beside([linked]) == [str(tmp_path / "vm"), str(tmp_path / "between")]
+    assert folders_beside([f"{tmp_path}/store/b"]) == []
+
+
+def test_a_symlink_that_cannot_be_read_hides_nothing(linked, monkeypatch):
+    failure = OSError(errno.EIO, os.strerror(errno.EIO))
+    monkeypatch.setattr(os, "readlink", lambda _path, **_more: _raise(failure))
+    with pytest.raises(Refusal, match="cannot be followed") as told:
+        folders_beside([linked])
+    assert (told.value.code, told.value.subject) == ("storage", linked)
 
 
 def test_a_folder_of_hundreds_of_images_is_quickly_looked_through(tmp_path, base):

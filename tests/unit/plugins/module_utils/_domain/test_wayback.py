@@ -25,6 +25,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.wayback imp
     lost_checkpoints,
     plan_commit,
     plan_revert,
+    signed_leftovers,
 )
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection import Kept, KnownCheckpoint
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import Definition
@@ -225,6 +226,65 @@ def test_a_run_that_dies_once_the_lowest_snapshots_are_renamed_is_completed(host
     assert host.revert("web", "mon")[0] == ["reverted"] * 2
     assert host.files() == sorted([*kept, "web-a.qcow2", "web-b.qcow2"])
     assert host.revert("web", "mon")[0] == []
+
+
+def test_what_else_is_kept_is_not_taken_for_what_a_killed_run_has_renamed(host):
+    assert host.revert("web", "mon")[0] == ["reverted"] * 2
+    for name in ("web-a.wed.qcow2", "web-b.wed.qcow2"):
+        os.rename(host.folder / f"{name}.reverted", host.folder / name)
+    (host.folder / "web-a.tue.qcow2.reverted.1").symlink_to("nowhere")
+    (host.folder / "web-b.tue.qcow2.reverted.1").symlink_to("web-b.wed.qcow2")
+    host.image("web-a.mon.qcow2.reverted.1", below="web-a.qcow2")  # it does not bear the mark
+    host.image("web-b.mon.qcow2.reverted.1")
+    states, _images = host.revert("web", "mon")
+    assert states == ["reverted"] * 2
+
+
+@pytest.fixture(name="linked")
+def fixture_linked(tmp_path):
+    """Have a domain on a snapshot of an image that a symlink in another folder names; the overlay is beside that."""
+    host = WayOfHost(tmp_path)
+    host.image("store/web.qcow2")
+    (tmp_path / "vm").mkdir()
+    (tmp_path / "vm" / "web.qcow2").symlink_to("../store/web.qcow2")
+    host.define("web", "vm/web.qcow2")
+    assert host.snapshot("web", "mon") == ["vm/web.mon.qcow2"]
+    return host
+
+
+def test_a_run_that_dies_when_it_goes_back_to_an_image_that_a_symlink_names_is_completed(linked):
+    assert linked.revert("web", "mon", dies=True)[0] == ["failed"]
+    assert linked.revert("web", "mon")[0] == ["reverted"]
+    assert sorted(os.listdir(linked.folder / "vm")) == ["web.mon.qcow2.reverted", "web.qcow2"]
+    assert linked.revert("web", "mon")[0] == []
+
+
+def test_an_overlay_that_is_a_symlink_goes_by_its_name_beside_the_disk(linked):
+    """Or the symlink would stay, and lead nowhere."""
+    overlay = linked.folder / "vm" / "web.mon.qcow2"
+    os.rename(overlay, linked.folder / "store" / "a.qcow2")
+    overlay.symlink_to("../store/a.qcow2")
+    assert linked.revert("web", "mon", dies=True)[0] == ["failed"]
+    assert linked.revert("web", "mon")[0] == ["reverted"]
+    assert os.listdir(linked.folder / "vm") == ["web.qcow2"]
+    assert sorted(os.listdir(linked.folder / "store")) == ["a.qcow2.reverted", "web.qcow2"]
+
+
+@pytest.mark.parametrize("is_on_another", [False, True])
+def test_what_went_in_below_a_symlink_while_its_vm_ran_is_told_of(linked, is_on_another):
+    left = str(linked.folder / "vm" / "web.mon.qcow2")
+    if is_on_another:  # which records the image itself
+        assert linked.snapshot("web", "tue") == ["vm/web.tue.qcow2"]
+        base = str(linked.folder / "store" / "web.qcow2")
+        qemu.qemu_img("rebase", "-u", "-b", base, "-F", "qcow2", str(linked.folder / "vm" / "web.tue.qcow2"))
+    else:
+        linked.define("web", "vm/web.qcow2")
+    with open_image(left) as file:
+        leave_sign(file)
+    assert linked.commit("web", "mon") == ["unfinished"]
+    stock, domain = Inventory(linked.domains), linked.domains["web"]
+    facts = stock.facts(domain, domain.definition.disks[0])
+    assert list(signed_leftovers(domain, facts, WayBack(""))) == ["mon"]
 
 
 @pytest.mark.parametrize("way", ["commit", "revert"])
