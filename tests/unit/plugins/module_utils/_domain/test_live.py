@@ -293,3 +293,15 @@ def test_libvirt_does_not_see_that_an_image_below_has_lost_its_bitmaps(host):
         disks = host.domains["web"].definition.disks
         (found,) = judge_checkpoints([known], disks, lambda _disk, have=layers: Chain(have, is_complete=True))
         assert (found.valid, found.problem) == verdict
+
+
+def test_a_checkpoint_is_not_that_of_a_disk_which_had_another_target_then(host):
+    """By libvirt's word it is: that goes by the targets."""
+    known = KnownCheckpoint("one", {"vda": "b"}, images={"vda": frozenset(["/a"]), "vdb": frozenset(["/b"])})
+    own = {"b": Bitmap("b", 65536, True, False)}
+    for base, verdict in (("/a", (True, None)), ("/b", (False, "swapped")), ("/moved", (True, None))):
+        chain = Chain((LayerBitmaps("/new", 1, own), LayerBitmaps(base, 1, own)), is_complete=True)
+        for said in (None, LiveBitmaps({"vda": 0})):
+            disks = host.domains["web"].definition.disks
+            (found,) = judge_checkpoints([known._replace(live=said)], disks, lambda _disk, chain=chain: chain)
+            assert (found.valid, found.problem) == verdict
