@@ -22,6 +22,7 @@ from .fates import DISABLED, INCONSISTENT, Fate, Named, fates, fault_below, wron
 from .overlay import SkippedBitmap, name_problems
 from .retire import is_kept
 from .revert_rules import Retired
+from .siblings import IS_NO_DISK
 from .stages import CARRIED, GIVEN, REBUILT, Seen, Stage, named
 from .vault import MARK, MAX_NAME, Vault
 from .verdict import COMMITTED, DELETE, FAILED, How, Need, problem_fields
@@ -357,7 +358,10 @@ def _stood_on(seen: Seen, path: str) -> Refusal:
             "any disk any more. Remove it, or move it to another folder; never merge it."
         )
     else:
-        remedy = "Commit it first, or give it as above if it is on top of the image that is committed."
+        remedy = (
+            "If a VM has that one as a disk, commit it first, or give it as above if it is on top of the image that is "
+            f"committed. {IS_NO_DISK}"
+        )
     return Refusal("has_overlay", seen.chain[0].path, why, remedy)
 
 

@@ -88,6 +88,9 @@ def test_an_image_below_a_running_vm(chain, tmp_path):
 def test_an_image_that_another_one_stands_on(chain, tmp_path, which):
     other = commits.overlay(tmp_path / "other", getattr(chain, which))
     refused(chain, "has_overlay", chain.top, other)
+    # It may be a backup that libvirt has made: to merge it down would put old data over newer data.
+    refused(chain, "has_overlay", chain.top, "If a VM has that one as a disk, commit it first")
+    refused(chain, "has_overlay", chain.top, "a backup that libvirt has made ('virsh backup-begin'): move it away")
 
 
 def test_the_image_above_is_no_stranger(chain, tmp_path):
