@@ -321,6 +321,7 @@ domains:
               writing. V(incomplete) if it cannot be told because not the whole chain was read.
             - Null if it is valid.
             - V(broken) if it is not valid by the word of libvirt, which does not say why, since the domain runs.
+            - V(swapped) if it is not valid because a disk has the images that another one had when it was made.
           type: str
           sample: null
         image:

@@ -163,6 +163,9 @@ requirements:
   - QEMU 5.2 or newer on the managed host, as C(qemu-storage-daemon) or a system emulator
   - Python 3.9 or newer on the managed host
 notes:
+  - With O(state=committed) an overlay is refused that was last written to before an image below it was. It may be left
+    over from a merge by C(virsh blockcommit --pivot), or be a backup by C(virsh backup-begin). If it is to go in all
+    the same, since no VM has run on that image, C(touch) it.
   - With O(state=committed) the module works on the host by itself. If the connection or the controller is lost it goes
     on to its end, and the next run waits for it. Meanwhile the controller shows a line every few seconds, unless the
     variable C(overlay_progress) is V(false). With C(async) of your own it is left to you.

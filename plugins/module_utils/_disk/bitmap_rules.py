@@ -36,6 +36,7 @@ BROKEN = "broken"  # libvirt says so of a running domain, and not which rule
 IN_USE = "in_use"
 INCOMPLETE = "incomplete"
 LOST = "lost"
+SWAPPED = "swapped"  # of a domain: the disk had another target when the checkpoint was made
 
 # Why a bitmap that is not valid cannot be made so, beside those.
 EMPTIED = "emptied"

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import collections
+import datetime
 import os
 import typing as t
 
@@ -22,7 +23,8 @@ from .fates import DISABLED, INCONSISTENT, Fate, Named, fates, fault_below, wron
 from .overlay import SkippedBitmap, name_problems
 from .retire import is_kept
 from .revert_rules import Retired, internal_snapshots
-from .stages import CARRIED, GIVEN, REBUILT, Seen, Stage, named
+from .siblings import IS_NO_DISK
+from .stages import CARRIED, GIVEN, REBUILT, WHOLE, Seen, Stage, named
 from .vault import MARK, MAX_NAME, Vault
 from .verdict import COMMITTED, DELETE, FAILED, How, Need, problem_fields
 
@@ -247,7 +249,8 @@ def problems_of(seen: Seen, stage: Stage, request: CommitRequest, outcome: Outco
     """Return why nothing may be merged."""
     # A VM has all of them open, and one reason is enough.
     problems = [in_use(path) for path in seen.open_for_writing] or [below_running_vm(p) for p in seen.below_running]
-    problems += [*_begun_problems(seen, request), *image_problems(seen), *_size_problems(seen, stage)]
+    problems += _begun_problems(seen, request) or _newer_below(seen, stage, request)
+    problems += [*image_problems(seen), *_size_problems(seen, stage)]
     problems += _unordered(seen)
     lost = [bitmap for bitmap in seen.top.bitmaps if not bitmap.name.startswith(MARK) and not bitmap.inconsistent]
     if not seen.holds_bitmaps and lost and not request.accept_lost_bitmaps:
@@ -333,6 +336,30 @@ def _begun_problems(seen: Seen, request: CommitRequest) -> list[Refusal]:
     return [Refusal("unfinished", request.path, why, remedy)]
 
 
+def _newer_below(seen: Seen, stage: Stage, request: CommitRequest) -> list[Refusal]:
+    """Return that an image below was written to after TOP, as after 'virsh blockcommit --pivot', or by a VM on it.
+
+    No overlay stays behind like that while its VM runs. A commit that was begun has written to BASE itself.
+    """
+    newer = [path for path, changed in seen.below_changed.items() if changed > seen.top_changed]
+    if request.is_of_vm or stage.name != WHOLE or seen.open_for_writing or not newer:
+        return []
+    why = (
+        f"was last written to at {_shown(seen.top_changed)}, and {newer[0]} below it after that, at "
+        f"{_shown(seen.below_changed[newer[0]])}. So it may have gone in already, or be a backup, and would put old "
+        "data over newer data"
+    )
+    remedy = (
+        f"If no VM has run on that one since, 'touch {request.path}' says so: then run this again. Else leave it, or "
+        "move it away, to another folder."
+    )
+    return [Refusal("unfinished", request.path, why, remedy)]
+
+
+def _shown(changed: int) -> str:
+    return datetime.datetime.fromtimestamp(changed / 10**9, datetime.timezone.utc).isoformat(" ", "milliseconds")
+
+
 def image_problems(seen: Seen) -> list[Refusal]:
     """Return why the images cannot be merged, whatever bitmaps and sizes they have."""
     return [
@@ -390,7 +417,10 @@ def _stood_on(seen: Seen, path: str) -> Refusal:
             "any disk any more. Remove it, or move it to another folder; never merge it."
         )
     else:
-        remedy = "Commit it first, or give it as above if it is on top of the image that is committed."
+        remedy = (
+            "If a VM has that one as a disk, commit it first, or give it as above if it is on top of the image that is "
+            f"committed. {IS_NO_DISK}"
+        )
     return Refusal("has_overlay", seen.chain[0].path, why, remedy)
 
 

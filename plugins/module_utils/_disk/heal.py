@@ -42,6 +42,7 @@ from .bitmap_rules import (
     why_not_provable,
 )
 from .fates import Named
+from .siblings import IS_NO_DISK
 from .vault import MARK
 from .verdict import FAILED, Need, problem_fields
 
@@ -245,7 +246,7 @@ def _barred(chain: t.Sequence[Standing]) -> dict[int, Refusal]:
 
 def _has_overlay(path: str, other: str) -> Refusal:
     why = f"is below {other} too, whose backups would be judged by other bitmaps"
-    remedy = "Give the topmost image of the disk. If that one is of no use, remove it; a template stays as it is."
+    remedy = f"Give the topmost image of the disk; a template stays as it is. {IS_NO_DISK}"
     return Refusal("has_overlay", path, why, remedy)
 
 

@@ -22,7 +22,7 @@ import secrets
 import typing as t
 
 from .._base.errors import QemuError, Refusal, system_refusal
-from .._base.files import is_there
+from .._base.files import OpenImage, is_there
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.extents import AllocationMap
 from . import heal
@@ -128,6 +128,8 @@ class MendBitmaps:
     def write(self, verdict: HealVerdict, held: Held) -> HealVerdict:
         """Give the images their bitmaps, topmost first, and read them back."""
         work = self._works[verdict.request.path]
+        top, *below = [work.patients[place].file for place in sorted({0, *verdict.written})]
+        was_newest = not top.is_device and all(_changed(one) <= _changed(top) for one in below)
         for place in verdict.written:
             patient, wants = work.patients[place], work.plan.wants[place]
             data_file = patient.image.data_file
@@ -139,6 +141,8 @@ class MendBitmaps:
                 raise exc.about(patient.layer.path).with_note(_GOES_ON) from exc
             except Refusal as exc:
                 raise exc.with_note(_GOES_ON) from exc
+        if was_newest and below:
+            _touch(top)
         return verdict
 
     def publish(
@@ -178,6 +182,18 @@ class MendBitmaps:
             what = "its bitmaps are as they should be, but a vault could not be removed"
             return verdict.failed(system_refusal(exc, verdict.request.path, what))
         return verdict
+
+
+def _changed(file: OpenImage) -> int:
+    return file.status().st_mtime_ns
+
+
+def _touch(file: OpenImage) -> None:
+    """Say that no VM has run on an image below since: a merge refuses an overlay that is older than what is below."""
+    try:
+        os.utime(file.fd)
+    except OSError as exc:
+        raise system_refusal(exc, file.path, "its time cannot be changed").with_note(_GOES_ON) from exc
 
 
 def _barred(work: _Work) -> t.Iterator[Refusal]:

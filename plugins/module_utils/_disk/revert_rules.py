@@ -17,6 +17,7 @@ from .._qcow2.chain import Layer, relative_data_file, why_unusable
 from .._qemu.locks import in_use
 from .bitmap_rules import carries_over, names_of
 from .overlay import name_problems
+from .siblings import IS_NO_DISK
 from .vault import MARK
 from .verdict import ABSENT, FAILED, KEEP, REVERTED, How, problem_fields
 
@@ -243,14 +244,14 @@ def _going_problems(one: Going) -> list[Refusal]:
         problems.append(Refusal("below_running_vm", one.path, why, remedy))
     if one.standing:
         why = f"is the backing file of {one.standing[0]}, which would be lost with it"
-        remedy = "Put that one back first, or merge it down; or remove it if nobody needs it."
+        remedy = f"If a VM has that one as a disk, put it back first, or merge it down. {IS_NO_DISK}"
         problems.append(Refusal("has_overlay", one.path, why, remedy))
     return problems + ([one.problem] if one.problem else [])
 
 
 def _others_problems(request: RevertRequest, seen: Observed) -> list[Refusal]:
     """Return that BASE, to which the VM is going to write, is the backing file of images that stay."""
-    remedy = "Put that one on a copy of it ('qemu-img rebase'), or remove it if nobody needs it."
+    remedy = f"If a VM has that one as a disk, put it on a copy of this image ('qemu-img rebase'). {IS_NO_DISK}"
     why = "is the backing file of {}, too, which would be broken by what the VM writes to it"
     return [Refusal("has_overlay", request.backing_file, why.format(one), remedy) for one in seen.others]
 

@@ -390,7 +390,7 @@ def _see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, held: Hel
         base_is_as_kept=False,
         base_lacks_removed=False,
         top_changed=0,
-        base_changed=None,
+        below_changed={},
         above=_above(request, held),
         open_for_writing=(),
         below_running=(),

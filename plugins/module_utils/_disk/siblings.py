@@ -27,6 +27,11 @@ from .publish import is_temporary
 
 _NO_FOLDER = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM)  # or none that is ours to see
 _NO_IMAGE = ("no_such_file", "not_a_disk", "bad_name", "no_permission")
+# What libvirt's backups write beside a disk records the disk as its backing file, and holds older data than that.
+IS_NO_DISK = (
+    "If no VM has it, here or on another host, it is left over, or a backup that libvirt has made ('virsh "
+    "backup-begin'): move it away, to another folder, and never merge it."
+)
 
 
 class Above(t.NamedTuple):

@@ -60,7 +60,7 @@ class Seen(t.NamedTuple):
     base_lacks_removed: bool  # as the vault says, but for bitmaps that TOP has not either
     top_has_all: bool  # TOP's bitmaps mark all that those of BASE, and of the vault, of the same names mark
     top_changed: int  # ns since 1970
-    base_changed: int | None  # None if that cannot be told, as of a block device
+    below_changed: t.Mapping[str, int]  # the same of the others that take part, by path; not of block devices
     above: Layer | None
     open_for_writing: tuple[str, ...]  # paths of images that a process has open for writing
     below_running: tuple[str, ...]  # paths of images that a running VM has as a backing file
@@ -82,6 +82,11 @@ class Seen(t.NamedTuple):
     def base(self) -> Layer:
         """The image that all goes into."""
         return self.chain[self.depth]
+
+    @property
+    def base_changed(self) -> int | None:
+        """When BASE was written to last, in ns since 1970; None if that cannot be told, as of a block device."""
+        return self.below_changed.get(self.base.path)
 
     @property
     def mark(self) -> Bitmap | None:

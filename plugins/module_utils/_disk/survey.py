@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import stat
 import typing as t
 
 from .._base.errors import Refusal
@@ -102,7 +103,9 @@ def see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, above: Lay
         top_has_all=top is None
         or _has_all(files[0], top, _bits_below(vault, files[depth], base), chain[0].virtual_size),
         top_changed=files[0].status().st_mtime_ns,
-        base_changed=None if base.is_device else files[depth].status().st_mtime_ns,
+        below_changed={
+            layer.path: _changed(layer, file) for layer, file in zip(part[1:], files[1:]) if not file.is_device
+        },
         above=above,
         open_for_writing=tuple(file.path for file in files if is_open_for_writing(file)),
         below_running=tuple(file.path for file in files if locks.is_locked_by_qemu(file, locks.WRITE_UNSHARED)),
@@ -116,6 +119,16 @@ def last_written(layers: t.Sequence[Layer], held: Held) -> dict[str, int]:
     """Return when the images were last written to, in seconds since 1970, by path; a block device does not tell."""
     files = {layer.path: held.image(layer.path) for layer in layers if not layer.is_device}
     return {path: int(file.status().st_mtime) for path, file in files.items()}
+
+
+def _changed(layer: Layer, file: OpenImage) -> int:
+    """Return when an image, or the external data file that has its data, was written to last, in ns since 1970."""
+    found = file.status().st_mtime_ns
+    data_file = layer.image.data_file if layer.image is not None else None
+    with contextlib.suppress(OSError, ValueError):  # what is wrong with it is told where it is opened
+        status = os.stat(data_file or "")
+        return max(found, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else found
+    return found
 
 
 def _has_gone_in(path: str, vault: Vault | None) -> bool:

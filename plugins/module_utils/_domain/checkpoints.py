@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+import collections
+import os
 import typing as t
 
-from .._disk.bitmap_rules import BROKEN, IN_USE, INCOMPLETE, LOST, Checkpoint, LayerBitmaps, judge
+from .._disk.bitmap_rules import BROKEN, IN_USE, INCOMPLETE, LOST, SWAPPED, Checkpoint, LayerBitmaps, judge
 from .._disk.examine import examine_chain
 from .._libvirt.connection import KnownCheckpoint, LiveBitmaps
 from .._libvirt.definition import DomainDisk
@@ -19,6 +21,11 @@ _BROKEN_LIVE = (
     "domain runs. Shut it down, and kvmfleet.qcow2.domain_checkpoint makes it valid again if that is provable. Or have "
     "libvirt delete it at once by domain_checkpoint with running=live and unusable=remove, and make a full backup with "
     "a new checkpoint."
+)
+_SWAPPED = (
+    "The disk {} has the images that {} had when the checkpoint was made, so an increment would not fit its backup. If "
+    "that is a mistake, give the disks the targets that they had ('virsh edit'). Else make a full backup with a new "
+    "checkpoint; kvmfleet.qcow2.domain_checkpoint with unusable=remove removes this one."
 )
 
 
@@ -61,7 +68,8 @@ def promised(path: str, virtual_size: int | None, bitmaps: t.Sequence[Bitmap]) -
 def _judge(known: KnownCheckpoint, disks: t.Mapping[str, DomainDisk], chains: t.Mapping[str, Chain]) -> Checkpoint:
     """Return the verdict on a checkpoint by the chains of its disks, or by what libvirt says of them."""
     verdicts = [
-        judge_live(bitmap, disks[target], known.live, _judge_stored(bitmap, target, chains, known.created))
+        judge_swapped(known, disks[target], [os.path.realpath(one.path) for one in chains[target].layers])
+        or judge_live(bitmap, disks[target], known.live, _judge_stored(bitmap, target, chains, known.created))
         for target, bitmap in known.bitmaps.items()
         if target in disks  # the definition may have lost a disk since
     ]
@@ -74,6 +82,27 @@ def _judge_stored(bitmap: str, target: str, chains: t.Mapping[str, Chain], creat
     if chain is None or not chain.layers:
         return unreadable_disk(bitmap, target)
     return judge(bitmap, chain.layers, complete=chain.is_complete, created=created)
+
+
+def other_disk(known: KnownCheckpoint, target: str, images: t.Collection[str]) -> str | None:
+    """Return which disk of a checkpoint's time it is whose images a target has now, if not the one it had then.
+
+    `images` are the real paths of its chain. That they are others tells nothing: a snapshot, a merge or a move gives a
+    disk other images. But if one was another disk's, and none its own, the disks have swapped their targets.
+    """
+    times = collections.Counter(path for paths in known.images.values() for path in paths)
+    own = {name: {path for path in paths if times[path] == 1} for name, paths in known.images.items()}  # no template
+    if not own.get(target, set()).isdisjoint(images):
+        return None
+    return next((name for name in sorted(own) if name != target and not own[name].isdisjoint(images)), None)
+
+
+def judge_swapped(known: KnownCheckpoint, disk: DomainDisk, images: t.Collection[str]) -> Checkpoint | None:
+    """Return the verdict for one disk that had another target when the checkpoint was made; None if it had this one."""
+    other = other_disk(known, disk.target, images)
+    if other is None:
+        return None
+    return Checkpoint(known.name, False, SWAPPED, disk.source, _SWAPPED.format(disk.target, other))
 
 
 def judge_live(bitmap: str, disk: DomainDisk, live: LiveBitmaps | None, stored: Checkpoint) -> Checkpoint:

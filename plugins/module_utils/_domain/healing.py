@@ -24,6 +24,7 @@ from .._disk.bitmap_rules import judge
 from .._disk.heal import ABSENT, VALID, HealRequest, Standing
 from .._disk.vault import MARK
 from .._libvirt.connection import KnownCheckpoint
+from .checkpoints import other_disk
 from .inventory import is_pattern
 
 # Why a checkpoint will never be valid again; everything else that is wrong can be mended.
@@ -73,6 +74,7 @@ class DiskChain(t.NamedTuple):
     has_vault: bool = False  # that a killed run has left
     others: tuple[tuple[str, str], ...] = ()  # as HealRequest has it
     holds_none: bool = False  # whether its format holds no bitmaps, as its definition has it
+    real_paths: tuple[str, ...] = ()  # of its images
 
     def is_valid(self, bitmap: str, created: int) -> bool:
         """Whether the chain has this bitmap, of a checkpoint that was made then, in order as it is, without a vault."""
@@ -125,6 +127,19 @@ def holds_no_bitmaps(disk: DiskChain, name: str) -> Refusal:
     return Refusal("no_checkpoint", disk.path, why, "Make a full backup with a new checkpoint.")
 
 
+def is_of_other_disk(disk: DiskChain, other: str, name: str) -> Refusal:
+    """Return the refusal of a checkpoint of disks that have swapped their targets since."""
+    why = (
+        f"is the disk {disk.target} now, and was {other} when the checkpoint {name!r} was made, so an increment would "
+        "not fit its backup"
+    )
+    remedy = (
+        "If that is a mistake, give the disks the targets that they had ('virsh edit'); else make a full backup with a "
+        "new checkpoint."
+    )
+    return Refusal("not_healable", disk.path, why, remedy)
+
+
 def decide(
     domain: tuple[str, str],
     request: CheckpointRequest,
@@ -162,6 +177,9 @@ class _Draft:
         for name in list(self._healed):
             if not self._asked[name]:
                 self._give_up(name, without_disks(self._name, name))
+        for one, disk, other in self._swapped():
+            if one in self._healed:
+                self._give_up(one, is_of_other_disk(disk, other, one))
         for name, bitmaps in self._asked.items():
             for disk in (self._disks[target] for target in bitmaps):
                 if disk.holds_none and name in self._healed:
@@ -176,6 +194,14 @@ class _Draft:
     def _referred(self) -> set[str]:
         """Return the bitmaps that checkpoints need, of whichever disk: one can have got another target since."""
         return {bitmap for one in self._known for bitmap in one.bitmaps.values()}
+
+    def _swapped(self) -> t.Iterator[tuple[str, DiskChain, str]]:
+        """Yield the checkpoints that are asked for, with a disk that each has, and which one that was then."""
+        for known in (one for one in self._known if one.name in self._asked):
+            for disk in (self._disks[target] for target in self._asked[known.name]):
+                other = other_disk(known, disk.target, disk.real_paths)
+                if other is not None:
+                    yield known.name, disk, other
 
     def _find_orphans(self) -> dict[str, tuple[str, ...]]:
         """Return the bitmaps that no checkpoint refers to, by target."""

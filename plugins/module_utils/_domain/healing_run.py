@@ -161,7 +161,8 @@ class HealCall:
                 refused = failed_by(HealVerdict(heal.HealRequest(disk.source)), exc)
                 return DiskChain(disk.target, disk.source, problem=refused.problems[0])
             has_vault = any(one.vault is not None for one in patients)
-        return DiskChain(disk.target, disk.source, tuple(images), has_vault=has_vault, others=others)
+            paths = tuple(one.layer.real_path for one in patients)
+        return DiskChain(disk.target, disk.source, tuple(images), None, has_vault, others, real_paths=paths)
 
     def _look(self) -> Held:
         return Held(self._settings, Engine(self._settings), locking=False)

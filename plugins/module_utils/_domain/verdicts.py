@@ -21,7 +21,7 @@ from .._disk.vault import MARK
 from .._libvirt.connection import KnownCheckpoint
 from .._libvirt.definition import DomainDisk
 from .._qcow2.formats import QCOW2
-from .checkpoints import judge_live, unreadable_disk, worst_of
+from .checkpoints import judge_live, judge_swapped, other_disk, unreadable_disk, worst_of
 from .fitness import KEEPS_NOTHING
 from .inventory import READ_ONLY
 
@@ -48,6 +48,11 @@ class DiskLook(t.NamedTuple):
     def is_backed_up(self) -> bool:
         """Whether libvirt would take it into a checkpoint, and into a backup, unless told otherwise."""
         return self.disk.format == QCOW2 and self.disk.why_unfit not in KEEPS_NOTHING
+
+    @property
+    def real_paths(self) -> list[str]:
+        """Of the images of its chain, as far as they could be read."""
+        return [one.layer.real_path for one in self.chain.layers] if self.chain else []
 
     @property
     def top_bitmaps(self) -> list[str] | None:
@@ -134,7 +139,8 @@ def _judge_disk(look: DiskLook, bitmap: str, known: KnownCheckpoint) -> Checkpoi
     # libvirt tells of the files that QEMU has open, which are not there.
     if look.problem is not None and look.problem.code == "other_disks":
         return Checkpoint(bitmap, None, INCOMPLETE, look.problem.subject, str(look.problem))
-    return judge_live(bitmap, look.disk, known.live, _judge_stored(look, bitmap, known.created))
+    swapped = judge_swapped(known, look.disk, look.real_paths)
+    return swapped or judge_live(bitmap, look.disk, known.live, _judge_stored(look, bitmap, known.created))
 
 
 def _judge_stored(look: DiskLook, bitmap: str, created: int) -> Checkpoint:
@@ -171,11 +177,11 @@ def orphan_bitmaps(known: t.Sequence[KnownCheckpoint], disks: t.Sequence[DiskLoo
 
 def next_backup(checkpoints: t.Sequence[DomainCheckpoint], disks: t.Sequence[DiskLook]) -> NextBackup:
     """Return what the next backup can be: an increment since the newest checkpoint that allows one, or a full one."""
-    targets = [one.disk.target for one in disks if one.is_backed_up]
+    backed_up = [one for one in disks if one.is_backed_up]
     newer: list[str] = []  # why those that are newer do not allow it
     unknown = None
     for one in reversed(checkpoints):
-        lacking = [target for target in targets if target not in {*one.known.bitmaps, *one.known.left_out}]
+        lacking = [look.disk.target for look in backed_up if not _knows(one.known, look)]
         if one.verdict.valid and not lacking:
             since = f"An increment since the checkpoint {one.known.name!r} is possible."
             return NextBackup(INCREMENTAL, one.known.name, " ".join([since, *newer[:_SHOWN]]))
@@ -185,11 +191,18 @@ def next_backup(checkpoints: t.Sequence[DomainCheckpoint], disks: t.Sequence[Dis
     if unknown is not None:
         return NextBackup(UNKNOWN, None, unknown)
     if not checkpoints:
-        why = "" if targets else " It could have none, since it writes to no qcow2 disk."
+        why = "" if backed_up else " It could have none, since it writes to no qcow2 disk."
         return NextBackup(FULL, None, f"libvirt knows no checkpoint of the domain.{why}")
     older = [" Nor does an older one allow it."] if len(newer) > 1 else []
     broken = any(one.verdict.valid is False for one in checkpoints)
     return NextBackup(FULL, None, "".join([newer[0], *older, *([_HEAL] if broken else [])]))
+
+
+def _knows(known: KnownCheckpoint, look: DiskLook) -> bool:
+    """Whether a disk has its bitmap of the checkpoint, or is one that was left out when it was made."""
+    target = look.disk.target
+    was_left_out = target in known.left_out and other_disk(known, target, look.real_paths) is None
+    return target in known.bitmaps or was_left_out
 
 
 def _why_not(one: DomainCheckpoint, lacking: t.Sequence[str]) -> str:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import threading
 import time
 import typing as t
@@ -24,7 +25,7 @@ import typing as t
 from .._base.errors import Refusal
 from .._base.signals import interruptible
 from .bindings import LibvirtError, known, libvirt, words_of
-from .definition import CheckpointParts, Definition, checkpoint_from
+from .definition import CheckpointParts, Definition, DomainDisk, checkpoint_from
 from .pools import Pools
 
 _Answer = t.TypeVar("_Answer")
@@ -51,6 +52,7 @@ class KnownCheckpoint(t.NamedTuple):
     created: int = 0  # seconds since 1970
     parent: str | None = None  # name of the checkpoint before
     live: LiveBitmaps | None = None  # None if libvirt was not asked
+    images: t.Mapping[str, frozenset[str]] = {}  # real paths, by target, that the disks had, if it was asked for them
 
 
 class Domain(t.NamedTuple):
@@ -203,7 +205,7 @@ class Libvirt:
             raise unreadable(domain.name, exc) from exc
         places = [self.pools.place_of(volume) for _name, part in parts for volume in part.volumes]
         return Kept(
-            tuple(_known(name, part) for name, part in parts),
+            tuple(self._known(name, part) for name, part in parts),
             snapshots,
             # Without a path of today nothing is known, and a disk is rather ambiguous.
             frozenset(place.path for place in places if place.path).union(*(part.images for _name, part in parts)),
@@ -212,13 +214,15 @@ class Libvirt:
     def kept_now(self, domain: Domain) -> Kept:
         """Return the same without the images of that time, and with the live bitmaps of a domain that runs.
 
-        That is much faster: the XML of a checkpoint is little then.
+        That is much faster: the XML of a checkpoint is little then, unless it can be about disks of other targets now.
         """
         try:
             handle = self.connection.lookupByUUIDString(domain.uuid)
             checkpoints = _checkpoints(handle)
             known_now = (
-                self._known_live(domain, checkpoints) if domain.state else [_known_stored(one) for one in checkpoints]
+                self._known_live(domain, checkpoints)
+                if domain.state
+                else [self._known_stored(domain, one) for one in checkpoints]
             )
             return Kept(tuple(known_now), _snapshots(handle))
         except LibvirtError as exc:
@@ -240,15 +244,30 @@ class Libvirt:
                     parts = checkpoint_from(
                         self.in_time(domain.uuid, functools.partial(_described, name=name, flags=flags))
                     )
-                    found.append(_known(name, parts, LiveBitmaps(parts.sizes)))
+                    found.append(self._known(name, _with_disks(domain, one, parts), LiveBitmaps(parts.sizes)))
                     continue
                 except TimeoutError:
                     problem = _NO_ANSWER
                 except LibvirtError as exc:  # such as one that is shut off just now
                     is_old = exc.get_error_code() == libvirt.VIR_ERR_INVALID_ARG  # it does not know the flag
                     problem = words_of(exc) + (" (libvirt 7.0 can)" if is_old else "")
-            found.append(_known_stored(one, LiveBitmaps(problem=problem)))
+            found.append(self._known_stored(domain, one, LiveBitmaps(problem=problem)))
         return found
+
+    def _known_stored(self, domain: Domain, checkpoint: t.Any, live: LiveBitmaps | None = None) -> KnownCheckpoint:
+        """Return what libvirt keeps of a checkpoint."""
+        parts = checkpoint_from(checkpoint.getXMLDesc(libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN))
+        return self._known(checkpoint.getName(), _with_disks(domain, checkpoint, parts), live)
+
+    def _known(self, name: str, parts: CheckpointParts, live: LiveBitmaps | None = None) -> KnownCheckpoint:
+        images = {disk.target: self._images(disk) for disk in parts.disks}
+        return KnownCheckpoint(name, parts.bitmaps, parts.left_out, parts.created, parts.parent, live, images)
+
+    def _images(self, disk: DomainDisk) -> frozenset[str]:
+        """Return the real paths of the images of a disk, as far as its definition tells them."""
+        top = self.pools.place_of(disk.volume).path if disk.volume is not None else disk.source
+        paths = [top or "", *(image.path for image in disk.stated_images)]
+        return frozenset(os.path.realpath(path) for path in paths if os.path.isabs(path))
 
 
 def _open(uri: str) -> t.Any:
@@ -281,14 +300,14 @@ def _snapshots(handle: t.Any) -> tuple[str, ...]:
     return tuple(sorted(one.getName() for one in known(handle.listAllSnapshots)))
 
 
-def _known(name: str, parts: CheckpointParts, live: LiveBitmaps | None = None) -> KnownCheckpoint:
-    return KnownCheckpoint(name, parts.bitmaps, parts.left_out, parts.created, parts.parent, live)
-
-
-def _known_stored(checkpoint: t.Any, live: LiveBitmaps | None = None) -> KnownCheckpoint:
-    """Return what libvirt keeps of a checkpoint."""
-    parts = checkpoint_from(checkpoint.getXMLDesc(libvirt.VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN))
-    return _known(checkpoint.getName(), parts, live)
+def _with_disks(domain: Domain, checkpoint: t.Any, parts: CheckpointParts) -> CheckpointParts:
+    """Return what is known of a checkpoint, with the disks of that time where these can have other targets now."""
+    definition = domain.running_definition or domain.definition
+    own = {disk.target for disk in definition.disks if disk.format == "qcow2"}
+    if len(parts.bitmaps) < 2 and not parts.left_out & own:
+        return parts
+    whole = checkpoint_from(checkpoint.getXMLDesc(0))
+    return parts._replace(disks=whole.disks, left_out=whole.left_out)
 
 
 def _read(handle: t.Any, name: str) -> Domain | Unreadable:

@@ -113,13 +113,22 @@ class CheckpointParts(t.NamedTuple):
     """What is kept of the XML of a checkpoint, which has the whole definition of the domain at that time."""
 
     bitmaps: t.Mapping[str, str]  # by target; those that it had if its deletion was begun
-    images: frozenset[str]  # paths of the disks that the domain had, and could write to
-    volumes: frozenset[Volume]  # those of them that were volumes
-    left_out: frozenset[str]  # targets of the other disks that the domain had
+    disks: tuple[DomainDisk, ...]  # that the domain had, and could write to; of volumes nothing but their names
+    left_out: frozenset[str]  # targets of the other ones; where the definition is missing, of whatever had a target
     created: int  # seconds since 1970
     parent: str | None  # name of the checkpoint before
     sizes: t.Mapping[str, int]  # dirty bytes by target, of the disks of which libvirt tells them
     is_half_deleted: bool  # a run that was killed had begun to delete it disk by disk
+
+    @property
+    def images(self) -> frozenset[str]:
+        """The paths of those disks."""
+        return frozenset(disk.source for disk in self.disks if disk.source is not None)
+
+    @property
+    def volumes(self) -> frozenset[Volume]:
+        """Those of them that were volumes."""
+        return frozenset(disk.volume for disk in self.disks if disk.volume is not None)
 
 
 class Definition:
@@ -219,20 +228,19 @@ class Definition:
 def checkpoint_from(text: str) -> CheckpointParts:
     """Return what the XML of a checkpoint says (libvirt, "Checkpoint XML format")."""
     root = _parse(text).documentElement
-    disks = _disks_of_checkpoint(root)
-    with_bitmap = [disk for disk in disks if disk.getAttribute("checkpoint") == "bitmap"]
+    named = _disks_of_checkpoint(root)
+    with_bitmap = [disk for disk in named if disk.getAttribute("checkpoint") == "bitmap"]
     had = _bitmaps_before(root)
     bitmaps = had or {disk.getAttribute("name"): disk.getAttribute("bitmap") for disk in with_bitmap}
     times = [_text_of(time) for time in _children(root, "creationTime")]
     parents = [_text_of(name) for parent in _children(root, "parent") for name in _children(parent, "name")]
-    written = [disk for domain in _children(root, "domain") for disk in _disks_of(domain) if _is_written(disk)]
-    paths = [_source_of(disk, disk.getAttribute("type") or "file") for disk in written]
-    sources = [source for disk in written for source in _children(disk, "source") if source.hasAttribute("volume")]
+    domains = _children(root, "domain")
+    disks = [_disk_from(disk, {}) for domain in domains for disk in _disks_of(domain) if _is_written(disk)]
+    left_out = frozenset(disk.getAttribute("name") for disk in named) - set(bitmaps)
     return CheckpointParts(
         bitmaps,
-        frozenset(path for path in paths if path is not None),
-        frozenset(_volume_from(source) for source in sources),
-        left_out=frozenset(disk.getAttribute("name") for disk in disks) - set(bitmaps),
+        tuple(disks),
+        left_out & {disk.target for disk in disks} if domains else left_out,
         created=int(times[0]) if times else 0,
         parent=parents[0] if parents else None,
         sizes={d.getAttribute("name"): int(d.getAttribute("size")) for d in with_bitmap if d.hasAttribute("size")},

@@ -25,6 +25,7 @@ from . import commits
 from .overlays import SETTINGS, digest
 
 SIZE = 16 << 20
+CHECK = SETTINGS._replace(check_mode=True)
 
 
 class Chain(t.NamedTuple):
@@ -88,6 +89,9 @@ def test_an_image_below_a_running_vm(chain, tmp_path):
 def test_an_image_that_another_one_stands_on(chain, tmp_path, which):
     other = commits.overlay(tmp_path / "other", getattr(chain, which))
     refused(chain, "has_overlay", chain.top, other)
+    # It may be a backup that libvirt has made: to merge it down would put old data over newer data.
+    refused(chain, "has_overlay", chain.top, "If a VM has that one as a disk, commit it first")
+    refused(chain, "has_overlay", chain.top, "a backup that libvirt has made ('virsh backup-begin'): move it away")
 
 
 def test_the_image_above_is_no_stranger(chain, tmp_path):
@@ -139,6 +143,7 @@ def test_an_image_that_is_smaller_than_the_one_below(tmp_path, upper):
 def test_internal_snapshots_in_an_image_that_goes_in(chain, which):
     path = getattr(chain, which)
     qemu.qemu_img("snapshot", "-c", "s", path)
+    os.utime(chain.top)
     refused(chain, "unsupported", path, "1 internal snapshots")
 
 
@@ -517,14 +522,16 @@ def test_a_vault_of_a_stranger_is_not_trusted(chain, monkeypatch):
 def test_what_an_image_has_lost_must_not_come_to_look_valid(chain):
     """The bitmap of TOP may have begun there: after the merge nothing would tell that it lacks what changed before."""
     qemu.patch(chain.base, 88, struct.pack(">Q", 0))  # autoclear bit 0
+    os.utime(chain.top)
     refused(chain, "lost_bitmaps", chain.base, "perhaps 'x', too")
-    qemu.qemu_img("bitmap", "--remove", "-f", "qcow2", chain.top, "x")
     qemu.qemu_img("bitmap", "--remove", "-f", "qcow2", chain.middle, "x")
+    qemu.qemu_img("bitmap", "--remove", "-f", "qcow2", chain.top, "x")
     assert commits.merged(chain.top, chain.base)["state"] == "committed"
 
 
 def test_what_an_image_between_has_lost_is_what_it_holds_where_base_has_it(chain):
     qemu.patch(chain.middle, 88, struct.pack(">Q", 0))
+    os.utime(chain.top)
     done = commits.merged(chain.top, chain.base)
     assert (done["state"], [one["name"] for one in done["bitmaps"]]) == ("committed", ["x"])
 
@@ -633,3 +640,52 @@ def test_a_vault_of_other_work_tells_nothing_of_the_image_above(chain):
     assert os.path.exists(vault)
     assert commits.merged(middle, chain.base, above=above)["state"] == "committed"
     assert qemu.bitmaps_of(above) == {("x", 65536, True, False)}
+
+
+@pytest.mark.parametrize("which", ["base", "middle"])
+def test_an_image_that_is_older_than_what_is_below_it_may_be_a_backup_or_have_gone_in(chain, which):
+    """Such as virsh blockcommit leaves it; libvirt's backups stand beside the disk and record it as backing file."""
+    below = getattr(chain, which)
+    commits.write(below, "write -P 9 2M 64k")  # TOP holds older data there
+    os.utime(chain.top, ns=(0, os.stat(below).st_mtime_ns - 1))
+    refused(chain, "unfinished", chain.top, f"and {below} below it after that")
+    with untouched(*chain):
+        assert commits.merge(chain.top, chain.base, CHECK).failures[0].code == "unfinished"
+    os.utime(chain.top)  # by the word of the user
+    data = commits.content(chain.top)
+    assert commits.merged(chain.top, chain.base)["state"] == "committed"
+    assert commits.content(chain.base) == data
+
+
+def test_an_image_whose_vm_has_it_is_merged_whatever_the_times_are(chain):
+    os.utime(chain.top, (0, 0))
+    assert commits.merged(chain.top, chain.base, is_of_vm=True)["state"] == "committed"
+
+
+def test_a_commit_that_was_begun_has_written_to_base_itself(chain, monkeypatch):
+    def fail(*_args):
+        raise Refusal("storage", chain.base, "fails")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MergeLayers, "give", fail)
+        assert commits.refusal(chain.top, chain.base).code == "storage"
+    os.utime(chain.top, ns=(0, os.stat(chain.base).st_mtime_ns - 1))
+    assert commits.merged(chain.top, chain.base)["state"] == "committed"
+
+
+def test_what_has_its_data_in_another_file_is_as_new_as_that(tmp_path):
+    data_file = tmp_path / "data"
+    base = qemu.create(tmp_path / "base", SIZE, "-o", f"data_file={data_file},data_file_raw=on")
+    top = commits.overlay(tmp_path / "top", base)
+    commits.write(top, "write -P 1 0 1M")
+    os.utime(base, (0, 0))
+    os.utime(data_file, ns=(0, os.stat(top).st_mtime_ns + 1))
+    assert commits.refusal(top, base).code == "unfinished"
+    os.utime(top)
+    assert commits.merged(top, base)["state"] == "committed"
+
+
+def test_a_block_device_does_not_tell_when_it_was_written_to(chain, monkeypatch):
+    os.utime(chain.top, (0, 0))
+    monkeypatch.setattr(OpenImage, "is_device", property(lambda file: file.path != chain.top))
+    assert "unfinished" not in {one.code for one in commits.merge(chain.top, chain.base, CHECK).failures}

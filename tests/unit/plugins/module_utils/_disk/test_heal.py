@@ -114,6 +114,7 @@ def test_an_image_that_cannot_be_written_keeps_others_from_nothing():
 def test_what_others_stand_on_is_not_written_and_nothing_below_it():
     found = decide(ASKED, standing("--g", others={1: ("/clone",)})).found
     assert [(one.image, one.problem.code) for one in found] == [("/1", "has_overlay")]
+    assert "a backup that libvirt has made ('virsh backup-begin'): move it away" in found[0].problem.remedy
     assert decide(ASKED, standing("-gg", others={1: ("/clone",)})).written == (0,)
     assert decide(ASKED, standing("-g", others={0: ("/on top",)})).found[0].problem.code == "has_overlay"
 

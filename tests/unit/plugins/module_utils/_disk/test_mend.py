@@ -211,6 +211,19 @@ def test_removal_goes_through_the_chain_and_leaves_the_others(tmp_path, base):
     assert qemu.bitmaps_of(base) == qemu.bitmaps_of(top) == set()
 
 
+@pytest.mark.parametrize("is_older", [False, True])
+def test_an_overlay_can_be_merged_down_after_an_image_below_was_written(tmp_path, base, is_older):
+    """A merge refuses an overlay that is older than what is below, and that is what it stays if it was so before."""
+    top = overlay(tmp_path / "top.qcow2", base)
+    if is_older:
+        os.utime(top, (0, 0))
+    disk, _changed = mend(top, names=("monday",), state="absent")
+    assert told(disk) == [("monday", "base.qcow2", "removed")]
+    assert (os.stat(top).st_mtime_ns < os.stat(base).st_mtime_ns) == is_older
+    (failures,) = [[one.code for one in commits.merge(top, base).failures]]
+    assert failures == (["unfinished"] if is_older else [])
+
+
 def test_a_template_keeps_its_bitmaps(tmp_path, base):
     recording_overlay(tmp_path / "top.qcow2", base)
     overlay(tmp_path / "clone.qcow2", base)

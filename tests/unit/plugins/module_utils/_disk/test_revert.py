@@ -229,6 +229,8 @@ def test_another_image_on_top_of_one_that_goes(tmp_path, base, request_for):
     assert failure.code == "has_overlay"
     assert failure.subject == f"{tmp_path}/s1"
     assert f"is the backing file of {tmp_path}/s3" in failure.why
+    assert "If a VM has that one as a disk, put it back first, or merge it down. If no VM has it" in failure.remedy
+    assert "a backup that libvirt has made ('virsh backup-begin'): move it away" in failure.remedy
     assert code(tmp_path, request_for("s1")) == {"has_overlay"}  # of s2, too
     os.unlink(tmp_path / "s3")
     os.unlink(tmp_path / "other" / "s3")
@@ -241,6 +243,7 @@ def test_another_image_on_top_of_the_one_that_a_vm_is_to_write_to(tmp_path, base
     (failure,) = refused(tmp_path, request_for("s2", vm="web", puts_on_base=True))
     assert (failure.code, failure.subject) == ("has_overlay", base)
     assert f"is the backing file of {clone}, too" in failure.why
+    assert "a backup that libvirt has made ('virsh backup-begin'): move it away" in failure.remedy
     # A clone of a template goes, and nobody is put on that.
     outcome = go_back([request_for("s2", vm="web")])
     assert (states(outcome), [one for one in outcome.warnings if clone in one]) == (["reverted"], [])

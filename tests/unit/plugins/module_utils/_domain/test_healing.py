@@ -129,6 +129,19 @@ def test_what_goes_is_not_in_the_way_of_what_is_healed():
     assert decision.requests["vda"].names == ("good",)
 
 
+def test_a_checkpoint_of_disks_that_have_swapped_their_targets_is_not_valid_and_can_go():
+    then = {"vda": frozenset(["/vdb-1"]), "vdb": frozenset(["/vda-1"])}
+    known = [checkpoint("one")._replace(images=then)]
+    for images in (WHOLE, LOST_IN_TOP):
+        disks = [disk(target, *images, real_paths=(f"/{target}-0", f"/{target}-1")) for target in ("vda", "vdb")]
+        decision, states = decided(known, disks)
+        assert (states, dict(decision.requests), decision.forgotten) == ({"one": "not_healable"}, {}, ())
+        assert "give the disks the targets that they had" in str(decision.fates[0].problem)
+        decision, states = decided(known, disks, removes_unusable=True)
+        assert (states, decision.forgotten) == ({"one": "removed"}, ("one",))
+        assert all(one.removed == ("one",) for one in decision.requests.values())
+
+
 def test_a_checkpoint_of_a_disk_that_is_raw_now_is_never_valid_again_and_can_go():
     disks = [disk("vda", *WHOLE), disk("vdb", holds_none=True)]
     decision, states = decided([checkpoint("one")], disks)

@@ -147,6 +147,28 @@ def test_an_overlay_of_another_tool_is_healed_on_all_disks(fleet):
         assert (told["name"], told["valid"], told["dirty_bytes"]) == ("one", True, 65536)
 
 
+def test_disks_that_have_swapped_their_targets_are_not_valid_and_not_healed(fleet):
+    """The bitmaps are in order, and each tells what has changed on the other disk."""
+    for letter in "ab":
+        base(fleet, f"{letter}.qcow2", bitmap("one"))
+        top(fleet, f"{letter}.top.qcow2", f"{letter}.qcow2")
+    domain = fleet.define("web", "a.qcow2", "b.qcow2", checkpoints=["one"])
+    fleet.define("web", "b.top.qcow2", "a.top.qcow2")
+    fleet.made.pop()
+    before = fleet.state()
+    done = healed(fleet)
+    assert (done.state, states(done), done.changed) == ("failed", {"one": "not_healable"}, False)
+    assert fleet.state() == before
+    fleet.define("web", "a.top.qcow2", "b.top.qcow2")
+    fleet.made.pop()
+    assert states(healed(fleet)) == {"one": "rebuilt"}
+    fleet.define("web", "b.top.qcow2", "a.top.qcow2")
+    fleet.made.pop()
+    assert states(healed(fleet)) == {"one": "not_healable"}
+    assert states(healed(fleet, removes_unusable=True)) == {"one": "removed"}
+    assert fleet.checkpoints(domain) == []
+
+
 def test_what_is_valid_is_left_alone(fleet):
     base(fleet, "a.qcow2", bitmap("one"))
     domain = fleet.define("web", "a.qcow2", checkpoints=["one"])

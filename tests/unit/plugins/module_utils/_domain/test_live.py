@@ -461,3 +461,15 @@ def test_an_outcome_tells_when_the_checkpoints_of_its_images_were_made(host):
     verdict = OverlayVerdict(request, "created")
     outcome = DomainOutcome("web", "uuid", "created", (("vda", verdict),), tops={"vda": "/above"}, known=known)
     assert outcome.created == {path: {"b": 50_000} for path in ("/top", "/base", "/above")}
+
+
+def test_a_checkpoint_is_not_that_of_a_disk_which_had_another_target_then(host):
+    """By libvirt's word it is: that goes by the targets."""
+    known = KnownCheckpoint("one", {"vda": "b"}, images={"vda": frozenset(["/a"]), "vdb": frozenset(["/b"])})
+    own = {"b": Bitmap("b", 65536, True, False)}
+    for base, verdict in (("/a", (True, None)), ("/b", (False, "swapped")), ("/moved", (True, None))):
+        chain = Chain((LayerBitmaps("/new", 1, own), LayerBitmaps(base, 1, own)), is_complete=True)
+        for said in (None, LiveBitmaps({"vda": 0})):
+            disks = host.domains["web"].definition.disks
+            (found,) = judge_checkpoints([known._replace(live=said)], disks, lambda _disk, chain=chain: chain)
+            assert (found.valid, found.problem) == verdict

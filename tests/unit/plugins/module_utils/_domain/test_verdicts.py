@@ -147,6 +147,38 @@ def test_a_disk_without_an_image_that_can_be_read():
     assert "disk vda" in verdict.advice
 
 
+THEN = {"vda": frozenset(["/a.s1", "/a", "/t"]), "vdb": frozenset(["/b.s1", "/b", "/t"])}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "problems"),
+    [
+        ("/a.s1 /a /t", "/b.s1 /b /t", [None, None]),
+        ("/b.s1 /b /t", "/a.s1 /a /t", ["swapped", "swapped"]),
+        ("/b /t", "/a /t", ["swapped", "swapped"]),  # merged down since
+        ("/n.s2 /b", "/b.s2 /b", ["swapped", None]),  # a linked clone of the other disk
+        ("/n /t", "/b.s2 /b.s1", [None, None]),  # a move, or a copy
+        ("/moved", "/b", [None, None]),
+        ("/new", "/a", [None, "swapped"]),
+    ],
+)
+def test_a_disk_that_was_another_one_has_no_valid_checkpoint_and_one_with_other_images_has(first, second, problems):
+    disks = [
+        look("vda", *(layer(path, "one") for path in first.split())),
+        look("vdb", *(layer(path, "one") for path in second.split())),
+    ]
+    for live in (None, LiveBitmaps({"vda": 0, "vdb": 0})):  # libvirt goes by the targets
+        checkpoint = known("one", "vda", "vdb", images=THEN, live=live)
+        verdict = judged(checkpoint, *disks, counts=False).verdict
+        assert (verdict.valid, verdict.problem) == ((problems == [None, None]), max(problems, key=bool))
+        for disk, problem in zip(disks, problems):
+            alone = known("one", disk.disk.target, images=THEN, live=live)
+            verdict = judged(alone, disk, counts=False).verdict
+            assert (verdict.problem, verdict.image) == (problem, disk.disk.source if problem else None)
+    told = judge_domain([known("one", "vda", "vdb", images=THEN)], disks, counts=False)
+    assert next_backup(told, disks).kind == ("full" if any(problems) else "incremental")
+
+
 def test_a_checkpoint_whose_disks_are_gone():
     verdict = judged(known("one", "vdz"), look("vda", layer("/a", "one"))).verdict
     assert (verdict.valid, verdict.problem) == (None, "incomplete")
@@ -258,6 +290,14 @@ def test_a_disk_that_came_later_needs_a_full_backup_unless_it_was_left_out():
     assert found[:2] == ("full", None)
     assert "older than the disks vdb" in found.reason
     assert next_of("one", *disks, left_out=frozenset(["vdb"]))[0] == "incremental"
+
+
+def test_a_disk_that_was_left_out_and_has_another_target_now_covers_no_other():
+    disks = [look("vda", layer("/new", "one")), look("vdb", layer("/a"))]
+    found = next_of("one", *disks, left_out=frozenset(["vdb"]), images=THEN)
+    assert (found.kind, "older than the disks vdb" in found.reason) == ("full", True)
+    disks[1] = look("vdb", layer("/b"))
+    assert next_of("one", *disks, left_out=frozenset(["vdb"]), images=THEN).kind == "incremental"
 
 
 @pytest.mark.parametrize(

@@ -119,8 +119,9 @@ def test_pools_are_refreshed_of_which_a_refresh_that_fails_unmounts_nothing(host
 
 
 def test_a_checkpoint_remembers_disks_that_were_volumes_then(host):
-    volume = "<disk type='volume'><source pool='{}' volume='web.qcow2'/><target dev='vd{}' bus='virtio'/></disk>"
-    file = "<disk type='file'><source file='/srv/data.qcow2'/><target dev='vdc' bus='virtio'/></disk>"
+    driver = "<driver name='qemu' type='qcow2'/>"
+    volume = f"<disk type='volume'>{driver}<source pool='{{}}' volume='web.qcow2'/><target dev='vd{{}}'/></disk>"
+    file = f"<disk type='file'>{driver}<source file='/srv/data.qcow2'/><target dev='vdc' bus='virtio'/></disk>"
     disks = volume.format("images", "a") + volume.format("others", "b") + file
     domain = host.createXML(
         "<domain type='test'><name>web</name><memory>1024</memory><os><type>hvm</type></os>"
@@ -141,6 +142,8 @@ def test_a_checkpoint_remembers_disks_that_were_volumes_then(host):
     assert all(abs(one.created - time.time()) < 60 for one in kept.checkpoints)
     assert [one.live for one in kept.checkpoints] == [None, None]
     assert kept.images == {"/srv/images/web.qcow2", "/srv/data.qcow2"}
+    then = {"vda": {"/srv/images/web.qcow2"}, "vdb": set(), "vdc": {"/srv/data.qcow2"}}
+    assert [one.images for one in kept.checkpoints] == [then] * 2
     now = daemon.kept_now(daemon.domains()["web"])
     assert [one._replace(live=None) for one in now.checkpoints] == list(kept.checkpoints)
     assert [one.live for one in now.checkpoints] == [LiveBitmaps({}, None)] * 2  # this driver knows of no bitmaps
@@ -254,3 +257,49 @@ def test_an_error_is_an_answer_and_costs_no_further_connection(with_sizes, monke
 
     with_sizes(fail)
     assert len(opened) == 2
+
+
+CDROM = "<disk type='file' device='cdrom'><target dev='vdb' bus='virtio'/><readonly/></disk>"
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "left_out", "is_asked"),
+    [
+        (["web"], ["web"], set(), False),
+        (["web", CDROM], ["web", CDROM], {"vdb"}, False),  # as most domains have it
+        (["web", CDROM], ["web", "data"], set(), True),
+        (["web", "data"], ["data", "web"], set(), True),
+        (["web", "data"], ["data"], set(), True),
+    ],
+)
+def test_a_checkpoint_is_asked_for_its_disks_where_these_can_have_other_targets_now(
+    host, monkeypatch, then, now, left_out, is_asked
+):
+    def definition(disks):
+        named = (
+            "<disk type='file'><driver name='qemu' type='qcow2'/><source file='/srv/{0}'/><target dev='vd{1}'/></disk>"
+        )
+        parts = "".join(disk if disk == CDROM else named.format(disk, "ab"[place]) for place, disk in enumerate(disks))
+        return (
+            "<domain type='test'><name>web</name><uuid>4dea22b3-1d52-d8f3-2516-782e98ab3fa0</uuid><memory>1024</memory>"
+            f"<os><type>hvm</type></os><devices>{parts}</devices></domain>"
+        )
+
+    domain = host.defineXML(definition(then))
+    domain.create()
+    checkpoint = domain.checkpointCreateXML("<domaincheckpoint><name>one</name></domaincheckpoint>")
+    domain.destroy()
+    host.defineXML(definition(now))
+    real, flags = libvirt.virDomainCheckpoint.getXMLDesc, []
+    monkeypatch.setattr(
+        libvirt.virDomainCheckpoint, "getXMLDesc", lambda self, flag: flags.append(flag) or real(self, flag)
+    )
+    try:
+        daemon = Libvirt("test:///default")
+        (known,) = daemon.kept_now(daemon.domains()["web"]).checkpoints
+    finally:
+        checkpoint.delete(libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
+        domain.undefine()
+    assert (known.left_out, 0 in flags) == (left_out, is_asked)
+    disks = {f"vd{'ab'[place]}": {f"/srv/{disk}"} for place, disk in enumerate(then) if disk != CDROM}
+    assert known.images == (disks if is_asked else {})

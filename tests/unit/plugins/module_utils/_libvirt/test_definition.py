@@ -291,8 +291,8 @@ def test_the_chain_that_a_definition_states(stated, expected):
 def test_the_bitmaps_of_a_checkpoint():
     text = """<domaincheckpoint><name>one</name><disks>
       <disk name='vda' checkpoint='bitmap' bitmap='one'/><disk name='vdb' checkpoint='no'/>
-      <disk name='vdc' checkpoint='bitmap' bitmap='other'/></disks><domain><devices><disk/></devices></domain>
-      </domaincheckpoint>"""
+      <disk name='vdc' checkpoint='bitmap' bitmap='other'/></disks>
+      <domain><devices><disk><target dev='vdb'/></disk></devices></domain></domaincheckpoint>"""
     parts = checkpoint_from(text)
     assert (parts.bitmaps, parts.images, parts.volumes) == ({"vda": "one", "vdc": "other"}, frozenset(), frozenset())
     assert (parts.left_out, parts.created, parts.parent, parts.sizes) == ({"vdb"}, 0, None, {})
@@ -307,16 +307,21 @@ def test_a_checkpoint_has_its_time_the_one_before_and_sizes_of_disks_with_a_vali
 
 
 def test_the_images_that_a_domain_could_write_to_when_a_checkpoint_was_made():
-    text = (
-        "<domaincheckpoint><name>c</name><disks><disk name='vda' checkpoint='bitmap' bitmap='c'/></disks>"
-        "<domain><devices><disk type='file'><source file='/srv/web.qcow2'/></disk><disk><source file='/srv/b'/></disk>"
-        "<disk type='block'><source dev='/dev/vg/web'/></disk><disk type='network'><source name='x'/></disk>"
-        "<disk type='volume'><source pool='p' volume='v'/></disk>"
-        "<disk type='file' device='cdrom'><source file='/srv/debian.iso'/></disk>"
-        "<disk type='volume' device='cdrom'><source pool='p' volume='iso'/></disk>"
-        "<disk type='file'><source file='/srv/template.qcow2'/><readonly/></disk></devices></domain></domaincheckpoint>"
-    )
-    parts = checkpoint_from(text)
+    disks = (
+        "<disk type='file'><source file='/srv/web.qcow2'/>{}</disk><disk><source file='/srv/b'/>{}</disk>"
+        "<disk type='block'><source dev='/dev/vg/web'/>{}</disk><disk type='network'><source name='x'/>{}</disk>"
+        "<disk type='volume'><source pool='p' volume='v'/>{}</disk>"
+        "<disk type='file' device='cdrom'><source file='/srv/debian.iso'/>{}</disk>"
+        "<disk type='volume' device='floppy'><source pool='p' volume='iso'/>{}</disk>"
+        "<disk type='file'><source file='/srv/template.qcow2'/><readonly/>{}</disk>"
+    ).format(*(f"<target dev='vd{letter}'/>" for letter in "abcdefgh"))
+    named = "<disk name='vda' checkpoint='bitmap' bitmap='c'/>"
+    named += "".join(f"<disk name='vd{letter}' checkpoint='no'/>" for letter in "bcdefgh")
+    text = "<domaincheckpoint><name>c</name><disks>{}</disks>{}</domaincheckpoint>"
+    parts = checkpoint_from(text.format(named, f"<domain><devices>{disks}</devices></domain>"))
+    # What it could not write to may have been a CD-ROM, whose target another disk has now.
+    assert parts.left_out == {"vdb", "vdc", "vdd", "vde"}
+    assert checkpoint_from(text.format(named, "")).left_out == {f"vd{letter}" for letter in "bcdefgh"}
     assert parts.images == {"/srv/web.qcow2", "/srv/b", "/dev/vg/web"}
     assert parts.volumes == {Volume("p", "v", is_direct=False)}
     assert checkpoint_from("<domaincheckpoint><name>c</name><disks/></domaincheckpoint>").images == frozenset()
