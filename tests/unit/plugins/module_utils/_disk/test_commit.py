@@ -537,8 +537,10 @@ def test_what_an_image_between_has_lost_is_what_it_holds_where_base_has_it(chain
 
 
 def lose(path: str) -> None:
-    """Have a program that knows no bitmaps write to an image."""
+    """Have an image lose its bitmaps, as by a program that knows none, long ago."""
+    before = os.stat(path)
     qemu.patch(path, 88, struct.pack(">Q", 0))  # autoclear bit 0
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def without_directory(path: str) -> None:
@@ -555,6 +557,7 @@ def fixture_newer(chain):
     for path in chain:
         qemu.qemu_img("bitmap", "--remove", "-f", "qcow2", path, "x")
         qemu.add_bitmaps(path, [commits.bitmap("old", "recording", 65536)] if path == chain.base else [])
+    os.utime(chain.top)
     return chain
 
 
@@ -573,9 +576,11 @@ def test_without_a_directory_only_the_time_tells_what_is_not_lost(newer):
 
 def test_an_image_forgets_what_it_has_lost_as_the_refusal_advises(newer):
     without_directory(newer.base)
+    os.utime(newer.top)
     told = commits.refusal(newer.top, newer.base)
     assert f"'qemu-img check -r all {newer.base}'" in told.remedy
     qemu.qemu_img("check", "-q", "-r", "all", newer.base)
+    os.utime(newer.top)
     assert commits.merged(newer.top, newer.base)["state"] == "committed"
 
 
@@ -584,6 +589,7 @@ def test_what_goes_in_has_lost_what_the_image_above_goes_on_with(chain, which):
     """Only TOP was looked past: the bitmap of the image above can have begun in it."""
     qemu.qemu_img("bitmap", "--remove", "-f", "qcow2", chain.base if which == "middle" else chain.middle, "x")
     lose(getattr(chain, which))
+    os.utime(chain.middle)
     with untouched(*chain):
         told = commits.refusal(chain.middle, chain.base, above=chain.top)
     assert (told.code, told.subject) == ("lost_bitmaps", getattr(chain, which))
@@ -614,6 +620,7 @@ def test_a_vault_answers_only_for_what_it_has(chain):
     """TOP has lost what it got before a kill, and a bitmap made since, with which the image above goes on."""
     os.unlink(chain.top)
     qemu.qemu_img("bitmap", "--remove", "-f", "qcow2", chain.base, "x")
+    os.utime(chain.middle)
     stop_before("strip", chain.middle, chain.base)
     qemu.add_bitmaps(chain.middle, [commits.bitmap("new", "recording", 65536)])
     above = commits.overlay(chain.top, chain.middle)
