@@ -127,7 +127,11 @@ class Committed(OfStacks["Stack"]):
         wrong = [f"second run: {what}" for what in self.images_wrong()]
         if self._ground.may_refuse and run.status == 1:
             codes = {overlay.get("code") for overlay in (run.result or {}).get("overlays", ())}
-            return wrong if codes <= {"unfinished", "lost_bitmaps", runs.LEFT_OUT} else [*wrong, f"second run: {run.message}"]
+            return (
+                wrong
+                if codes <= {"unfinished", "lost_bitmaps", runs.LEFT_OUT}
+                else [*wrong, f"second run: {run.message}"]
+            )
         wrong += [f"second run: {what}" for what in self._ground.cleared_wrong(run, leftovers)]
         if run.status != 0 or not all(self.done()):
             return [*wrong, f"second run: exit {run.status}, {run.states}, {self.done()}: {run.message} {run.stderr}"]
