@@ -270,6 +270,20 @@ RULES = (
         (KILLED,),
     ),
     Rule(
+        "an image that has nothing to keep has a vault, too",
+        "mend",
+        "if path is None:",
+        "if path is None or not below:",
+        (KILLED,),
+    ),
+    Rule(
+        "what a kill has lost is not held against what is above for ever",
+        "heal",
+        "return bool(self.put_back) or self.lost_by_kill",
+        "return bool(self.put_back)",
+        (KILLED,),
+    ),
+    Rule(
         "a name that only the user's word makes valid is kept",
         "mend",
         "below += _rebuilt_by_word(place, work)",

@@ -101,6 +101,7 @@ def _look(layer: Layer, top: Layer, held: Held, missed: t.AbstractSet[str]) -> P
         bitmaps={**named, **restored},
         put_back=put_back,
         lost_bitmaps=image.lost_bitmaps,
+        lost_by_kill=bool(image.lost_bitmaps) and vault is not None and not vault.is_given,
         modified=None if file.is_device else int(file.status().st_mtime),
         fault=fault,
     )
@@ -179,9 +180,9 @@ def _fault(layer: Layer, top: Layer, file: OpenImage, image: Image) -> Refusal |
 
 
 def vault_problems(layer: Layer, top: Layer, kept: t.Sequence[Bitmap]) -> list[Refusal]:
-    """Return why no vault can be kept for the image, if it has bitmaps to be kept."""
+    """Return why no vault of these bitmaps can be kept for the image."""
     place = healing_vault(layer, top)
-    if not kept:
+    if place is None and not kept:
         return []
     if place is None:
         why = "is a block device, as is the topmost image, so there is no folder for a vault of its bitmaps"

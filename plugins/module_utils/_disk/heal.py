@@ -89,9 +89,15 @@ class Standing(t.NamedTuple):
     bitmaps: Named  # those that are put back are told as the vault has them
     put_back: frozenset[str] = frozenset()  # that a killed run has lost, and that its vault has
     lost_bitmaps: int = 0
+    lost_by_kill: bool = False  # a killed run has lost these, and its vault has those that were to stay
     modified: int | None = None  # seconds since 1970, of the last write; None if that cannot be told
     fault: Refusal | None = None  # why its bitmaps cannot be written
     others: tuple[str, ...] = ()  # paths of the images on top of it that are not in this chain
+
+    @property
+    def is_broken_off(self) -> bool:
+        """Whether it must be written: by its vault alone it is known which bitmaps it is to have."""
+        return bool(self.put_back) or self.lost_by_kill
 
     @property
     def layer(self) -> LayerBitmaps:
@@ -259,7 +265,7 @@ class _Draft:
         self._chain = chain
         self._barred = barred
         self._wants = [_as_it_is(image) for image in chain]
-        self._written = {place for place, image in enumerate(chain) if image.put_back}
+        self._written = {place for place, image in enumerate(chain) if image.is_broken_off}
         self._created = dict(request.created)
 
     def plan(self) -> Plan:
@@ -342,7 +348,7 @@ def _layers(
     return [
         image.layer._replace(
             bitmaps={name: want.bitmap for name, want in wants[place].items()},
-            lost_bitmaps=0 if place in written or image.put_back else image.lost_bitmaps,
+            lost_bitmaps=0 if place in written or image.is_broken_off else image.lost_bitmaps,
         )
         for place, image in enumerate(chain)
     ]
@@ -412,5 +418,5 @@ def _hiding(plan: Plan, chain: t.Sequence[Standing], request: HealRequest) -> di
     return {
         place: Refusal("closes_gap", chain[place].path, why, "Remove that one first, and make a full backup.")
         for place in plan.written
-        if hidden and place > 0 and chain[place].lost_bitmaps and not chain[place].put_back
+        if hidden and place > 0 and chain[place].lost_bitmaps and not chain[place].is_broken_off
     }

@@ -94,7 +94,9 @@ class MendBitmaps:
         changed = {
             place: names
             for place in plan.written
+            # What it has lost makes the bitmaps above it doubtful until QEMU has written its header anew.
             if (names := changed_bitmaps(patients[place], plan.wants[place], bits[place]))
+            or patients[place].image.lost_bitmaps
         }
         work = _Work(patients, plan, bits, changed)
         problems = [*_barred(work), *_in_doubt(work), *_problems_with_vaults(work)]
@@ -185,7 +187,7 @@ def _barred(work: _Work) -> t.Iterator[Refusal]:
     """Yield why images that are to be written must not be."""
     for place in work.changed:
         patient, problem = work.patients[place], work.plan.barred.get(place)
-        if problem is not None and patient.vault is not None and patient.standing.put_back:
+        if problem is not None and patient.vault is not None and patient.standing.is_broken_off:
             note = f"Or remove its vault {patient.vault.path}, by which its bitmaps of a killed run are given up."
             problem = problem.with_note(note)
         if problem is not None:
@@ -214,7 +216,7 @@ def _problems_with_vaults(work: _Work) -> t.Iterator[Refusal]:
     top = work.patients[0].layer
     for place in work.changed:
         by_word = [bitmap for bitmap, _maps in _rebuilt_by_word(place, work)]
-        if healing_vault(work.patients[place].layer, top) is not None:  # a device without any other bitmap needs none
+        if by_word and healing_vault(work.patients[place].layer, top) is not None:  # a device's only ones need none
             yield from vault_problems(work.patients[place].layer, top, by_word)
     left = (one.vault.path for one in work.patients if one.vault is not None)
     yield from filter(None, (why_not_writable(os.path.dirname(path), path) for path in left))
@@ -225,12 +227,15 @@ def _maps(bits: Bits, name: str) -> list[t.Any]:
 
 
 def _keep(place: int, work: _Work, held: Held) -> None:
-    """Put a vault beside an image that is to be written, in the place of an older one; none if it has nothing."""
+    """Put a vault beside an image that is to be written, in the place of an older one.
+
+    One without bitmaps tells that what a kill loses was not to stay.
+    """
     patient, wants, top = work.patients[place], work.plan.wants[place], work.patients[0]
     path = healing_vault(patient.layer, top.layer)
     below = [(b, maps) for b, maps in _in_order(patient) if b.name in wants]
     below += _rebuilt_by_word(place, work)
-    if not below or path is None:
+    if path is None:
         return
     content = Content(
         token=secrets.token_hex(8),

@@ -198,6 +198,52 @@ def kill_after_top_was_written(case):
     ]
 
 
+def lost_as_the_last_one_goes(tmp_path):
+    """Kill a run as its QEMU opens the base, to remove the only bitmap there; return the overlay and the base."""
+    base = qemu.create(tmp_path / "base.qcow2", SIZE)
+    qemu.add_bitmaps(base, [MONDAY])
+    recording_overlay(tmp_path / "top.qcow2", base)
+    top = str(tmp_path / "top.qcow2")
+    qemu.add_bitmaps(top, [WEDNESDAY])
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            mend_module.bring = dying_at_the_second(mend_module.bring)
+            run(MendBitmaps(), [HealRequest(top, names=("monday",), state="absent")], SETTINGS)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    lose(base)
+    assert not checkpoints(top)
+    return top, base
+
+
+@pytest.mark.parametrize("wish", [{"names": ("monday",), "state": "absent"}, {}, {"names": (), "state": "absent"}])
+def test_what_was_begun_above_an_image_that_has_nothing_to_keep_is_valid_again(tmp_path, wish):
+    top, base = lost_as_the_last_one_goes(tmp_path)
+    disk, changed = mend(top, **wish)
+    assert (changed, disk["state"], checkpoints(top)) == (True, wish.get("state", "valid"), {"wednesday"})
+    assert not corruptions(base)
+
+
+def test_what_a_vault_has_and_nobody_wants_any_more_is_not_lost_for_ever(tmp_path):
+    """The vault of a removal has what was to stay; then that is to go, too."""
+    base = qemu.create(tmp_path / "base.qcow2", SIZE)
+    killed_at_removal(base, loses=lose)
+    top = overlay(tmp_path / "top.qcow2", base)
+    qemu.add_bitmaps(top, [WEDNESDAY])
+    mend(top, names=("monday", "tuesday"), state="absent")
+    assert checkpoints(top) == {"wednesday"}
+
+
+def test_what_another_program_has_lost_after_all_was_written_is_not_told_by_the_vault(tmp_path):
+    """Whoever takes a vault that is left over for that of a kill would make valid what began in the base."""
+    top, _base = lost_as_the_last_one_goes(tmp_path)
+    vault = tmp_path / ".base.qcow2.kvmfleet-healing"
+    os.rename(vault, f"{vault}-given")
+    mend(top)
+    assert not checkpoints(top)
+
+
 def test_an_overlay_made_anew_gets_no_bitmaps_of_the_one_before_it(case, monkeypatch):
     """It can have the same inode, but not the same generation; what the old one held is gone."""
     kill_after_top_was_written(case)
