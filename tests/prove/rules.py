@@ -265,8 +265,8 @@ RULES = (
     Rule(
         "vaults are kept before anything is written",
         "mend",
-        "return [self.keep, self.write]",
-        "return [self.write]",
+        "return [self.check_owner, self.keep, self.write]",
+        "return [self.check_owner, self.write]",
         (KILLED,),
     ),
     Rule(

@@ -33,7 +33,7 @@ from .diagnose import Bits, Patient, bits_to_be, changed_bitmaps, counted, look_
 from .heal import HealRequest, HealVerdict, Item, Plan
 from .observe import free_bytes, why_not_writable
 from .overlay import name_problems
-from .publish import StagedFile, publish_over
+from .publish import StagedFile, check_owner, publish_over
 from .session import Held, Images
 from .unfinished import healing_vault
 from .vault import Content, find_vault, holds, mark_given, read_vault, remove_vault, write_vault
@@ -118,8 +118,16 @@ class MendBitmaps:
         return verdict
 
     def phases(self) -> t.Sequence[t.Callable[[HealVerdict, Held], HealVerdict]]:
-        """Keep the bitmaps of all images first, then write."""
-        return [self.keep, self.write]
+        """Keep the bitmaps of all images first, where later runs trust what is kept, then write."""
+        return [self.check_owner, self.keep, self.write]
+
+    def check_owner(self, verdict: HealVerdict, _held: Held) -> HealVerdict:
+        """Refuse where no later run would trust the vaults."""
+        patients = self._works[verdict.request.path].patients
+        places = (healing_vault(patients[place].layer, patients[0].layer) for place in verdict.written)
+        for path in filter(None, places):
+            check_owner(path)
+        return verdict
 
     def keep(self, verdict: HealVerdict, held: Held) -> HealVerdict:
         """Put the bitmaps that are in order, or were when a killed run began, into vaults."""

@@ -32,7 +32,7 @@ import os
 import typing as t
 
 from .._base.errors import Refusal
-from .._base.files import Identity, OpenImage, close, exceeded_name_max, is_there, open_image
+from .._base.files import Identity, OpenImage, close, exceeded_name_max, is_ours, is_there, open_image
 from .._qcow2.bitmaps import MAX_BITMAP_NAME, Bitmap
 from .._qcow2.dirty import DirtyBits, DirtyMap, is_union, maps_of, united
 from .._qcow2.image import Image, read_image
@@ -129,11 +129,20 @@ def find_vault(place: str) -> str | None:
 def open_vault(path: str) -> OpenImage:
     """Open a vault; Refusal if somebody else has put it there."""
     file = open_image(path)
-    if file.status().st_uid in (0, os.geteuid()):
+    status = file.status()
+    if is_ours(status):
         return file
     file.close()
-    why = "has the name of a vault of this collection, but belongs to another user, so it is not trusted"
-    raise Refusal("unfinished", path, why, "Find out who has put it there, and remove it.")
+    why = (
+        f"has the name of a vault of this collection, but belongs to another user ({status.st_uid}), so it is not "
+        "trusted"
+    )
+    remedy = (
+        "If a run of this collection was killed here, run the same call as that user (become_user). Only if none was, "
+        "remove it: of unfinished work it can be the only file that has the bitmaps, and without it the next backups "
+        "must be full ones."
+    )
+    raise Refusal("unfinished", path, why, remedy)
 
 
 def read_vault(file: OpenImage) -> Vault:
