@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import typing as t
 
@@ -26,8 +27,8 @@ from .observe import observe_chain, why_not_opened, why_not_writable
 from .retire import is_kept
 from .session import Held
 from .siblings import all_standing_on
-from .unfinished import COMMIT, healing_vault, why_in_the_way
-from .vault import MAX_NAME, Vault, find_vault, open_vault, read_vault, why_no_vault
+from .unfinished import COMMIT, healing_vault, healing_vaults, is_healing_of, why_in_the_way
+from .vault import MAX_NAME, Vault, open_vault, read_vault, why_no_vault
 
 Bits = dict[str, DirtyBits]  # by the name of the bitmap
 
@@ -73,23 +74,23 @@ def look_at_chain(path: str, held: Held, missed: t.AbstractSet[str], *, is_trust
     problem = why_in_the_way(layers, top_bitmaps, (COMMIT,))
     if problem is not None:
         raise problem
-    patients = [_look(layer, layers[0], held, missed) for layer in layers]
+    patients = [_look(layer, layers[:depth], held, missed) for depth, layer in enumerate(layers)]
     return patients if is_trusted else [_doubted(one, patients[place + 1 :]) for place, one in enumerate(patients)]
 
 
-def _look(layer: Layer, top: Layer, held: Held, missed: t.AbstractSet[str]) -> Patient:
-    file = held.image(layer.path)
+def _look(layer: Layer, above: t.Sequence[Layer], held: Held, missed: t.AbstractSet[str]) -> Patient:
+    top, file = above[0] if above else layer, held.image(layer.path)
     if file.identity != layer.identity:
         raise Refusal("changed_meanwhile", layer.path, "was moved or replaced meanwhile", "Run this again.")
     if layer.image is None:
         return Patient(layer, file, {}, None, Standing(layer.path, layer.virtual_size, {}))
     image = read_image(file)  # what was read before it was kept from writers may be of yesterday
     layer = layer._replace(image=image)
-    vault = _find_vault(layer, top, held)
+    vault = _find_vault(layer, above, held)
     named = {bitmap.name: bitmap for bitmap in image.bitmaps}
     put_back = _lost(image, vault, missed) if vault is not None else frozenset[str]()
     fault = _fault(layer, top, file, image)
-    if vault is not None and not vault.is_given and not vault.is_of(file.identity, file.path, file.generation):
+    if vault is not None and not vault.is_given and not is_healing_of(vault, layer, above):
         if put_back:
             raise _of_another_file(file, vault, "lacks bitmaps that the vault {} has")
         fault = fault or _of_another_file(file, vault, "is beside the vault {}")  # no other could be there
@@ -108,10 +109,13 @@ def _look(layer: Layer, top: Layer, held: Held, missed: t.AbstractSet[str]) -> P
     return Patient(layer, file, maps_of(file, image), vault, standing)
 
 
-def _find_vault(layer: Layer, top: Layer, held: Held) -> Vault | None:
-    place = healing_vault(layer, top)
-    path = find_vault(place) if place is not None else None
-    return read_vault(held.enter(open_vault(path))) if path is not None else None
+def _find_vault(layer: Layer, above: t.Sequence[Layer], held: Held) -> Vault | None:
+    """Return the vault of an image, or that of another file which lies in its place."""
+    top = above[0] if above else layer
+    found = [read_vault(held.enter(open_vault(path))) for path in healing_vaults(layer, top)]
+    ours = (vault for vault in found if is_healing_of(vault, layer, above))
+    in_its_place = (vault for vault in found if vault.place == healing_vault(layer, top))
+    return next(itertools.chain(ours, in_its_place), None)
 
 
 def _lost(image: Image, vault: Vault, missed: t.AbstractSet[str]) -> frozenset[str]:

@@ -124,7 +124,7 @@ class MendBitmaps:
     def check_owner(self, verdict: HealVerdict, _held: Held) -> HealVerdict:
         """Refuse where no later run would trust the vaults."""
         patients = self._works[verdict.request.path].patients
-        places = (healing_vault(patients[place].layer, patients[0].layer) for place in verdict.written)
+        places = (_place_of_vault(patients[place], patients[0]) for place in verdict.written)
         for path in filter(None, places):
             check_owner(path)
         return verdict
@@ -173,9 +173,12 @@ class MendBitmaps:
     def _vault_places(self, verdict: HealVerdict) -> list[tuple[Patient, str]]:
         """Return the images that have a vault of this disk's, as far as there is one, with its place."""
         patients = self._works[verdict.request.path].patients
-        with_vault = [one for number, one in enumerate(patients) if one.vault is not None or number in verdict.written]
-        places = [(one, healing_vault(one.layer, patients[0].layer)) for one in with_vault]
-        return [(one, place) for one, place in places if place is not None]
+        found: list[tuple[Patient, str]] = []
+        for number, one in enumerate(patients):
+            places = [one.vault.place] if one.vault is not None else []
+            places += filter(None, [_place_of_vault(one, patients[0])] if number in verdict.written else [])
+            found += [(one, place) for place in dict.fromkeys(places)]
+        return found
 
     def _without_vaults(self, verdict: HealVerdict) -> HealVerdict:
         try:
@@ -234,13 +237,20 @@ def _maps(bits: Bits, name: str) -> list[t.Any]:
     return [bits[name]] if name in bits else []
 
 
+def _place_of_vault(patient: Patient, top: Patient) -> str | None:
+    """Return where the vault of an image goes; None if there is no place for it."""
+    # One of an older release can lie elsewhere: two would contradict each other after a kill.
+    is_unfinished = patient.vault is not None and not patient.vault.is_given
+    return patient.vault.place if patient.vault and is_unfinished else healing_vault(patient.layer, top.layer)
+
+
 def _keep(place: int, work: _Work, held: Held) -> None:
     """Put a vault beside an image that is to be written, in the place of an older one.
 
     One without bitmaps tells that what a kill loses was not to stay.
     """
     patient, wants, top = work.patients[place], work.plan.wants[place], work.patients[0]
-    path = healing_vault(patient.layer, top.layer)
+    path = _place_of_vault(patient, top)
     below = [(b, maps) for b, maps in _in_order(patient) if b.name in wants]
     below += _rebuilt_by_word(place, work)
     if path is None:

@@ -107,9 +107,9 @@ def place_of(real_path: str, is_device: bool, top_real_path: str) -> str:
     return os.path.join(os.path.dirname(beside), f".{os.path.basename(beside)}{SUFFIX}")
 
 
-def healing_place(real_path: str, folder: str) -> str:
+def healing_place(name: str, folder: str) -> str:
     """Return where the vault of an image is while its bitmaps are healed; `folder` is its own, unless that is /dev."""
-    return os.path.join(folder, f".{os.path.basename(real_path)}{_HEALING}")
+    return os.path.join(folder, f".{name}{_HEALING}")
 
 
 def why_no_vault(place: str, path: str) -> Refusal | None:
