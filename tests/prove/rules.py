@@ -284,6 +284,21 @@ RULES = (
         (KILLED,),
     ),
     Rule(
+        "what was lost long after a vault was kept is not told by it",
+        "diagnose",
+        "st_mtime_ns - vault.given_at < _RUN_NS",
+        "st_mtime_ns > 0",
+        (KILLED,),
+    ),
+    Rule("the number of a device tells nothing", "unfinished", "return is_named and any(", "return any(", (KILLED,)),
+    Rule(
+        "no vault is kept that no later run would trust",
+        "mend",
+        "return [self.check_owner, self.keep, self.write]",
+        "return [self.keep, self.write]",
+        ("test_mend",),
+    ),
+    Rule(
         "a name that only the user's word makes valid is kept",
         "mend",
         "below += _rebuilt_by_word(place, work)",

@@ -32,6 +32,8 @@ from .vault import MAX_NAME, Vault, open_vault, read_vault, why_no_vault
 
 Bits = dict[str, DirtyBits]  # by the name of the bitmap
 
+_RUN_NS = 3600 * 10**9  # from the vault that a run keeps to its last write, at most
+
 
 class Patient(t.NamedTuple):
     """An open image of the chain."""
@@ -102,7 +104,7 @@ def _look(layer: Layer, above: t.Sequence[Layer], held: Held, missed: t.Abstract
         bitmaps={**named, **restored},
         put_back=put_back,
         lost_bitmaps=image.lost_bitmaps,
-        lost_by_kill=bool(image.lost_bitmaps) and vault is not None and not vault.is_given,
+        lost_by_kill=bool(image.lost_bitmaps) and vault is not None and _is_of_its_run(file, vault),
         modified=None if file.is_device else int(file.status().st_mtime),
         fault=fault,
     )
@@ -130,6 +132,14 @@ def _lost(image: Image, vault: Vault, missed: t.AbstractSet[str]) -> frozenset[s
     if image.bitmaps and not image.lost_bitmaps and not any(bitmap.inconsistent for bitmap in image.bitmaps):
         return lost & missed
     return lost
+
+
+def _is_of_its_run(file: OpenImage, vault: Vault) -> bool:
+    """Whether it was the run that has kept the vault which has written to the image last, as far as its time tells.
+
+    Whoever has come since can have lost bitmaps that were made since, of which the vault knows nothing.
+    """
+    return not vault.is_given and (file.is_device or file.status().st_mtime_ns - vault.given_at < _RUN_NS)
 
 
 def _doubted(patient: Patient, below: t.Sequence[Patient]) -> Patient:

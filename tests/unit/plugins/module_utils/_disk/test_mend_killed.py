@@ -247,6 +247,14 @@ def test_what_another_program_has_lost_after_all_was_written_is_not_told_by_the_
     assert not checkpoints(top)
 
 
+def test_what_was_lost_long_after_the_vault_was_kept_is_not_told_by_it(tmp_path):
+    """The run was killed before it opened the base; a VM has run on that since, and a newer bitmap can have begun."""
+    top, base = lost_as_the_last_one_goes(tmp_path)
+    os.utime(base, (time.time(), time.time() + 7200))
+    mend(top)
+    assert not checkpoints(top)
+
+
 def test_an_overlay_made_anew_gets_no_bitmaps_of_the_one_before_it(case, monkeypatch):
     """It can have the same inode, but not the same generation; what the old one held is gone."""
     kill_after_top_was_written(case)
