@@ -208,7 +208,7 @@ RULES = (
     Rule(
         "a vault of another user is not trusted",
         "vault",
-        "if file.status().st_uid in (0, os.geteuid()):",
+        "if is_ours(status):",
         "if True:",
         ("test_unfinished", COMMIT, ODD),
     ),
@@ -333,8 +333,8 @@ RULES = (
     Rule(
         "the vault of another file stays",
         "diagnose",
-        "if vault is not None and not vault.is_given and not vault.is_of(",
-        "if False and not vault.is_of(",
+        "if vault is not None and not vault.is_given and not is_healing_of(",
+        "if False and not is_healing_of(",
         ("test_unfinished",),
     ),
     Rule(
