@@ -208,7 +208,7 @@ RULES = (
     Rule(
         "a vault of another user is not trusted",
         "vault",
-        "if file.status().st_uid in (0, os.geteuid()):",
+        "if is_ours(status):",
         "if True:",
         ("test_unfinished", COMMIT, ODD),
     ),
@@ -265,9 +265,38 @@ RULES = (
     Rule(
         "vaults are kept before anything is written",
         "mend",
-        "return [self.keep, self.write]",
-        "return [self.write]",
+        "return [self.check_owner, self.keep, self.write]",
+        "return [self.check_owner, self.write]",
         (KILLED,),
+    ),
+    Rule(
+        "an image that has nothing to keep has a vault, too",
+        "mend",
+        "if path is None:",
+        "if path is None or not below:",
+        (KILLED,),
+    ),
+    Rule(
+        "what a kill has lost is not held against what is above for ever",
+        "heal",
+        "return bool(self.put_back) or self.lost_by_kill",
+        "return bool(self.put_back)",
+        (KILLED,),
+    ),
+    Rule(
+        "what was lost long after a vault was kept is not told by it",
+        "diagnose",
+        "st_mtime_ns - vault.given_at < _RUN_NS",
+        "st_mtime_ns > 0",
+        (KILLED,),
+    ),
+    Rule("the number of a device tells nothing", "unfinished", "return is_named and any(", "return any(", (KILLED,)),
+    Rule(
+        "no vault is kept that no later run would trust",
+        "mend",
+        "return [self.check_owner, self.keep, self.write]",
+        "return [self.keep, self.write]",
+        ("test_mend",),
     ),
     Rule(
         "a name that only the user's word makes valid is kept",
@@ -318,8 +347,8 @@ RULES = (
     Rule(
         "the vault of another file stays",
         "diagnose",
-        "if vault is not None and not vault.is_given and not vault.is_of(",
-        "if False and not vault.is_of(",
+        "if vault is not None and not vault.is_given and not is_healing_of(",
+        "if False and not is_healing_of(",
         ("test_unfinished",),
     ),
     Rule(

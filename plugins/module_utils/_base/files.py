@@ -177,14 +177,18 @@ def _look(path: str) -> os.stat_result | None:
         raise system_refusal(exc, path, "cannot be looked at") from exc
 
 
+def is_ours(status: os.stat_result) -> bool:
+    """Whether a file of this status is root's or ours, so that nobody else can have put it there."""
+    return status.st_uid in (0, os.geteuid())
+
+
 def is_private(folder: str) -> bool:
     """Whether it is a folder of root, or ours, to which nobody else can write; a symlink to one is none."""
     try:
         status = os.lstat(folder)
     except OSError:
         return False
-    is_ours = status.st_uid in (0, os.geteuid())
-    return stat.S_ISDIR(status.st_mode) and is_ours and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return stat.S_ISDIR(status.st_mode) and is_ours(status) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def read_note(path: str, most: int) -> bytes | None:
@@ -196,8 +200,7 @@ def read_note(path: str, most: int) -> bytes | None:
         return None
     try:
         status = os.fstat(fd)
-        is_trusted = stat.S_ISREG(status.st_mode) and status.st_uid in (0, os.geteuid())
-        return os.read(fd, most) if is_trusted else None
+        return os.read(fd, most) if stat.S_ISREG(status.st_mode) and is_ours(status) else None
     except OSError:
         return None
     finally:

@@ -14,15 +14,22 @@ from __future__ import annotations
 
 import contextlib
 import os
+import typing as t
 
 from .._base.errors import Refusal
-from .._base.files import OpenImage, close, identity_of, is_there, read_note, real_path
+from .._base.files import OpenImage, close, identity_of, is_ours, is_there, read_note, real_path
 from .._qcow2.chain import read_head
-from .publish import StagedFile, open_to_list, publish_over
+from .publish import StagedFile, check_owner, open_to_list, publish_over
 
 _SUFFIX = ".kvmfleet-merging"
 _HAS_JOB = b"job\n"
 _LONGEST = 100  # bytes of the name of the image, which may be as long as a name can be
+
+
+def check_owner_of_signs(files: t.Iterable[OpenImage]) -> None:
+    """Refuse if the sign of one of these images would not be ours, so that no later run would trust it."""
+    for file in files:
+        check_owner(_place_of(file, file.path))
 
 
 def leave_sign(file: OpenImage, *, has_job: bool = True) -> None:
@@ -50,6 +57,14 @@ def end_job(file: OpenImage) -> None:
 def has_begun_job(file: OpenImage) -> bool:
     """Return whether an earlier run has begun a job of this very image; what another user says of that counts not."""
     return read_note(_place_of(file, file.path), len(_HAS_JOB)) == _HAS_JOB
+
+
+def stranger_with_sign(file: OpenImage) -> int | None:
+    """Return the user, neither root nor we, whose sign of this very image tells us nothing; None if there is none."""
+    with contextlib.suppress(OSError):
+        status = os.lstat(_place_of(file, file.path))
+        return None if is_ours(status) else status.st_uid
+    return None
 
 
 def find_sign(file: OpenImage) -> str | None:

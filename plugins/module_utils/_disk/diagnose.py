@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import typing as t
 
@@ -26,10 +27,12 @@ from .observe import observe_chain, why_not_opened, why_not_writable
 from .retire import is_kept
 from .session import Held
 from .siblings import all_standing_on, folders_beside
-from .unfinished import COMMIT, healing_vault, why_in_the_way
-from .vault import MAX_NAME, Vault, find_vault, open_vault, read_vault, why_no_vault
+from .unfinished import COMMIT, healing_vault, healing_vaults, is_healing_of, why_in_the_way
+from .vault import MAX_NAME, Vault, open_vault, read_vault, why_no_vault
 
 Bits = dict[str, DirtyBits]  # by the name of the bitmap
+
+_RUN_NS = 3600 * 10**9  # from the vault that a run keeps to its last write, at most
 
 
 class Patient(t.NamedTuple):
@@ -72,23 +75,23 @@ def look_at_chain(path: str, held: Held, missed: t.AbstractSet[str], *, is_trust
     problem = why_in_the_way(layers, top_bitmaps, (COMMIT,))
     if problem is not None:
         raise problem
-    patients = [_look(layer, layers[0], held, missed) for layer in layers]
+    patients = [_look(layer, layers[:depth], held, missed) for depth, layer in enumerate(layers)]
     return patients if is_trusted else [_doubted(one, patients[place + 1 :]) for place, one in enumerate(patients)]
 
 
-def _look(layer: Layer, top: Layer, held: Held, missed: t.AbstractSet[str]) -> Patient:
-    file = held.image(layer.path)
+def _look(layer: Layer, above: t.Sequence[Layer], held: Held, missed: t.AbstractSet[str]) -> Patient:
+    top, file = above[0] if above else layer, held.image(layer.path)
     if file.identity != layer.identity:
         raise Refusal("changed_meanwhile", layer.path, "was moved or replaced meanwhile", "Run this again.")
     if layer.image is None:
         return Patient(layer, file, {}, None, Standing(layer.path, layer.virtual_size, {}))
     image = read_image(file)  # what was read before it was kept from writers may be of yesterday
     layer = layer._replace(image=image)
-    vault = _find_vault(layer, top, held)
+    vault = _find_vault(layer, above, held)
     named = {bitmap.name: bitmap for bitmap in image.bitmaps}
     put_back = _lost(image, vault, missed) if vault is not None else frozenset[str]()
     fault = _fault(layer, top, file, image)
-    if vault is not None and not vault.is_given and not vault.is_of(file.identity, file.path, file.generation):
+    if vault is not None and not vault.is_given and not is_healing_of(vault, layer, above):
         if put_back:
             raise _of_another_file(file, vault, "lacks bitmaps that the vault {} has")
         fault = fault or _of_another_file(file, vault, "is beside the vault {}")  # no other could be there
@@ -101,16 +104,20 @@ def _look(layer: Layer, top: Layer, held: Held, missed: t.AbstractSet[str]) -> P
         put_back=put_back,
         lost_bitmaps=image.lost_bitmaps,
         lost_names=image.lost_names,
+        lost_by_kill=bool(image.lost_bitmaps) and vault is not None and _is_of_its_run(file, vault),
         modified=None if file.is_device else int(file.status().st_mtime),
         fault=fault,
     )
     return Patient(layer, file, maps_of(file, image), vault, standing)
 
 
-def _find_vault(layer: Layer, top: Layer, held: Held) -> Vault | None:
-    place = healing_vault(layer, top)
-    path = find_vault(place) if place is not None else None
-    return read_vault(held.enter(open_vault(path))) if path is not None else None
+def _find_vault(layer: Layer, above: t.Sequence[Layer], held: Held) -> Vault | None:
+    """Return the vault of an image, or that of another file which lies in its place."""
+    top = above[0] if above else layer
+    found = [read_vault(held.enter(open_vault(path))) for path in healing_vaults(layer, top)]
+    ours = (vault for vault in found if is_healing_of(vault, layer, above))
+    in_its_place = (vault for vault in found if vault.place == healing_vault(layer, top))
+    return next(itertools.chain(ours, in_its_place), None)
 
 
 def _lost(image: Image, vault: Vault, missed: t.AbstractSet[str]) -> frozenset[str]:
@@ -125,6 +132,14 @@ def _lost(image: Image, vault: Vault, missed: t.AbstractSet[str]) -> frozenset[s
     if image.bitmaps and not image.lost_bitmaps and not any(bitmap.inconsistent for bitmap in image.bitmaps):
         return lost & missed
     return lost
+
+
+def _is_of_its_run(file: OpenImage, vault: Vault) -> bool:
+    """Whether it was the run that has kept the vault which has written to the image last, as far as its time tells.
+
+    Whoever has come since can have lost bitmaps that were made since, of which the vault knows nothing.
+    """
+    return not vault.is_given and (file.is_device or file.status().st_mtime_ns - vault.given_at < _RUN_NS)
 
 
 def _doubted(patient: Patient, below: t.Sequence[Patient]) -> Patient:
@@ -183,9 +198,9 @@ def _fault(layer: Layer, top: Layer, file: OpenImage, image: Image) -> Refusal |
 
 
 def vault_problems(layer: Layer, top: Layer, kept: t.Sequence[Bitmap]) -> list[Refusal]:
-    """Return why no vault can be kept for the image, if it has bitmaps to be kept."""
+    """Return why no vault of these bitmaps can be kept for the image."""
     place = healing_vault(layer, top)
-    if not kept:
+    if place is None and not kept:
         return []
     if place is None:
         why = "is a block device, as is the topmost image, so there is no folder for a vault of its bitmaps"

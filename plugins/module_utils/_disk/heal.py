@@ -92,9 +92,15 @@ class Standing(t.NamedTuple):
     doubtful: t.Mapping[str, Refusal] = {}  # of those, the ones that may lack changes, and why
     lost_bitmaps: int = 0
     lost_names: frozenset[str] | None = None  # of these; None if that cannot be told
+    lost_by_kill: bool = False  # a killed run has lost these, and its vault has those that were to stay
     modified: int | None = None  # seconds since 1970, of the last write; None if that cannot be told
     fault: Refusal | None = None  # why its bitmaps cannot be written
     others: tuple[str, ...] = ()  # paths of the images on top of it that are not in this chain
+
+    @property
+    def is_broken_off(self) -> bool:
+        """Whether it must be written: by its vault alone it is known which bitmaps it is to have."""
+        return bool(self.put_back) or self.lost_by_kill
 
     @property
     def layer(self) -> LayerBitmaps:
@@ -267,7 +273,7 @@ class _Draft:
         self._chain = chain
         self._barred = barred
         self._wants = [_as_it_is(image) for image in chain]
-        self._written = {place for place, image in enumerate(chain) if image.put_back}
+        self._written = {place for place, image in enumerate(chain) if image.is_broken_off}
         self._created = dict(request.created)
 
     def plan(self) -> Plan:

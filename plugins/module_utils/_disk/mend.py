@@ -32,7 +32,7 @@ from .diagnose import Bits, Patient, bits_to_be, changed_bitmaps, counted, look_
 from .heal import HealRequest, HealVerdict, Item, Plan
 from .observe import free_bytes, why_not_writable
 from .overlay import name_problems
-from .publish import StagedFile, publish_over
+from .publish import StagedFile, check_owner, publish_over
 from .session import Held, Images
 from .unfinished import healing_vault
 from .vault import Content, find_vault, holds, mark_given, read_vault, remove_vault, write_vault
@@ -93,7 +93,9 @@ class MendBitmaps:
         changed = {
             place: names
             for place in plan.written
+            # What it has lost makes the bitmaps above it doubtful until QEMU has written its header anew.
             if (names := changed_bitmaps(patients[place], plan.wants[place], bits[place]))
+            or patients[place].image.lost_bitmaps
         }
         work = _Work(patients, plan, bits, changed)
         problems = [*_barred(work), *_in_doubt(work), *_problems_with_vaults(work)]
@@ -115,8 +117,16 @@ class MendBitmaps:
         return verdict
 
     def phases(self) -> t.Sequence[t.Callable[[HealVerdict, Held], HealVerdict]]:
-        """Keep the bitmaps of all images first, then write."""
-        return [self.keep, self.write]
+        """Keep the bitmaps of all images first, where later runs trust what is kept, then write."""
+        return [self.check_owner, self.keep, self.write]
+
+    def check_owner(self, verdict: HealVerdict, _held: Held) -> HealVerdict:
+        """Refuse where no later run would trust the vaults."""
+        patients = self._works[verdict.request.path].patients
+        places = (_place_of_vault(patients[place], patients[0]) for place in verdict.written)
+        for path in filter(None, places):
+            check_owner(path)
+        return verdict
 
     def keep(self, verdict: HealVerdict, held: Held) -> HealVerdict:
         """Put the bitmaps that are in order, or were when a killed run began, into vaults."""
@@ -166,9 +176,12 @@ class MendBitmaps:
     def _vault_places(self, verdict: HealVerdict) -> list[tuple[Patient, str]]:
         """Return the images that have a vault of this disk's, as far as there is one, with its place."""
         patients = self._works[verdict.request.path].patients
-        with_vault = [one for number, one in enumerate(patients) if one.vault is not None or number in verdict.written]
-        places = [(one, healing_vault(one.layer, patients[0].layer)) for one in with_vault]
-        return [(one, place) for one, place in places if place is not None]
+        found: list[tuple[Patient, str]] = []
+        for number, one in enumerate(patients):
+            places = [one.vault.place] if one.vault is not None else []
+            places += filter(None, [_place_of_vault(one, patients[0])] if number in verdict.written else [])
+            found += [(one, place) for place in dict.fromkeys(places)]
+        return found
 
     def _without_vaults(self, verdict: HealVerdict) -> HealVerdict:
         try:
@@ -200,7 +213,7 @@ def _barred(work: _Work) -> t.Iterator[Refusal]:
     """Yield why images that are to be written must not be."""
     for place in work.changed:
         patient, problem = work.patients[place], work.plan.barred.get(place)
-        if problem is not None and patient.vault is not None and patient.standing.put_back:
+        if problem is not None and patient.vault is not None and patient.standing.is_broken_off:
             note = f"Or remove its vault {patient.vault.path}, by which its bitmaps of a killed run are given up."
             problem = problem.with_note(note)
         if problem is not None:
@@ -218,7 +231,7 @@ def _problems_with_vaults(work: _Work) -> t.Iterator[Refusal]:
     top = work.patients[0].layer
     for place in work.changed:
         by_word = [bitmap for bitmap, _maps in _rebuilt_by_word(place, work)]
-        if healing_vault(work.patients[place].layer, top) is not None:  # a device without any other bitmap needs none
+        if by_word and healing_vault(work.patients[place].layer, top) is not None:  # a device's only ones need none
             yield from vault_problems(work.patients[place].layer, top, by_word)
     left = (one.vault.path for one in work.patients if one.vault is not None)
     yield from filter(None, (why_not_writable(os.path.dirname(path), path) for path in left))
@@ -228,13 +241,23 @@ def _maps(bits: Bits, name: str) -> list[t.Any]:
     return [bits[name]] if name in bits else []
 
 
+def _place_of_vault(patient: Patient, top: Patient) -> str | None:
+    """Return where the vault of an image goes; None if there is no place for it."""
+    # One of an older release can lie elsewhere: two would contradict each other after a kill.
+    is_unfinished = patient.vault is not None and not patient.vault.is_given
+    return patient.vault.place if patient.vault and is_unfinished else healing_vault(patient.layer, top.layer)
+
+
 def _keep(place: int, work: _Work, held: Held) -> None:
-    """Put a vault beside an image that is to be written, in the place of an older one; none if it has nothing."""
+    """Put a vault beside an image that is to be written, in the place of an older one.
+
+    One without bitmaps tells that what a kill loses was not to stay.
+    """
     patient, wants, top = work.patients[place], work.plan.wants[place], work.patients[0]
-    path = healing_vault(patient.layer, top.layer)
+    path = _place_of_vault(patient, top)
     below = [(b, maps) for b, maps in _in_order(patient) if b.name in wants]
     below += _rebuilt_by_word(place, work)
-    if not below or path is None:
+    if path is None:
         return
     content = Content(
         token=secrets.token_hex(8),

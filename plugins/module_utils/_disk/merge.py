@@ -25,7 +25,7 @@ from .carry import Place, Wanted, bring, wrong_bitmaps
 from .commit import CommitRequest, CommitVerdict, Work
 from .observe import observe_chain, why_not_opened
 from .progress import telling
-from .publish import StagedFile, publish_at_once
+from .publish import StagedFile, check_owner, publish_at_once
 from .retire import KEPT_AS, remove_dangling_link, retire, stands, why_not_retired
 from .revert_rules import Retired
 from .session import Held, Images, failed_by
@@ -131,7 +131,14 @@ class MergeLayers:
     def phases(self) -> t.Sequence[t.Callable[[CommitVerdict, Held], CommitVerdict]]:
         """Keep, then carry up, then act on BASE; each for all disks of a VM before the next."""
         steps = (self.keep, self.carry, self.strip, self.move, self.give)
-        return [_telling_that_it_goes_on(step) for step in steps]
+        return [self.check_owner, *(_telling_that_it_goes_on(step) for step in steps)]
+
+    def check_owner(self, verdict: CommitVerdict, _held: Held) -> CommitVerdict:
+        """Refuse where no later run would trust the vault."""
+        work = verdict.work
+        if work is not None and (work.seen.vault is None or work.stage.stale_vault):
+            check_owner(work.vault_place)
+        return verdict
 
     def keep(self, verdict: CommitVerdict, work: Work, held: Held) -> CommitVerdict:
         """Put the bits of BASE and TOP into a vault, or take one back that says too much."""

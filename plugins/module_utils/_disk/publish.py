@@ -18,7 +18,7 @@ import stat
 import typing as t
 
 from .._base.errors import CHECK_STORAGE, Refusal, UnknownOutcomeError
-from .._base.files import OpenImage, close, open_folder, owning
+from .._base.files import OpenImage, close, is_ours, open_folder, owning
 from .._qemu import locks
 
 _PREFIX = ".kvmfleet-"
@@ -143,6 +143,23 @@ def _new_file(folder_fd: int, folder: str, path: str) -> tuple[str, OpenImage]:
         f"{_MOST_TRIES} new files in it were each taken away or locked at once by another program",
         "Find out which one works in this folder, then run this again.",
     )
+
+
+def check_owner(path: str) -> None:
+    """Refuse if what we make at this resolved path would belong to somebody else: no later run would trust it.
+
+    Only a file that was made tells, so no mere look can.
+    """
+    with StagedFile(path, os.path.dirname(path)) as staged:
+        status = staged.file.status()
+    if is_ours(status):
+        return
+    why = (
+        f"cannot be made safely: its storage gives it to the user {status.st_uid}, as NFS does that squashes users, so "
+        "nothing would tell that it is ours"
+    )
+    remedy = "Run this as that user (become_user), or have the storage give us what is ours (no_root_squash)."
+    raise Refusal("no_permission", path, why, remedy)
 
 
 def publish_at_once(staged: StagedFile) -> None:

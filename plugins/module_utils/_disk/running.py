@@ -23,7 +23,15 @@ from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer
 from .._qcow2.growth import most_growth
 from . import commit
-from .begun import end_job, find_sign, has_begun_job, leave_sign, remove_signs
+from .begun import (
+    check_owner_of_signs,
+    end_job,
+    find_sign,
+    has_begun_job,
+    leave_sign,
+    remove_signs,
+    stranger_with_sign,
+)
 from .bitmap_rules import BROKEN, names_of
 from .build import MakeOverlays
 from .commit import CommitRequest, CommitVerdict
@@ -64,7 +72,8 @@ class Signs:
     """The signs beside the images of a VM that are still to be merged; there is a job of the first one alone."""
 
     def __init__(self, files: t.Sequence[OpenImage]) -> None:
-        """Leave them."""
+        """Leave them, if later runs will take them for ours."""
+        check_owner_of_signs(files)
         self._file = files[0]
         self._new = [file for file in files if find_sign(file) is None]
         for number, file in enumerate(files):
@@ -334,16 +343,26 @@ class MergeRunning(MergeLayers):
         """Have one image merged down, and retire it."""
         request = verdict.request
         if verdict.method is not None:  # of what is left over nothing is merged
-            resumes = has_begun_job(held.image(request.path))
-            with telling(request) as tell:
-                relative = _is_relative(request, held)
-                self._hypervisor.merge(request, tell, held.seconds, begin, relative=relative, resumes=resumes)
+            self._have_merged(request, held, begin)
             self._check_left(request)
         self._hypervisor.store(request)
         os.fsync(held.image(request.backing_file).fd)  # before the only other copy of the data goes
         how: How = DELETE if verdict.retired[0].kept_as is None else KEEP
         kept_as = retire(request.path, _alone(request.path, held), how, KEPT_AS)
         return verdict._replace(retired=(Retired(request.path, kept_as),))
+
+    def _have_merged(self, request: CommitRequest, held: Held, begin: Begin) -> None:
+        file = held.image(request.path)
+        resumes, relative = has_begun_job(file), _is_relative(request, held)
+        try:
+            with telling(request) as tell:
+                self._hypervisor.merge(request, tell, held.seconds, begin, relative=relative, resumes=resumes)
+        except Refusal as exc:
+            stranger = stranger_with_sign(file) if exc.code == "block_job" else None
+            if stranger is None:
+                raise
+            note = f"A run as the user {stranger} has left the sign of such a merge: if that was yours, run this as it."
+            raise exc.with_note(note) from exc
 
     def _check_left(self, request: CommitRequest) -> None:
         """Refuse to retire an image that is merged down if its VM still has it, or if that cannot be told."""

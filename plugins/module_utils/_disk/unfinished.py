@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import typing as t
+from urllib.parse import quote
 
 from .._base.errors import Refusal, system_refusal
 from .._qcow2.bitmaps import Bitmap
@@ -44,12 +45,11 @@ def unfinished_work(chain: t.Sequence[Layer], top_bitmaps: t.Iterable[Bitmap]) -
         for path, vault in _commits_into(layer, chain[:depth]):
             tokens |= {vault.token} if isinstance(vault, Vault) else set()
             found.append(_commit(layer, path, vault, chain))
-        place = healing_vault(layer, chain[0])
-        kept = find_vault(place) if place is not None else None
-        at_healing = _read(kept) if kept is not None else None
-        is_other = isinstance(at_healing, Vault) and not _is_of(at_healing, layer)
-        if at_healing is not None and kept is not None and not is_other:
-            found.append(_healing(layer, kept, at_healing, chain[0]))
+        for path in healing_vaults(layer, chain[0]):
+            at_healing = _read(path)
+            is_other = isinstance(at_healing, Vault) and not is_healing_of(at_healing, layer, chain[:depth])
+            if at_healing is not None and not is_other:
+                found.append(_healing(layer, path, at_healing, chain[0]))
     marks = [bitmap.name for bitmap in top_bitmaps if bitmap.name.startswith(MARK)]
     return [_mark(chain[0].path, name) for name in marks if name[len(MARK) :] not in tokens] + found
 
@@ -95,8 +95,29 @@ def _is_of_another(vault: Vault, top: Layer, own: str) -> bool:
 def healing_vault(layer: Layer, top: Layer) -> str | None:
     """Return the place of the vault of an image whose bitmaps are healed; None if there is no folder that stays."""
     if not layer.is_device:
-        return healing_place(layer.real_path, os.path.dirname(layer.real_path))
-    return None if top.is_device else healing_place(layer.real_path, os.path.dirname(top.real_path))
+        return healing_place(os.path.basename(layer.real_path), os.path.dirname(layer.real_path))
+    # Not by its real path: that has the number of the device, which the next start of the host can give another one.
+    return None if top.is_device else healing_place(quote(layer.path, safe=""), os.path.dirname(top.real_path))
+
+
+def healing_vaults(layer: Layer, top: Layer) -> list[str]:
+    """Return the paths of the vaults that can be of an image whose bitmaps are healed."""
+    places = [healing_vault(layer, top)]
+    if layer.is_device and not top.is_device:  # as releases before 1.0.1 called it
+        places.append(healing_place(os.path.basename(layer.real_path), os.path.dirname(top.real_path)))
+    return [path for path in map(find_vault, filter(None, places)) if path is not None]
+
+
+def is_healing_of(vault: Vault, layer: Layer, above: t.Sequence[Layer]) -> bool:
+    """Whether a vault of a healing is of this image, which has those above it.
+
+    The number of a device tells nothing: another one can have it, once the host was started anew. So its path must
+    lead to the one that is kept, and an image above it be the same, since a new volume can have the name of an old one.
+    """
+    if not layer.is_device:
+        return _is_of(vault, layer)
+    is_named = vault.top_path is not None and os.path.realpath(vault.top_path) == layer.real_path
+    return is_named and any(vault.is_between(one.identity, one.path, one.generation) for one in above)
 
 
 def _commits_into(layer: Layer, above: t.Sequence[Layer]) -> t.Iterator[tuple[str, Vault | Refusal]]:

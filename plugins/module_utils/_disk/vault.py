@@ -32,7 +32,7 @@ import os
 import typing as t
 
 from .._base.errors import Refusal
-from .._base.files import Identity, OpenImage, close, exceeded_name_max, is_there, open_image
+from .._base.files import Identity, OpenImage, close, exceeded_name_max, is_ours, is_there, open_image
 from .._qcow2.bitmaps import MAX_BITMAP_NAME, Bitmap
 from .._qcow2.dirty import DirtyBits, DirtyMap, is_union, maps_of, united
 from .._qcow2.image import Image, read_image
@@ -78,16 +78,19 @@ class Vault(t.NamedTuple):
         """Whether this file is the topmost image that takes part; by its number alone if its generation is unknown."""
         return self._is_same(identity, path, generation, (self.top, self.top_path))
 
+    def is_between(self, identity: Identity, path: str, generation: int | None) -> bool:
+        """Whether this file is an image between the two; by its number alone if its generation is unknown."""
+        return any(self._is_same(identity, path, generation, other) for other in self.others)
+
     def took_in(self, file: OpenImage) -> bool:
-        """Whether this file is an image between the two.
+        """Whether this file is an image between the two that has gone in.
 
         A new file can have the number of one that is gone. Where no generation tells, the time does: nobody writes to
         an image that has gone in.
         """
         known = file.generation is not None and file.identity in self.generations
         is_newer = not (known or file.is_device) and file.status().st_mtime_ns > self.given_at
-        this = (file.identity, file.path, file.generation)
-        return not is_newer and any(self._is_same(*this, other) for other in self.others)
+        return not is_newer and self.is_between(file.identity, file.path, file.generation)
 
     def _is_same(
         self, identity: Identity, path: str, generation: int | None, kept: tuple[Identity, str | None]
@@ -114,9 +117,9 @@ def place_of(real_path: str, is_device: bool, top_real_path: str) -> str:
     return os.path.join(os.path.dirname(beside), f".{os.path.basename(beside)}{SUFFIX}")
 
 
-def healing_place(real_path: str, folder: str) -> str:
+def healing_place(name: str, folder: str) -> str:
     """Return where the vault of an image is while its bitmaps are healed; `folder` is its own, unless that is /dev."""
-    return os.path.join(folder, f".{os.path.basename(real_path)}{_HEALING}")
+    return os.path.join(folder, f".{name}{_HEALING}")
 
 
 def why_no_vault(place: str, path: str) -> Refusal | None:
@@ -136,11 +139,20 @@ def find_vault(place: str) -> str | None:
 def open_vault(path: str) -> OpenImage:
     """Open a vault; Refusal if somebody else has put it there."""
     file = open_image(path)
-    if file.status().st_uid in (0, os.geteuid()):
+    status = file.status()
+    if is_ours(status):
         return file
     file.close()
-    why = "has the name of a vault of this collection, but belongs to another user, so it is not trusted"
-    raise Refusal("unfinished", path, why, "Find out who has put it there, and remove it.")
+    why = (
+        f"has the name of a vault of this collection, but belongs to another user ({status.st_uid}), so it is not "
+        "trusted"
+    )
+    remedy = (
+        "If a run of this collection was killed here, run the same call as that user (become_user). Only if none was, "
+        "remove it: of unfinished work it can be the only file that has the bitmaps, and without it the next backups "
+        "must be full ones."
+    )
+    raise Refusal("unfinished", path, why, remedy)
 
 
 def read_vault(file: OpenImage) -> Vault:

@@ -517,6 +517,14 @@ def test_a_vault_of_a_stranger_is_not_trusted(chain, monkeypatch):
     told = commits.refusal(chain.top, chain.base)
     assert (told.code, told.subject) == ("unfinished", vault)
     assert "belongs to another user" in told.why
+    assert "run the same call as that user" in told.remedy
+    assert "the next backups must be full ones" in told.remedy
+
+
+@pytest.mark.usefixtures("squashed")
+def test_nothing_is_begun_where_no_later_run_would_trust_the_vault(chain, tmp_path):
+    """It would refuse all that a killed run has left, for ever."""
+    refused(chain, "no_permission", f"{tmp_path}/.base.kvmfleet-vault", "(become_user)")
 
 
 def test_what_an_image_has_lost_must_not_come_to_look_valid(chain):

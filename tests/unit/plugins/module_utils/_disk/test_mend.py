@@ -418,6 +418,16 @@ def test_without_qemu_check_mode_promises_nothing(tmp_path, base):
     assert commits.refusal(top, base, settings=settings).code == "no_qemu"
 
 
+@pytest.mark.usefixtures("squashed")
+def test_nothing_is_written_where_no_later_run_would_trust_a_vault(tmp_path, base):
+    top = overlay(tmp_path / "top.qcow2", base)
+    before = digest(top)
+    (failure,) = run(MendBitmaps(), [HealRequest(top)], SETTINGS).failures
+    assert (failure.code, "give us what is ours" in failure.remedy) == ("no_permission", True)
+    assert digest(top) == before
+    assert sorted(os.listdir(tmp_path)) == ["base.qcow2", "top.qcow2"]
+
+
 def test_a_vault_that_cannot_be_removed_is_told_beforehand(tmp_path, base, monkeypatch):
     recording_overlay(tmp_path / "top.qcow2", base)
     top = str(tmp_path / "top.qcow2")

@@ -17,15 +17,18 @@ import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import OpenImage, open_image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import diagnose
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import mend as mend_module
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.examine import examine_chain
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.heal import HealRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.mend import MendBitmaps
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.session import Vm
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.unfinished import is_healing_of
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.vault import open_vault, read_vault
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu.monitor import Monitor
 
 from .. import qemu
+from . import commits
 from .healing import (
     MONDAY,
     SIZE,
@@ -196,6 +199,60 @@ def kill_after_top_was_written(case):
         ".middle.qcow2.kvmfleet-healing",
         ".top.qcow2.kvmfleet-healing",
     ]
+
+
+def lost_as_the_last_one_goes(tmp_path):
+    """Kill a run as its QEMU opens the base, to remove the only bitmap there; return the overlay and the base."""
+    base = qemu.create(tmp_path / "base.qcow2", SIZE)
+    qemu.add_bitmaps(base, [MONDAY])
+    recording_overlay(tmp_path / "top.qcow2", base)
+    top = str(tmp_path / "top.qcow2")
+    qemu.add_bitmaps(top, [WEDNESDAY])
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            mend_module.bring = dying_at_the_second(mend_module.bring)
+            run(MendBitmaps(), [HealRequest(top, names=("monday",), state="absent")], SETTINGS)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    lose(base)
+    assert not checkpoints(top)
+    return top, base
+
+
+@pytest.mark.parametrize("wish", [{"names": ("monday",), "state": "absent"}, {}, {"names": (), "state": "absent"}])
+def test_what_was_begun_above_an_image_that_has_nothing_to_keep_is_valid_again(tmp_path, wish):
+    top, base = lost_as_the_last_one_goes(tmp_path)
+    disk, changed = mend(top, **wish)
+    assert (changed, disk["state"], checkpoints(top)) == (True, wish.get("state", "valid"), {"wednesday"})
+    assert not corruptions(base)
+
+
+def test_what_a_vault_has_and_nobody_wants_any_more_is_not_lost_for_ever(tmp_path):
+    """The vault of a removal has what was to stay; then that is to go, too."""
+    base = qemu.create(tmp_path / "base.qcow2", SIZE)
+    killed_at_removal(base, loses=lose)
+    top = overlay(tmp_path / "top.qcow2", base)
+    qemu.add_bitmaps(top, [WEDNESDAY])
+    mend(top, names=("monday", "tuesday"), state="absent")
+    assert checkpoints(top) == {"wednesday"}
+
+
+def test_what_another_program_has_lost_after_all_was_written_is_not_told_by_the_vault(tmp_path):
+    """Whoever takes a vault that is left over for that of a kill would make valid what began in the base."""
+    top, _base = lost_as_the_last_one_goes(tmp_path)
+    vault = tmp_path / ".base.qcow2.kvmfleet-healing"
+    os.rename(vault, f"{vault}-given")
+    mend(top)
+    assert not checkpoints(top)
+
+
+def test_what_was_lost_long_after_the_vault_was_kept_is_not_told_by_it(tmp_path):
+    """The run was killed before it opened the base; a VM has run on that since, and a newer bitmap can have begun."""
+    top, base = lost_as_the_last_one_goes(tmp_path)
+    os.utime(base, (time.time(), time.time() + 7200))
+    mend(top)
+    assert not checkpoints(top)
 
 
 def test_an_overlay_made_anew_gets_no_bitmaps_of_the_one_before_it(case, monkeypatch):
@@ -389,6 +446,17 @@ def test_a_bitmap_that_only_the_users_word_makes_valid_is_in_the_vault(tmp_path)
     assert not changed_bits(then, content(path)) & ~bits_of([path], "monday")
 
 
+def dying_below(top, real):
+    """Return the call, which kills this process at any image but the topmost one."""
+
+    def calling(place, *args):
+        if place.file.path != top:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(place, *args)
+
+    return calling
+
+
 def dying_at_the_second(real):
     """Return the call, which kills this process the second time."""
     counter = itertools.count()
@@ -426,3 +494,96 @@ def test_what_a_vault_does_not_have_is_lost(tmp_path, monkeypatch):
     mend(top, state="absent", names=("wednesday",))  # as it advises
     mend(top)
     assert checkpoints(top) == {"monday", "tuesday"}
+
+
+class Volume:
+    """An overlay on a volume, and what a kill has left as QEMU opened that to remove one of its two bitmaps."""
+
+    def __init__(self, folder, stack):
+        self.folder, self.top, self.path = folder, str(folder / "top.qcow2"), str(folder / "volume")
+        self._image = qemu.create(folder / "image", SIZE)
+        qemu.add_bitmaps(self._image, [MONDAY, TUESDAY])
+        os.truncate(self._image, 2 * SIZE)
+        self._stack = stack
+        self.attach()
+        recording_overlay(self.top, self.path)
+        self.kill()
+        lose(self.path)
+        (self.vault,) = self.vaults()
+        self.old_vault = folder / f".{os.path.basename(os.path.realpath(self.path))}.kvmfleet-healing"
+
+    def kill(self):
+        """Kill a run once the vault of the volume is there, and the overlay is as it is to be."""
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException):
+                mend_module.bring = dying_below(self.top, mend_module.bring)
+                run(MendBitmaps(), [HealRequest(self.top, names=("tuesday",), state="absent")], SETTINGS)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+    def vaults(self):
+        """Return those that may be of the volume."""
+        return [path for path in self.folder.glob(".*.kvmfleet-healing") if path.name != ".top.qcow2.kvmfleet-healing"]
+
+    def attach(self):
+        """Give the volume its name and a number."""
+        self._device = contextlib.ExitStack()
+        os.symlink(self._device.enter_context(commits.loop_device(self._image)), self.path)
+        self._stack.push(self._device)
+
+    def start_host_anew(self):
+        """Have the volume get another number, and another one that of its own."""
+        self._device.close()
+        os.unlink(self.path)
+        qemu.create(self.folder / "other", SIZE)
+        self._stack.enter_context(commits.loop_device(self.folder / "other"))
+        self.attach()
+
+
+@pytest.fixture(name="volume")
+def fixture_volume(tmp_path):
+    if os.geteuid() != 0 or not os.path.exists("/dev/loop-control"):
+        pytest.skip("no loop devices")
+    with contextlib.ExitStack() as stack:
+        yield Volume(tmp_path, stack)
+
+
+@pytest.mark.parametrize("kind", ["same", "started anew", "named by an older release"])
+def test_a_volume_is_known_by_its_name_whatever_number_it_has(volume, kind):
+    if kind == "started anew":
+        volume.start_host_anew()
+    if kind == "named by an older release":
+        os.rename(volume.vault, volume.old_vault)
+        volume.kill()
+        assert volume.vaults() == [volume.old_vault]  # two would contradict each other once one is given
+    assert "is unfinished (vault " in examine_chain(volume.top, follow=True, count=False).as_result()["unfinished"]
+    mend(volume.top, names=("tuesday",), state="absent")
+    assert qemu.bitmaps_of(os.path.realpath(volume.path)) == {("monday", 65536, True, False)}
+    assert checkpoints(volume.top) == {"monday"}
+
+
+@pytest.mark.parametrize("changed", ["the volume", "the overlay"])
+def test_a_volume_gets_nothing_from_the_vault_of_another_one(volume, changed):
+    """One can get the number of another one, or its name."""
+    if changed == "the volume":
+        os.rename(volume.vault, volume.old_vault)
+        os.rename(volume.path, f"{volume.path}2")
+        volume.path += "2"
+    (volume.folder / "aside").mkdir()
+    os.rename(volume.top, volume.folder / "aside" / "top.qcow2")
+    top = overlay(volume.folder / "new.qcow2", volume.path)
+    assert examine_chain(top, follow=True, count=False).as_result()["unfinished"] is None
+    outcome = run(MendBitmaps(), [HealRequest(top, names=("monday",))], SETTINGS)
+    assert [one.code for one in outcome.failures] == ["no_checkpoint" if changed == "the volume" else "unfinished"]
+    assert not qemu.bitmaps_of(os.path.realpath(volume.path))
+    assert len(volume.vaults()) == 1
+
+
+def test_a_vault_of_one_of_two_volumes_of_a_chain_is_not_that_of_the_other(volume):
+    """Their numbers can be exchanged."""
+    layers = [one.layer for one in examine_chain(volume.top, follow=True, count=False).layers]
+    with open_vault(str(volume.vault)) as file:
+        vault = read_vault(file)
+    assert is_healing_of(vault, layers[1], layers[:1])
+    assert not is_healing_of(vault._replace(top_path=f"{volume.path}2"), layers[1], layers[:1])

@@ -550,6 +550,31 @@ def test_a_sign_of_another_user_tells_of_no_job(tmp_path, disk, monkeypatch):
         assert not has_begun_job(file)
 
 
+@pytest.mark.usefixtures("squashed")
+def test_no_merge_is_begun_where_no_later_run_would_trust_its_sign(tmp_path, three):
+    names, hypervisor = sorted(os.listdir(tmp_path)), Hypervisor()
+    (failure, *_rest) = merge(three, hypervisor).failures
+    assert (failure.code, "no_root_squash" in failure.remedy) == ("no_permission", True)
+    assert (hypervisor.gone, sorted(os.listdir(tmp_path))) == (set(), names)
+
+
+def test_a_job_that_another_user_may_have_begun_is_told(three, monkeypatch):
+    hypervisor = Hypervisor()
+    with open_image(three[0].path) as file:
+        leave_sign(file)
+        if os.geteuid() == 0:
+            os.chown(find_sign(file), 4242, 4242)
+        else:
+            monkeypatch.setattr(os, "geteuid", lambda: 4242)
+
+    def busy(*_args, **_more):
+        raise Refusal("block_job", "web", "its disk vda has a block job that this run has not begun")
+
+    hypervisor.merge = busy
+    (failure,) = merge(three[:1], hypervisor).failures
+    assert failure.remedy.endswith("if that was yours, run this as it.")
+
+
 def test_a_merge_that_nobody_can_end_is_told_to_go_on(three):
     outcome = merge(three[:1], Hypervisor(fails={three[0].path: GoesOn("SIGTERM")}))
     assert "the run was ended by SIGTERM, and its merge goes on" in outcome.verdicts[0].problems[0].why
