@@ -191,6 +191,9 @@ notes:
   - Once a merge of a running domain is begun, no disk of the domain can go back from that snapshot, even if the merge
     is given up. A file C(.NAME.INODE.kvmfleet-merging) beside each overlay tells so until the overlay is retired. Do
     not remove it. Complete the merge by the same call.
+  - It knows this host alone. Define a domain on one host, also where hosts share a storage, since a definition
+    elsewhere does not follow what is changed here. Images that stand on each other must belong to domains of one host,
+    or lie in one folder. The playbook C(kvmfleet.qcow2.health) tells of a domain that two hosts of a fleet have.
   - Of a domain that is shut off libvirt alone can do it too, by starting it paused, taking a live snapshot, and
     destroying it. That needs the memory, the network and all devices of the domain, takes seconds for each domain, and
     skips bitmaps that are not valid without a word. It is the better way if this collection cannot be used on the host.

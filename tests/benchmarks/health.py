@@ -77,7 +77,8 @@ def play(folder: pathlib.Path, cell: fleet.Cell) -> str:
     if run.returncode != 0:
         sys.exit(f"exit code {run.returncode}\n{run.stdout[-4000:]}")
     healths = json.loads((folder / "report.json").read_text())["healths"]
-    assert healths["ok"] == cell.aliases * cell.disks == sum(healths.values()), healths
+    # A host under several names has each VM several times, which somebody should see to.
+    assert healths["ok"] + healths["attention"] == cell.aliases * cell.disks == sum(healths.values()), healths
     fleet.end_connections(folder)
     controller, hosts = fleet.cpu_of_controller() - before, fleet.cpu_of_hosts() - of_hosts
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024  # the largest process until now

@@ -12,6 +12,7 @@ from __future__ import annotations
 import pathlib
 import sys
 import time
+import uuid
 
 from ansible_collections.kvmfleet.qcow2.plugins.filter.fleet_health import make_fleet_health
 from ansible_collections.kvmfleet.qcow2.plugins.filter.host_health import make_host_health
@@ -77,7 +78,7 @@ def domain(name, disks, checkpoints, since=None, reason=None, *, state="shut off
     told = f"An increment since the checkpoint {since!r} is possible." if since else "No increment is possible."
     return {
         "name": name,
-        "uuid": "4dea22b3-1d52-d8f3-2516-782e98ab3fa0",
+        "uuid": str(uuid.uuid4()),
         "state": state,
         "managed_save": False,
         "libvirt_snapshots": [],

@@ -24,10 +24,12 @@ HEALTHS = (FULL, UNKNOWN, ATTENTION, OK, LEFT_OUT)
 INCREMENTAL = "incremental"  # as domain_info says it
 SHUT_OFF = "shut off"
 DAY = 24 * 60 * 60
+_TOLD = 3  # other hosts that are named at most
 
 FindingCode = t.Literal[
     "broken_checkpoint",
     "corrupt_image",
+    "defined_twice",
     "full",
     "long_chain",
     "old_snapshot",
@@ -69,6 +71,19 @@ def domain_health(place: Place, domain: Result, limits: Limits, now: float) -> d
         "snapshot_bytes": sum(one["bytes"] for one in snapshots(domain)),
         "findings": [one._asdict() for one in findings],
     }
+
+
+def defined_twice(judged: Result, others: t.Sequence[str]) -> dict[str, t.Any]:
+    """Return the report on a domain that is defined on other hosts, too."""
+    more = f" and {len(others) - _TOLD} more" if len(others) > _TOLD else ""
+    msg = (
+        f"Its UUID is that of a domain on {', '.join(others[:_TOLD])}{more}, too. What a run changes on one host, the "
+        "definition on the other does not follow, and its VM would start on an old or a missing image. Undefine it "
+        "where it does not belong, which deletes no disk; or name a host only once in the inventory."
+    )
+    # No command for it: it would be done by one definition alone.
+    findings = [Finding("defined_twice", msg)._asdict(), *({**one, "command": None} for one in judged["findings"])]
+    return {**judged, "health": ATTENTION if judged["health"] == OK else judged["health"], "findings": findings}
 
 
 def snapshots(domain: Result) -> list[dict[str, t.Any]]:

@@ -16,7 +16,7 @@ from .._report.host import UNREACHABLE
 from .._report.patterns import matches, unmatched
 from .._report.rows import Problem, Result, problem, reason
 from .commands import Place
-from .domain import ATTENTION, FULL, HEALTHS, UNKNOWN, Limits, domain_health
+from .domain import ATTENTION, FULL, HEALTHS, UNKNOWN, Limits, defined_twice, domain_health
 
 SCHEMA_VERSION = 1  # docs/health.schema.json describes it
 # The healths of a domain for which its host fails.
@@ -75,7 +75,7 @@ def fleet_health(
 ) -> dict[str, t.Any]:
     """Return the report on the fleet, from that on each host, which is None if its turn never came."""
     not_run = {**host_health(Place(""), Look(), Limits(), 0), "state": NOT_RUN}
-    hosts = {host: report or not_run for host, report in reports.items()}
+    hosts = _with_twins({host: report or not_run for host, report in reports.items()})
     states = collections.Counter(report["state"] for report in hosts.values())
     domains = [domain for report in hosts.values() for domain in report["domains"]]
     problems = [] if allows_nothing else in_vain(list(hosts.values()), "health_allow_nothing")
@@ -91,6 +91,23 @@ def fleet_health(
         "failed_hosts": {host: count for host, count in bad.items() if count},
         "hosts": hosts,
     }
+
+
+def _with_twins(hosts: t.Mapping[str, Result]) -> dict[str, dict[str, t.Any]]:
+    """Return the reports on hosts, in which a domain that is defined on several of them has that as a finding.
+
+    By the UUID alone: hosts with disks of their own call their images alike, and a clone has a UUID of its own.
+    """
+    places = collections.defaultdict[str, list[str]](list)
+    for host, report in hosts.items():
+        for uuid in {one["uuid"] for one in report["domains"] if one["uuid"] is not None}:
+            places[uuid].append(host)
+    told = {}
+    for host, report in hosts.items():
+        others = [[at for at in places.get(one["uuid"], ()) if at != host] for one in report["domains"]]
+        domains = [defined_twice(one, at) if at else one for one, at in zip(report["domains"], others)]
+        told[host] = {**report, **_sums(domains), "domains": domains}
+    return told
 
 
 def _domain(place: Place, told: Result, limits: Limits, now: float) -> dict[str, t.Any]:

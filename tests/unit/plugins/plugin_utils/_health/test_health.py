@@ -356,6 +356,49 @@ def test_what_was_asked_for_and_is_nowhere():
     assert fleet_health({"hv1": every, "hv2": GONE})["problems"] == []
 
 
+TWIN = {**ODD, "name": "web-old", "uuid": "11111111-1d52-d8f3-2516-782e98ab3fa0"}
+
+
+def test_a_domain_that_is_defined_on_two_hosts():
+    clone = {**WELL, "name": "clone", "uuid": "22222222-1d52-d8f3-2516-782e98ab3fa0"}  # on images of the same names
+    orphans = [{"target": "vda", "image": "/a", "bitmaps": ["x"]}]
+    here, there = report_on({**TWIN, "orphan_bitmaps": orphans}, WELL), report_on(TWIN, clone)
+    assert all(one["command"] for one in here["domains"][0]["findings"])
+    report = fleet_health({"hv1": here, "hv2": there, "hv3": GONE}, fail_on="attention")
+    told = {host: {one["name"]: one for one in of["domains"]} for host, of in report["hosts"].items()}
+    assert next(one["code"] for one in told["hv1"]["web-old"]["findings"]) == "defined_twice"
+    assert "a domain on hv2, too" in told["hv1"]["web-old"]["findings"][0]["msg"]
+    assert "a domain on hv1, too" in told["hv2"]["web-old"]["findings"][0]["msg"]
+    # One definition alone would follow what they do.
+    assert not any(one["command"] for one in told["hv1"]["web-old"]["findings"])
+    assert told["hv1"]["web"] == here["domains"][1]
+    assert told["hv2"]["clone"] == there["domains"][1]
+    assert report["findings"]["defined_twice"] == 2
+    assert report["hosts"]["hv1"]["findings"]["defined_twice"] == 1
+
+
+@pytest.mark.parametrize(
+    "one, health",
+    [(WELL, "attention"), (ODD, "attention"), (FULL, "full"), ({**WELL, "next_backup": "unknown"}, "unknown")],
+)
+def test_what_a_domain_is_that_is_defined_on_two_hosts(one, health):
+    report = fleet_health({"hv1": report_on(one), "hv2": report_on(one)}, fail_on="attention")
+    assert [of["domains"][0]["health"] for of in report["hosts"].values()] == [health, health]
+    assert report["healths"][health] == 2
+    assert report["failed_hosts"] == {"hv1": 1, "hv2": 1}
+
+
+@pytest.mark.parametrize("count, words", [(4, "on b, c, d, too"), (5, "on b, c, d and 1 more, too")])
+def test_a_domain_that_is_defined_on_many_hosts(count, words):
+    report = fleet_health(dict.fromkeys("abcdefgh"[:count], report_on(WELL)))
+    assert words in report["hosts"]["a"]["domains"][0]["findings"][0]["msg"]
+
+
+def test_domains_of_which_no_uuid_is_known_are_not_the_same():
+    one = {**WELL, "uuid": None}
+    assert fleet_health({"hv1": report_on(one), "hv2": report_on(one)})["findings"] == {}
+
+
 def test_the_summary_has_a_line_for_each_host_and_what_stands_in_the_way():
     lines = summary(fleet_health({"hv1": report_on(WELL, FULL, ODD), "hv22": GONE}))
     assert lines == [
