@@ -77,7 +77,7 @@ RULES = (
         "if False:",
         (COMMIT, ODD, KILLS),
     ),
-    Rule("a BASE that ran excludes TOP", "stages", "if has_base_run:", "if False:", (COMMIT, ODD, KILLS)),
+    Rule("a BASE that ran excludes TOP", "stages", "if _has_base_run(seen, vault):", "if False:", (COMMIT, ODD, KILLS)),
     Rule(
         "broken bitmaps of TOP are made again",
         "stages",
@@ -123,9 +123,30 @@ RULES = (
     Rule(
         "a commit into an image between is completed first",
         "unfinished",
-        "why_in_the_way((*higher, *chain[:depth]), (), (COMMIT,))",
-        "None",
-        (COMMIT,),
+        "is_other = begun.is_in_the_way or (isinstance(vault, Vault) and top_stands(vault))",
+        "is_other = False",
+        (COMMIT, ODD),
+    ),
+    Rule(
+        "no other commit comes between a killed one and its end",
+        "unfinished",
+        "return not is_own and not vault.is_given and top_stands(vault)",
+        "return False",
+        (COMMIT, ODD),
+    ),
+    Rule(
+        "the vault of a commit that is done tells nothing of the next one",
+        "merge",
+        "if stage.stale_vault:  # it tells nothing of this commit",
+        "if False:",
+        (COMMIT, ODD),
+    ),
+    Rule(
+        "where no generation tells, the time tells what has gone in",
+        "vault",
+        "return not is_newer and self.is_between(",
+        "return self.is_between(",
+        (ODD,),
     ),
     Rule(
         "what is below BASE can be read to its end",
@@ -325,8 +346,8 @@ RULES = (
     Rule(
         "a healing of any image of a chain keeps merging off",
         "unfinished",
-        "why_in_the_way((*higher, *chain), (), (HEALING,))",
-        "None",
+        "healing = why_in_the_way(whole, (), (HEALING,))",
+        "healing = None",
         ("test_unfinished",),
     ),
     Rule(
@@ -403,8 +424,8 @@ RULES = (
     Rule(
         "an image with an unfinished commit is not given up",
         "revert",
-        "vaults=_vaults(layer.real_path for layer in layers[: len(going) + 1]),",
-        "vaults=(),",
+        "commit=why_in_the_way(layers, (), (COMMIT,)),",
+        "commit=None,",
         ("test_revert",),
     ),
     Rule(

@@ -30,7 +30,7 @@ BY_MODULE = {  # commands that lose what the module keeps, and the module for ea
     "virsh blockcommit": ("domain_overlay",),
     "virsh checkpoint-delete": ("domain_checkpoint",),
 }
-OTHER_COMMANDS = {"dmesg", "lvremove", "qemu-nbd", "sysctl", "ulimit"}
+OTHER_COMMANDS = {"dmesg", "lvremove", "qemu-nbd", "sysctl", "touch", "ulimit"}
 OTHER_OPTIONS = {"conv", "discard", "g", "id", "u"}  # of dd, QEMU and chmod, in other texts
 OTHER_WORDS = {"-d", "ansible_python_interpreter", "nolock", "snapshot='no'"}
 
