@@ -318,7 +318,7 @@ def _is_same(one: RunningImage, other: RunningImage) -> bool:
     """Whether both are the same image of a chain; of a volume, which has no path, only the number tells."""
     if one.path is not None or other.path is not None:
         return one.path == other.path
-    return one.number == other.number != ""
+    return one.number != "" and one.number == other.number
 
 
 def _is_still(one: RunningImage, other: RunningImage) -> bool:
@@ -326,7 +326,7 @@ def _is_still(one: RunningImage, other: RunningImage) -> bool:
     # A disk that was detached, and attached again with the image below alone, has another number of it.
     if one.number and other.number:
         return one.number == other.number
-    return one.path == other.path is not None
+    return one.path is not None and one.path == other.path
 
 
 def _pivot(handle: t.Any, target: str) -> bool:
