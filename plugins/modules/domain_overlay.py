@@ -528,7 +528,9 @@ domains:
           sample: 2147483648
     lost_checkpoints:
       description:
-        - With O(state=reverted), the checkpoints that went with the overlays, and that libvirt has forgotten.
+        - With O(state=reverted), the checkpoints that went with the overlays, and that libvirt has forgotten. One
+          counts, too, if the image below was last written to more than an hour before it was made. The bitmap of its
+          name there is an earlier one's, which kvmfleet.qcow2.domain_checkpoint with C(orphans=remove) removes.
       type: list
       elements: str
       sample: []

@@ -268,7 +268,8 @@ disks:
           sample: true
         problem:
           description:
-            - V(not_in_top), V(gap), V(not_recording), V(inconsistent), V(different_size) or V(lost) if it is not valid.
+            - V(not_in_top), V(gap), V(not_recording), V(inconsistent), V(different_size), V(lost) or V(older) if it
+              is not valid.
             - V(in_use) if it cannot be told because a process, most likely the running VM, has the image open for
               writing. V(incomplete) if it cannot be told because not the whole chain was read.
             - Null if it is valid.

@@ -526,9 +526,24 @@ RULES = (
     Rule(
         "a bitmap that is older than its checkpoint is another one",
         "bitmap_rules",
-        "if lowest.is_older_than(created):",
+        "if older is not None:",
         "if False:",
         ("test_bitmap_rules",),
+    ),
+    Rule(
+        "a topmost image that is older than the checkpoint has not its bitmap",
+        "bitmap_rules",
+        "if top.is_older_than(created):",
+        "if False:",
+        ("test_bitmap_rules",),
+    ),
+    Rule(
+        "nobody goes back to a bitmap that is older than its checkpoint",
+        "wayback",
+        "or bases[target].is_older_than(one.created)",
+        "or False",
+        ("test_wayback",),
+        "_domain",
     ),
     Rule(
         "libvirt does not see what an image below has lost",

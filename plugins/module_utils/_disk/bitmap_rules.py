@@ -13,10 +13,12 @@ An incremental backup since a bitmap is possible if
 2) the images that have it are contiguous from the top, no gap,
 3) all of them are recording,
 4) none is inconsistent (libvirt, "Incremental backup internals", Integration with backups),
-5) all these images have one virtual size, since QEMU cannot merge bitmaps of different sizes, as the backup does, and
+5) all these images have one virtual size, since QEMU cannot merge bitmaps of different sizes, as the backup does,
 6) no image below them has lost the bitmap that this one goes on with: what changed there is told nowhere any more. QEMU
    and libvirt do not look. Which bitmaps an image has lost their old directory tells. Where it is gone, all count, and
-   so does one of a name that was used before, unless the image is older than the checkpoint.
+   so does one of a name that was used before, unless the image is older than the checkpoint, and
+7) the topmost image is not older than the checkpoint: else its bitmap is an earlier one of this name. Further down such
+   an earlier one, as that of a template, only adds bits.
 """
 
 from __future__ import annotations
@@ -37,10 +39,10 @@ IN_USE = "in_use"
 INCOMPLETE = "incomplete"
 LOST = "lost"
 SWAPPED = "swapped"  # of a domain: the disk had another target when the checkpoint was made
+OLDER = "older"
 
 # Why a bitmap that is not valid cannot be made so, beside those.
 EMPTIED = "emptied"
-OLDER = "older"
 
 MAX_BITMAPS_CARRIED = 4096  # of one ACTIVE; QEMU's time grows with the square of them
 MAX_ALL_BITMAP_DATA = 4 * 1024 * 1024 * 1024  # bytes of memory that QEMU needs to have all bitmaps of ACTIVE open
@@ -70,6 +72,10 @@ _LOST = (
     "written to it, or a QEMU was killed as it opened it. This one may have begun there. If you know that it did not, "
     "'qemu-img check -r all {}' has the image forget them, with the VM shut off."
 )
+_OLDER = (
+    "This image was last written to before the checkpoint was made, as one that was put back from a copy, so its "
+    "bitmap is an earlier one of this name. That of the checkpoint is gone, with what was in its image."
+)
 _LOOK_FURTHER = "The chain below this image was not read. Look at the whole chain, or mend it first."
 
 
@@ -85,7 +91,12 @@ class LayerBitmaps(t.NamedTuple):
     modified: int | None = None  # seconds since 1970, of the last write; None if that cannot be told
 
     def is_older_than(self, created: int | None) -> bool:
-        """Whether it was last written to before a checkpoint was made: a bitmap is stored when its image is closed."""
+        """Whether it was last written to before a checkpoint was made: a bitmap is stored when its image is closed.
+
+        What is open is still to be written. Of what is but slightly older nobody can tell, for the clocks.
+        """
+        if self.is_open_for_writing:
+            return False
         return created is not None and self.modified is not None and self.modified + _CLOCKS < created
 
     def may_have_lost(self, name: str, created: int | None = None) -> bool:
@@ -129,10 +140,10 @@ def judge(
 
     `complete`: the chain ends with its base. `created`: when the checkpoint was made, in seconds since 1970, if known.
     """
-    top, way_out = chain[0], _way_out(name, chain, complete, created)
-    if not top.is_open_for_writing and name not in top.bitmaps:  # rule 1
-        below = next((layer for layer in chain if name in layer.bitmaps), None)
-        return _without(name, NOT_IN_TOP, top, below, way_out)
+    way_out = _way_out(name, chain, complete, created)
+    fault = _fault_of_top(name, chain, created, way_out)
+    if fault is not None:
+        return fault
     missing: LayerBitmaps | None = None  # the uppermost image that lacks the bitmap
     unknown: LayerBitmaps | None = None
     above: LayerBitmaps | None = None  # the image with the bitmap just above
@@ -173,13 +184,14 @@ def why_not_provable(
 
     `name` is in the chain. Above the lowest image with it, what changed is what the images hold. In that one it must
     be in order, unless it is the topmost one, of which EMPTIED says that it may have been emptied. It must be the
-    bitmap of this checkpoint, not one of its name in a template (OLDER): the one of this checkpoint is gone then, with
-    what was in its image.
+    bitmap of this checkpoint, not one of its name in a template, nor may an image above be one from before (OLDER):
+    the one of this checkpoint is gone then, with what was in its image.
     """
     places = [place for place, layer in enumerate(chain) if name in layer.bitmaps]
     lowest = chain[places[-1]]
-    if lowest.is_older_than(created):
-        return OLDER, lowest
+    older = next((one for one in chain[places[-1] :: -1] if one.is_older_than(created)), None)
+    if older is not None:
+        return OLDER, older
     if lowest.bitmaps[name].inconsistent and places[-1] > 0:
         return INCONSISTENT, lowest
     for layer in (chain[place] for place in places):
@@ -206,6 +218,19 @@ def _way_out(name: str, chain: t.Sequence[LayerBitmaps], complete: bool, created
     if why is None:
         return _HEAL
     return (_HEAL_BY_WORD if why[0] == EMPTIED else _NO_HEALING) + _FULL
+
+
+def _fault_of_top(name: str, chain: t.Sequence[LayerBitmaps], created: int | None, way_out: str) -> Checkpoint | None:
+    """Return why the topmost image has not the bitmap of this checkpoint."""
+    top = chain[0]
+    if top.is_open_for_writing:
+        return None
+    if name not in top.bitmaps:  # rule 1
+        below = next((layer for layer in chain if name in layer.bitmaps), None)
+        return _without(name, NOT_IN_TOP, top, below, way_out)
+    if top.is_older_than(created):  # rule 7
+        return Checkpoint(name, False, OLDER, top.path, f"{_OLDER} {way_out}")
+    return None
 
 
 def _without(name: str, problem: str, missing: LayerBitmaps, below: LayerBitmaps | None, way_out: str) -> Checkpoint:

@@ -18,7 +18,8 @@ Images are written from the top downwards. A QEMU that is killed while it opens 
 them, names included, and a chain without them may look valid. So
 
 1) before an image below the topmost one is written, the bitmaps of the topmost one take in all bits below, and
-2) an image is barred if the chain would, without its bitmaps, look valid for one that is not.
+2) an image is barred if the chain would, without its bitmaps, look valid for one that is not, or if it tells why a
+   bitmap that stays can never be valid, since it tells that no more once it is written.
 """
 
 from __future__ import annotations
@@ -426,19 +427,31 @@ def _unsafe(plan: Plan, chain: t.Sequence[Standing], request: HealRequest) -> di
 
 
 def _hiding(plan: Plan, chain: t.Sequence[Standing], request: HealRequest) -> dict[int, Refusal]:
-    """Return the images that tell why a bitmap above them is not valid, and would not any more once they are written.
+    """Return the images that tell why a bitmap can never be valid, and would not any more once they are written.
 
-    That they have lost their own bitmaps is told by their header, which QEMU writes anew.
+    That they have lost their own bitmaps is told by their header, which QEMU writes anew, and that theirs are older
+    ones by the time of the last write. It does not count what else is wrong with the bitmap: that may be healed later.
     """
-    created = dict(request.created)
-    told = judge_all(_layers(chain, [_as_it_is(image) for image in chain], ()), complete=True, created=created)
-    hidden = {one.name for one in told if one.problem == LOST} & {one.name for one in plan.checkpoints if one.valid}
+    created, layers = dict(request.created), [image.layer for image in chain]
+    stays = sorted({name for wants in plan.wants.values() for name in wants if not name.startswith(MARK)})
     unsafe = {}
-    for place in (place for place in plan.written if place > 0):
-        # What its vault has is put back; of what else it has lost the vault tells nothing.
-        lost = [name for name in sorted(hidden) if chain[place].layer.may_have_lost(name, created.get(name))]
-        if lost:
-            why = f"has lost its bitmaps, perhaps {', '.join(map(repr, lost))}, too, which nothing would tell any more"
+    for place in plan.written:
+        told = [name for name in stays if _tells(place, name, layers, created.get(name))]
+        if told:
+            names = ", ".join(map(repr, told))
+            why = f"is older than the checkpoint of {names}"
+            if layers[place].may_have_lost(told[0], created.get(told[0])):
+                # What its vault has is put back; of what else it has lost the vault tells nothing.
+                why = f"has lost its bitmaps, perhaps {names}, too"
+            why = f"{why}, which nothing would tell any more"
             remedy = "Remove that one first, and make a full backup."
             unsafe[place] = Refusal("closes_gap", chain[place].path, why, remedy)
     return unsafe
+
+
+def _tells(place: int, name: str, layers: t.Sequence[LayerBitmaps], created: int | None) -> bool:
+    """Whether an image tells that a bitmap can never be valid."""
+    lowest = max(number for number, layer in enumerate(layers) if name in layer.bitmaps)
+    if place <= lowest:  # one further down tells it, too, but not of a bitmap that the images above have in order
+        return layers[place].is_older_than(created)
+    return why_not_provable(name, layers, created) == (LOST, layers[place])

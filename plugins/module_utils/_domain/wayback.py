@@ -443,7 +443,10 @@ def _overlays_beside(facts: DiskFacts, request: WayBack) -> list[Above]:
 
 
 def lost_checkpoints(plan: DomainPlan, kept: Kept) -> tuple[str, ...]:
-    """Return the names of the checkpoints whose bitmaps the images lack that the domain goes back to."""
+    """Return the names of the checkpoints whose bitmaps the images lack that the domain goes back to.
+
+    What an image has that is older than the checkpoint is an earlier bitmap of this name.
+    """
     requests = {disk.target: disk.request for disk in plan.disks}
     bases = {
         target: layer
@@ -453,5 +456,9 @@ def lost_checkpoints(plan: DomainPlan, kept: Kept) -> tuple[str, ...]:
     return tuple(
         one.name
         for one in kept.checkpoints
-        if any(target in bases and bitmap not in bases[target].bitmaps for target, bitmap in one.bitmaps.items())
+        if any(
+            bitmap not in bases[target].bitmaps or bases[target].is_older_than(one.created)
+            for target, bitmap in one.bitmaps.items()
+            if target in bases
+        )
     )

@@ -42,13 +42,13 @@ def mend(path, settings=SETTINGS, **options):
     assert not [name for name in os.listdir(os.path.dirname(path)) if name.startswith(".")]  # vault, temporary file
     disk = result["disks"][0]
     assert again["disks"][0]["checkpoints"] == disk["checkpoints"]
-    assert disk["checkpoints"] == as_info_tells(path)
+    assert disk["checkpoints"] == as_info_tells(path, dict(request.created))
     return disk, result["changed"]
 
 
-def as_info_tells(path):
+def as_info_tells(path, created=None):
     """Return the checkpoints as qcow2_info tells them."""
-    found = examine_chain(str(path), follow=True, count=True).as_result()["checkpoints"]
+    found = examine_chain(str(path), follow=True, count=True, created=created).as_result()["checkpoints"]
     return sorted(found, key=lambda one: one["name"])
 
 

@@ -193,6 +193,29 @@ def test_a_bitmap_that_is_older_than_the_checkpoint_of_its_name_is_another_one()
     assert "cannot be made valid" in judge("x", chain, created=50_000).advice
 
 
+def test_a_topmost_image_that_is_older_than_the_checkpoint_has_another_bitmap():
+    """As one that was put back from an older file: names are used again."""
+    sound = {"x": Bitmap("x", 512, True, False)}
+    base = LayerBitmaps("/base", 1, sound, modified=60_000)
+    for modified, valid in ((10_000, False), (50_000, True), (46_400, True), (46_399, False), (None, True)):
+        top = LayerBitmaps("/top", 1, sound, modified=modified)
+        for chain in ([top], [top, base]):
+            verdict = judge("x", chain, created=50_000)
+            assert (verdict.valid, verdict.problem) == ((True, None) if valid else (False, "older"))
+            assert why_not_provable("x", chain, 50_000) == (None if valid else ("older", top))
+            assert valid or "cannot be made valid" in verdict.advice
+            assert judge("x", chain).valid is True  # nobody knows when
+            opened = [top._replace(is_open_for_writing=True), *chain[1:]]
+            assert judge("x", opened, created=50_000).problem == "in_use"
+
+
+def test_an_older_bitmap_further_down_only_adds_bits():
+    """As that of a template, above which the name is used again."""
+    sound = {"x": Bitmap("x", 512, True, False)}
+    template = LayerBitmaps("/base", 1, sound, modified=10_000)
+    assert judge("x", [LayerBitmaps("/top", 1, sound, modified=60_000), template], created=50_000).valid is True
+
+
 def test_only_a_bitmap_that_was_there_is_lost():
     """What the directory of the lost bitmaps tells counts whenever that was; without it all of them may be lost."""
     sound = {"x": Bitmap("x", 512, True, False)}

@@ -261,3 +261,32 @@ def test_no_image_is_written_that_alone_tells_why_a_bitmap_above_it_is_not_valid
     plan = decide(ASKED._replace(removed=("y",)), [own, *chain[1:]])
     assert (plan.written, [one.problem for one in plan.found]) == ((0, 1), [None, None, None])
     assert {one.name for one in plan.checkpoints if one.valid} == {"x"}
+
+
+@pytest.mark.parametrize("top", ["-", "i", "g"])
+def test_no_image_is_written_that_tells_what_can_be_healed_once_nothing_tells_it(top):
+    """Whatever else is wrong with y, which can have begun in the image that has lost its bitmaps."""
+    images = standing("--lg", lost_names={2: frozenset("y")})
+    chain = [images[0]._replace(bitmaps=bitmap(top, "y")), images[1]._replace(bitmaps=bitmap("g", "y")), *images[2:]]
+    for names in (("x",), ("x", "y")):
+        plan = decide(ASKED._replace(names=names), chain)
+        assert plan.written == ()
+        assert plan.barred[2].code == "closes_gap"
+    plan = decide(ASKED._replace(removed=("y",)), chain)
+    assert plan.written == (0, 1, 2)
+    assert [one.problem for one in plan.found if one.name == "x"] == [None] * 3
+
+
+def test_no_image_is_written_whose_time_tells_that_a_bitmap_is_older_than_its_checkpoint():
+    """The topmost one tells it of a bitmap that looks valid else, another one of what could be rebuilt above it."""
+    created = (("x", 5_000), ("y", 50_000))
+    for letters, place in (("-g", 0), ("--g", 1), ("---g", 2)):
+        chain = standing(letters, modified=dict.fromkeys(range(place), 60000) | {place: 10_000})
+        chain[place] = chain[place]._replace(bitmaps=bitmap("g", "y"))
+        plan = decide(ASKED._replace(created=created), chain)
+        assert plan.written == ()
+        assert plan.barred[place].code == "closes_gap"
+        assert "older than the checkpoint of 'y'" in plan.barred[place].why
+        plan = decide(ASKED._replace(created=created, removed=("y",)), chain)
+        assert plan.written == tuple(range(place + 1))
+        assert {one.name for one in plan.checkpoints if one.valid} == {"x"}

@@ -159,6 +159,40 @@ def test_an_image_that_has_lost_others_can_be_written(tmp_path, base):
     assert checkpoints(top) == {"monday", "tuesday", "new"}
 
 
+@pytest.mark.parametrize("harm", [crash, lambda path: qemu.qemu_img("bitmap", "--remove", path, "new")])
+def test_what_tells_that_a_bitmap_is_lost_stays_while_the_bitmap_does(tmp_path, base, harm):
+    """Whatever is wrong with it in the topmost image, a second run would rebuild it without what was lost."""
+    middle = overlay(tmp_path / "middle.qcow2", base)
+    qemu.add_bitmaps(middle, [Bitmap("new", 65536, True, False)])
+    above, top = str(tmp_path / "above.qcow2"), str(tmp_path / "top.qcow2")
+    recording_overlay(above, middle)
+    recording_overlay(top, above)
+    harm(top)
+    lose(middle)
+    before = digest(middle)
+    for names in (("monday",), None, None):
+        disk, changed = mend(top, names=names)
+        assert (changed, disk["state"], checkpoints(top)) == (False, "failed", set())
+    assert digest(middle) == before
+    disk, changed = mend(top, names=("monday", "tuesday"), removed=("new",))
+    assert (changed, disk["state"], checkpoints(top)) == (True, "removed", {"monday", "tuesday"})
+
+
+def test_what_tells_that_a_bitmap_is_older_than_its_checkpoint_stays_while_the_bitmap_does(tmp_path, base):
+    top = overlay(tmp_path / "top.qcow2", base)
+    qemu.add_bitmaps(top, [Bitmap("new", 65536, True, False)])
+    created = (("monday", 0), ("new", 50_000))
+    os.utime(top, (10_000, 10_000))
+    for _run in range(2):
+        disk, changed = mend(top, created=created)
+        assert (changed, disk["state"]) == (False, "failed")
+        assert [(one["name"], one["problem"]) for one in disk["checkpoints"] if one["problem"] == "older"] == [
+            ("new", "older")
+        ]
+    disk, changed = mend(top, names=("monday", "tuesday"), removed=("new",), created=created)
+    assert (changed, disk["state"], checkpoints(top)) == (True, "removed", {"monday", "tuesday"})
+
+
 def test_only_your_word_heals_what_no_image_below_has(tmp_path):
     top = qemu.create(tmp_path / "top.qcow2", SIZE)
     guest_writes(top, random.Random(1))

@@ -113,6 +113,15 @@ def test_a_loss_that_is_older_than_the_checkpoint_costs_no_figures(define, chain
     assert (checkpoint["valid"], checkpoint["dirty_bytes"]) == (True, 0)
 
 
+def test_a_disk_that_was_put_back_from_an_older_file_has_not_the_bitmap_of_the_checkpoint(define, chain):
+    os.utime(chain[0], (10_000, 10_000))
+    define("web", element("vda", chain[0]), checkpoint="one")
+    result = looked()
+    (checkpoint,) = result["checkpoints"]
+    assert (checkpoint["valid"], checkpoint["problem"], checkpoint["image"]) == (False, "older", chain[0])
+    assert result["next_backup"] == "full"
+
+
 def test_a_merge_that_was_killed_tells_which_snapshot_it_was(define, chain):
     with open_image(chain[0]) as file, open(place_of(chain[1], False, ""), "wb") as vault:
         write_vault(vault.fileno(), Content("0123", file, [], [], [], {}, 1 << 20))

@@ -329,6 +329,15 @@ def test_checkpoints_that_the_images_below_lack_are_lost(host):
     assert lost_checkpoints(host.plan_back(plan_revert, "web", "thu"), kept) == ()
 
 
+def test_a_checkpoint_is_lost_whose_name_an_older_bitmap_of_the_image_below_has(host):
+    both = {"vda": "sunday", "vdb": "sunday"}
+    base = host.plan_back(plan_revert, "web", "wed").disks[1].request.backing_file
+    os.utime(base, (10_000, 10_000))
+    for created, lost in ((10_000, ()), (50_000, ("sunday",))):
+        kept = Kept((KnownCheckpoint("sunday", both, created=created),))
+        assert lost_checkpoints(host.plan_back(plan_revert, "web", "wed"), kept) == lost
+
+
 def test_snapshots_of_libvirts_own_are_in_the_way_of_going_back(host):
     """They may need the images that go."""
 
