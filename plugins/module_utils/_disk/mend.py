@@ -138,8 +138,7 @@ class MendBitmaps:
     def write(self, verdict: HealVerdict, held: Held) -> HealVerdict:
         """Give the images their bitmaps, topmost first, and read them back."""
         work = self._works[verdict.request.path]
-        top, *below = [work.patients[place].file for place in sorted({0, *verdict.written})]
-        was_newest = not top.is_device and all(_changed(one) <= _changed(top) for one in below)
+        newer = _newer_than_below([one.file for one in work.patients[: max(verdict.written, default=0) + 1]])
         for place in verdict.written:
             patient, wants = work.patients[place], work.plan.wants[place]
             data_file = patient.image.data_file
@@ -151,8 +150,10 @@ class MendBitmaps:
                 raise exc.about(patient.layer.path).with_note(_GOES_ON) from exc
             except Refusal as exc:
                 raise exc.with_note(_GOES_ON) from exc
-        if was_newest and below:
-            _touch(top)
+        # Where libvirt tells when checkpoints were made, the time of an image tells whether it can have their bitmaps.
+        if not verdict.request.created:
+            for file in newer:
+                _touch(file)
         return verdict
 
     def publish(
@@ -197,8 +198,15 @@ class MendBitmaps:
         return verdict
 
 
-def _changed(file: OpenImage) -> int:
-    return file.status().st_mtime_ns
+def _newer_than_below(files: t.Sequence[OpenImage]) -> list[OpenImage]:
+    """Return the images of a chain, the lowest first, that are not older than any below them; no block devices."""
+    times = [file.status().st_mtime_ns for file in files]
+    places = [
+        place
+        for place in range(len(files) - 1)
+        if not files[place].is_device and times[place] >= max(times[place + 1 :])
+    ]
+    return [files[place] for place in reversed(places)]
 
 
 def _touch(file: OpenImage) -> None:

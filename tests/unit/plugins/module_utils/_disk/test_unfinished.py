@@ -112,6 +112,8 @@ def test_a_healing_of_any_image_of_the_chain_keeps_merging_and_going_back_off(tm
     for path, below in ((2, 3), (1, 2), (0, 1)):
         recording_overlay(images[path], images[below])
     leave_healing(images[0], images[place], monkeypatch)
+    for path in (images[2], images[1], images[0]):
+        os.utime(path)
     outcomes = [
         merge(images[1], images[2], above=images[0]),
         run(GoBack(), [RevertRequest(images[0], images[2])], SETTINGS),
