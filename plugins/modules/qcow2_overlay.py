@@ -62,6 +62,9 @@ options:
       - With O(state=committed), the image directly on top of O(path), if O(path) is not the topmost one. It is put onto
         O(backing_file).
       - Only the name in its header is changed, in place, so that its bitmaps stay.
+      - The commit is refused if a bitmap of this image that no backup can use would look usable afterwards. Of images
+        further up those are looked at that lie in the folder of this one. Of images elsewhere only
+        M(kvmfleet.qcow2.domain_overlay) knows.
     type: str
   speed:
     description:

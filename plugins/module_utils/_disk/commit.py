@@ -44,6 +44,7 @@ class CommitRequest(t.NamedTuple):
     backing_format: str = "qcow2"
     vm: str | None = None
     above: str | None = None  # the image on top of `path`, which is then put onto `backing_file`
+    further: tuple[str, ...] = ()  # paths of the images on top of `above`, topmost first, of a disk of a VM
     retire: How = DELETE
     speed: int = 0  # bytes per second; 0 is no limit
     accept_lost_bitmaps: bool = False
@@ -258,14 +259,7 @@ def problems_of(seen: Seen, stage: Stage, request: CommitRequest, outcome: Outco
         why = f"is {kind}, which holds no bitmaps, so {names_of(lost)} of {request.path} would be lost"
         remedy = "If no backup needs them, use accept_lost_bitmaps=true; the next backup must be a full one."
         problems.append(Refusal("lost_bitmaps", seen.base.path, why, remedy))
-    if seen.above is not None and seen.above.image is not None:
-        wrong = wrongly_mended(named(seen.above.image), *_below_above(seen, stage))
-        if not seen.carries_bitmaps:
-            part = {name for layer in seen.part for name in named(layer.image)}
-            wrong = [name for name, bitmap in named(seen.above.image).items() if carries_over(bitmap) and name in part]
-        if wrong:
-            shown = [bitmap for bitmap in seen.above.image.bitmaps if bitmap.name in wrong]
-            problems.append(closes_gap(seen.above.path, shown))
+    problems += closed_gaps(seen, all_above(seen), *_below_above(seen, stage))
     if seen.top.version == 2 and not request.accept_lost_bitmaps:
         problems += _lost_by_version(seen)
     return [*problems, *_lost_problems(seen, stage, request, outcome), *_name_problems(seen, outcome)]
@@ -275,7 +269,7 @@ def _lost_problems(seen: Seen, stage: Stage, request: CommitRequest, outcome: Ou
     """Return that the merge would hide a loss. What a killed run of ours has lost is not: its vault has it."""
     if seen.vault is not None and stage.name in (CARRIED, GIVEN):
         return []  # TOP alone has all
-    above = seen.above.image.bitmaps if seen.above is not None and seen.above.image is not None else ()
+    above = [bitmap for way in all_above(seen) for image in way for bitmap in image.bitmaps.values()]
     kept = {*seen.vault.above, *seen.vault.below} if seen.vault is not None and stage.name == REBUILT else ()
     bitmaps = [bitmap for bitmap in (*outcome.usable, *filter(carries_over, above)) if bitmap.name not in kept]
     return lost_before(seen, bitmaps, dict(request.created))
@@ -319,6 +313,29 @@ def _hides_loss(path: str, bitmaps: t.Sequence[Bitmap]) -> Refusal:
         f"all {path}' has it forget them, with the VM shut off."
     )
     return Refusal("lost_bitmaps", path, why, remedy)
+
+
+def all_above(seen: Seen) -> list[list[LayerBitmaps]]:
+    """Return what stands on TOP, topmost first, in each way up; none if it is the topmost image."""
+    if seen.above is None:
+        return []
+    return [[*way, _for_rules(seen.above, seen)] for way in seen.further or ((),)]
+
+
+def closed_gaps(
+    seen: Seen, ways: t.Sequence[t.Sequence[LayerBitmaps]], chain: t.Sequence[Named], depth: int
+) -> list[Refusal]:
+    """Return of which images on top of TOP bitmaps would be wrong after the merge, and look right."""
+    part = {name for layer in seen.part for name in named(layer.image)}
+    found: dict[str, list[Bitmap]] = {}
+    for images in (way[place:] for way in ways for place in range(len(way))):
+        own = images[0].bitmaps
+        wrong = wrongly_mended([image.bitmaps for image in images], chain, depth)
+        if not seen.carries_bitmaps:
+            wrong = [name for name, bitmap in own.items() if carries_over(bitmap) and name in part]
+        if wrong:
+            found[images[0].path] = [own[name] for name in wrong]
+    return [closes_gap(path, bitmaps) for path, bitmaps in found.items()]
 
 
 def closes_gap(above: str, bitmaps: t.Sequence[Bitmap]) -> Refusal:

@@ -100,18 +100,19 @@ def fault_below(name: str, below: t.Sequence[Named]) -> str | None:
     return GAP if any(has_it[contiguous:]) else None
 
 
-def wrongly_mended(above: Named, chain: t.Sequence[Named], depth: int) -> list[str]:
-    """Return the bitmaps that no backup can use now and that would look usable once `above` stands on BASE.
+def wrongly_mended(above: t.Sequence[Named], chain: t.Sequence[Named], depth: int) -> list[str]:
+    """Return the bitmaps that no backup can use now and that would look usable once the rest stands on BASE.
 
-    What was written while an image in between did not record is in no bitmap of `above`.
+    `above` are the images on top of those that go in, the first one being that whose bitmaps are asked about. What was
+    written while an image in between did not record is in no bitmap of theirs.
     """
     after = fates(chain, depth)
     wrong = []
-    for name in above:
+    for name in above[0]:
         fate = after.get(name)
         has_it = {name: fate.bitmap} if fate and fate.bitmap else {}
-        now = _is_usable(name, [above, *chain])
-        then = _is_usable(name, [above, has_it, *chain[depth + 1 :]])
+        now = _is_usable(name, [*above, *chain])
+        then = _is_usable(name, [*above, has_it, *chain[depth + 1 :]])
         if then and not now:
             wrong.append(name)
     return wrong

@@ -32,10 +32,9 @@ from .begun import (
     remove_signs,
     stranger_with_sign,
 )
-from .bitmap_rules import BROKEN, names_of
+from .bitmap_rules import BROKEN, LayerBitmaps, names_of
 from .build import MakeOverlays
 from .commit import CommitRequest, CommitVerdict
-from .fates import wrongly_mended
 from .merge import MergeLayers
 from .observe import ObservedChain, free_bytes, observe_chain, why_not_open
 from .overlay import CUMULATIVE, OverlayRequest, OverlayVerdict, SkippedBitmap
@@ -46,7 +45,7 @@ from .revert_rules import Retired
 from .session import Held, Images, failed_by
 from .siblings import folders_beside, standing_on
 from .stages import Seen, named
-from .survey import last_written
+from .survey import last_written, read_further
 from .unfinished import why_not_merged
 from .verdict import ABSENT, COMMITTED, DELETE, FAILED, KEEP, PRESENT, How, Need
 
@@ -415,6 +414,7 @@ def _see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, held: Hel
         below_running=(),
         others=tuple(path for path in standing if not is_kept(path, KEPT_AS)),
         written=last_written(chain[: depth + 1], held),
+        further=read_further(request, _above(request, held)),
     )
 
 
@@ -436,16 +436,19 @@ def _problems(request: CommitRequest, seen: Seen, known: Known, held: Held) -> t
             "lost_bitmaps", request.backing_file, why, "Delete these checkpoints first, if no backup needs them."
         )
     yield from commit.lost_before(seen, bitmaps_of(known.usable, seen.chain), dict(request.created))
-    if seen.above is not None:
-        # QEMU may be writing to the image above: then what is stored of its bitmaps is that they are in use.
-        above = {bitmap.name: bitmap for bitmap in bitmaps_of(named(seen.above.image), [seen.above])}
-        wrong = wrongly_mended(above, [named(layer.image) for layer in seen.chain], seen.depth)
-        if wrong:
-            yield commit.closes_gap(seen.above.path, [above[name] for name in wrong])
+    yield from commit.closed_gaps(seen, _as_in_memory(seen), [named(layer.image) for layer in seen.chain], seen.depth)
     file = held.image(request.path)
     problem = None if file.is_device else why_not_retired(request.path, file, request.retire, KEPT_AS)
     if problem is not None:
         yield problem
+
+
+def _as_in_memory(seen: Seen) -> list[list[LayerBitmaps]]:
+    """Return what stands on the image that is merged down, with the bitmaps of the topmost image as QEMU has them."""
+    # QEMU may be writing to that: then what is stored of its bitmaps is that they are in use.
+    ways = commit.all_above(seen)
+    own = [{b.name: b._replace(recording=True, inconsistent=False) for b in way[0].bitmaps.values()} for way in ways]
+    return [[way[0]._replace(bitmaps=bitmaps), *way[1:]] for way, bitmaps in zip(ways, own)]
 
 
 def _need(seen: Seen, held: Held) -> Need | None:

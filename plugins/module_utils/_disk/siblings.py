@@ -122,6 +122,20 @@ def _status_of(path: str) -> os.stat_result | None:
     return None
 
 
+def ways_up(image: Identity, overlays: t.Sequence[Above]) -> list[list[str]]:
+    """Return the paths of what stands on an image, topmost first, for each topmost one of these overlays."""
+    ways = []
+    begun = [[one] for one in overlays if one.backing_identity == image]
+    while begun:
+        way = begun.pop()
+        seen = [image, *(one.identity for one in way)]  # or else images that stand on each other have no end
+        more = [one for one in overlays if one.backing_identity == way[0].identity and one.identity not in seen]
+        begun += [[one, *way] for one in more]
+        if not more:
+            ways.append([one.path for one in way])
+    return ways
+
+
 def standing_on(image: Identity, folders: t.Iterable[str], but: t.Collection[Identity]) -> list[str]:
     """Return the paths of the images in the folders that stand on this image, without those in `but`."""
     return all_standing_on([image], folders, but)[image]

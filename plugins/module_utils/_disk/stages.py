@@ -35,7 +35,7 @@ from .._base.errors import Refusal
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer
 from .._qcow2.image import Image
-from .bitmap_rules import carries_over
+from .bitmap_rules import LayerBitmaps, carries_over
 from .fates import Named
 from .retire import KEPT_AS, is_kept
 from .vault import MARK, Vault
@@ -61,12 +61,13 @@ class Seen(t.NamedTuple):
     top_has_all: bool  # TOP's bitmaps mark all that those of BASE, and of the vault, of the same names mark
     top_changed: int  # ns since 1970
     below_changed: t.Mapping[str, int]  # the same of the others that take part, by path; not of block devices
-    above: Layer | None
+    above: Layer | None  # the image on top of TOP
     open_for_writing: tuple[str, ...]  # paths of images that a process has open for writing
     below_running: tuple[str, ...]  # paths of images that a running VM has as a backing file
     others: tuple[str, ...]  # images that stand on one that takes part, and do not take part
     begun: tuple[str, ...] = ()  # paths of the signs that merges of images that go in were begun while their VM ran
     written: t.Mapping[str, int] = {}  # when images that take part were last, s since 1970; not those of devices
+    further: tuple[tuple[LayerBitmaps, ...], ...] = ()  # what stands on `above`, topmost first, in each way up
 
     @property
     def top(self) -> Image:

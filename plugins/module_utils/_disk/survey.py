@@ -22,7 +22,7 @@ from .._qemu import locks
 from .._qemu.settled import is_open_for_writing
 from . import commit, stages
 from .begun import find_sign
-from .bitmap_rules import carries_over
+from .bitmap_rules import LayerBitmaps, carries_over
 from .carry import Wanted
 from .commit import CommitRequest, CommitVerdict, Work
 from .fates import DISABLED, REASONS
@@ -31,7 +31,7 @@ from .retire import KEPT_AS, is_kept, kept_path
 from .revert_rules import Retired
 from .room import can_share, need_of
 from .session import Held
-from .siblings import all_standing_on, folders_beside
+from .siblings import all_standing_on, folders_beside, overlays_in, ways_up
 from .stages import Seen
 from .vault import MARK, Content, Vault, find_vault, is_as_kept, open_vault, place_of, read_vault, top_stands
 from .verdict import ABSENT, COMMITTED, FAILED, KEEP
@@ -74,6 +74,23 @@ def read_above(request: CommitRequest, held: Held) -> Layer | None:
     return observe_chain(file, "qcow2", relative=False).layers[0]
 
 
+def read_further(request: CommitRequest, above: Layer | None) -> tuple[tuple[LayerBitmaps, ...], ...]:
+    """Return the bitmaps of what stands on the image above: of a VM's chain, or of what lies beside that image."""
+    if above is None:
+        return ()
+    ways: t.Sequence[t.Sequence[str]] = [request.further]
+    if not request.is_of_vm:
+        beside = [one for one in overlays_in(os.path.dirname(above.real_path)) if not is_kept(one.path)]
+        ways = ways_up(above.identity, beside)
+    return tuple(tuple(map(_read_bitmaps, way)) for way in ways)
+
+
+def _read_bitmaps(path: str) -> LayerBitmaps:
+    with open_image(path) as file:
+        image = read_image(file)
+    return LayerBitmaps(path, image.virtual_size, stages.named(image))
+
+
 def see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, above: Layer | None, held: Held) -> Seen:
     """Return what stands there. Keep everybody from the images that take part, and writers from those below BASE."""
     part = chain[: depth + 1]
@@ -112,6 +129,7 @@ def see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, above: Lay
         others=tuple(path for layer in part for path in standing[layer.identity] if not _has_gone_in(path, vault)),
         begun=tuple(filter(None, map(find_sign, files[:-1]))),
         written=last_written(part, held),
+        further=read_further(request, above),
     )
 
 

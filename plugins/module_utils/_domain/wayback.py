@@ -218,6 +218,7 @@ def plan_merge(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark, f
         backing_format=found.below.format_found,
         vm=domain.uuid,
         above=above,
+        further=tuple(layer.path for layer in facts.layers[: max(place - 1, 0)]),
         retire=request.retire or DELETE,
         speed=request.speed,
         is_of_vm=True,

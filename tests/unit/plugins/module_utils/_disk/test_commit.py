@@ -130,6 +130,73 @@ def test_an_image_above_whose_useless_bitmap_would_look_valid(tmp_path):
     refused(low, "closes_gap", above, "'later'", above=above)
 
 
+@pytest.fixture(name="gap")
+def fixture_gap(tmp_path):
+    """A chain with an image on its top, and one further up in another folder, which alone has the bitmap later."""
+    chain = a_chain(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    further = commits.overlay(tmp_path / "elsewhere" / "further", chain.top)
+    qemu.add_bitmaps(further, [commits.bitmap("later", "recording", 65536)])
+    return chain, further
+
+
+def old_base(chain: Chain) -> None:
+    """Have a BASE that can hold no bitmaps, and the bitmap in the image that goes in."""
+    qemu.qemu_img("amend", "-f", "qcow2", "-o", "compat=0.10", chain.base)
+    qemu.add_bitmaps(chain.middle, [commits.bitmap("later", "recording", 65536)])
+
+
+def broken(which: str, kind: str) -> t.Callable[[Chain], None]:
+    """Return what gives an image a bitmap in which not all is recorded."""
+    return lambda chain: qemu.add_bitmaps(getattr(chain, which), [commits.bitmap("later", kind, 65536)])
+
+
+@pytest.mark.parametrize(
+    ("harm", "options"),
+    [
+        (broken("middle", "disabled"), {}),
+        (broken("middle", "inconsistent"), {}),
+        (broken("base", "inconsistent"), {}),
+        (old_base, {"accept_lost_bitmaps": True}),
+    ],
+)
+def test_an_image_further_up_whose_useless_bitmap_would_look_valid(gap, harm, options):
+    """The image above has no bitmap of the name, so there is a gap, which is gone after the merge."""
+    chain, further = gap
+    for path in chain:
+        qemu.qemu_img("bitmap", "--remove", "-f", "qcow2", path, "x")
+    harm(chain)
+    of_vm = {"is_of_vm": True, "further": (further,)}
+    with untouched(*chain, further):
+        told = commits.refusal(chain.middle, chain.base, above=chain.top, **of_vm, **options)
+    assert (told.code, told.subject) == ("closes_gap", further)
+    beside = chain.top + ".further"
+    os.rename(further, beside)
+    with untouched(*chain, beside):  # which nobody names
+        told = commits.refusal(chain.middle, chain.base, above=chain.top, **options)
+    assert (told.code, told.subject) == ("closes_gap", beside)
+    qemu.qemu_img("bitmap", "--remove", "-f", "qcow2", beside, "later")
+    assert commits.merged(chain.middle, chain.base, above=chain.top, **options)["state"] == "committed"
+
+
+def test_what_goes_in_has_lost_what_an_image_further_up_goes_on_with(gap):
+    chain, further = gap
+    qemu.add_bitmaps(chain.middle, [commits.bitmap("later", "recording", 65536)])
+    for path in chain:
+        qemu.qemu_img("bitmap", "--remove", "-f", "qcow2", path, "x")
+    lose(chain.middle)
+    with untouched(*chain, further):
+        told = commits.refusal(chain.middle, chain.base, above=chain.top, is_of_vm=True, further=(further,))
+    assert (told.code, told.subject) == ("lost_bitmaps", chain.middle)
+
+
+def test_what_is_kept_on_the_image_above_is_no_disk(gap):
+    chain, further = gap
+    broken("middle", "disabled")(chain)
+    os.rename(further, chain.top + ".reverted")
+    assert commits.merged(chain.middle, chain.base, above=chain.top)["state"] == "committed"
+
+
 @pytest.mark.parametrize("upper", ["top", "middle"])
 def test_an_image_that_is_smaller_than_the_one_below(tmp_path, upper):
     base = qemu.create(tmp_path / "base", SIZE)

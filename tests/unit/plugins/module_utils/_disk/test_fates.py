@@ -107,7 +107,11 @@ def test_an_image_above_that_goes_onto_base_never_looks_better_than_it_is(layers
         fate = fates(images, layers).get("b")
         after = [above, {"b": fate.bitmap} if fate and fate.bitmap else {}, *images[layers + 1 :]]
         looks_better = is_usable(after) and not is_usable([above, *images])
-        assert bool(wrongly_mended(above, images, layers)) == looks_better, "".join(states)
+        assert bool(wrongly_mended([above], images, layers)) == looks_better, "".join(states)
+        for further in STATES:
+            top = image(further)
+            looks_better = is_usable([top, *after]) and not is_usable([top, above, *images])
+            assert bool(wrongly_mended([top, above], images, layers)) == looks_better, "".join([further, *states])
 
 
 def named(*images):

@@ -658,6 +658,17 @@ def test_a_bitmap_of_the_image_above_must_not_come_to_look_valid(tmp_path):
         assert refused(request, Known((), ("sunday",))) == ["closes_gap"]
 
 
+def test_a_bitmap_of_an_image_further_up_must_not_come_to_look_valid(tmp_path):
+    base = qemu.create(tmp_path / "base.qcow2", "1M")
+    middle = overlay(tmp_path / "mon.qcow2", base, bitmaps=[SUNDAY._replace(inconsistent=True)])
+    above = overlay(tmp_path / "tue.qcow2", middle, OF_WEB._replace(snapshot="tue"))
+    further = overlay(tmp_path / "wed.qcow2", above, OF_WEB._replace(snapshot="wed"), [SUNDAY])
+    request = CommitRequest(middle, base, vm="web", above=above, is_of_vm=True, further=(further,))
+    assert refused(request, Known((), ("sunday",))) == ["closes_gap"]
+    with qemu.opened_for_writing(further):
+        assert refused(request, Known((), ("sunday",))) == ["closes_gap"]
+
+
 def test_an_image_below_that_can_hold_no_bitmaps(tmp_path):
     base = qemu.create(tmp_path / "base.qcow2", "1M", "-o", "compat=0.10")
     path = overlay(tmp_path / "mon.qcow2", base)

@@ -21,6 +21,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.siblings impo
     folders_beside,
     overlays_in,
     standing_on,
+    ways_up,
 )
 
 from .. import qemu
@@ -206,3 +207,23 @@ def test_a_folder_of_hundreds_of_images_is_quickly_looked_through(tmp_path, base
         seconds.append(time.process_time() - begun)
     print(seconds)
     assert min(seconds) < 0.1  # 0.02 on an idle machine
+
+
+def test_every_way_up_is_found(tmp_path, base):
+    low = over(tmp_path / "low", base)
+    middle = over(tmp_path / "middle", low)
+    for name in ("one", "two"):
+        over(tmp_path / name, middle)
+    over(tmp_path / "other", base)
+    found = ways_up(identity(low), overlays_in(str(tmp_path)))
+    assert sorted(found) == [[str(tmp_path / "one"), middle], [str(tmp_path / "two"), middle]]
+    assert ways_up(identity(tmp_path / "one"), overlays_in(str(tmp_path))) == []
+
+
+def test_images_that_stand_on_each_other_have_no_end(tmp_path, base):
+    for name, below in (("one", base), ("two", "one"), ("three", "two"), ("two", "three")):
+        over(tmp_path / name, below)
+    found = ways_up(identity(base), overlays_in(str(tmp_path)))
+    assert found == [[str(tmp_path / "one")]]
+    found = ways_up(identity(tmp_path / "two"), overlays_in(str(tmp_path)))
+    assert found == [[str(tmp_path / "three")]]

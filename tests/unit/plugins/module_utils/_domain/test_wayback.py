@@ -321,6 +321,13 @@ def test_only_the_disks_that_are_named_take_part(host):
     assert [one.code for one in host.plan_back(plan_commit, "web", "wed", targets=("vdx",)).problems] == ["disk_unfit"]
 
 
+def test_a_merge_knows_all_images_further_up(host):
+    for snapshot, above, further in (("mon", "tue", ["wed"]), ("tue", "wed", []), ("wed", None, [])):
+        for disk, name in zip(host.plan_back(plan_commit, "web", snapshot).disks, "ab"):
+            paths = [str(host.folder / f"web-{name}.{one}.qcow2") for one in (above, *further) if one]
+            assert [one for one in (disk.request.above, *disk.request.further) if one] == paths
+
+
 def test_checkpoints_that_the_images_below_lack_are_lost(host):
     qemu.add_bitmaps(host.folder / "web-b.wed.qcow2", [Bitmap("late", 65536, True, False)])
     both = {"vda": "sunday", "vdb": "sunday"}
