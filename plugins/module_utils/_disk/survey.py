@@ -80,7 +80,8 @@ def read_further(request: CommitRequest, above: Layer | None) -> tuple[tuple[Lay
         return ()
     ways: t.Sequence[t.Sequence[str]] = [request.further]
     if not request.is_of_vm:
-        beside = [one for one in overlays_in(os.path.dirname(above.real_path)) if not is_kept(one.path)]
+        folders = folders_beside([above.path])
+        beside = [one for folder in folders for one in overlays_in(folder) if not is_kept(one.path)]
         ways = ways_up(above.identity, beside)
     return tuple(tuple(map(_read_bitmaps, way)) for way in ways)
 
