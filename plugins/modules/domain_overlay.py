@@ -435,7 +435,8 @@ domains:
             reason:
               description: V(disabled) if it is not recording, V(inconsistent) if it was not saved properly, V(broken)
                 if libvirt says so of a running domain. With O(state=committed) also V(gap) if an image lacks it below
-                one that has it, and V(raw) if the image below can hold no bitmaps.
+                one that has it, V(different_size) or V(lost) as M(kvmfleet.qcow2.qcow2_info) tells it of images below
+                that are not merged, and V(raw) if the image below can hold no bitmaps.
               type: str
               sample: inconsistent
         topmost:

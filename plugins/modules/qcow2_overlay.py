@@ -403,7 +403,8 @@ overlays:
           sample: 65536
         reason:
           description: V(disabled) if it is not recording, V(inconsistent) if it was not saved properly. With
-            O(state=committed) also V(gap) if an image lacks it below one that has it, and V(raw) if O(backing_file) can
+            O(state=committed) also V(gap) if an image lacks it below one that has it, V(different_size) or V(lost) as
+            M(kvmfleet.qcow2.qcow2_info) tells it of images below O(backing_file), and V(raw) if O(backing_file) can
             hold no bitmaps.
           type: str
           sample: disabled

@@ -18,7 +18,7 @@ from .._qcow2.extents import SUBCLUSTERS
 from .._qcow2.formats import PLAIN
 from .._qcow2.image import Image
 from .._qemu.locks import below_running_vm, in_use
-from .bitmap_rules import LayerBitmaps, bitmap_problems, carries_over, lost_below, names_of
+from .bitmap_rules import LayerBitmaps, bitmap_problems, carries_over, judge_all, lost_below, names_of
 from .fates import DISABLED, INCONSISTENT, Fate, Named, fates, fault_below, wrongly_mended
 from .overlay import SkippedBitmap, name_problems
 from .retire import is_kept
@@ -192,7 +192,7 @@ def why_gone(request: CommitRequest, vault: Vault, *, is_top_there: bool) -> Ref
     return Refusal("unfinished", request.path, why, remedy)
 
 
-def outcome_of(seen: Seen, stage: Stage) -> Outcome:
+def outcome_of(seen: Seen, stage: Stage, created: t.Mapping[str, int]) -> Outcome:
     """Return what becomes of the bitmaps from this stage on."""
     if stage.name in (CARRIED, GIVEN):
         found = _carried(seen)
@@ -202,6 +202,7 @@ def outcome_of(seen: Seen, stage: Stage) -> Outcome:
         found = fates([named(layer.image) for layer in seen.chain], seen.depth)
     if not seen.carries_bitmaps:
         found = {name: fate._replace(bitmap=None, skipped=fate.skipped or "raw") for name, fate in found.items()}
+    found = _with_faults_below(found, seen, created)
     dead = seen.vault.dead if seen.vault else {}
     kept = {name: fate.bitmap.granularity for name, fate in found.items() if fate.bitmap is not None}
     granularity = {**dict.fromkeys(dead, DEFAULT_GRANULARITY), **kept, **_granularities(seen)}
@@ -211,6 +212,18 @@ def outcome_of(seen: Seen, stage: Stage) -> Outcome:
         None if stage.name in (CARRIED, GIVEN) else all(fate.is_exact for fate in found.values()),
         tuple(SkippedBitmap(name, granularity[name], reason) for name, reason in reasons.items() if reason),
     )
+
+
+def _with_faults_below(found: t.Mapping[str, Fate], seen: Seen, created: t.Mapping[str, int]) -> dict[str, Fate]:
+    """Return the fates with what is wrong below BASE beside bitmaps: another size, or a loss."""
+    after = {name: fate.bitmap for name, fate in found.items() if fate.bitmap is not None}
+    base = LayerBitmaps(seen.base.path, seen.chain[0].virtual_size, after)
+    chain = [base, *(_for_rules(layer, seen) for layer in seen.chain[seen.depth + 1 :])]
+    problems = {one.name: one.problem for one in judge_all(chain, complete=True, created=created)}
+    return {
+        name: fate._replace(skipped=fate.skipped or (problems[name] if name in after else None))
+        for name, fate in found.items()
+    }
 
 
 def _granularities(seen: Seen) -> dict[str, int]:

@@ -104,7 +104,7 @@ class MergeLayers:
             return self.refused(request, [stage])
         if stage.stale_vault:  # it tells nothing of this commit
             seen = seen._replace(vault=None, is_top_of_vault=False)
-        outcome = commit.outcome_of(seen, stage)
+        outcome = commit.outcome_of(seen, stage, dict(request.created))
         problems = commit.problems_of(seen, stage, request, outcome) + _problems_in_the_end(seen, request, held)
         problems += _why_not_written(seen, stage, request, held)
         if problems:

@@ -15,6 +15,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import OpenImage, open_image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import merge
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import CommitRequest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.examine import examine_chain
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.merge import MergeLayers
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.retire import why_not_retired
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
@@ -772,3 +773,28 @@ def test_a_block_device_does_not_tell_when_it_was_written_to(chain, monkeypatch)
     os.utime(chain.top, (0, 0))
     monkeypatch.setattr(OpenImage, "is_device", property(lambda file: file.path != chain.top))
     assert "unfinished" not in {one.code for one in commits.merge(chain.top, chain.base, CHECK).failures}
+
+
+@pytest.mark.parametrize(("harm", "reason"), [(lose, "lost"), (None, "different_size")])
+def test_a_bitmap_is_not_told_as_usable_for_what_is_wrong_below_base(tmp_path, harm, reason):
+    """The images below it stay as they are, and so does what qcow2_info tells of them."""
+    chain = a_chain(tmp_path)
+    if harm is not None:
+        harm(chain.base)
+    else:
+        os.unlink(chain.top)
+        commits.overlay(chain.top, chain.middle, size=2 * SIZE)
+        qemu.add_bitmaps(chain.top, [commits.bitmap("x", "recording", 65536)])
+    result = commits.merged(chain.top, chain.middle)
+    assert result["bitmaps"] == []
+    assert result["skipped_bitmaps"] == [{"name": "x", "granularity": 65536, "reason": reason}]
+    (told,) = examine_chain(chain.middle, follow=True, count=False).checkpoints
+    assert (told.valid, told.problem) == (False, reason)
+
+
+def test_what_was_lost_below_base_before_the_checkpoint_was_made_is_none_of_its(tmp_path):
+    chain = a_chain(tmp_path)
+    without_directory(chain.base)
+    os.utime(chain.base, (10_000, 10_000))
+    result = commits.merged(chain.top, chain.middle, created=(("x", 50_000),))
+    assert ([one["name"] for one in result["bitmaps"]], result["skipped_bitmaps"]) == (["x"], [])
