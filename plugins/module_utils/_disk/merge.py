@@ -124,7 +124,8 @@ class MergeLayers:
 
     def rehearse(self, verdict: CommitVerdict, held: Held) -> CommitVerdict:
         """Have QEMU open what is below BASE; nothing else beside the look can be rehearsed without writing."""
-        if verdict.work is not None:
+        if verdict.work is not None and verdict.work.stage.name != stages.GIVEN:
+            held.monitor()
             _try_to_open(verdict.work, held)
         return verdict
 
@@ -304,11 +305,9 @@ def _opened(layer: Layer, held: Held) -> Opened:
 
 def _try_to_open(work: Work, held: Held) -> None:
     """Fail before anything is written if QEMU cannot open what is below BASE, such as an encrypted image."""
-    if work.stage.name == stages.GIVEN:
-        return
-    monitor, below = held.monitor(), work.seen.chain[work.seen.depth + 1 :]
-    if below:
-        jobs.try_to_open(monitor, [_opened(layer, held) for layer in below])
+    below = work.seen.chain[work.seen.depth + 1 :]
+    if below and work.stage.name != stages.GIVEN:
+        jobs.try_to_open(held.monitor(), [_opened(layer, held) for layer in below])
 
 
 def _move_data(job: jobs.Job, seen: Seen, held: Held, *, is_shared: bool) -> str:
