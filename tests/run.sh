@@ -36,7 +36,7 @@ declare -A only_with=(
   [domain_overlay/quiesced]=2.21
   [qcow2_overlay/refused_target]=2.18 [qcow2_overlay/in_use]=2.18 [qcow2_overlay/full_disk]=2.18 [qcow2_overlay/no_links]=2.18
   [qcow2_overlay/refused_active]=2.21 [qcow2_overlay/names]=2.21 [qcow2_overlay/layouts]=2.21 [qcow2_overlay/devices]=2.21
-  [qcow2_overlay/killed]=2.21 [overlay_role/states]=2.18)
+  [qcow2_overlay/killed]=2.21 [overlay_role/states]=2.18 [overlay_role/playbooks]=2.21)
 system_core=2.19  # for a machine with one Python only, such as a fresh Debian
 
 # Put before a command: processes, mounts and loopback of its own. Two libvirt daemons would now and then choose the same
