@@ -109,9 +109,19 @@ def mounted(disk: pathlib.Path, place: pathlib.Path) -> t.Iterator[None]:
         try:
             yield
         finally:
-            lab.quietly(["umount", str(place)])
+            unmount(place)
     finally:
         lab.quietly(["losetup", "--detach", device])
+
+
+def unmount(place: pathlib.Path) -> None:
+    """Unmount a disk; for some seconds a process that another lab is about to start can still have its files."""
+    deadline = time.monotonic() + 10
+    while subprocess.run(["umount", str(place)], capture_output=True, check=False).returncode != 0:
+        if time.monotonic() > deadline:
+            lab.quietly(["umount", str(place)])  # which says why
+            return
+        time.sleep(0.1)
 
 
 @contextlib.contextmanager
