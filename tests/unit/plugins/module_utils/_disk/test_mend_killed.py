@@ -25,6 +25,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.session impor
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.unfinished import is_healing_of
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.vault import open_vault, read_vault
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.image import read_image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu.monitor import Monitor
 
 from .. import qemu
@@ -229,6 +230,8 @@ def test_what_was_begun_above_an_image_that_has_nothing_to_keep_is_valid_again(t
     disk, changed = mend(top, **wish)
     assert (changed, disk["state"], checkpoints(top)) == (True, wish.get("state", "valid"), {"wednesday"})
     assert not corruptions(base)
+    with open_image(base) as file:
+        assert read_image(file).lost_bitmaps == 0
 
 
 def test_what_a_vault_has_and_nobody_wants_any_more_is_not_lost_for_ever(tmp_path):
