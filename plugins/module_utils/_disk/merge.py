@@ -137,7 +137,7 @@ class MergeLayers:
     def check_owner(self, verdict: CommitVerdict, _held: Held) -> CommitVerdict:
         """Refuse where no later run would trust the vault."""
         work = verdict.work
-        if work is not None and (work.seen.vault is None or work.stage.stale_vault):
+        if work is not None and work.seen.vault is None:
             check_owner(work.vault_place)
         return verdict
 
@@ -275,7 +275,7 @@ def _held_back(
     A kill as QEMU opens TOP takes all its bitmaps away, names included. Of a bitmap that only TOP and the image above
     it have, nothing would tell that the bits of TOP are missing.
     """
-    names = stages.told_by_top_alone(work.seen, work.stage)
+    names = stages.told_by_top_alone(work.seen)
     if request.above is None or not names or not is_to_be_written():  # the last one reads all bits
         yield
         return

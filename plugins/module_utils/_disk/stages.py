@@ -116,13 +116,12 @@ class Seen(t.NamedTuple):
         return self.holds_bitmaps and self.top.version == 3
 
 
-def told_by_top_alone(seen: Seen, stage: Stage) -> list[str]:
+def told_by_top_alone(seen: Seen) -> list[str]:
     """Return the bitmaps of the image above that look right to a backup if TOP loses its bitmaps, and are not."""
     if seen.above is None or seen.above.image is None:
         return []
     deeper = {bitmap.name for layer in seen.chain[1:] if layer.image for bitmap in layer.image.bitmaps}
-    kept = seen.vault.above if seen.vault is not None and not stage.stale_vault else ()
-    tops = {*(bitmap.name for bitmap in seen.top.bitmaps), *kept}
+    tops = {bitmap.name for bitmap in seen.top.bitmaps} | set(seen.vault.above if seen.vault else ())
     return [b.name for b in seen.above.image.bitmaps if carries_over(b) and b.name in tops - deeper]
 
 

@@ -125,6 +125,28 @@ def test_layers_are_merged_on_top_and_further_down(host):
     assert host.merge("web", "wed").disks == ()
 
 
+class OneDomain:
+    """A daemon with one domain alone, which has this XML."""
+
+    def __init__(self, text):
+        self.text = text
+
+    @property
+    def connection(self):
+        return self
+
+    def lookupByUUIDString(self, _uuid):  # noqa: N802  libvirt's names
+        return self
+
+    def XMLDesc(self, _flags):  # noqa: N802
+        return self.text
+
+
+def running(domain):
+    """Return the XML of a domain that runs, as libvirt gives it."""
+    return domain.running_definition.text.replace("<domain", "<domain id='1'", 1)
+
+
 @pytest.mark.parametrize(
     "text, why",
     [
@@ -135,50 +157,25 @@ def test_layers_are_merged_on_top_and_further_down(host):
 def test_a_domain_whose_turn_comes_must_still_run_as_it_was_planned(host, text, why):
     domain = host.start("web")
 
-    class Daemon:
-        """A daemon with this domain alone."""
-
-        @property
-        def connection(self):
-            return self
-
-        def lookupByUUIDString(self, _uuid):  # noqa: N802  libvirt's names
-            return self
-
-        def XMLDesc(self, _flags):  # noqa: N802
-            return text
-
     aims = [
         PutRunningOn(SnapshotRequest("mon", None, None, False, Creation()), AttributeOptions(), LIVE),
         MergeRunningDown(WayBack("mon"), LIVE),
     ]
     for aim in aims:
         with pytest.raises(Refusal, match=why):
-            aim.confirm(Daemon(), domain)
-    text = domain.running_definition.text.replace("<domain", "<domain id='1'", 1)
+            aim.confirm(OneDomain(text), domain)
     for aim in aims:
-        aim.confirm(Daemon(), domain)
+        aim.confirm(OneDomain(running(domain)), domain)
 
 
 def test_the_disk_whose_jobs_are_asked_for(host):
     """Of a new overlay its mark tells it: of a volume libvirt tells no path."""
     host.snapshot("web", "mon")
     domain = host.start("web")
-    text = domain.running_definition.text.replace("<domain", "<domain id='1'", 1)
     asked = []
 
-    class Daemon:
-        """A daemon with this domain alone, which has a backup."""
-
-        @property
-        def connection(self):
-            return self
-
-        def lookupByUUIDString(self, _uuid):  # noqa: N802  libvirt's names
-            return self
-
-        def XMLDesc(self, _flags):  # noqa: N802
-            return text
+    class WithBackup(OneDomain):
+        """Of whose domain a backup is made."""
 
         def jobStats(self, _flags):  # noqa: N802
             return {"type": 2, "operation": 9}
@@ -190,7 +187,8 @@ def test_the_disk_whose_jobs_are_asked_for(host):
         def in_time(self, _uuid, ask):
             return ask(self)
 
-    domains = live.RunningDomains(Daemon(), [domain])
+    daemon = WithBackup(running(domain))
+    domains = live.RunningDomains(daemon, [domain])
     with pytest.raises(Refusal, match="has a block job .backup.") as caught:
         domains.check_for_snapshot(host.put_on("web", "tue").disks[0].request)
     assert caught.value.code == "block_job"
@@ -198,7 +196,7 @@ def test_the_disk_whose_jobs_are_asked_for(host):
     with pytest.raises(Refusal, match="has a block job of another kind .backup."):
         domains.check_for_merge(request, resumes=True)
     assert asked == ["vda", "vda"]
-    text = text.replace("web.mon.qcow2", "other.qcow2")
+    daemon.text = daemon.text.replace("web.mon.qcow2", "other.qcow2")
     with pytest.raises(Refusal, match="has got other disks meanwhile"):
         domains.check_for_merge(request, resumes=False)
 
