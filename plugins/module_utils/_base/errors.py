@@ -23,6 +23,7 @@ Code = t.Literal[
     "appeared",
     "backs_itself",
     "bad_name",
+    "base_changed",
     "bad_option",
     "below_running_vm",
     "bitmap_name",

@@ -66,6 +66,15 @@ class OpenImage:
         """Return what the kernel says of it now."""
         return os.fstat(self.fd)
 
+    def written(self) -> int:
+        """Return when it was last written to, in nanoseconds since 1970; 0 for a block device, which does not tell."""
+        return 0 if self.is_device else self.status().st_mtime_ns
+
+    def touch(self) -> None:
+        """Have it written to last just now, if that is ours to say; OSError is nobody's failure."""
+        with contextlib.suppress(OSError):
+            os.utime(self.fd)
+
     def read(self, length: int, offset: int) -> bytes:
         """Return up to `length` bytes from `offset`; fewer at the end of the file."""
         return os.pread(self.fd, length, offset)

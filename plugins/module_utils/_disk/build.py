@@ -105,7 +105,7 @@ class MakeOverlays:
         bit_bytes = most_bytes(maps, verdict.bitmaps, request.creation.cluster_size, size)
         return verdict._replace(
             need=overlay.need(verdict, target, bit_bytes),
-            spec=BuildSpec(target, backing_file, attributes, active.image, maps, bit_bytes),
+            spec=BuildSpec(target, backing_file, attributes, active.image, maps, bit_bytes, file.written()),
         )
 
     def _waiting_for(self, path: str, folders: t.Sequence[str]) -> list[str]:
@@ -208,7 +208,7 @@ def _fill(
         },
     )
     if verdict.request.mark is not None:
-        write_mark(staged.file, verdict.request.mark)
+        write_mark(staged.file, verdict.request.mark, spec.base_written)
     # QEMU opens ACTIVE while its monitor is still reading the bitmaps, so send all before the answers are awaited.
     if witness is None or spec.active is None:  # ACTIVE is raw, so there are no bitmaps
         close_file(monitor)
@@ -238,7 +238,7 @@ def _sources(maps: Maps) -> dict[str, list[str]]:
 def _read_back(staged: StagedFile, verdict: OverlayVerdict, spec: BuildSpec, monitor: Monitor) -> None:
     """Refuse a finished overlay that is not what it was to be: no exit code tells that bitmaps were lost."""
     image = read_image(staged.file)
-    wrong = overlay.verify(verdict, spec.backing_file, image)
+    wrong = overlay.verify(verdict, spec, image)
     if not wrong:
         wrong = overlay.wrong_content(wrong_bits(spec.maps, verdict.bitmaps, staged.file, image))
     if not wrong:

@@ -342,6 +342,8 @@ def _put_onto_base(verdict: CommitVerdict, held: Held) -> None:
     request, work = verdict.request, verdict.work
     if request.above is not None and work is not None:
         name = name_for_above(request, work.seen)
+        # Or else nobody could tell this from another image: that above records when the one it stood on was written to.
+        held.image(request.backing_file).touch()
         change_backing_file(held.image(request.above), name, request.backing_format)
 
 

@@ -20,7 +20,7 @@ from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import MAX_LAYERS, corrupt_below, has_protocol, relative_data_file, why_unusable
 from .._qcow2.header import MAX_BACKING_FILE_NAME, MAX_L1_TABLE, l1_bytes
 from .._qcow2.image import Image
-from .._qcow2.mark import Mark, mark_bytes
+from .._qcow2.mark import History, Mark, mark_bytes
 from .._qemu.locks import below_running_vm, in_use
 from .bitmap_rules import bitmap_problems, carries_over, is_expressible, names_of
 from .drift import drift_problems
@@ -92,6 +92,7 @@ class BuildSpec(t.NamedTuple):
     active: Image | None  # None if it is raw
     maps: Maps  # what the bitmaps begin with; nothing for one that begins empty
     bit_bytes: int  # that the bits take at most
+    base_written: int  # nanoseconds since 1970: when ACTIVE was last written to; 0 if that cannot be told
 
 
 class OverlayVerdict(t.NamedTuple):
@@ -375,12 +376,12 @@ def wrong_content(bitmaps: t.Sequence[Bitmap]) -> list[str]:
     return [f"the bitmap {names_of(bitmaps)} has other bits than it was to begin with"] if bitmaps else []
 
 
-def verify(verdict: OverlayVerdict, backing_file: str, image: Image) -> list[str]:
+def verify(verdict: OverlayVerdict, spec: BuildSpec, image: Image) -> list[str]:
     """Return how a finished overlay, as read back, differs from what it was to be; nothing if it is right."""
     expected = {
         "version": 3,
         "virtual_size": verdict.virtual_size,
-        "backing_file": backing_file,
+        "backing_file": spec.backing_file,
         "backing_format": verdict.request.backing_format,
         "encrypted": False,
         "dirty": False,
@@ -388,6 +389,7 @@ def verify(verdict: OverlayVerdict, backing_file: str, image: Image) -> list[str
         "has_data_file": False,
         "lost_bitmaps": 0,
         "mark": verdict.request.mark,
+        "history": None if verdict.request.mark is None else History(spec.base_written),
         **verdict.request.creation._asdict(),
     }
     found = {name: getattr(image, name) for name in expected}

@@ -15,15 +15,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import typing as t
 
-from .._base.errors import CHECK_STORAGE, Refusal, system_refusal
+from .._base.errors import CHECK_STORAGE, Refusal, UnknownOutcomeError, system_refusal
 from .._base.files import Identity, OpenImage, identity_of, is_link, is_there, open_image, real_path
 from .._qcow2.chain import Layer, read_head, resolve_name, walk_chain
+from .._qcow2.extents import has_allocated_extents
 from .._qcow2.formats import QCOW2
 from .._qcow2.header import is_qcow2
 from .._qcow2.image import Image
+from .._qcow2.mark import write_leaving
+from .._qcow2.plain import PlainData
 from .._qemu import locks
 from .._qemu.settled import is_open_for_writing, read_settled
 from . import revert_rules
@@ -38,11 +43,14 @@ from .retire import (
     stands,
     why_not_retired,
 )
-from .revert_rules import Going, Observed, Retired, RevertRequest, RevertVerdict
+from .revert_rules import Going, Observed, Retired, RevertRequest, RevertVerdict, SameData
 from .session import Held, Images
 from .siblings import all_standing_on, folders_beside, standing_on
 from .unfinished import COMMIT, HEALING, why_in_the_way
 from .verdict import ABSENT, DELETE, FAILED, KEEP, How
+
+_MOST_CLUSTERS = 64  # that are compared
+_MOST_COMPARED = 1 << 23  # bytes; of clusters of 2 MiB these are four
 
 Placed = tuple[str, Layer]  # a layer, and where it is: a killed run can have renamed it
 
@@ -72,6 +80,8 @@ class GoBack:
         """Look at the chain and at who else uses it, and decide."""
         seen = _observe(request, held)
         verdict = revert_rules.decide(request, seen)
+        if verdict.changed and request.puts_on_base:
+            verdict = revert_rules.with_base(verdict, seen, _compare(request, seen, held))
         if verdict.changed:
             for one in seen.going:
                 held.unwritten(one.path)
@@ -100,8 +110,53 @@ class GoBack:
         self, verdicts: t.Sequence[RevertVerdict], held: Held, switch: t.Callable[[], None]
     ) -> t.Sequence[RevertVerdict]:
         """Put the VM on BASE, then retire the images above; what fails after the switch is told, not undone."""
-        switch()
+        going = [one for one in verdicts if one.request.puts_on_base and one.retired]
+        _switch([held.image(one.retired[0].path) for one in going], switch)
         return [_retire_all(verdict, held) if verdict.changed else verdict for verdict in verdicts]
+
+
+def _compare(request: RevertRequest, seen: Observed, held: Held) -> SameData:
+    """Return how much of what the image above BASE holds BASE itself holds, too; nothing if it was not written since.
+
+    A merge goes from the start of the disk to its end. So look at the first clusters that are not empty.
+    """
+    same = compared = 0
+    is_empty = False
+    if revert_rules.was_written(seen):
+        above, base = (PlainData(held.image(path)) for path in (seen.going[-1].path, request.backing_file))
+        is_empty = not has_allocated_extents(held.image(seen.going[-1].path))
+        clusters = ((start, data) for start, data in above.clusters() if any(data))
+        for start, data in itertools.islice(clusters, _MOST_CLUSTERS):
+            compared += len(data)
+            same += len(data) if base.read(start, len(data)) == data else 0
+            if compared >= _MOST_COMPARED:
+                break
+    return SameData(same, compared, is_empty)
+
+
+def _switch(tops: t.Sequence[OpenImage], switch: t.Callable[[], None]) -> None:
+    """Put the VM on the images below these, each of which says so from then on.
+
+    A run that is killed now leaves images that no disk has. By what they say the next one knows that they are to go:
+    this VM may as well have gone to another host, where it has them.
+    """
+    new = [file for file in tops if not revert_rules.is_leaving(read_head(file))]
+    try:
+        for file in new:
+            write_leaving(file, leaving=True)
+        switch()
+    except UnknownOutcomeError:
+        raise
+    except BaseException:
+        _take_back(new)
+        raise
+
+
+def _take_back(files: t.Sequence[OpenImage]) -> None:
+    """Have these images not say any more that they are to go, so that a VM can have them as any other."""
+    for file in files:
+        with contextlib.suppress(OSError):  # it says that of no image that a disk has
+            write_leaving(file, leaving=False)
 
 
 def _retire_all(verdict: RevertVerdict, held: Held) -> RevertVerdict:
@@ -117,6 +172,8 @@ def _retire_all(verdict: RevertVerdict, held: Held) -> RevertVerdict:
         for one in reversed(verdict.retired):
             is_renamed = one is not verdict.retired[0] or is_link(one.path)
             done.insert(0, _retire(one.path, held.image(one.path), KEEP if is_renamed else how))
+        if how == KEEP:
+            _take_back([held.image(one.path) for one in verdict.retired[:1]])
         for one in reversed((*verdict.retired, *verdict.kept_already)):
             remove_dangling_link(one.path)
         if how == DELETE:
@@ -193,6 +250,7 @@ def _observe_overlay(request: RevertRequest, held: Held) -> Observed:
         commit=why_in_the_way(layers, (), (COMMIT,)),
         others=() if depth is None else tuple(_others_on(layers[depth], request, layers)),
         begun=tuple(filter(None, (find_sign(held.image(place)) for place, _layer in going))),
+        base_written=below.written(),
     )
 
 

@@ -14,12 +14,15 @@ import typing as t
 from .._base.errors import Refusal, printable
 from .._base.files import Identity
 from .._qcow2.chain import Layer, relative_data_file, why_unusable
+from .._qcow2.image import Image
 from .._qemu.locks import in_use
 from .bitmap_rules import carries_over, names_of
 from .overlay import name_problems
 from .siblings import IS_NO_DISK
 from .vault import MARK
 from .verdict import ABSENT, FAILED, KEEP, REVERTED, How, problem_fields
+
+_UNTIL_SWITCHED = 60_000_000_000  # nanoseconds in which a VM that runs still writes to BASE
 
 
 class RevertRequest(t.NamedTuple):
@@ -56,6 +59,15 @@ class Observed(t.NamedTuple):
     commit: Refusal | None  # why a commit of the chain has to be completed first, as its vault tells
     others: tuple[str, ...] = ()  # paths of further images that stand on BASE, without those that are only kept
     begun: tuple[str, ...] = ()  # paths of the signs that merges of images that go were begun while the VM ran
+    base_written: int = 0  # nanoseconds since 1970: when BASE was last written to; 0 if that cannot be told
+
+
+class SameData(t.NamedTuple):
+    """Guest data that the image above BASE holds itself, bytes."""
+
+    in_base: int  # is in BASE at the same place
+    compared: int
+    has_none: bool  # nor zeroes
 
 
 class Retired(t.NamedTuple):
@@ -158,6 +170,56 @@ def decide(request: RevertRequest, seen: Observed) -> RevertVerdict:
     for one in seen.going:
         problems += _going_problems(one)
     return verdict.failed(*problems) if problems else verdict
+
+
+def is_leaving(image: Image | None) -> bool:
+    """Whether the VM was put on the image below already, as far as an earlier run has come."""
+    return image is not None and image.history is not None and image.history.leaving
+
+
+def was_written(seen: Observed) -> bool:
+    """Whether BASE was written to since the snapshot was made, as far as its time tells and the image above it.
+
+    To remove a checkpoint or to heal one writes to it, too.
+    """
+    recorded = _recorded(seen)
+    return recorded != 0 and seen.base_written > recorded
+
+
+def _recorded(seen: Observed) -> int:
+    """Return when BASE was last written to before the snapshot; 0 if that is unknown, or the VM is on BASE already."""
+    lowest, top = seen.going[-1].layer.image, seen.going[0].layer.image
+    if lowest is None or lowest.history is None or is_leaving(top):
+        return 0
+    return lowest.history.base_written
+
+
+def with_base(verdict: RevertVerdict, seen: Observed, same: SameData) -> RevertVerdict:
+    """Refuse if BASE is not what it was at the snapshot; `same` is what BASE and the image above it have in common."""
+    base, above, recorded = verdict.request.backing_file, seen.going[-1].path, _recorded(seen)
+    is_late = was_written(seen) and seen.base_written > recorded + _UNTIL_SWITCHED
+    lost = 10**9 if seen.base_written % 10**9 == 0 else 10**3  # nanoseconds, in a copy that does not keep all digits
+    why = ""
+    if seen.base_written and seen.base_written + lost <= recorded:
+        why = (
+            f"was last written to before {above} was made on the image that it stood on then: that was another one, as "
+            "after 'virsh blockpull', or this one was put back from a copy. If other tools have merged down an empty "
+            "overlay since, it is right all the same ('touch' it then)"
+        )
+    elif 2 * same.in_base > same.compared:
+        why = (
+            f"was written to since {above} was made, and holds data of that already, as after a merge by other tools "
+            "that was not brought to its end ('virsh blockcommit', 'qemu-img commit')"
+        )
+    elif same.has_none and is_late:
+        why = f"was written to since {above} was made, which holds nothing, as 'qemu-img commit' leaves what went in"
+    if not why:
+        return verdict
+    remedy = (
+        "Merge it down instead (state=committed), or restore a backup. If you know that the image is right, put the VM "
+        "on it ('virsh edit'), and give up the images above by kvmfleet.qcow2.qcow2_overlay, state=reverted."
+    )
+    return verdict.failed(Refusal("base_changed", base, f"is not what it was at the snapshot: it {why}", remedy))
 
 
 def _promise(request: RevertRequest, seen: Observed) -> RevertVerdict:

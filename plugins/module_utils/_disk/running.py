@@ -345,7 +345,9 @@ class MergeRunning(MergeLayers):
             self._have_merged(request, held, begin)
             self._check_left(request)
         self._hypervisor.store(request)
-        os.fsync(held.image(request.backing_file).fd)  # before the only other copy of the data goes
+        base = held.image(request.backing_file)
+        base.touch()  # as merge.py does where nothing was to be written to it
+        os.fsync(base.fd)  # before the only other copy of the data goes
         how: How = DELETE if verdict.retired[0].kept_as is None else KEEP
         kept_as = retire(request.path, _alone(request.path, held), how, KEPT_AS)
         return verdict._replace(retired=(Retired(request.path, kept_as),))

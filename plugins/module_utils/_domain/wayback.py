@@ -18,7 +18,7 @@ from .._base.files import Identity, identity_of, is_there, open_image
 from .._disk.begun import find_sign
 from .._disk.commit import CommitRequest
 from .._disk.retire import REVERTED_AS, all_kept, is_kept
-from .._disk.revert_rules import RevertRequest
+from .._disk.revert_rules import RevertRequest, is_leaving
 from .._disk.siblings import Above, folders_beside, overlays_in
 from .._disk.vault import Vault, find_vault, open_vault, place_of, read_vault
 from .._disk.verdict import DELETE, KEEP, How
@@ -381,13 +381,14 @@ def left_over(facts: DiskFacts, layers: t.Iterable[Layer], request: WayBack, mar
 def _left_by_revert(facts: DiskFacts, request: WayBack, mark: Mark) -> list[str]:
     """Return the paths of the snapshots, topmost first, that a killed run has left above the image of a disk.
 
-    The lowest one bears the mark. Those above it were to go with it.
+    The lowest one bears the mark. Those above it were to go with it. The topmost one says that it is to go: or else the
+    domain has it, on another host or in another definition.
     """
     overlays = _overlays_beside(facts, request)
     known = {one.identity: one for one in overlays}
     used = {layer.identity for layer in facts.layers}
     tops = [one for one in overlays if one.identity not in used and not is_kept(one.path)]
-    ways = [_way_down(one, facts.layers[0].identity, known, mark) for one in tops if _is_of_disk(one.path, mark)]
+    ways = [_way_down(one, facts.layers[0].identity, known, mark) for one in tops if _was_left(one.path, mark)]
     return max(ways, key=len, default=[])
 
 
@@ -415,10 +416,13 @@ def _kept_below(one: Above) -> t.Iterator[Identity]:
             yield identity_of(os.stat(path))
 
 
-def _is_of_disk(path: str, mark: Mark) -> bool:
-    """Whether an image is a snapshot of the disk that a mark tells of, whichever."""
-    found = _mark_of(path)
-    return found is not None and (found.vm, found.target) == (mark.vm, mark.target)
+def _was_left(path: str, mark: Mark) -> bool:
+    """Whether an image is a snapshot of the disk that a mark tells of, whichever, and was being given up."""
+    with contextlib.suppress(Refusal, OSError), open_image(path) as file:
+        head = read_head(file)
+        is_of_disk = head.mark is not None and head.mark[:2] == mark[:2]
+        return is_of_disk and is_leaving(head)
+    return False
 
 
 def signed_leftovers(domain: Domain, facts: DiskFacts, request: WayBack) -> t.Iterator[str]:

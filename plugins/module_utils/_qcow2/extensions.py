@@ -12,7 +12,7 @@ import typing as t
 from .bitmaps import EXT_BITMAPS, BitmapsExtension, parse_bitmaps_extension
 from .formats import BACKING_FORMATS
 from .header import CRYPT_LUKS, Header, damaged, each_extension, text_of
-from .mark import EXT_MARK, Mark, mark_from
+from .mark import EXT_MARK, History, Mark, history_from, mark_from
 
 _CRYPTO = struct.Struct(">QQ")
 _BACKING_FORMAT = 0xE2792ACA
@@ -29,6 +29,7 @@ class Extensions(t.NamedTuple):
     bitmaps: BitmapsExtension | None = None
     has_crypto_header: bool = False
     mark: Mark | None = None
+    history: History | None = None
 
 
 def read_extensions(area: bytes, header: Header, path: str) -> Extensions:
@@ -55,7 +56,7 @@ def _with_extension(found: Extensions, kind: int, data: bytes, header: Header, p
         _check_crypto_header(data, header, path)
         return found._replace(has_crypto_header=True)
     if kind == EXT_MARK:
-        return found._replace(mark=mark_from(data))
+        return found._replace(mark=mark_from(data), history=history_from(data))
     return found
 
 

@@ -25,7 +25,7 @@ from .header import (
     read_as_qemu,
     read_header,
 )
-from .mark import Mark
+from .mark import History, Mark
 from .snapshots import check_snapshots
 
 
@@ -53,6 +53,7 @@ class Image(t.NamedTuple):
     lost_bitmaps: int  # bitmaps that a program which does not know them has made worthless (autoclear bit 0)
     snapshots: int = 0  # internal ones
     mark: Mark | None = None  # of an overlay that this collection has made for a domain
+    history: History | None = None  # of the same
     lost_names: frozenset[str] | None = None  # of the lost bitmaps; None if that cannot be told
 
 
@@ -89,4 +90,5 @@ def read_image(file: OpenImage, *, with_bitmaps: bool = True) -> Image:
         lost_names=stored.lost_names,
         snapshots=header.snapshots,
         mark=extensions.mark,
+        history=extensions.history,
     )

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 # PRIVATE to this collection: may change at any time.
-"""Read and write: the mark in the header of an overlay, which tells whose snapshot it is.
+"""Read and write: the mark in the header of an overlay, which tells whose snapshot it is, and what becomes of it.
 
 By name and place alone, snapshot "web1" of the image debian.qcow2 and the clone debian.web1.qcow2 of a template are the
 same. The mark is a header extension of a type of our own. Whoever does not know it ignores it (qcow2 spec, Header
@@ -12,19 +12,24 @@ extensions); QEMU keeps it whatever it does with the image, and gives it to no o
 from __future__ import annotations
 
 import os
+import re
 import typing as t
 
-from .._base.files import OpenImage
+from .._base.files import OpenImage, close
 from .header import (
     BACKING_FILE,
     BACKING_FILE_AT,
     EXTENSION,
+    each_extension,
     end_of_extensions,
     extension_bytes,
+    read_as_qemu,
     read_header,
 )
 
 EXT_MARK = 0x6B766D66  # "kvmf"
+# The lines behind those of the mark. Their length never changes, so that one byte in place is all that does.
+_HISTORY = re.compile("base_written=([0-9]{20})\nleaving=([01])")
 
 
 class Mark(t.NamedTuple):
@@ -35,21 +40,38 @@ class Mark(t.NamedTuple):
     snapshot: str
 
 
+class History(t.NamedTuple):
+    """What an overlay tells of its life. Those that versions before 1.1 have made tell nothing."""
+
+    base_written: int = 0  # nanoseconds since 1970: when the image below was last written to before; 0: not known
+    leaving: bool = False  # whether its VM is being put on the image below, or was, so that it is to go
+
+
 def mark_from(data: bytes | None) -> Mark | None:
     """Return the mark that the data of the extension holds: a line for each field, and lines that are not known yet."""
-    try:
-        lines = (data or b"").decode("utf-8").split("\n")
-    except UnicodeDecodeError:
-        return None
+    lines = _lines_of(data)
     return Mark(*lines[:3]) if len(lines) >= 3 else None
+
+
+def history_from(data: bytes | None) -> History | None:
+    """Return the history that the data of the extension holds; None if it holds none."""
+    found = _HISTORY.match("\n".join(_lines_of(data)[3:]))
+    return History(int(found[1]), found[2] == "1") if found else None
+
+
+def _lines_of(data: bytes | None) -> list[str]:
+    try:
+        return (data or b"").decode("utf-8").split("\n")
+    except UnicodeDecodeError:
+        return []
 
 
 def mark_bytes(mark: Mark | None) -> int:
     """Return how many bytes of the header the mark takes."""
-    return len(_extension_of(mark)) if mark else 0
+    return len(_extension_of(mark, History())) if mark else 0
 
 
-def write_mark(file: OpenImage, mark: Mark) -> None:
+def write_mark(file: OpenImage, mark: Mark, base_written: int = 0) -> None:
     """Give an image that QEMU has just made its mark. The image is ours alone; nobody has it open as qcow2.
 
     The extension goes behind all others, as QEMU has it when it writes the header anew: libvirt does not round up the
@@ -58,7 +80,7 @@ def write_mark(file: OpenImage, mark: Mark) -> None:
     """
     header = read_header(file)
     start, length = header.backing_offset, header.backing_length
-    area, added = file.read(start + length, 0), _extension_of(mark)
+    area, added = file.read(start + length, 0), _extension_of(mark, History(base_written))
     end = end_of_extensions(area, header, file.path)
     place = header.extensions_end if end is None else end - EXTENSION.size
     area = area[:place] + added + area[place:]
@@ -67,5 +89,27 @@ def write_mark(file: OpenImage, mark: Mark) -> None:
     os.pwrite(file.fd, area, 0)
 
 
-def _extension_of(mark: Mark) -> bytes:
-    return extension_bytes(EXT_MARK, "\n".join(mark).encode("utf-8"))
+def write_leaving(file: OpenImage, *, leaving: bool) -> None:
+    """Record whether an image is to go; it is on stable storage then. Nothing if it has no history to record it in.
+
+    Nobody has the image open as qcow2: QEMU would write the header anew as it has read it. One byte changes.
+    """
+    header = read_header(file)
+    area = read_as_qemu(file, header.cluster_size, 0)
+    marks = [(start, data) for kind, start, data in each_extension(area, header, file.path) if kind == EXT_MARK]
+    history = history_from(marks[-1][1]) if marks else None
+    if history is None or history.leaving == leaving:
+        return
+    start, data = marks[-1]
+    place = start + data.index(b"\nleaving=") + len(b"\nleaving=")
+    fd = os.open(f"/proc/self/fd/{file.fd}", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.pwrite(fd, b"1" if leaving else b"0", place)
+        os.fsync(fd)
+    finally:
+        close(fd)
+
+
+def _extension_of(mark: Mark, history: History) -> bytes:
+    lines = [*mark, f"base_written={history.base_written:020d}", f"leaving={history.leaving:d}"]
+    return extension_bytes(EXT_MARK, "\n".join(lines).encode("utf-8"))

@@ -9,10 +9,12 @@ import itertools
 import json
 
 import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.attributes import Attributes
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.bitmap_rules import carries_over
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.observe import FOLDER, IMAGE, ObservedChain, Target
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay import (
+    BuildSpec,
     Creation,
     OverlayRequest,
     OverlayVerdict,
@@ -31,7 +33,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.verdict impor
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.chain import Layer
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.image import Image
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import Mark
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import History, Mark
 
 GIB = 1 << 30
 ACTIVE_ID, OTHER_ID, OVERLAY_ID = (1, 10), (1, 11), (1, 12)
@@ -330,11 +332,13 @@ RIGHT = HEADER._replace(backing_file="/srv/active.qcow2", backing_format="qcow2"
         ({"version": 2}, "version"),
         ({"corrupt": True}, "corrupt"),
         ({"mark": Mark("uuid", "vda", "s")}, "mark is Mark(vm='uuid'"),
+        ({"history": History(7)}, "history is History(base_written=7"),
     ],
 )
 def test_a_finished_overlay_is_verified(changes, expected):
     verdict = decide(WANTED, active(bitmaps=RIGHT.bitmaps), ABSENT)
-    wrong = "; ".join(verify(verdict, "/srv/active.qcow2", RIGHT._replace(**changes)))
+    spec = BuildSpec(ABSENT, "/srv/active.qcow2", Attributes(0, 0, 0o600, {}), None, {}, 0, 7)
+    wrong = "; ".join(verify(verdict, spec, RIGHT._replace(**changes)))
     assert expected in wrong if expected else not wrong
 
 
@@ -362,11 +366,11 @@ def test_a_small_header_holds_a_short_name_only():
     assert decide(small, active(), ABSENT).state == CREATED
     long = small._replace(backing_file="/" + "x" * 344)
     assert "does not fit into a header of 512 bytes" in message(decide(long, active(), ABSENT))
-    marked = small._replace(mark=Mark("u" * 36, "vda", "s" * 14))  # 8 and 56 bytes
+    marked = small._replace(mark=Mark("u" * 36, "vda", "s" * 14))  # 8 and 104 bytes, with the history
     assert "does not fit into a header of 512 bytes" in message(decide(marked, active(), ABSENT))
-    shorter = marked._replace(backing_file="/" + "x" * 279)
+    shorter = marked._replace(backing_file="/" + "x" * 231)
     assert decide(shorter, active(), ABSENT).state == CREATED
-    assert decide(shorter._replace(backing_file="/" + "x" * 280), active(), ABSENT).state == FAILED
+    assert decide(shorter._replace(backing_file="/" + "x" * 232), active(), ABSENT).state == FAILED
 
 
 def test_the_chain_has_room_for_one_more():

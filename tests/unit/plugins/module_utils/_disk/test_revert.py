@@ -18,7 +18,7 @@ import time
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal, UnknownOutcomeError
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import merge, revert
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import build, merge, overlay, revert
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import retire as retiring
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import CommitRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.merge import MergeLayers
@@ -27,7 +27,10 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.revert import
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.revert_rules import RevertRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.session import Vm
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2 import mark as marks
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.header import extension_bytes
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import EXT_MARK, Mark, write_mark
 
 from .. import qemu
 from .overlays import SETTINGS, digest, make_overlays, states
@@ -749,3 +752,148 @@ def test_no_descriptor_stays_open(tmp_path, base, request_for):
     go_back([request_for("s2")])
     assert len(os.listdir("/proc/self/fd")) == descriptors
     assert json.dumps(go_back([request_for("s2")]).as_result("overlays"))
+
+
+MARK = Mark("uuid", "vda", "mon")
+
+
+@pytest.fixture(name="snapshot")
+def fixture_snapshot(tmp_path):
+    """Return how to make an overlay of a VM, with data of the guest in it and below; the image below stays as it is."""
+
+    def make(name, below, backing_format="qcow2"):
+        path = str(tmp_path / name)
+        wanted = OverlayRequest(path, str(below), backing_format, vm="uuid", mark=MARK)
+        assert states(make_overlays([wanted], SETTINGS)) == ["created"]
+        subprocess.run(["qemu-io", "-c", "write -P 9 1M 2M", path], check=True, stdout=subprocess.DEVNULL)
+        return path
+
+    return make
+
+
+def back_to(base, top, **more):
+    return RevertRequest(str(top), str(base), vm="uuid", puts_on_base=True, **more)
+
+
+def codes_of(outcome):
+    return [problem.code for problem in outcome.failures]
+
+
+def merged_in_part(path, base):
+    """Have data of the overlay in the image below, as after a merge that was given up."""
+    del path
+    qemu.qemu_img("bitmap", "--add", base, "other")
+    subprocess.run(["qemu-io", "-c", "write -P 9 1M 1536k", base], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("image_format", ["qcow2", "raw"])
+@pytest.mark.parametrize(
+    "merge_by_others", [lambda path, _base: qemu.qemu_img("commit", "-q", path, "-d"), merged_in_part]
+)
+def test_nobody_goes_back_to_an_image_that_others_have_merged_data_into(
+    tmp_path, snapshot, merge_by_others, image_format
+):
+    base = str(tmp_path / "disk")
+    qemu.qemu_img("create", "-q", "-f", image_format, base, "16M")
+    path = snapshot("top", base, image_format)
+    before = os.stat(base).st_mtime_ns
+    if merge_by_others is merged_in_part and image_format == "raw":
+        with open(base, "r+b") as file:
+            file.seek(1 << 20)
+            file.write(b"\x09" * (3 << 19))
+    else:
+        merge_by_others(path, base)
+    wanted = RevertRequest(path, base, image_format, vm="uuid", puts_on_base=True)
+    there = world(tmp_path)
+    for settings in (CHECK, SETTINGS):
+        assert codes_of(go_back([wanted], settings)) == ["base_changed"]
+    assert world(tmp_path) == there
+    os.utime(base, ns=(before, before))
+    assert states(go_back([wanted], CHECK)) == ["reverted"]  # it is told by the time and by the data
+    os.utime(base)
+    assert states(go_back([wanted._replace(puts_on_base=False, vm=None)])) == ["reverted"]  # who names the images
+
+
+def test_nobody_goes_back_once_the_overlay_was_emptied(tmp_path, snapshot):
+    base = qemu.create(tmp_path / "disk", "16M")
+    path = snapshot("top", base)
+    qemu.qemu_img("commit", "-q", path)
+    made = qemu.read(path).history.base_written
+    for seconds, expected in ((59, []), (61, ["base_changed"])):
+        os.utime(base, ns=(made, made + seconds * 10**9))  # a VM that runs writes on until it is switched
+        assert codes_of(go_back([back_to(base, path)], CHECK)) == expected
+    subprocess.run(["qemu-io", "-c", "write -P 5 1M 64k", path], check=True, stdout=subprocess.DEVNULL)
+    assert codes_of(go_back([back_to(base, path)], CHECK)) == []
+
+
+def test_to_remove_a_checkpoint_from_an_image_below_is_in_nobodys_way(tmp_path, base, snapshot):
+    path = snapshot("top", tmp_path / "s2")
+    qemu.qemu_img("bitmap", "--remove", str(tmp_path / "s2"), "later")
+    assert os.stat(tmp_path / "s2").st_mtime_ns > qemu.read(path).history.base_written > os.stat(base).st_mtime_ns
+    assert states(go_back([back_to(tmp_path / "s2", path)])) == ["reverted"]
+
+
+def test_nobody_goes_back_to_an_image_that_is_older_than_the_snapshot(tmp_path, base, snapshot):
+    """As after `virsh blockpull --base`, which takes in the images between."""
+    os.utime(tmp_path / "s2", ns=(0, 2_000_000_000_123_456_789))
+    path = snapshot("top", tmp_path / "s2")
+    qemu.qemu_img("rebase", "-q", "-b", base, "-F", "qcow2", path)
+    for name in ("s1", "s2"):
+        os.unlink(tmp_path / name)
+    there = world(tmp_path)
+    (problem,) = go_back([back_to(base, path)]).failures
+    assert (problem.code, problem.subject) == ("base_changed", base)
+    assert world(tmp_path) == there
+    recorded = qemu.read(path).history.base_written
+    assert recorded == 2_000_000_000_123_456_789
+    for lost, expected in ((recorded % 10**9, []), (789, []), (1000, ["base_changed"]), (10**9, ["base_changed"])):
+        os.utime(base, ns=(0, recorded - lost))  # a copy can have lost what is below a second, or a microsecond
+        assert codes_of(go_back([back_to(base, path)], CHECK)) == expected
+
+
+def test_to_merge_an_empty_image_in_between_is_in_nobodys_way(tmp_path):
+    base, below = qemu.create(tmp_path / "disk", "16M"), str(tmp_path / "below")
+    os.utime(base, (1, 1))
+    assert states(make_overlays([OverlayRequest(below, base)], SETTINGS)) == ["created"]
+    path = str(tmp_path / "top")
+    wanted = OverlayRequest(path, below, vm="uuid", mark=MARK)
+    assert states(make_overlays([wanted], SETTINGS)) == ["created"]
+    assert states(run(MergeLayers(), [CommitRequest(below, base, above=path)], SETTINGS)) == ["committed"]
+    assert states(go_back([back_to(base, path)], CHECK)) == ["reverted"]
+
+
+def test_an_overlay_of_an_older_version_does_not_tell_of_the_image_below(tmp_path, snapshot, monkeypatch):
+    monkeypatch.setattr(overlay, "History", lambda _written: None)
+    monkeypatch.setattr(build, "write_mark", write_old_mark)
+    base = qemu.create(tmp_path / "disk", "16M")
+    path = snapshot("top", base)
+    assert qemu.read(path).mark == MARK
+    qemu.qemu_img("commit", "-q", "-d", path)
+    assert states(go_back([back_to(base, path)])) == ["reverted"]
+
+
+def write_old_mark(file, mark, _base_written):
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as patch:
+        patch.setattr(marks, "_extension_of", lambda one, _history: extension_bytes(EXT_MARK, "\n".join(one).encode()))
+        write_mark(file, mark)
+
+
+def leaves(path):
+    return qemu.read(path).history.leaving
+
+
+def test_the_image_that_goes_says_so_while_its_vm_is_switched(tmp_path, snapshot):
+    base = qemu.create(tmp_path / "disk", "16M")
+    path, seen = snapshot("top", base), []
+    for error in (Refusal("libvirt", "web", "said no"), UnknownOutcomeError("libvirt", "web", "gone"), None):
+
+        def switch(error=error):
+            seen.append(leaves(path))
+            if error is not None:
+                raise error
+
+        states(go_back([back_to(base, path)], vms={"uuid": Vm(switch, base)}))
+        there = path if error is not None else f"{path}.reverted"
+        assert leaves(there) is isinstance(error, UnknownOutcomeError)
+    assert seen == [True] * 3

@@ -10,7 +10,7 @@ import re
 import unittest.mock
 
 import pytest
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import UnknownOutcomeError
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import merge
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.begun import leave_sign
@@ -30,11 +30,12 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.wayback imp
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection import Kept, KnownCheckpoint
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import Definition
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import write_leaving
 
 from .. import qemu
 from .hosts import SETTINGS, Host
 
-DIES = Refusal("not_switched", "web", "the machine dies here")
+DIES = UnknownOutcomeError("not_switched", "web", "the machine dies here")
 
 
 class WayOfHost(Host):
@@ -216,12 +217,19 @@ def test_a_run_that_dies_so_when_it_goes_back_over_several_snapshots_is_complete
     assert host.revert("web", "mon")[0] == []
 
 
+def put_back(host, *images):
+    """Have these images stand where they stood when the domain was switched."""
+    for name in images:
+        os.rename(host.folder / f"{name}.reverted", host.folder / name)
+        with open_image(str(host.folder / name)) as file:
+            write_leaving(file, leaving=True)
+
+
 def test_a_run_that_dies_once_the_lowest_snapshots_are_renamed_is_completed(host):
     """From the lowest upwards: the last one that has its name records that of one that is not there any more."""
     assert host.revert("web", "mon")[0] == ["reverted"] * 2
     kept = [f"web-{disk}.{day}.qcow2.reverted" for disk in "ab" for day in ("mon", "tue", "wed")]
-    for name in ("web-a.wed.qcow2", "web-b.wed.qcow2", "web-b.tue.qcow2"):
-        os.rename(host.folder / f"{name}.reverted", host.folder / name)
+    put_back(host, "web-a.wed.qcow2", "web-b.wed.qcow2", "web-b.tue.qcow2")
     assert host.revert("web", "tue")[0] == []  # the images that the domain was to be put back from are others
     assert host.revert("web", "mon")[0] == ["reverted"] * 2
     assert host.files() == sorted([*kept, "web-a.qcow2", "web-b.qcow2"])
@@ -230,8 +238,7 @@ def test_a_run_that_dies_once_the_lowest_snapshots_are_renamed_is_completed(host
 
 def test_what_else_is_kept_is_not_taken_for_what_a_killed_run_has_renamed(host):
     assert host.revert("web", "mon")[0] == ["reverted"] * 2
-    for name in ("web-a.wed.qcow2", "web-b.wed.qcow2"):
-        os.rename(host.folder / f"{name}.reverted", host.folder / name)
+    put_back(host, "web-a.wed.qcow2", "web-b.wed.qcow2")
     (host.folder / "web-a.tue.qcow2.reverted.1").symlink_to("nowhere")
     (host.folder / "web-b.tue.qcow2.reverted.1").symlink_to("web-b.wed.qcow2")
     host.image("web-a.mon.qcow2.reverted.1", below="web-a.qcow2")  # it does not bear the mark
@@ -357,6 +364,15 @@ def test_snapshots_of_libvirts_own_are_in_the_way_of_going_back(host):
     assert codes("wed") == ["libvirt_snapshots"]
     assert codes("wed", allows_snapshots=True) == []
     assert codes("thu") == []  # it is not on that, and nothing is to be done
+
+
+def test_what_another_host_has_is_not_taken_for_what_a_killed_run_has_left(host):
+    """A definition that stays behind when the domain goes to another host has the images of that time."""
+    before = host.files()
+    host.define("web", "web-a.tue.qcow2", "web-b.tue.qcow2")
+    assert host.revert("web", "wed")[0] == []
+    assert host.commit("web", "wed")[0] == []
+    assert host.files() == before
 
 
 @pytest.mark.parametrize("way", ["commit", "revert"])

@@ -6,23 +6,32 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 
 import pytest
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import OpenImage
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import OpenImage, open_image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.header import EXT_END, EXTENSION
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import Mark, mark_bytes, mark_from, write_mark
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import (
+    History,
+    Mark,
+    history_from,
+    mark_bytes,
+    mark_from,
+    write_leaving,
+    write_mark,
+)
 
 from .. import qemu
 
 MARK = Mark("4dea22b3-1d52-d8f3-2516-782e98ab3fa0", "vda", "vor Ümzug 2024.06")
 
 
-def marked(path, mark, *options):
+def marked(path, mark, *options, base_written=0):
     """Return a new image with this mark."""
     qemu.create(path, "8M", *options)
     with open(path, "r+b") as file:
-        write_mark(OpenImage(str(path), file.fileno()), mark)
+        write_mark(OpenImage(str(path), file.fileno()), mark, base_written)
     return str(path)
 
 
@@ -43,7 +52,7 @@ def test_qemu_sees_the_same_image_with_a_mark_as_without(tmp_path, base, options
         del one["filename"], one["actual-size"]
         one.pop("children", None)
     assert there == without
-    assert qemu.read(path) == qemu.read(plain)._replace(mark=mark)
+    assert qemu.read(path) == qemu.read(plain)._replace(mark=mark, history=History())
     assert mark_bytes(mark) % 8 == 0
     qemu.qemu_img("check", "-q", path)
     qemu.qemu_img("compare", "-q", path, plain)
@@ -92,16 +101,40 @@ LIFE = [
 
 
 def test_qemu_keeps_the_mark_whatever_it_does_and_gives_it_to_no_other_image(tmp_path, base):
-    path = marked(tmp_path / "over.qcow2", MARK, "-b", base, "-F", "qcow2")
+    written = os.stat(base).st_mtime_ns
+    path = marked(tmp_path / "over.qcow2", MARK, "-b", base, "-F", "qcow2", base_written=written)
     for command in LIFE:
         words = [{"TOP": path, "BASE": base}.get(word, word) for word in command]
         subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
-        assert qemu.read(path).mark == MARK, command
+        assert (qemu.read(path).mark, qemu.read(path).history) == (MARK, History(written)), command
         qemu.qemu_img("check", "-q", path)
     assert qemu.read(base).mark is None
     copy = tmp_path / "copy.qcow2"
     qemu.qemu_img("convert", "-O", "qcow2", path, str(copy))
     assert qemu.read(copy).mark is None
+
+
+def test_one_byte_tells_that_an_image_is_to_go(tmp_path, base):
+    path = marked(tmp_path / "over.qcow2", MARK, "-b", base, "-F", "qcow2", base_written=7)
+    with open(path, "rb") as file:
+        before = file.read()
+    for leaving in (True, True, False):
+        with open_image(path) as image:
+            write_leaving(image, leaving=leaving)
+        assert qemu.read(path).history == History(7, leaving)
+        with open(path, "rb") as file:
+            after = file.read()
+        assert sum(one != other for one, other in zip(before, after)) == leaving
+        assert len(before) == len(after)
+        qemu.qemu_img("check", "-q", path)
+
+
+def test_of_an_image_without_a_history_nothing_is_written(tmp_path, base):
+    plain = qemu.create(tmp_path / "plain.qcow2", "8M", "-b", base, "-F", "qcow2")
+    before = os.stat(plain).st_mtime_ns
+    with open_image(plain) as image:
+        write_leaving(image, leaving=True)
+    assert os.stat(plain).st_mtime_ns == before
 
 
 def test_the_mark_outlives_a_qemu_that_is_killed(tmp_path, base):
@@ -124,3 +157,19 @@ def test_the_mark_outlives_a_qemu_that_is_killed(tmp_path, base):
 )
 def test_what_the_extension_holds(data, mark):
     assert mark_from(data) == mark
+    assert history_from(data) is None
+
+
+@pytest.mark.parametrize(
+    "lines, history",
+    [
+        ("base_written=00000000000000000007\nleaving=0", History(7)),
+        ("base_written=00000000000000000007\nleaving=1\nof a later version", History(7, leaving=True)),
+        ("base_written=00000000000000000007\nleaving=2", None),
+        ("base_written=7\nleaving=1", None),
+        ("leaving=1", None),
+    ],
+)
+def test_what_the_lines_behind_the_mark_tell(lines, history):
+    data = f"a\nb\nc\n{lines}".encode()
+    assert (mark_from(data), history_from(data)) == (Mark("a", "b", "c"), history)
