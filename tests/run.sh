@@ -30,10 +30,10 @@ between=("2.19 3.11 3.9" "2.20 3.12 3.13")
 # The groups of cases that run with one core alone when both run, or integration would take half as long again. What is not
 # here depends most on Ansible and on Python. One leg alone runs all.
 declare -A only_with=(
-  [domain_overlay/healed]=2.18 [domain_overlay/tools]=2.18 [domain_overlay/refused]=2.18 [domain_overlay/failures]=2.18
-  [domain_overlay/started]=2.18 [domain_overlay/restarted]=2.18 [domain_overlay/retention]=2.18 [domain_overlay/health]=2.18
+  [domain_overlay/healed]=2.18 [domain_overlay/tools]=2.18 [domain_overlay/refused]=2.21 [domain_overlay/failures]=2.18
+  [domain_overlay/started]=2.18 [domain_overlay/restarted]=2.18 [domain_overlay/retention]=2.21 [domain_overlay/health]=2.18
   [domain_overlay/kinds]=2.21 [domain_overlay/names]=2.21 [domain_overlay/volumes]=2.21 [domain_overlay/info]=2.21
-  [domain_overlay/quiesced]=2.21
+  [domain_overlay/quiesced]=2.21 [domain_overlay/live]=2.18 [domain_overlay/wayback]=2.18
   [qcow2_overlay/refused_target]=2.18 [qcow2_overlay/in_use]=2.18 [qcow2_overlay/full_disk]=2.18 [qcow2_overlay/no_links]=2.18
   [qcow2_overlay/refused_active]=2.21 [qcow2_overlay/names]=2.21 [qcow2_overlay/layouts]=2.21 [qcow2_overlay/devices]=2.21
   [qcow2_overlay/killed]=2.21 [overlay_role/states]=2.18 [overlay_role/playbooks]=2.21)

@@ -80,7 +80,7 @@ class GoBack:
         """Look at the chain and at who else uses it, and decide."""
         seen = _observe(request, held)
         verdict = revert_rules.decide(request, seen)
-        if verdict.changed and request.puts_on_base:
+        if verdict.changed and request.puts_on_base and not request.is_left:
             verdict = revert_rules.with_base(verdict, seen, _compare(request, seen, held))
         if verdict.changed:
             for one in seen.going:

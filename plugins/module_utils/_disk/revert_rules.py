@@ -34,6 +34,7 @@ class RevertRequest(t.NamedTuple):
     vm: str | None = None
     retire: How = KEEP
     puts_on_base: bool = False  # whether the VM is put on BASE, and is going to write to it
+    is_left: bool = False  # whether it is on BASE already, as a run that was killed has left it
 
 
 class Going(t.NamedTuple):
@@ -187,11 +188,9 @@ def was_written(seen: Observed) -> bool:
 
 
 def _recorded(seen: Observed) -> int:
-    """Return when BASE was last written to before the snapshot; 0 if that is unknown, or the VM is on BASE already."""
-    lowest, top = seen.going[-1].layer.image, seen.going[0].layer.image
-    if lowest is None or lowest.history is None or is_leaving(top):
-        return 0
-    return lowest.history.base_written
+    """Return when BASE was last written to before the snapshot; 0 if that is not known."""
+    lowest = seen.going[-1].layer.image
+    return lowest.history.base_written if lowest is not None and lowest.history is not None else 0
 
 
 def with_base(verdict: RevertVerdict, seen: Observed, same: SameData) -> RevertVerdict:

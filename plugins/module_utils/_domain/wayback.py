@@ -241,9 +241,8 @@ def _revert_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark)
         left = _left_by_revert(facts, request, mark)
         if not left:
             return None
-        finish = RevertRequest(
-            left[0], facts.disk.source or "", facts.disk.format, domain.uuid, retire, puts_on_base=True
-        )
+        base, image_format = facts.disk.source or "", facts.disk.format
+        finish = RevertRequest(left[0], base, image_format, domain.uuid, retire, puts_on_base=True, is_left=True)
         problems = [problem for path in left for problem in taken_over(domain, facts, path, mark)]
         return DiskPlan(mark.target, finish, None, tuple(problems))
     back = RevertRequest(
