@@ -202,6 +202,9 @@ notes:
   - While overlays are made, the domain cannot be started. Its first disk is locked too, even if it takes no part. It
     must not be in use. A QEMU that gets its first disk but not its second exits and leaves the first disk's bitmaps
     inconsistent.
+  - A domain goes back only to what it was at the snapshot. If other tools have merged data into the image below since,
+    as C(virsh blockcommit) that was given up, or have put another image there, it is refused (V(base_changed)), as far
+    as the time of that image and the data of both tell. Overlays that versions before 1.1.0 have made do not tell.
   - After going back, increments that were made since the snapshot belong to what was discarded. Apply none of them, nor
     any later one, on each other. Make the next increment since a checkpoint that is left, and apply it on the backup
     that ended there; else make a full backup. A backup tool that asks for a checkpoint that is gone gets a refusal.
