@@ -49,7 +49,7 @@ from .siblings import all_standing_on, folders_beside, standing_on
 from .unfinished import COMMIT, HEALING, why_in_the_way
 from .verdict import ABSENT, DELETE, FAILED, KEEP, How
 
-_MOST_CLUSTERS = 64  # that are compared
+_MOST_CLUSTERS = 1024  # that are looked at
 _MOST_COMPARED = 1 << 23  # bytes; of clusters of 2 MiB these are four
 
 Placed = tuple[str, Layer]  # a layer, and where it is: a killed run can have renamed it
@@ -125,8 +125,9 @@ def _compare(request: RevertRequest, seen: Observed, held: Held) -> SameData:
     if revert_rules.was_written(seen):
         above, base = (PlainData(held.image(path)) for path in (seen.going[-1].path, request.backing_file))
         is_empty = not has_allocated_extents(held.image(seen.going[-1].path))
-        clusters = ((start, data) for start, data in above.clusters() if any(data))
-        for start, data in itertools.islice(clusters, _MOST_CLUSTERS):
+        for start, data in itertools.islice(above.clusters(), _MOST_CLUSTERS):
+            if not any(data):  # a disk is full of such
+                continue
             compared += len(data)
             same += len(data) if base.read(start, len(data)) == data else 0
             if compared >= _MOST_COMPARED:

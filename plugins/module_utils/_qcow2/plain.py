@@ -60,7 +60,8 @@ class PlainData:
     def _entries(self, table: int) -> list[int]:
         """Return the entries of the L2 table at this offset; none if there is no table. It keeps the last one."""
         if table and self._last[0] != table and self._header is not None:
-            self._last = (table, _words(self._file.read(self._header.cluster_size, table)))
+            data = self._file.read(self._header.cluster_size, table)
+            self._last = (table, _words(data) if any(data) else [])  # of a disk that was emptied, most are empty
         return self._last[1] if table else []
 
 
