@@ -793,9 +793,9 @@ def _in_vain(calls: t.Sequence[Call], params: dict[str, t.Any]) -> t.Iterator[st
         if others:
             more = f" and {len(others) - _MOST_NAMED} more" if len(others) > _MOST_NAMED else ""
             yield (
-                f"{params['snapshot']}: none of these domains is on this snapshot, and nothing of it is left. They are "
-                f"on {', '.join(others[:_MOST_NAMED])}{more}. Check the name, if this one was not merged down or gone "
-                "back from before."
+                f"{params['snapshot']}: none of these domains is on this snapshot, and nothing of it is left to do. "
+                f"They are on {', '.join(others[:_MOST_NAMED])}{more}. Check the name, if this one was not merged down "
+                "or gone back from before."
             )
 
 

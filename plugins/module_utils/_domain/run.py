@@ -96,7 +96,7 @@ class Call:
             self._plans[name] = self._plans[name].failed(problems)
 
     def snapshots_instead(self, snapshot: str) -> list[str]:
-        """Return the snapshots that the domains are on, if none is on this one, and nothing of it is left."""
+        """Return the snapshots that the domains are on, if none is on this one, and nothing of it is left to do."""
         is_there = snapshot in self._snapshots or any(plan.disks for plan in self._plans.values())
         return [] if is_there else sorted(self._snapshots)
 

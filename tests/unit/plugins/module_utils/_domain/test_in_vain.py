@@ -10,10 +10,12 @@ import shutil
 import types
 
 import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.aims import GoBackTo, MergeDown
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.run import Call
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.wayback import WayBack
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection import Kept
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import write_leaving
 from ansible_collections.kvmfleet.qcow2.plugins.modules import domain_overlay
 
 from .hosts import SETTINGS, Host
@@ -41,7 +43,7 @@ def warnings(host, names, snapshot, aim=MergeDown, state="committed", **wanted):
 def test_a_snapshot_that_is_nowhere_while_there_are_others_is_warned_of(host, aim, state):
     (told,) = warnings(host, ["*"], "mno", aim, state)
     assert told.startswith(
-        "mno: none of these domains is on this snapshot, and nothing of it is left. They are on mon, "
+        "mno: none of these domains is on this snapshot, and nothing of it is left to do. They are on mon, "
     )
     assert "They are on mon, tue, wed." in told
     (told,) = warnings(host, ["web"], "wed", aim, state)
@@ -70,7 +72,10 @@ def test_what_is_left_of_a_snapshot_is_not_warned_of(host):
     left = "web.mno.qcow2"
     host.snapshot("web", "mno")
     host.define("web", "web.tue.qcow2")
-    assert os.path.exists(host.folder / left)
+    (told,) = warnings(host, ["web"], "mno", GoBackTo, "reverted")  # another host may have it
+    assert "nothing of it is left to do" in told
+    with open_image(str(host.folder / left)) as file:
+        write_leaving(file, leaving=True)
     assert warnings(host, ["web"], "mno", GoBackTo, "reverted") == []
 
 
