@@ -20,7 +20,7 @@ import itertools
 import os
 import typing as t
 
-from .._base.errors import CHECK_STORAGE, Refusal, UnknownOutcomeError, system_refusal
+from .._base.errors import CHECK_STORAGE, Refusal, system_refusal
 from .._base.files import Identity, OpenImage, identity_of, is_link, is_there, open_image, real_path
 from .._qcow2.chain import Layer, read_head, resolve_name, walk_chain
 from .._qcow2.extents import has_allocated_extents
@@ -139,25 +139,12 @@ def _switch(tops: t.Sequence[OpenImage], switch: t.Callable[[], None]) -> None:
     """Put the VM on the images below these, each of which says so from then on.
 
     A run that is killed now leaves images that no disk has. By what they say the next one knows that they are to go:
-    this VM may as well have gone to another host, where it has them.
+    this VM may as well have gone to another host, where it has them. If the switch fails, they go on to say so: the VM
+    can have been switched all the same.
     """
-    new = [file for file in tops if not revert_rules.is_leaving(read_head(file))]
-    try:
-        for file in new:
-            write_leaving(file, leaving=True)
-        switch()
-    except UnknownOutcomeError:
-        raise
-    except BaseException:
-        _take_back(new)
-        raise
-
-
-def _take_back(files: t.Sequence[OpenImage]) -> None:
-    """Have these images not say any more that they are to go, so that a VM can have them as any other."""
-    for file in files:
-        with contextlib.suppress(OSError):  # it says that of no image that a disk has
-            write_leaving(file, leaving=False)
+    for file in tops:
+        write_leaving(file, leaving=True)
+    switch()
 
 
 def _retire_all(verdict: RevertVerdict, held: Held) -> RevertVerdict:
@@ -173,8 +160,9 @@ def _retire_all(verdict: RevertVerdict, held: Held) -> RevertVerdict:
         for one in reversed(verdict.retired):
             is_renamed = one is not verdict.retired[0] or is_link(one.path)
             done.insert(0, _retire(one.path, held.image(one.path), KEEP if is_renamed else how))
-        if how == KEEP:
-            _take_back([held.image(one.path) for one in verdict.retired[:1]])
+        for one in verdict.retired[:1] if how == KEEP else ():  # somebody may give it back to a VM
+            with contextlib.suppress(OSError):  # what it says harms only where no disk has it
+                write_leaving(held.image(one.path), leaving=False)
         for one in reversed((*verdict.retired, *verdict.kept_already)):
             remove_dangling_link(one.path)
         if how == DELETE:

@@ -895,5 +895,5 @@ def test_the_image_that_goes_says_so_while_its_vm_is_switched(tmp_path, snapshot
 
         states(go_back([back_to(base, path)], vms={"uuid": Vm(switch, base)}))
         there = path if error is not None else f"{path}.reverted"
-        assert leaves(there) is isinstance(error, UnknownOutcomeError)
+        assert leaves(there) is (error is not None)  # whatever it says, the VM may be switched
     assert seen == [True] * 3
