@@ -56,9 +56,10 @@ options:
     description:
       - With O(state=committed), merge down every snapshot of this collection that is older, instead of the one that
         O(snapshot) names. A number with C(h), C(d) or C(w) for hours, days or weeks, such as V(30d).
-      - The time of a snapshot is when the image below it was last written to, of all its disks the latest. A merge
-        writes to the image below too, so a snapshot above one that was merged counts from then. Of a domain that was
-        shut off for a month already, a snapshot of today is a month old; O(keep) holds it.
+      - The time of a snapshot is when the image below it was last written to before it was made, of all its disks the
+        latest. Of a domain that was shut off for a month already, a snapshot of today is a month old; O(keep) holds it.
+        Overlays that versions before 1.1.0 have made do not tell when that was; such a snapshot counts from the last
+        write to the image below, which a merge is too, and the removal of a checkpoint.
       - Each domain's go from the oldest to the newest. Those that lie directly on each other go together if the domain
         is shut off. Snapshots that bear no mark of this collection stay.
       - A merge of a killed run is completed, whatever its age.

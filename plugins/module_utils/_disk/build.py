@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import os
+import time
 import typing as t
 
 from .._base.attributes import AttributeOptions, apply_attributes, attributes_for
@@ -22,7 +23,7 @@ from .._base.errors import CHECK_STORAGE, Refusal
 from .._base.files import OpenImage, open_image
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.image import read_image
-from .._qcow2.mark import write_mark
+from .._qcow2.mark import History, write_mark
 from .._qemu.nodes import (
     ACTIVE,
     SCRATCH,
@@ -101,11 +102,12 @@ class MakeOverlays:
         except (Refusal, OSError) as exc:
             return failed_by(verdict, exc)  # with its warnings
         backing_file = overlay.recorded_backing_file(request, active, target)
+        history = History(base_written=file.written(), made=time.time_ns())
         size = active.virtual_size
         bit_bytes = most_bytes(maps, verdict.bitmaps, request.creation.cluster_size, size)
         return verdict._replace(
             need=overlay.need(verdict, target, bit_bytes),
-            spec=BuildSpec(target, backing_file, attributes, active.image, maps, bit_bytes, file.written()),
+            spec=BuildSpec(target, backing_file, attributes, active.image, maps, bit_bytes, history),
         )
 
     def _waiting_for(self, path: str, folders: t.Sequence[str]) -> list[str]:
@@ -208,7 +210,7 @@ def _fill(
         },
     )
     if verdict.request.mark is not None:
-        write_mark(staged.file, verdict.request.mark, spec.base_written)
+        write_mark(staged.file, verdict.request.mark, spec.history)
     # QEMU opens ACTIVE while its monitor is still reading the bitmaps, so send all before the answers are awaited.
     if witness is None or spec.active is None:  # ACTIVE is raw, so there are no bitmaps
         close_file(monitor)

@@ -92,7 +92,7 @@ class BuildSpec(t.NamedTuple):
     active: Image | None  # None if it is raw
     maps: Maps  # what the bitmaps begin with; nothing for one that begins empty
     bit_bytes: int  # that the bits take at most
-    base_written: int  # nanoseconds since 1970: when ACTIVE was last written to; 0 if that cannot be told
+    history: History  # for an overlay that gets a mark
 
 
 class OverlayVerdict(t.NamedTuple):
@@ -389,7 +389,7 @@ def verify(verdict: OverlayVerdict, spec: BuildSpec, image: Image) -> list[str]:
         "has_data_file": False,
         "lost_bitmaps": 0,
         "mark": verdict.request.mark,
-        "history": None if verdict.request.mark is None else History(spec.base_written),
+        "history": None if verdict.request.mark is None else spec.history,
         **verdict.request.creation._asdict(),
     }
     found = {name: getattr(image, name) for name in expected}

@@ -35,6 +35,7 @@ class RevertRequest(t.NamedTuple):
     retire: How = KEEP
     puts_on_base: bool = False  # whether the VM is put on BASE, and is going to write to it
     is_left: bool = False  # whether it is on BASE already, as a run that was killed has left it
+    made: int = 0  # nanoseconds since 1970: when the image above BASE was; 0 if that is not known
 
 
 class Going(t.NamedTuple):
@@ -195,17 +196,10 @@ def _recorded(seen: Observed) -> int:
 
 def with_base(verdict: RevertVerdict, seen: Observed, same: SameData) -> RevertVerdict:
     """Refuse if BASE is not what it was at the snapshot; `same` is what BASE and the image above it have in common."""
-    base, above, recorded = verdict.request.backing_file, seen.going[-1].path, _recorded(seen)
-    is_late = was_written(seen) and seen.base_written > recorded + _UNTIL_SWITCHED
-    lost = 10**9 if seen.base_written % 10**9 == 0 else 10**3  # nanoseconds, in a copy that does not keep all digits
+    base, above = verdict.request.backing_file, seen.going[-1].path
+    is_late = was_written(seen) and seen.base_written > _recorded(seen) + _UNTIL_SWITCHED
     why = ""
-    if seen.base_written and seen.base_written + lost <= recorded:
-        why = (
-            f"was last written to before {above} was made on the image that it stood on then: that was another one, as "
-            "after 'virsh blockpull', or this one was put back from a copy. If other tools have merged down an empty "
-            "overlay since, it is right all the same ('touch' it then)"
-        )
-    elif 2 * same.in_base > same.compared:
+    if 2 * same.in_base > same.compared:
         why = (
             f"was written to since {above} was made, and holds data of that already, as after a merge by other tools "
             "that was not brought to its end ('virsh blockcommit', 'qemu-img commit')"

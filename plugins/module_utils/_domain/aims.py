@@ -145,7 +145,7 @@ class GoBackTo(OfShutOff):
 
     def plan(self, domain: Domain, facts: t.Sequence[DiskFacts], kept: Kept) -> DomainPlan:
         """Return what is to become of a domain, as far as that can be said without its images' bitmaps."""
-        return plan_revert(domain, facts, self._request, kept.snapshots)
+        return plan_revert(domain, facts, self._request, kept)
 
     def conflicts(self, _plans: t.Sequence[DomainPlan]) -> dict[str, list[Refusal]]:
         """Find none: an image that two domains have is refused for each."""

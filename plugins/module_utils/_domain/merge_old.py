@@ -165,7 +165,7 @@ def _own_images(uuid: str, facts: DiskFacts) -> t.Iterator[OwnImage]:
         snapshot = _snapshot_of(layer, uuid, facts)
         if snapshot is not None:
             height = len(facts.layers) - 1 - place
-            yield OwnImage(facts.disk.target, snapshot, height, _modified(below), _size(layer))
+            yield OwnImage(facts.disk.target, snapshot, height, _time_of(layer, below), _size(layer))
 
 
 def _snapshot_of(layer: Layer, uuid: str, facts: DiskFacts) -> str | None:
@@ -198,6 +198,17 @@ def _begun(uuid: str, facts: DiskFacts) -> t.Iterator[str]:
         if mark.snapshot in above:
             yield from (name for name in above[: above.index(mark.snapshot)] if name is not None)
         yield mark.snapshot
+
+
+def _time_of(layer: Layer, below: Layer) -> int | None:
+    """Return when the image below was last written to, in seconds since 1970, or an image was made, if that is earlier.
+
+    To remove a checkpoint, as every backup tool does, writes to the image below. None if it cannot be told.
+    """
+    modified, history = _modified(below), layer.image.history if layer.image is not None else None
+    if modified is None or history is None or not history.made:
+        return modified
+    return min(modified, history.made // 10**9)
 
 
 def _modified(layer: Layer) -> int | None:

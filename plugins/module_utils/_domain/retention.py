@@ -33,7 +33,7 @@ class OwnImage(t.NamedTuple):
     target: str
     snapshot: str
     place: int  # in the chain, counted from the base
-    modified: int | None  # seconds since 1970, of the last write to the image below; None if that cannot be told
+    modified: int | None  # seconds since 1970, of the last write to the image below before; None if it cannot be told
     size: int  # bytes on its file system
 
 

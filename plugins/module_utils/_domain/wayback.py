@@ -25,7 +25,7 @@ from .._disk.verdict import DELETE, KEEP, How
 from .._libvirt.connection import Domain, Kept
 from .._libvirt.definition import Source
 from .._qcow2.chain import Layer, read_head
-from .._qcow2.mark import Mark
+from .._qcow2.mark import History, Mark
 from .checkpoints import chain_of
 from .fitness import fitness_of
 from .inventory import DiskFacts
@@ -37,6 +37,7 @@ from .retention import NO_STEP, Step
 WHY_SAVED = "has a managed save, which would go on with the images that are there now"
 _NOT_ON_IT = "is not on the snapshot"
 _NONE_OLD = "has no snapshot that is to go"
+_NOTHING = Kept()
 
 
 class WayBack(t.NamedTuple):
@@ -80,21 +81,45 @@ def plan_commit(domain: Domain, facts: t.Sequence[DiskFacts], request: WayBack) 
     return plan_way_back(domain, facts, request, _commit_disk, not_ready)
 
 
-def plan_revert(
-    domain: Domain, facts: t.Sequence[DiskFacts], request: WayBack, snapshots: t.Sequence[str] = ()
-) -> DomainPlan:
-    """Return what is to become of a domain that is to go back to what it was at the snapshot.
-
-    `snapshots`: names of libvirt's own.
-    """
+def plan_revert(domain: Domain, facts: t.Sequence[DiskFacts], request: WayBack, kept: Kept = _NOTHING) -> DomainPlan:
+    """Return what is to become of a domain that is to go back to what it was at the snapshot."""
 
     def not_ready(domain: Domain, _disks: t.Sequence[DiskPlan]) -> list[Refusal]:
         why = "'virsh snapshot-revert' would fail without the images that go, or leave the domain defined with them"
-        are_in_the_way = snapshots and not request.allows_snapshots
-        own = [snapshots_problem(domain, snapshots, why)] if are_in_the_way else []
+        are_in_the_way = kept.snapshots and not request.allows_snapshots
+        own = [snapshots_problem(domain, kept.snapshots, why)] if are_in_the_way else []
         return [*not_shut_off(domain, "nobody can go back while it runs.", WHY_SAVED), *own]
 
-    return plan_way_back(domain, facts, request, _revert_disk, not_ready)
+    plan = plan_way_back(domain, facts, request, _revert_disk, not_ready)
+    return plan._replace(notes=(*plan.notes, *_of_two_moments(plan, request), *_of_bitmaps_that_stay(plan, kept)))
+
+
+def _of_two_moments(plan: DomainPlan, request: WayBack) -> tuple[str, ...]:
+    """Return the warning of disks that stay as they are; none if they were asked for, or have gone back before."""
+    stay = ", ".join(disk.target for disk in plan.skipped if disk.reason == _NOT_ON_IT)
+    goes_on = any(disk.request.is_left for disk in plan.disks if isinstance(disk.request, RevertRequest))
+    if request.targets is not None or goes_on or not stay:
+        return ()
+    why = (
+        f"{plan.domain.name}: its disk {stay} is not on the snapshot {request.snapshot} and stays as it is, so the "
+        "domain has disks of two moments then. That is right for a disk that was added later."
+    )
+    return (why,)
+
+
+def _of_bitmaps_that_stay(plan: DomainPlan, kept: Kept) -> tuple[str, ...]:
+    """Return the warning of disks that do not go back and have bitmaps of checkpoints that are lost."""
+    lost = lost_checkpoints(plan, kept) if plan.has_work else ()
+    gone = {disk.target for disk in plan.disks}
+    stay = ", ".join(sorted({target for one in kept.checkpoints if one.name in lost for target in one.bitmaps} - gone))
+    if not stay:
+        return ()
+    why = (
+        f"{plan.domain.name}: its disk {stay} stays, and so do its bitmaps of the checkpoints that are lost. "
+        "A backup that uses such a name again fails. Remove them with kvmfleet.qcow2.domain_checkpoint, state=absent, "
+        "orphans=remove."
+    )
+    return (why,)
 
 
 def plan_way_back(
@@ -243,6 +268,8 @@ def _revert_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark)
             return None
         base, image_format = facts.disk.source or "", facts.disk.format
         finish = RevertRequest(left[0], base, image_format, domain.uuid, retire, puts_on_base=True, is_left=True)
+        with contextlib.suppress(Refusal, OSError), open_image(left[-1]) as file:
+            finish = finish._replace(made=(read_head(file).history or History()).made)
         problems = [problem for path in left for problem in taken_over(domain, facts, path, mark)]
         return DiskPlan(mark.target, finish, None, tuple(problems))
     back = RevertRequest(
@@ -252,6 +279,7 @@ def _revert_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark)
         vm=domain.uuid,
         retire=retire,
         puts_on_base=True,
+        made=_history_of(found.overlay).made,
     )
     return DiskPlan(mark.target, back, _source(found.below), tuple(_chain_problems(domain, facts, found, mark)))
 
@@ -273,6 +301,7 @@ def _chain_problems(domain: Domain, facts: DiskFacts, found: Found, mark: Mark) 
         *stated_problems(domain.name, facts.disk, facts.layers),
         *_shared(domain, facts, mark, part),
         *_uncertain(domain, found, mark),
+        *_other_base(part),
     ]
 
 
@@ -287,6 +316,32 @@ def _shared(domain: Domain, facts: DiskFacts, mark: Mark, part: t.Sequence[Layer
     why = f"{path}, in the chain of its disk {mark.target}, is in that of a disk of {whose} too, as a template is"
     remedy = "Give each a disk of its own ('qemu-img convert'), or undefine the domain that is not needed any more."
     return [Refusal("shared_disk", domain.name, why, remedy)]
+
+
+def _other_base(part: t.Sequence[Layer]) -> list[Refusal]:
+    """Return that the lowest one of these images is not what the one above it was made on.
+
+    A disk made from a template would be put back to that, or be merged into it.
+    """
+    history, base = _history_of(part[-2]), part[-1]
+    written = 0 if base.is_device else os.stat(base.real_path).st_mtime_ns
+    lost = 10**9 if written % 10**9 == 0 else 10**3  # nanoseconds, in a copy that does not keep all digits
+    if not written or written + lost > history.base_written:
+        return []
+    why = (
+        f"is not what {part[-2].path} was made on: it was last written to before that was, as far as {part[-2].path} "
+        "tells. So an image between them was taken out, as by 'virsh blockpull', or it was put back from a copy"
+    )
+    remedy = (
+        "If it is a template, leave it alone. If it is right all the same, as when an empty overlay between them was "
+        "merged down by other tools, 'touch' it and run this again."
+    )
+    return [Refusal("base_changed", base.path, why, remedy)]
+
+
+def _history_of(layer: Layer) -> History:
+    """Return what an image tells of its life; nothing if it tells none."""
+    return (layer.image.history if layer.image is not None else None) or History()
 
 
 def taken_over(domain: Domain, facts: DiskFacts, path: str, mark: Mark) -> list[Refusal]:
@@ -449,7 +504,8 @@ def _overlays_beside(facts: DiskFacts, request: WayBack) -> list[Above]:
 def lost_checkpoints(plan: DomainPlan, kept: Kept) -> tuple[str, ...]:
     """Return the names of the checkpoints whose bitmaps the images lack that the domain goes back to.
 
-    What an image has that is older than the checkpoint is an earlier bitmap of this name.
+    What an image has that is older than the checkpoint is an earlier bitmap of this name. So is what it has of one that
+    was made on the snapshot, however often it was written to since.
     """
     requests = {disk.target: disk.request for disk in plan.disks}
     bases = {
@@ -461,8 +517,16 @@ def lost_checkpoints(plan: DomainPlan, kept: Kept) -> tuple[str, ...]:
         one.name
         for one in kept.checkpoints
         if any(
-            bitmap not in bases[target].bitmaps or bases[target].is_older_than(one.created)
+            bitmap not in bases[target].bitmaps
+            or bases[target].is_older_than(one.created)
+            or _is_made_after(one.created, requests[target])
             for target, bitmap in one.bitmaps.items()
             if target in bases
         )
     )
+
+
+def _is_made_after(created: int, request: RevertRequest) -> bool:
+    """Whether a checkpoint was made, then, on the snapshot that a disk goes back from, as far as that tells."""
+    made = request.made // 10**9
+    return 0 < made < created

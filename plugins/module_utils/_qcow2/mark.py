@@ -29,7 +29,7 @@ from .header import (
 
 EXT_MARK = 0x6B766D66  # "kvmf"
 # The lines behind those of the mark. Their length never changes, so that one byte in place is all that does.
-_HISTORY = re.compile("base_written=([0-9]{20})\nleaving=([01])")
+_HISTORY = re.compile("base_written=([0-9]{20})\nmade=([0-9]{20})\nleaving=([01])")
 
 
 class Mark(t.NamedTuple):
@@ -44,7 +44,11 @@ class History(t.NamedTuple):
     """What an overlay tells of its life. Those that versions before 1.1 have made tell nothing."""
 
     base_written: int = 0  # nanoseconds since 1970: when the image below was last written to before; 0: not known
+    made: int = 0  # the same: when the overlay was made
     leaving: bool = False  # whether its VM is being put on the image below, or was, so that it is to go
+
+
+_NEW = History()
 
 
 def mark_from(data: bytes | None) -> Mark | None:
@@ -56,7 +60,7 @@ def mark_from(data: bytes | None) -> Mark | None:
 def history_from(data: bytes | None) -> History | None:
     """Return the history that the data of the extension holds; None if it holds none."""
     found = _HISTORY.match("\n".join(_lines_of(data)[3:]))
-    return History(int(found[1]), found[2] == "1") if found else None
+    return History(int(found[1]), int(found[2]), found[3] == "1") if found else None
 
 
 def _lines_of(data: bytes | None) -> list[str]:
@@ -68,10 +72,10 @@ def _lines_of(data: bytes | None) -> list[str]:
 
 def mark_bytes(mark: Mark | None) -> int:
     """Return how many bytes of the header the mark takes."""
-    return len(_extension_of(mark, History())) if mark else 0
+    return len(_extension_of(mark, _NEW)) if mark else 0
 
 
-def write_mark(file: OpenImage, mark: Mark, base_written: int = 0) -> None:
+def write_mark(file: OpenImage, mark: Mark, history: History = _NEW) -> None:
     """Give an image that QEMU has just made its mark. The image is ours alone; nobody has it open as qcow2.
 
     The extension goes behind all others, as QEMU has it when it writes the header anew: libvirt does not round up the
@@ -80,7 +84,7 @@ def write_mark(file: OpenImage, mark: Mark, base_written: int = 0) -> None:
     """
     header = read_header(file)
     start, length = header.backing_offset, header.backing_length
-    area, added = file.read(start + length, 0), _extension_of(mark, History(base_written))
+    area, added = file.read(start + length, 0), _extension_of(mark, history)
     end = end_of_extensions(area, header, file.path)
     place = header.extensions_end if end is None else end - EXTENSION.size
     area = area[:place] + added + area[place:]
@@ -111,5 +115,6 @@ def write_leaving(file: OpenImage, *, leaving: bool) -> None:
 
 
 def _extension_of(mark: Mark, history: History) -> bytes:
-    lines = [*mark, f"base_written={history.base_written:020d}", f"leaving={history.leaving:d}"]
+    times = [f"base_written={history.base_written:020d}", f"made={history.made:020d}"]
+    lines = [*mark, *times, f"leaving={history.leaving:d}"]
     return extension_bytes(EXT_MARK, "\n".join(lines).encode("utf-8"))

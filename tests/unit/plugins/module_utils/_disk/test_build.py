@@ -235,7 +235,7 @@ def test_an_overlay_bears_its_mark_whatever_room_there_is_in_its_header(tmp_path
 
 
 def test_an_overlay_without_its_mark_is_not_published(tmp_path, disk, monkeypatch):
-    monkeypatch.setattr(build, "write_mark", lambda _file, _mark, _base_written: None)
+    monkeypatch.setattr(build, "write_mark", lambda _file, _mark, _history: None)
     wanted = OverlayRequest(str(tmp_path / "over"), disk, vm="a", mark=Mark("uuid", "vda", "s"))
     (problem,) = make_overlays([wanted], SETTINGS).failures
     assert problem.code == "not_verified"

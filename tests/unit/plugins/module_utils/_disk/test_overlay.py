@@ -337,7 +337,7 @@ RIGHT = HEADER._replace(backing_file="/srv/active.qcow2", backing_format="qcow2"
 )
 def test_a_finished_overlay_is_verified(changes, expected):
     verdict = decide(WANTED, active(bitmaps=RIGHT.bitmaps), ABSENT)
-    spec = BuildSpec(ABSENT, "/srv/active.qcow2", Attributes(0, 0, 0o600, {}), None, {}, 0, 7)
+    spec = BuildSpec(ABSENT, "/srv/active.qcow2", Attributes(0, 0, 0o600, {}), None, {}, 0, History())
     wrong = "; ".join(verify(verdict, spec, RIGHT._replace(**changes)))
     assert expected in wrong if expected else not wrong
 
@@ -366,11 +366,11 @@ def test_a_small_header_holds_a_short_name_only():
     assert decide(small, active(), ABSENT).state == CREATED
     long = small._replace(backing_file="/" + "x" * 344)
     assert "does not fit into a header of 512 bytes" in message(decide(long, active(), ABSENT))
-    marked = small._replace(mark=Mark("u" * 36, "vda", "s" * 14))  # 8 and 104 bytes, with the history
+    marked = small._replace(mark=Mark("u" * 36, "vda", "s" * 14))  # 8 and 128 bytes, with the history
     assert "does not fit into a header of 512 bytes" in message(decide(marked, active(), ABSENT))
-    shorter = marked._replace(backing_file="/" + "x" * 231)
+    shorter = marked._replace(backing_file="/" + "x" * 207)
     assert decide(shorter, active(), ABSENT).state == CREATED
-    assert decide(shorter._replace(backing_file="/" + "x" * 232), active(), ABSENT).state == FAILED
+    assert decide(shorter._replace(backing_file="/" + "x" * 208), active(), ABSENT).state == FAILED
 
 
 def test_the_chain_has_room_for_one_more():

@@ -363,6 +363,37 @@ def test_a_checkpoint_is_lost_whose_name_an_older_bitmap_of_the_image_below_has(
         assert lost_checkpoints(host.plan_back(plan_revert, "web", "wed"), kept) == lost
 
 
+def test_a_checkpoint_is_lost_that_was_made_on_the_snapshot(host):
+    """However new an older bitmap of its name is in the image below, as after the removal of another checkpoint."""
+    base = host.plan_back(plan_revert, "web", "wed").disks[1].request.backing_file
+    os.utime(base)
+    made = qemu.read(host.folder / "web-b.wed.qcow2").history.made // 10**9
+    for created, lost in ((made - 5, ()), (made, ()), (made + 1, ("sunday",))):
+        kept = Kept((KnownCheckpoint("sunday", {"vdb": "sunday"}, created=created),))
+        assert lost_checkpoints(host.plan_back(plan_revert, "web", "wed"), kept) == lost
+        assert host.revert("web", "nosuch")[0] == []
+    assert host.revert("web", "wed", dies=True)[0] == ["failed"] * 2
+    assert lost_checkpoints(host.plan_back(plan_revert, "web", "wed"), kept) == ("sunday",)
+
+
+def test_disks_of_two_moments_and_bitmaps_that_stay_are_warned_of(host):
+    host.image("late.qcow2")
+    host.define("web", "web-a.wed.qcow2", "late.qcow2")
+    plan = host.plan_back(plan_revert, "web", "wed")
+    (warning,) = plan.warnings
+    assert "its disk vdb is not on the snapshot wed and stays as it is" in warning
+    assert host.plan_back(plan_revert, "web", "wed", targets=("vda",)).warnings == []
+    assert host.plan_back(plan_commit, "web", "wed").warnings == []
+    own, both = KnownCheckpoint("own", {"vda": "own"}), KnownCheckpoint("both", {"vda": "both", "vdb": "both"})
+    domain = host.domains["web"]
+    facts = [Inventory(host.domains).facts(domain, disk) for disk in domain.definition.disks]
+    asked = WayBack("wed", targets=("vda",))
+    for kept, expected in ((Kept((own,)), []), (Kept((own, both)), ["its disk vdb stays, and so do its bitmaps"])):
+        told = plan_revert(domain, facts, asked, kept).warnings
+        assert [words in one for words, one in zip(expected, told)] == [True] * len(expected)
+        assert len(told) == len(expected)
+
+
 def test_snapshots_of_libvirts_own_are_in_the_way_of_going_back(host):
     """They may need the images that go."""
 
@@ -375,6 +406,43 @@ def test_snapshots_of_libvirts_own_are_in_the_way_of_going_back(host):
     assert codes("wed") == ["libvirt_snapshots"]
     assert codes("wed", allows_snapshots=True) == []
     assert codes("thu") == []  # it is not on that, and nothing is to be done
+
+
+@pytest.mark.parametrize("way", ["commit", "revert"])
+def test_an_image_is_not_what_the_one_above_it_was_made_on(host, way):
+    """As after `virsh blockpull --base`, which takes in the images between: what is below can be a template."""
+    wed, base = host.folder / "web-a.wed.qcow2", host.folder / "web-a.qcow2"
+    recorded = qemu.read(wed).history.base_written
+    qemu.qemu_img("rebase", "-q", "-b", str(base), "-F", "qcow2", str(wed))
+    for name in ("mon", "tue"):
+        os.unlink(host.folder / f"web-a.{name}.qcow2")
+    before = host.files()
+    assert getattr(host, way)("web", "wed") == ["base_changed"]
+    assert host.files() == before
+    lost = recorded % 10**9  # a copy can have lost what is below a second, or a microsecond
+    for time, expected in (
+        (recorded - lost, []),
+        (recorded - lost - 10**9, ["base_changed"]),
+        (recorded - recorded % 1000, []),
+        (recorded - recorded % 1000 - 1000, ["base_changed"]),
+        (recorded, []),
+    ):
+        os.utime(base, ns=(0, time))
+        plan = plan_commit if way == "commit" else plan_revert
+        assert [problem.code for problem in host.plan_back(plan, "web", "wed").problems] == expected
+    os.utime(base)
+    assert getattr(host, way)("web", "wed")[0] == ["committed" if way == "commit" else "reverted"] * 2
+
+
+def test_to_merge_an_empty_image_in_between_is_in_nobodys_way(host):
+    host.image("plain.qcow2")
+    host.define("plain", "plain.qcow2")
+    for snapshot in ("mon", "tue", "wed"):
+        assert host.snapshot("plain", snapshot)
+    before = os.stat(host.folder / "plain.mon.qcow2").st_mtime_ns
+    assert host.commit("plain", "tue")[0] == ["committed"]
+    assert os.stat(host.folder / "plain.mon.qcow2").st_mtime_ns > before
+    assert host.revert("plain", "wed")[0] == ["reverted"]
 
 
 def test_what_another_host_has_is_not_taken_for_what_a_killed_run_has_left(host):

@@ -27,11 +27,14 @@ from .. import qemu
 MARK = Mark("4dea22b3-1d52-d8f3-2516-782e98ab3fa0", "vda", "vor Ümzug 2024.06")
 
 
-def marked(path, mark, *options, base_written=0):
+NEW = History()
+
+
+def marked(path, mark, *options, history=NEW):
     """Return a new image with this mark."""
     qemu.create(path, "8M", *options)
     with open(path, "r+b") as file:
-        write_mark(OpenImage(str(path), file.fileno()), mark, base_written)
+        write_mark(OpenImage(str(path), file.fileno()), mark, history)
     return str(path)
 
 
@@ -102,11 +105,11 @@ LIFE = [
 
 def test_qemu_keeps_the_mark_whatever_it_does_and_gives_it_to_no_other_image(tmp_path, base):
     written = os.stat(base).st_mtime_ns
-    path = marked(tmp_path / "over.qcow2", MARK, "-b", base, "-F", "qcow2", base_written=written)
+    path = marked(tmp_path / "over.qcow2", MARK, "-b", base, "-F", "qcow2", history=History(written, 5))
     for command in LIFE:
         words = [{"TOP": path, "BASE": base}.get(word, word) for word in command]
         subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
-        assert (qemu.read(path).mark, qemu.read(path).history) == (MARK, History(written)), command
+        assert (qemu.read(path).mark, qemu.read(path).history) == (MARK, History(written, 5)), command
         qemu.qemu_img("check", "-q", path)
     assert qemu.read(base).mark is None
     copy = tmp_path / "copy.qcow2"
@@ -115,13 +118,13 @@ def test_qemu_keeps_the_mark_whatever_it_does_and_gives_it_to_no_other_image(tmp
 
 
 def test_one_byte_tells_that_an_image_is_to_go(tmp_path, base):
-    path = marked(tmp_path / "over.qcow2", MARK, "-b", base, "-F", "qcow2", base_written=7)
+    path = marked(tmp_path / "over.qcow2", MARK, "-b", base, "-F", "qcow2", history=History(7, 8))
     with open(path, "rb") as file:
         before = file.read()
     for leaving in (True, True, False):
         with open_image(path) as image:
             write_leaving(image, leaving=leaving)
-        assert qemu.read(path).history == History(7, leaving)
+        assert qemu.read(path).history == History(7, 8, leaving)
         with open(path, "rb") as file:
             after = file.read()
         assert sum(one != other for one, other in zip(before, after)) == leaving
@@ -163,10 +166,10 @@ def test_what_the_extension_holds(data, mark):
 @pytest.mark.parametrize(
     "lines, history",
     [
-        ("base_written=00000000000000000007\nleaving=0", History(7)),
-        ("base_written=00000000000000000007\nleaving=1\nof a later version", History(7, leaving=True)),
-        ("base_written=00000000000000000007\nleaving=2", None),
-        ("base_written=7\nleaving=1", None),
+        (f"base_written={7:020d}\nmade={8:020d}\nleaving=0", History(7, 8)),
+        (f"base_written={7:020d}\nmade={8:020d}\nleaving=1\nof a later version", History(7, 8, leaving=True)),
+        (f"base_written={7:020d}\nmade={8:020d}\nleaving=2", None),
+        ("base_written=7\nmade=8\nleaving=1", None),
         ("leaving=1", None),
     ],
 )
