@@ -234,7 +234,9 @@ _value:
           type: str
           sample: before-upgrade
         modified:
-          description: When the image below it was last written to, in seconds since 1970; null if that cannot be told.
+          description:
+            - When the image below it was last written to before it was made, in seconds since 1970; null if that
+              cannot be told.
           type: int
           sample: 1767225600
         size:

@@ -272,6 +272,13 @@ domains:
               description: When the file was written to last, in seconds since 1970; null of a block device.
               type: int
               sample: 1767225600
+            made:
+              description:
+                - When it was made, in seconds since 1970; null unless M(kvmfleet.qcow2.domain_overlay) of version 1.1.0
+                  or later has made it.
+              type: int
+              sample: 1767225600
+              version_added: 1.1.0
             snapshot:
               description:
                 - The name of the snapshot that it is, of those made by M(kvmfleet.qcow2.domain_overlay) for this disk.

@@ -52,6 +52,7 @@ def image(path, snapshot=None, bitmaps=(), *, days=1.0, held=3 * GIB, in_use=Fal
         "in_use": in_use,
         "corrupt": False,
         "modified": int(NOW - days * DAY),
+        "made": None,
         "snapshot": snapshot,
         "bitmaps": list(bitmaps),
     }

@@ -182,7 +182,13 @@ def _disk_as_result(one: DiskLook, uuid: str) -> dict[str, t.Any]:
 def _image_as_result(layer: ExaminedLayer, uuid: str, target: str) -> dict[str, t.Any]:
     """Return an image as qcow2_info does, with what is known of it as an image of this disk."""
     mark = layer.image.mark if layer.image else None
-    return {**layer.as_result(), "modified": layer.modified, "snapshot": _snapshot_of(mark, uuid, target)}
+    made = layer.image.history.made // 10**9 if layer.image and layer.image.history else 0
+    return {
+        **layer.as_result(),
+        "modified": layer.modified,
+        "made": made or None,
+        "snapshot": _snapshot_of(mark, uuid, target),
+    }
 
 
 def _unfinished_as_result(left: Unfinished, uuid: str, target: str) -> dict[str, t.Any]:

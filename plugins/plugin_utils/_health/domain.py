@@ -93,9 +93,10 @@ def snapshots(domain: Result) -> list[dict[str, t.Any]]:
         written = [image["modified"] for image in disk["images"]]
         for image, below in zip(disk["images"], [*written[1:], None]):
             if image["snapshot"] is not None:
-                # A snapshot's time is the last write to the image below it.
+                # A snapshot's time is the last write to the image below it before it was made.
+                taken = below if below is None or image["made"] is None else min(below, image["made"])
                 size = image["actual_size"] or 0
-                found.append({"name": image["snapshot"], "target": disk["target"], "taken": below, "bytes": size})
+                found.append({"name": image["snapshot"], "target": disk["target"], "taken": taken, "bytes": size})
     return found
 
 

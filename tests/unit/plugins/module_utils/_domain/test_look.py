@@ -25,7 +25,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.look import
 )
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection import Libvirt, Unreadable
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import Mark, write_mark
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import History, Mark, write_mark
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu import locks
 
 from .. import qemu
@@ -78,7 +78,7 @@ def fixture_chain(tmp_path):
 
 def write(path, mark):
     with open(path, "r+b") as file:
-        write_mark(files.owning(path, os.dup(file.fileno())), mark)
+        write_mark(files.owning(path, os.dup(file.fileno())), mark, History(made=1_700_000_000_999_999_999))
 
 
 def looked(name="web", **more):
@@ -96,6 +96,7 @@ def test_a_domain_with_a_checkpoint_on_a_snapshot(define, chain):
     assert (disk["target"], disk["source"], disk["unfit"]) == ("vda", chain[0], None)
     assert [(one["path"], one["snapshot"]) for one in disk["images"]] == [(chain[0], "monday"), (chain[1], None)]
     assert [one["modified"] for one in disk["images"]] == [int(os.stat(path).st_mtime) for path in chain]
+    assert [one["made"] for one in disk["images"]] == [1_700_000_000, None]
     (checkpoint,) = result["checkpoints"]
     assert (checkpoint["name"], checkpoint["valid"], checkpoint["dirty_bytes"]) == ("one", True, 0)
     assert result["next_backup"] == "incremental"

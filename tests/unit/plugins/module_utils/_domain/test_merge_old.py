@@ -21,12 +21,15 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.retention i
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.wayback import WayBack
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection import Domain
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import Definition
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import Mark, write_mark
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import History, Mark, write_mark
 
 from .. import qemu
 from .hosts import SETTINGS
 
 MONTH = 30 * 86400
+
+
+NEW = History()
 
 
 class Daemon:
@@ -42,13 +45,13 @@ class Daemon:
         return {"web": self._domain}
 
 
-def snapshot(tmp_path, target):
+def snapshot(tmp_path, target, history=NEW):
     """Make a disk with a snapshot of today, and return the path of both."""
     base, top = tmp_path / f"{target}.qcow2", tmp_path / f"{target}.mon.qcow2"
     qemu.create(base, "1M")
     qemu.create(top, "1M", "-b", str(base), "-F", "qcow2")
     with OpenImage(str(top), os.open(top, os.O_RDWR)) as file:
-        write_mark(file, Mark("uuid", target, "mon"))
+        write_mark(file, Mark("uuid", target, "mon"), history)
     return str(base), str(top)
 
 
@@ -61,6 +64,18 @@ def test_a_snapshot_that_was_made_since_by_the_name_of_a_leftover_is_not_merged_
             leave_sign(file)
     retention = Retention(MONTH, 0, time.time())
     old = merge_old._find_old(Daemon(on_it, base), ["web"], WayBack(""), retention)
+    assert [one.snapshot for one in old["uuid"].picked] == picked
+
+
+@pytest.mark.parametrize("days_made, days_written, picked", [(40, 0, ["mon"]), (0, 40, ["mon"]), (0, 0, [])])
+def test_what_is_written_to_the_image_below_later_does_not_make_a_snapshot_younger(
+    tmp_path, days_made, days_written, picked
+):
+    """As when a backup tool removes a checkpoint."""
+    now = time.time()
+    base, top = snapshot(tmp_path, "vda", History(made=int(now - days_made * 86400) * 10**9))
+    os.utime(base, (now, now - days_written * 86400))
+    old = merge_old._find_old(Daemon(top), ["web"], WayBack(""), Retention(MONTH, 0, now))
     assert [one.snapshot for one in old["uuid"].picked] == picked
 
 

@@ -34,6 +34,7 @@ def image(path, bitmaps="", snapshot=None, *, days=1, in_use=False, corrupt=Fals
         "in_use": in_use,
         "corrupt": corrupt,
         "modified": NOW - days * DAY,
+        "made": None,
         "snapshot": snapshot,
         "bitmaps": [
             {"name": name.rstrip("!0"), "recording": name[-1] != "0", "inconsistent": name.endswith("!")}
@@ -131,6 +132,13 @@ def test_snapshots_that_are_too_old(days, told):
     images = [image("/c", "", "friday"), image("/b", "", "monday"), image("/a", days=3)]
     findings = judged(domain(*images), oldest_snapshot=days)["findings"]
     assert [json.loads(shlex.split(one["command"])[-1])["snapshot"] for one in findings] == told
+
+
+def test_what_is_written_to_the_image_below_later_does_not_make_a_snapshot_younger():
+    """As when a backup tool removes a checkpoint."""
+    for made, oldest in ((NOW - 30 * DAY, NOW - 30 * DAY), (NOW, NOW - 9 * DAY)):
+        top = {**image("/b", "/a", "monday"), "made": made}
+        assert judged(domain(top, image("/a", days=9)))["oldest_snapshot"] == oldest
 
 
 def test_a_snapshot_of_which_the_age_is_not_known_is_not_too_old():
