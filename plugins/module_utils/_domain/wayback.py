@@ -311,8 +311,11 @@ def _shared(domain: Domain, facts: DiskFacts, mark: Mark, part: t.Sequence[Layer
     domains = [*facts.writers, *facts.suspects, *facts.above()]
     if not others and not domains:
         return []
-    whose = ", ".join(dict.fromkeys(domains)) or "another domain"
-    path = others[0].path if others else facts.disk.source
+    path = others[0].path if others else facts.disk.source or ""
+    whose = ", ".join(dict.fromkeys([*domains, *facts.others_with(path)]))
+    if not whose:  # its users were looked up by its name, which another run has taken from it between two looks
+        why = "was moved meanwhile, or what stands on it was, most likely by another run"
+        return [Refusal("changed_meanwhile", path, why, "Run this again.")]
     why = f"{path}, in the chain of its disk {mark.target}, is in that of a disk of {whose} too, as a template is"
     remedy = "Give each a disk of its own ('qemu-img convert'), or undefine the domain that is not needed any more."
     return [Refusal("shared_disk", domain.name, why, remedy)]

@@ -311,6 +311,15 @@ def test_an_image_that_another_domain_has_too_is_refused(host, way):
     assert getattr(host, way)("web", "wed") == ["shared_disk"]
 
 
+@pytest.mark.parametrize("plan", [plan_commit, plan_revert])
+def test_an_image_that_another_run_renames_during_the_look_is_in_no_other_domain(host, plan):
+    domain = host.domains["web"]
+    facts = [Inventory(host.domains).facts(domain, disk) for disk in domain.definition.disks]
+    raced = facts[0]._replace(own=facts[0].layers[:1])
+    (problem,) = plan(domain, [raced, *facts[1:]], WayBack("wed")).problems
+    assert (problem.code, problem.subject) == ("changed_meanwhile", facts[0].layers[1].path)
+
+
 @pytest.mark.parametrize("way", ["commit", "revert"])
 def test_a_snapshot_that_cannot_be_told_from_a_clone_is_refused(host, way):
     host.image("db.qcow2")
