@@ -327,7 +327,7 @@ def _other_base(part: t.Sequence[Layer]) -> list[Refusal]:
     A disk made from a template would be put back to that, or be merged into it.
     """
     history, base = _history_of(part[-2]), part[-1]
-    written = 0 if base.is_device else os.stat(base.real_path).st_mtime_ns
+    written = _written(base)
     lost = 10**9 if written % 10**9 == 0 else 10**3  # nanoseconds, in a copy that does not keep all digits
     if not written or written + lost > history.base_written:
         return []
@@ -340,6 +340,13 @@ def _other_base(part: t.Sequence[Layer]) -> list[Refusal]:
         "merged down by other tools, 'touch' it and run this again."
     )
     return [Refusal("base_changed", base.path, why, remedy)]
+
+
+def _written(layer: Layer) -> int:
+    """Return when an image was last written to, in nanoseconds since 1970; 0 if that cannot be told."""
+    with contextlib.suppress(OSError):  # the operation itself tells of it
+        return 0 if layer.is_device else os.stat(layer.real_path).st_mtime_ns
+    return 0
 
 
 def _history_of(layer: Layer) -> History:
