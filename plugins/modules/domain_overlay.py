@@ -487,7 +487,10 @@ domains:
           type: bool
           sample: true
         problem:
-          description: Which rule is broken; null if it is valid. V(broken) if libvirt says so of a running domain.
+          description:
+            - Which rule is broken; null if it is valid. V(broken) if libvirt says so of a running domain.
+            - V(in_use) if it cannot be told. Of a running domain, if QEMU has an image below the topmost one open for
+              writing, for a block job, or since it could not store its bitmaps (C(not_stored)).
           type: str
           sample: null
         image:
@@ -501,8 +504,8 @@ domains:
         verified:
           description:
             - Whether libvirt itself has said so, as of domains that run. In check mode it is what libvirt says now.
-              Else it is judged by what the images store, as it is always if the problem is V(lost), of which libvirt
-              knows nothing.
+              Else it is judged by what the images store, as it is always if the problem is V(lost) or V(in_use), of
+              which libvirt knows nothing.
           type: bool
           sample: false
     unfit_disks:

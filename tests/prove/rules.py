@@ -541,6 +541,27 @@ RULES = (
         ("test_bitmap_rules",),
     ),
     Rule(
+        "a bitmap that is older than its overlay goes on with one below",
+        "bitmap_rules",
+        "if lowest >= 0 and below and chain[lowest].was_made_after(created):",
+        "if False:",
+        ("test_bitmap_rules",),
+    ),
+    Rule(
+        "what is in memory alone is not stored",
+        "running",
+        "missing = [bitmap for bitmap in bitmaps if settled.is_open_for_writing or bitmap.name not in in_order]",
+        "missing = [bitmap for bitmap in bitmaps if bitmap.name not in in_order]",
+        ("test_running",),
+    ),
+    Rule(
+        "an image whose bitmaps are not stored below is not retired",
+        "running",
+        "self._check_base(request, verdict.bitmaps, held)",
+        "pass",
+        ("test_running",),
+    ),
+    Rule(
         "what an image never had it has not lost",
         "bitmap_rules",
         "return self.lost_names is None or name in self.lost_names",

@@ -74,6 +74,7 @@ Code = t.Literal[
     "not_qcow2",
     "not_quiesced",
     "not_removed",
+    "not_stored",
     "not_switched",
     "not_valid",
     "not_verified",

@@ -16,7 +16,8 @@ An incremental backup since a bitmap is possible if
 5) all these images have one virtual size, since QEMU cannot merge bitmaps of different sizes, as the backup does,
 6) no image below them has lost the bitmap that this one goes on with: what changed there is told nowhere any more. QEMU
    and libvirt do not look. Which bitmaps an image has lost their old directory tells. Where it is gone, all count, and
-   so does one of a name that was used before, unless the image is older than the checkpoint, and
+   so does one of a name that was used before, unless the image is older than the checkpoint. And if the lowest image
+   that has the bitmap is an overlay that was made after the checkpoint, the image below must have it, too, and
 7) the topmost image is not older than the checkpoint: else its bitmap is an earlier one of this name. Further down such
    an earlier one, as that of a template, only adds bits.
 """
@@ -72,6 +73,12 @@ _LOST = (
     "written to it, or a QEMU was killed as it opened it. This one may have begun there. If you know that it did not, "
     "'qemu-img check -r all {}' has the image forget them, with the VM shut off."
 )
+_NOT_BELOW = (
+    "This image lacks the bitmap, although the overlay on top of it was made after the checkpoint, so the bitmap there "
+    "goes on with one of this image. QEMU could not store that (a full storage), or this image was put here since, as "
+    "a copy without bitmaps, or by a program that takes in the one between, as 'virsh blockpull' does. What changed "
+    "before the overlay was made is told nowhere."
+)
 _OLDER = (
     "This image was last written to before the checkpoint was made, as one that was put back from a copy, so its "
     "bitmap is an earlier one of this name. That of the checkpoint is gone, with what was in its image."
@@ -89,6 +96,7 @@ class LayerBitmaps(t.NamedTuple):
     lost_bitmaps: int = 0  # made worthless by a program that does not know them
     lost_names: frozenset[str] | None = None  # of these; None if that cannot be told
     modified: int | None = None  # seconds since 1970, of the last write; None if that cannot be told
+    base_written: int = 0  # seconds since 1970, of the last write to the image below before this one; 0: not known
 
     def is_older_than(self, created: int | None) -> bool:
         """Whether it was last written to before a checkpoint was made: a bitmap is stored when its image is closed.
@@ -104,6 +112,10 @@ class LayerBitmaps(t.NamedTuple):
         if not self.lost_bitmaps or name in self.bitmaps or self.is_older_than(created):
             return False
         return self.lost_names is None or name in self.lost_names
+
+    def was_made_after(self, created: int | None) -> bool:
+        """Whether a checkpoint, which was made then, is older than this overlay: its bitmap goes on with one below."""
+        return created is not None and 0 < created < self.base_written - _CLOCKS
 
 
 class Checkpoint(t.NamedTuple):
@@ -162,7 +174,8 @@ def judge(
             above = layer
     lost = lost_below(name, chain, created)
     if lost is not None:  # rule 6
-        return Checkpoint(name, False, LOST, lost.path, f"{_LOST.format(lost.path)} {way_out}")
+        why = _LOST.format(lost.path) if lost.may_have_lost(name, created) else _NOT_BELOW
+        return Checkpoint(name, False, LOST, lost.path, f"{why} {way_out}")
     if unknown is not None:
         return Checkpoint(name, None, IN_USE, unknown.path, _ASK_LIBVIRT)
     if not complete:
@@ -171,9 +184,11 @@ def judge(
 
 
 def lost_below(name: str, chain: t.Sequence[LayerBitmaps], created: int | None) -> LayerBitmaps | None:
-    """Return the image that may have lost the bitmap, below all that have it, or can have it."""
-    places = [place for place, one in enumerate(chain) if name in one.bitmaps or one.is_open_for_writing]
-    below = chain[max(places, default=-1) + 1 :]
+    """Return the image that may have lost the bitmap, or lacks it, below all that have it, or can have it."""
+    lowest = max((n for n, one in enumerate(chain) if name in one.bitmaps or one.is_open_for_writing), default=-1)
+    below = chain[lowest + 1 :]
+    if lowest >= 0 and below and chain[lowest].was_made_after(created):
+        return below[0]
     return next((one for one in below if one.may_have_lost(name, created)), None)
 
 

@@ -301,7 +301,8 @@ def lost_before(seen: Seen, bitmaps: t.Sequence[Bitmap], created: t.Mapping[str,
         image = lost_below(bitmap.name, part, created.get(bitmap.name))
         if image is not None:
             hidden.setdefault(image.path, {})[bitmap.name] = bitmap
-    return [_hides_loss(path, list(lost.values())) for path, lost in hidden.items()]
+    forgetful = {image.path for image in part if image.lost_bitmaps}
+    return [_hides_loss(path, list(lost.values()), can_forget=path in forgetful) for path, lost in hidden.items()]
 
 
 def _for_rules(layer: Layer, seen: Seen) -> LayerBitmaps:
@@ -314,17 +315,21 @@ def _for_rules(layer: Layer, seen: Seen) -> LayerBitmaps:
         lost_bitmaps=image.lost_bitmaps if image else 0,
         lost_names=image.lost_names if image else None,
         modified=seen.written.get(layer.path),
+        base_written=image.base_written if image else 0,
     )
 
 
-def _hides_loss(path: str, bitmaps: t.Sequence[Bitmap]) -> Refusal:
-    why = f"has lost its bitmaps, perhaps {names_of(bitmaps)}, too, which would look valid after the merge, and not be"
+def _hides_loss(path: str, bitmaps: t.Sequence[Bitmap], *, can_forget: bool) -> Refusal:
+    what = f"has lost its bitmaps, perhaps {names_of(bitmaps)}, too," if can_forget else f"lacks {names_of(bitmaps)},"
+    why = f"{what} which would look valid after the merge, and not be"
     remedy = (
         "Remove these from the images above (kvmfleet.qcow2.domain_checkpoint with unusable=remove, or orphans=remove "
         "if libvirt has no checkpoint of theirs; without libvirt kvmfleet.qcow2.qcow2_bitmap with state=absent), and "
-        "make a full backup with a new checkpoint. Or, if you know that they did not begin there, 'qemu-img check -r "
-        f"all {path}' has it forget them, with the VM shut off."
+        "make a full backup with a new checkpoint."
     )
+    if can_forget:
+        know = "Or, if you know that they did not begin there, 'qemu-img check -r all"
+        remedy = f"{remedy} {know} {path}' has it forget them, with the VM shut off."
     return Refusal("lost_bitmaps", path, why, remedy)
 
 

@@ -95,6 +95,7 @@ class Standing(t.NamedTuple):
     lost_names: frozenset[str] | None = None  # of these; None if that cannot be told
     lost_by_kill: bool = False  # a killed run has lost these, and its vault has those that were to stay
     modified: int | None = None  # seconds since 1970, of the last write; None if that cannot be told
+    base_written: int = 0  # seconds since 1970, of the last write to the image below before this one; 0: not known
     fault: Refusal | None = None  # why its bitmaps cannot be written
     others: tuple[str, ...] = ()  # paths of the images on top of it that are not in this chain
 
@@ -113,6 +114,7 @@ class Standing(t.NamedTuple):
             lost_bitmaps=self.lost_bitmaps,
             lost_names=self.lost_names,
             modified=self.modified,
+            base_written=self.base_written,
         )
 
 
@@ -454,4 +456,6 @@ def _tells(place: int, name: str, layers: t.Sequence[LayerBitmaps], created: int
     lowest = max(number for number, layer in enumerate(layers) if name in layer.bitmaps)
     if place <= lowest:  # one further down tells it, too, but not of a bitmap that the images above have in order
         return layers[place].is_older_than(created)
-    return why_not_provable(name, layers, created) == (LOST, layers[place])
+    # That it lacks what an overlay goes on with the overlay tells, also afterwards.
+    is_told = why_not_provable(name, layers, created) == (LOST, layers[place])
+    return is_told and layers[place].may_have_lost(name, created)

@@ -22,6 +22,8 @@ from .._base.signals import GoesOn, Interrupted
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer
 from .._qcow2.growth import most_growth
+from .._qcow2.image import read_image
+from .._qemu.settled import Settled, read_settled
 from . import commit
 from .begun import (
     check_owner_of_signs,
@@ -32,7 +34,7 @@ from .begun import (
     remove_signs,
     stranger_with_sign,
 )
-from .bitmap_rules import BROKEN, LayerBitmaps, names_of
+from .bitmap_rules import BROKEN, LayerBitmaps, carries_over, names_of
 from .build import MakeOverlays
 from .commit import CommitRequest, CommitVerdict
 from .merge import MergeLayers
@@ -188,7 +190,7 @@ class MakeForRunning(MakeOverlays):
         """Put all new overlays into place, and have the VM write to them, or none."""
         after = [self._foretold(verdict, held) for verdict in verdicts]
         publish_unlocked(held.staged, switch)
-        return after
+        return [_stored(verdict, held) if verdict.request.must_be_fresh else verdict for verdict in after]
 
     def _foretold(self, verdict: OverlayVerdict, held: Held) -> OverlayVerdict:
         """Return the verdict with the bitmaps that the hypervisor gives the overlay, which are those in order below."""
@@ -201,6 +203,55 @@ class MakeForRunning(MakeOverlays):
             skipped=tuple(SkippedBitmap(b.name, b.granularity, BROKEN) for b in bitmaps_of(known.unusable, layers)),
             warnings=(*verdict.warnings, *([_BEGIN_EMPTY] if begins_empty else [])),
         )
+
+
+def _stored(verdict: OverlayVerdict, held: Held) -> OverlayVerdict:
+    """Return the verdict, failed if ACTIVE, which its VM has just left, does not store the bitmaps that go on."""
+    request = verdict.request
+    try:
+        done = f"The snapshot is taken: the VM runs on {request.path}"
+        _check_stored(held.image(request.backing_file), verdict.bitmaps, done)
+    except (Refusal, OSError) as exc:  # the VM is on the overlay all the same
+        return failed_by(verdict, exc)
+    return verdict
+
+
+def _check_stored(file: OpenImage, bitmaps: t.Sequence[Bitmap], done: str) -> None:
+    """Refuse an image that its VM does not write to any more if it does not store these bitmaps; `done` is what is.
+
+    QEMU stores them before it says that the VM does not. If it cannot, it goes on without a word.
+    """
+    deadline = time.monotonic() + _LET_GO
+    while bitmaps:
+        settled = read_settled(file)
+        problem = _why_not_stored(file.path, bitmaps, settled, done)
+        if problem is None:
+            return
+        if not settled.is_open_for_writing or time.monotonic() > deadline:
+            raise problem
+        time.sleep(_PAUSE)
+
+
+def _why_not_stored(path: str, bitmaps: t.Sequence[Bitmap], settled: Settled, done: str) -> Refusal | None:
+    """Return which of these bitmaps an image does not store in order; None if it stores all."""
+    in_order = {bitmap.name for bitmap in settled.image.bitmaps if carries_over(bitmap)}
+    missing = [bitmap for bitmap in bitmaps if settled.is_open_for_writing or bitmap.name not in in_order]
+    if not missing:
+        return None
+    why = f"does not store its bitmaps {names_of(missing)}, as when its storage is full. {done}"
+    way_out = (
+        "remove these checkpoints (kvmfleet.qcow2.domain_checkpoint with state=absent and running=live), and make a "
+        "full backup with a new one"
+    )
+    if not settled.is_open_for_writing:
+        remedy = f"What they mark is told nowhere once the VM is shut off: {way_out}."
+    else:
+        remedy = (
+            "QEMU has them in its memory. Before the VM is shut off make room there, then it stores them with its end; "
+            f"or make an incremental backup with a new checkpoint; or {way_out}. Else increments since these "
+            "checkpoints lack what has changed."
+        )
+    return Refusal("not_stored", path, why, remedy)
 
 
 def bitmaps_of(names: t.Iterable[str], layers: t.Sequence[Layer]) -> tuple[Bitmap, ...]:
@@ -344,6 +395,7 @@ class MergeRunning(MergeLayers):
         if verdict.method is not None:  # of what is left over nothing is merged
             self._have_merged(request, held, begin)
             self._check_left(request)
+            self._check_base(request, verdict.bitmaps, held)
         self._hypervisor.store(request)
         base = held.image(request.backing_file)
         base.touch()  # as merge.py does where nothing was to be written to it
@@ -377,6 +429,15 @@ class MergeRunning(MergeLayers):
             raise Refusal(
                 "not_switched", request.path, why, "Look at 'virsh domblklist --inactive', then run this again."
             )
+
+    def _check_base(self, request: CommitRequest, usable: t.Sequence[Bitmap], held: Held) -> None:
+        """Refuse to retire an image of which the one below does not store the bitmaps; a topmost one does so later."""
+        if request.above is None:
+            return
+        image = read_image(held.image(request.path))
+        own = {bitmap.name for bitmap in image.bitmaps if carries_over(bitmap)}
+        done = f"All data of {request.path} is merged into it; that image is left in place"
+        _check_stored(held.image(request.backing_file), [one for one in usable if one.name in own], done)
 
 
 def _above(request: CommitRequest, held: Held) -> Layer | None:

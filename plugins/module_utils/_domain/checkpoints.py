@@ -29,6 +29,14 @@ _SWAPPED = (
 )
 
 
+_NOT_STORED = (
+    "The domain runs above this image, and its QEMU still has it open for writing: a block job writes to it, or QEMU "
+    "could not store its bitmaps as it was left, for want of room. Then the checkpoint is valid until the domain is "
+    "shut off. Wait for the job, or make room on the storage of this image and an incremental backup with a new "
+    "checkpoint before the domain is shut off."
+)
+
+
 class Chain(t.NamedTuple):
     """The chain of a disk as it is, or will be, after the run."""
 
@@ -69,7 +77,13 @@ def _judge(known: KnownCheckpoint, disks: t.Mapping[str, DomainDisk], chains: t.
     """Return the verdict on a checkpoint by the chains of its disks, or by what libvirt says of them."""
     verdicts = [
         judge_swapped(known, disks[target], [os.path.realpath(one.path) for one in chains[target].layers])
-        or judge_live(bitmap, disks[target], known.live, _judge_stored(bitmap, target, chains, known.created))
+        or judge_live(
+            bitmap,
+            disks[target],
+            known.live,
+            _judge_stored(bitmap, target, chains, known.created),
+            left_open(chains[target].layers),
+        )
         for target, bitmap in known.bitmaps.items()
         if target in disks  # the definition may have lost a disk since
     ]
@@ -105,14 +119,28 @@ def judge_swapped(known: KnownCheckpoint, disk: DomainDisk, images: t.Collection
     return Checkpoint(known.name, False, SWAPPED, disk.source, _SWAPPED.format(disk.target, other))
 
 
-def judge_live(bitmap: str, disk: DomainDisk, live: LiveBitmaps | None, stored: Checkpoint) -> Checkpoint:
-    """Return the verdict for one disk by what libvirt says of it, if it was asked; `stored` is that by the images."""
+def left_open(layers: t.Sequence[LayerBitmaps]) -> str | None:
+    """Return the path of the first image below the topmost one that is open for writing; None if none is."""
+    return next((layer.path for layer in layers[1:] if layer.is_open_for_writing), None)
+
+
+def judge_live(
+    bitmap: str, disk: DomainDisk, live: LiveBitmaps | None, stored: Checkpoint, open_below: str | None = None
+) -> Checkpoint:
+    """Return the verdict for one disk by what libvirt says of it, if it was asked; `stored` is that by the images.
+
+    `open_below`: the path of an image below the topmost one that QEMU has open for writing, and so has not stored.
+    """
     if live is None:
         return stored
     if stored.problem == LOST:  # of which libvirt knows nothing
         return stored
     if live.problem is None and disk.target in live.sizes:
-        return Checkpoint(bitmap, True)
+        return (
+            Checkpoint(bitmap, True)
+            if open_below is None
+            else Checkpoint(bitmap, None, IN_USE, open_below, _NOT_STORED)
+        )
     if stored.valid is False:  # an image below the one that is written to
         return stored
     if live.problem is None:

@@ -17,7 +17,7 @@ from .._base.errors import Refusal
 from .._disk.commit import CommitRequest, CommitVerdict
 from .._disk.overlay import OverlayRequest, OverlayVerdict
 from .._disk.running import Begin, Known, MakeForRunning, MergeRunning
-from .._disk.verdict import KEEP
+from .._disk.verdict import FAILED, KEEP
 from .._libvirt.connection import Domain, Kept, Libvirt
 from .._libvirt.definition import Definition, DomainDisk
 from .._libvirt.jobs import Merge, check_may_merge, check_no_job, merge_down
@@ -31,6 +31,7 @@ from .._libvirt.snapshots import (
     store_definition,
     take_snapshot,
 )
+from .._qcow2.formats import QCOW2
 from .._qcow2.mark import Mark
 from .aims import MergeDown, PutOnOverlays, with_times
 from .checkpoints import Chain, chain_of
@@ -109,8 +110,10 @@ class PutRunningOn(_OfRunning, PutOnOverlays):
 
         return plan_domain(domain, [as_it_runs(domain, one) for one in facts], self._request, kept, not_ready)
 
-    def chain_after(self, disk: DomainDisk, _verdict: OverlayVerdict | None) -> Chain:
+    def chain_after(self, disk: DomainDisk, verdict: OverlayVerdict | None) -> Chain:
         """Return the chain that the overlay comes on top of: what libvirt does not look at is further down."""
+        if verdict is not None and verdict.state == FAILED:  # ACTIVE is below already, and has not stored its bitmaps
+            return _as_open(chain_of(verdict.request.path, QCOW2))
         return _as_open(chain_of(disk.source, disk.format))
 
     def switch(self, daemon: Libvirt, plan: DomainPlan, _seconds: float) -> None:
@@ -138,7 +141,8 @@ class MergeRunningDown(_OfRunning, MergeDown):
 
     def chain_after(self, disk: DomainDisk, verdict: CommitVerdict | None) -> Chain:
         """Return the chain of a disk after the run."""
-        return _as_open(super().chain_after(disk, verdict))
+        is_told = verdict is not None and verdict.state != FAILED
+        return _as_open(super().chain_after(disk, verdict if is_told else None))
 
     def switch(self, daemon: Libvirt, plan: DomainPlan, _seconds: float) -> None:
         """See that the domain is on the images below: libvirt has put it there with the end of each merge."""

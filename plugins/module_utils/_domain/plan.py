@@ -9,7 +9,7 @@ from __future__ import annotations
 import typing as t
 
 from .._base.errors import Refusal, printable
-from .._disk.bitmap_rules import LOST, Checkpoint
+from .._disk.bitmap_rules import IN_USE, LOST, Checkpoint
 from .._disk.overlay import CUMULATIVE, Creation
 from .._disk.verdict import FAILED, problem_fields
 from .._libvirt.connection import Domain, KnownCheckpoint, Unreadable
@@ -139,8 +139,8 @@ class DomainOutcome(t.NamedTuple):
             "nvram": self.definition.nvram if self.definition else None,
             "tpm": self.definition.has_tpm_state if self.definition else None,
             "checkpoints": [
-                # Of a loss libvirt knows nothing.
-                {**one.as_result(), "verified": one.name in self.verified and one.problem != LOST}
+                # Of a loss libvirt knows nothing, nor of what QEMU could not store.
+                {**one.as_result(), "verified": one.name in self.verified and one.problem not in (LOST, IN_USE)}
                 for one in self.checkpoints
             ],
             "libvirt_snapshots": [printable(name) for name in self.snapshots],

@@ -175,7 +175,11 @@ class Call:
 
     def _refresh_pools(self, verdicts: t.Sequence[t.Any]) -> list[str]:
         """Have libvirt see the new files; return as warnings where it cannot."""
-        new = () if self._settings.check_mode else [one.request.path for one in verdicts if one.changed]
+        new = (
+            ()
+            if self._settings.check_mode
+            else [one.request.path for one in verdicts if one.changed or _is_done_all_the_same(one.problems)]
+        )
         return self._daemon.pools.refresh({os.path.dirname(path) for path in new})
 
     def _is_left_out(self, plan: DomainPlan) -> bool:
@@ -216,16 +220,17 @@ class Call:
         problems = [*plan.problems, *(problem for verdict in overlays.values() for problem in verdict.problems)]
         if switched is not None:
             problems += switched.problems(is_expected=not problems and not self._settings.check_mode)
-        definition = plan.domain.definition if problems else plan.definition
+        is_done = not problems or _is_done_all_the_same(problems)
+        definition = plan.definition if is_done else plan.domain.definition
         changed = switched is not None or any(verdict.changed for verdict in overlays.values())
-        made = {} if problems else {d.target: overlays[d.target] for d in plan.disks if _is_touched(d, overlays)}
+        made = {d.target: overlays[d.target] for d in plan.disks if _is_touched(d, overlays)} if is_done else {}
         lost = switched.lost if switched is not None and not problems else ()
         return DomainOutcome(
             name=plan.domain.name,
             uuid=plan.domain.uuid,
             state=FAILED if problems else aim.words[not changed],
             # Of a domain that failed some disks may be done.
-            changed=any(verdict.changed for verdict in overlays.values()) or (changed and not problems),
+            changed=any(verdict.changed for verdict in overlays.values()) or (changed and is_done),
             overlays=tuple(overlays.items()),
             skipped=plan.skipped,
             checkpoints=judge_checkpoints(
@@ -241,7 +246,7 @@ class Call:
             warnings=[] if problems else plan.warnings,
             definition=definition,
             problems=tuple(root_causes(problems)),
-            diff=("", "") if problems else (_parts(plan, overlays, before=True), _parts(plan, overlays, before=False)),
+            diff=(_parts(plan, overlays, before=True), _parts(plan, overlays, before=False)) if is_done else ("", ""),
             tops=definition.tops,
             known=kept.checkpoints,
         )
@@ -253,6 +258,11 @@ def _snapshots_of(domain: Domain, facts: t.Sequence[DiskFacts]) -> t.Iterator[st
         mark = layer.image.mark if layer.image is not None else None
         if mark is not None and mark.vm == domain.uuid:
             yield mark.snapshot
+
+
+def _is_done_all_the_same(problems: t.Sequence[Refusal]) -> bool:
+    """Whether a domain is on its new images although it failed: only the one below does not store its bitmaps."""
+    return bool(problems) and all(problem.code == "not_stored" for problem in problems)
 
 
 def _is_touched(disk: DiskPlan, verdicts: t.Mapping[str, t.Any]) -> bool:

@@ -21,7 +21,7 @@ from .._disk.vault import MARK
 from .._libvirt.connection import KnownCheckpoint
 from .._libvirt.definition import DomainDisk
 from .._qcow2.formats import QCOW2
-from .checkpoints import judge_live, judge_swapped, other_disk, unreadable_disk, worst_of
+from .checkpoints import judge_live, judge_swapped, left_open, other_disk, unreadable_disk, worst_of
 from .fitness import KEEPS_NOTHING
 from .inventory import READ_ONLY
 
@@ -140,7 +140,9 @@ def _judge_disk(look: DiskLook, bitmap: str, known: KnownCheckpoint) -> Checkpoi
     if look.problem is not None and look.problem.code == "other_disks":
         return Checkpoint(bitmap, None, INCOMPLETE, look.problem.subject, str(look.problem))
     swapped = judge_swapped(known, look.disk, look.real_paths)
-    return swapped or judge_live(bitmap, look.disk, known.live, _judge_stored(look, bitmap, known.created))
+    stored = _judge_stored(look, bitmap, known.created)
+    open_below = left_open(look.chain.bitmaps()) if look.chain is not None else None
+    return swapped or judge_live(bitmap, look.disk, known.live, stored, open_below)
 
 
 def _judge_stored(look: DiskLook, bitmap: str, created: int) -> Checkpoint:

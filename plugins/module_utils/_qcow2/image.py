@@ -56,6 +56,11 @@ class Image(t.NamedTuple):
     history: History | None = None  # of the same
     lost_names: frozenset[str] | None = None  # of the lost bitmaps; None if that cannot be told
 
+    @property
+    def base_written(self) -> int:
+        """When the image below was last written to before this one was made, in seconds since 1970; 0: not known."""
+        return self.history.base_written // 10**9 if self.history is not None else 0
+
 
 def read_image(file: OpenImage, *, with_bitmaps: bool = True) -> Image:
     """Return what the open image says of itself; Refusal if it is no qcow2 image, or one that QEMU does not open."""

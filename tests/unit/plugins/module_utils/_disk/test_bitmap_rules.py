@@ -183,6 +183,24 @@ def test_what_was_lost_before_the_checkpoint_was_made_is_none_of_its():
         assert judge("x", chain).valid is False  # nobody knows when
 
 
+def test_an_overlay_that_was_made_after_the_checkpoint_goes_on_with_a_bitmap_below():
+    sound = {"x": Bitmap("x", 512, True, False)}
+    base = LayerBitmaps("/base", 1, {}, modified=60_000)
+    for written, valid in ((0, True), (50_000, True), (53_600, True), (53_601, False)):
+        lowest = LayerBitmaps("/lowest", 1, sound, base_written=written)
+        for above in ([], [LayerBitmaps("/top", 1, sound, base_written=90_000)]):
+            verdict = judge("x", [*above, lowest, base], created=50_000)
+            assert (verdict.valid, verdict.image) == ((True, None) if valid else (False, "/base"))
+            assert valid or ("goes on with one of this image" in verdict.advice and "qemu-img" not in verdict.advice)
+            assert valid or "cannot be made valid" in verdict.advice
+            assert judge("x", [*above, lowest, base]).valid is True  # nobody knows when
+            assert judge("x", [*above, lowest, base], created=0).valid is True
+            assert judge("x", [*above, lowest, base._replace(bitmaps=sound)], created=50_000).valid is True
+            opened = judge("x", [*above, lowest, base._replace(is_open_for_writing=True)], created=50_000)
+            assert opened.problem == "in_use"
+            assert judge("x", [*above, lowest], complete=False, created=50_000).problem == "incomplete"
+
+
 def test_a_bitmap_that_is_older_than_the_checkpoint_of_its_name_is_another_one():
     """As that of a template, of which a clone has been set back to nothing."""
     template = LayerBitmaps("/base", 1, {"x": Bitmap("x", 512, True, False)}, modified=10_000)

@@ -263,6 +263,15 @@ def test_no_image_is_written_that_alone_tells_why_a_bitmap_above_it_is_not_valid
     assert {one.name for one in plan.checkpoints if one.valid} == {"x"}
 
 
+def test_an_image_is_written_that_lacks_what_the_overlay_on_it_goes_on_with():
+    """The overlay tells it, also once that image has other bitmaps."""
+    chain = standing("g-g", base_written={0: 90_000})
+    chain[0] = chain[0]._replace(bitmaps={**chain[0].bitmaps, **bitmap("g", "y")})
+    plan = decide(ASKED._replace(created=(("y", 50_000),)), chain)
+    assert (plan.written, [one.problem for one in plan.found]) == ((0, 1), [None] * 2)
+    assert {one.name for one in plan.checkpoints if one.valid} == {"x"}
+
+
 @pytest.mark.parametrize("top", ["-", "i", "g"])
 def test_no_image_is_written_that_tells_what_can_be_healed_once_nothing_tells_it(top):
     """Whatever else is wrong with y, which can have begun in the image that has lost its bitmaps."""

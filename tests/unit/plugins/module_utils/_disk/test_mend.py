@@ -12,11 +12,13 @@ import subprocess
 import unittest.mock
 
 import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import OpenImage
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import mend as mend_module
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.heal import HealRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.mend import MendBitmaps
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import Mark, write_mark
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu.monitor import Monitor
 
 from .. import qemu
@@ -51,6 +53,20 @@ def fixture_base(tmp_path):
     qemu.add_bitmaps(path, [MONDAY, TUESDAY])
     qemu.guest_writes(path, random.Random(2), SIZE, 5)
     return path
+
+
+def test_a_bitmap_whose_beginning_was_not_stored_below_is_not_valid_and_cannot_be_healed(tmp_path, base):
+    top = overlay(tmp_path / "top.qcow2", base)
+    with OpenImage(top, os.open(top, os.O_RDWR)) as file:
+        write_mark(file, Mark("web", "vda", "mon"), 90_000 * 10**9)
+    qemu.add_bitmaps(top, [Bitmap("new", 65536, True, False)])
+    for created, is_valid in ((50_000, False), (89_000, True)):
+        disk, changed = mend(top, names=("new",), created=(("new", created),))
+        found = {one["name"]: one for one in disk["checkpoints"]}["new"]
+        assert (found["valid"], found["image"], changed) == (is_valid, None if is_valid else base, False)
+        assert told(disk) == [
+            ("new", "top.qcow2" if is_valid else "base.qcow2", "valid" if is_valid else "not_healable")
+        ]
 
 
 def test_an_overlay_by_qemu_img_gets_what_it_holds(tmp_path, base):

@@ -138,7 +138,7 @@ def fixture_disk(tmp_path):
     return disk
 
 
-def snapshot(tmp_path, disk, switch, known=Known(("sunday", "new")), settings=SETTINGS):  # noqa: B008
+def snapshot(tmp_path, disk, switch, known=Known(("sunday",)), settings=SETTINGS):  # noqa: B008
     request = OverlayRequest(str(tmp_path / "disk.mon.qcow2"), disk, vm="web", must_be_fresh=True, mark=OF_WEB)
     operation = MakeForRunning(AttributeOptions(), Hypervisor(known))
     return run(operation, [request], settings, {"web": Vm(switch)})
@@ -203,10 +203,12 @@ def test_an_overlay_is_complete_before_the_hypervisor_opens_it(tmp_path, disk):
             pass
 
     qemu.create(tmp_path / "other.qcow2", "1M")
-    with qemu.opened_for_writing(disk):
-        foretold = snapshot(tmp_path, disk, switch, settings=CHECK)
+    known = Known(("sunday", "new"))
+    with qemu.storage_daemon() as vm:
+        have_in_memory(vm, disk, "new")
+        foretold = snapshot(tmp_path, disk, switch, known, CHECK)
         assert seen == []
-        outcome = snapshot(tmp_path, disk, switch)
+        outcome = snapshot(tmp_path, disk, lambda: (leave(vm), switch()), known)
     assert states(foretold) == states(outcome) == ["created"]
     assert seen == [(OF_WEB, disk, (), 0o640)]
     assert foretold.as_result("x")["x"] == outcome.as_result("x")["x"]
@@ -214,6 +216,72 @@ def test_an_overlay_is_complete_before_the_hypervisor_opens_it(tmp_path, disk):
     assert [(b.name, b.granularity) for b in outcome.verdicts[0].bitmaps] == [("sunday", 131072), ("new", 65536)]
     assert foretold.warnings == outcome.warnings
     assert "begins the bitmaps of new overlays empty" in outcome.warnings[0]
+
+
+def have_in_memory(vm, disk, name):
+    """Have a QEMU write to a disk, and have a bitmap in memory alone."""
+    qemu._open(vm, disk)
+    vm.command("block-dirty-bitmap-add", {"node": "image", "name": name, "persistent": True})
+
+
+def leave(vm):
+    """Have a QEMU store the bitmaps of its disk."""
+    vm.command("blockdev-del", {"node-name": "image"})
+
+
+def test_what_qemu_could_not_store_as_the_vm_left_its_disk_is_told(tmp_path, disk, monkeypatch):
+    monkeypatch.setattr(running, "_LET_GO", 0.1)
+    known = Known(("sunday", "new"))
+    with qemu.storage_daemon() as vm:
+        have_in_memory(vm, disk, "new")
+        outcome = snapshot(tmp_path, disk, lambda: None, known)
+        (problem,) = outcome.failures
+        assert (problem.code, problem.subject, states(outcome)) == ("not_stored", disk, ["failed"])
+        assert "'sunday', 'new'" in problem.why
+        assert f"the VM runs on {tmp_path}/disk.mon.qcow2" in problem.why
+        assert "make room" in problem.remedy
+        assert qemu.read(tmp_path / "disk.mon.qcow2").mark == OF_WEB  # it stays, since the VM has it
+        os.remove(tmp_path / "disk.mon.qcow2")
+        assert states(snapshot(tmp_path, disk, lambda: leave(vm), known)) == ["created"]
+
+
+@pytest.mark.parametrize(
+    "bitmap",
+    [
+        None,
+        SUNDAY._replace(name="new", inconsistent=True),
+        SUNDAY._replace(name="new", recording=False),
+    ],
+)
+def test_what_the_disk_that_the_vm_has_left_does_not_store_in_order_is_told(tmp_path, disk, bitmap):
+    qemu.add_bitmaps(disk, [bitmap] if bitmap else [])
+    left = Known(("sunday", "new") if bitmap is None or not bitmap.inconsistent else ("new",))
+    (problem,) = snapshot(tmp_path, disk, lambda: None, left).failures
+    assert (problem.code, "'sunday'" in problem.why, "'new'" in problem.why) == ("not_stored", False, True)
+    assert "told nowhere once" in problem.remedy
+
+
+def test_a_disk_whose_bitmaps_are_stored_is_done_whatever_another_is(tmp_path, disk):
+    other = qemu.create(tmp_path / "other.qcow2", "1M")
+    there = overlay(tmp_path / "there.mon.qcow2", qemu.create(tmp_path / "there.qcow2", "1M"))
+    paths = [(f"{tmp_path}/disk.mon.qcow2", disk), (f"{tmp_path}/other.mon.qcow2", other)]
+    requests = [OverlayRequest(*pair, vm="web", must_be_fresh=True, mark=OF_WEB) for pair in paths]
+    requests.append(OverlayRequest(there, f"{tmp_path}/there.qcow2", vm="web"))  # sunday may have begun in it
+    operation = MakeForRunning(AttributeOptions(), Hypervisor(Known(("sunday",))))
+    outcome = run(operation, requests, SETTINGS, {"web": Vm(lambda: None)})
+    assert states(outcome) == ["created", "failed", "present"]
+    assert [problem.subject for problem in outcome.failures] == [other]
+
+
+@pytest.mark.parametrize("is_stored", [True, False])
+def test_an_image_stays_if_the_one_below_has_not_got_its_bitmaps(tmp_path, disk, is_stored):
+    middle = overlay(tmp_path / "disk.mon.qcow2", disk, bitmaps=[SUNDAY, SUNDAY._replace(name="new")])
+    above = overlay(tmp_path / "disk.tue.qcow2", middle, OF_WEB._replace(snapshot="tue"))
+    qemu.add_bitmaps(disk, [SUNDAY._replace(name="new")] if is_stored else [])
+    request = CommitRequest(middle, disk, vm="web", above=above)
+    outcome = merge([request], Hypervisor(Known(("sunday", "new", "began_above"))))
+    assert [(one.code, one.subject) for one in outcome.failures] == ([] if is_stored else [("not_stored", disk)])
+    assert os.path.exists(middle) is not is_stored
 
 
 def test_the_hypervisor_can_open_the_new_overlay(tmp_path, disk):
@@ -242,7 +310,8 @@ def test_what_may_be_in_use_stays_and_is_taken_the_next_time(tmp_path, disk):
     with qemu.opened_for_writing(disk):
         assert states(snapshot(tmp_path, disk, dies)) == ["failed"]
         assert sorted(os.listdir(tmp_path)) == ["disk.mon.qcow2", "disk.qcow2"]
-        assert states(snapshot(tmp_path, disk, lambda: switched.append(1))) == ["present"]
+    # As the VM leaves its disk.
+    assert states(snapshot(tmp_path, disk, lambda: switched.append(1))) == ["present"]
     assert switched == [1]
 
 
@@ -800,7 +869,7 @@ def test_the_images_of_a_snapshot_are_those_that_the_vm_has_open(tmp_path, disk,
     with qemu.opened_for_writing(top):
         if replaced:
             replace(tmp_path / replaced)
-        outcome = snapshot(tmp_path, top, lambda: None, settings=settings)
+        outcome = snapshot(tmp_path, top, lambda: None, Known(), settings)
     assert [(problem.code, problem.subject) for problem in outcome.failures] == (
         [("other_disks", str(tmp_path / replaced))] if replaced else []
     )

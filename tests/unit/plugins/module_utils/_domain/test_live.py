@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import struct
@@ -13,6 +14,7 @@ import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.attributes import AttributeOptions
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import running as running_module
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.begun import leave_sign
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.bitmap_rules import LayerBitmaps
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import CommitRequest, CommitVerdict
@@ -451,6 +453,49 @@ def test_a_call_tells_of_a_loss_below_the_disks_that_a_domain_runs_with(host, ru
     (told,) = outcome.as_result()["checkpoints"]
     assert (outcome.state, outcome.known[0].name) == ("failed", "one")
     assert (told["problem"], told["verified"]) == (("lost", False) if runs_on_it else (None, True))
+
+
+class Left:
+    """A hypervisor whose VMs have left their disks, and which knows the bitmap b of them. A Hypervisor."""
+
+    def __init__(self, *_of_whom):
+        pass
+
+    def known(self, _vm, _paths):
+        return running_module.Known(("b",))
+
+    def has(self, _request):
+        return False
+
+    def check_for_snapshot(self, _request):
+        pass
+
+
+@pytest.mark.parametrize("is_stored", [True, False])
+def test_a_call_tells_of_a_disk_whose_bitmaps_qemu_could_not_store(host, monkeypatch, is_stored):
+    """The domain is on the overlay all the same."""
+    monkeypatch.setattr(live, "RunningDomains", Left)
+    refreshed = []
+    monkeypatch.setattr(Pools, "refresh", lambda _pools, folders: refreshed.extend(folders) or [])
+    monkeypatch.setattr(live, "take_snapshot", lambda *_of_whom, **_how: None)
+    monkeypatch.setattr(live, "check_still_runs", lambda *_of_whom: None)
+    monkeypatch.setattr(running_module, "why_not_open", lambda *_layers, **_more: None)
+    monkeypatch.setattr(running_module, "_LET_GO", 0.1)
+    path = host.facts("web")[0].layers[0].path
+    qemu.add_bitmaps(path, [Bitmap("b", 65536, True, False)])
+    host.start("web")
+    aim = PutRunningOn(SnapshotRequest("mon", None, None, False, Creation()), AttributeOptions(), LIVE)
+    call = Call(Daemon(host), ["web"], [aim], SETTINGS)
+    with contextlib.nullcontext() if is_stored else qemu.opened_for_writing(path):
+        ((outcome,), _warnings) = call.run()
+    result = outcome.as_result()
+    (told,) = result["checkpoints"]
+    assert (outcome.state, result.get("code")) == (("created", None) if is_stored else ("failed", "not_stored"))
+    assert (outcome.changed, os.path.basename(result["overlays"][0]["topmost"])) == (True, "web.mon.qcow2")
+    assert "web.mon.qcow2" in outcome.diff[1]
+    assert refreshed == [os.path.dirname(path)]
+    where = (told["valid"], told["problem"], told["image"], told["verified"])
+    assert where == ((True, None, None, True) if is_stored else (None, "in_use", path, False))
 
 
 def test_an_outcome_tells_when_the_checkpoints_of_its_images_were_made(host):

@@ -330,6 +330,13 @@ def test_orphans_of_a_domain_that_runs_cannot_be_told():
     assert orphan_bitmaps([], disks[:1]) == [{"target": "vda", "image": "/srv/vda", "bitmaps": ["old"]}]
 
 
+def test_what_qemu_has_not_stored_of_an_image_below_is_not_verified():
+    base = layer("/base", is_open=True)
+    verdict = judged(known(live=LiveBitmaps({"vda": 0})), running(base, names="one!"), counts=True).verdict
+    assert (verdict.valid, verdict.problem, verdict.image) == (None, "in_use", "/base")
+    assert "before the domain is shut off" in verdict.advice
+
+
 def test_libvirt_does_not_see_that_an_image_below_has_lost_its_bitmaps():
     """Its QEMU opens that image without them, and merges for a backup what the others have."""
     base = layer("/base")
