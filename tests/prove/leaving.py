@@ -18,6 +18,7 @@ import collections
 import functools
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -120,9 +121,10 @@ class Ground(estate.Estate):
         checkpoints = {}
         for name in self.numbers:
             first = self._checkpoint(name)
-            second = first.replace(f"<name>{estate.CHECKPOINT}<", f"<name>{LATER}<", 1).replace(
-                "<creationTime>", f"<parent><name>{estate.CHECKPOINT}</name></parent><creationTime>", 1
-            )
+            second = first.replace(f"<name>{estate.CHECKPOINT}<", f"<name>{LATER}<", 1)
+            # One that is older than the overlay would go on with a bitmap below.
+            made = f"<parent><name>{estate.CHECKPOINT}</name></parent><creationTime>{int(time.time())}<"
+            second = re.sub("<creationTime>[0-9]+<", made, second, count=1)
             checkpoints[name] = [first, second]
         definitions = {name: estate.definition_of(self.domain(name)) for name in self.numbers}
         for folder in (self.folder, self.actives_folder):
