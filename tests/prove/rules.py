@@ -548,10 +548,10 @@ RULES = (
         ("test_bitmap_rules",),
     ),
     Rule(
-        "what is in memory alone is not stored",
+        "what is in use is not stored",
         "running",
-        "missing = [bitmap for bitmap in bitmaps if settled.is_open_for_writing or bitmap.name not in in_order]",
-        "missing = [bitmap for bitmap in bitmaps if bitmap.name not in in_order]",
+        "in_order = {bitmap.name for bitmap in settled.image.bitmaps if carries_over(bitmap)}",
+        "in_order = {bitmap.name for bitmap in settled.image.bitmaps}",
         ("test_running",),
     ),
     Rule(

@@ -235,7 +235,7 @@ def _check_stored(file: OpenImage, bitmaps: t.Sequence[Bitmap], done: str) -> No
 def _why_not_stored(path: str, bitmaps: t.Sequence[Bitmap], settled: Settled, done: str) -> Refusal | None:
     """Return which of these bitmaps an image does not store in order; None if it stores all."""
     in_order = {bitmap.name for bitmap in settled.image.bitmaps if carries_over(bitmap)}
-    missing = [bitmap for bitmap in bitmaps if settled.is_open_for_writing or bitmap.name not in in_order]
+    missing = [bitmap for bitmap in bitmaps if bitmap.name not in in_order]
     if not missing:
         return None
     why = f"does not store its bitmaps {names_of(missing)}, as when its storage is full. {done}"

@@ -412,6 +412,8 @@ def test_of_the_image_that_qemu_has_open_nothing_stored_counts(host):
     aim = MergeRunningDown(WayBack("mon"), LIVE)
     (disk,) = host.domains["web"].definition.disks
     assert [layer.is_open_for_writing for layer in aim.chain_after(disk, None).layers] == [True]
+    failed = CommitVerdict(CommitRequest(path, "/base"), "failed")  # so what it promises is not there
+    assert aim.chain_after(disk, failed) == aim.chain_after(disk, None)
     known = KnownCheckpoint("one", {"vda": "b"}, live=LiveBitmaps({}))
     (found,) = judge_checkpoints([known], [disk], lambda one: aim.chain_after(one, None))
     assert (found.valid, found.problem) == (False, "broken")
