@@ -438,9 +438,11 @@ domains:
               sample: 65536
             reason:
               description: V(disabled) if it is not recording, V(inconsistent) if it was not saved properly, V(broken)
-                if libvirt says so of a running domain. With O(state=committed) also V(gap) if an image lacks it below
-                one that has it, V(different_size) or V(lost) as M(kvmfleet.qcow2.qcow2_info) tells it of images below
-                that are not merged, and V(raw) if the image below can hold no bitmaps.
+                if libvirt says so of a running domain, and V(older) if the image below was last written to before the
+                checkpoint of that name was made, as one that was put back from a copy, so that it is an earlier one.
+                With O(state=committed) also V(gap) if an image lacks it below one that has it, V(different_size) or
+                V(lost) as M(kvmfleet.qcow2.qcow2_info) tells it of images below that are not merged, and V(raw) if the
+                image below can hold no bitmaps. There is no V(older) then, since such a merge is refused.
               type: str
               sample: inconsistent
         topmost:

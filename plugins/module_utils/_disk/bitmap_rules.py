@@ -5,7 +5,7 @@
 """Decide: the rules about bitmaps.
 
 Pure. An overlay carries on each bitmap of ACTIVE that is recording and not inconsistent (libvirt, "Incremental backup
-internals", Creating overlays).
+internals", Creating overlays), unless rule 7 says that it is another one: in the overlay nothing would tell that.
 
 An incremental backup since a bitmap is possible if
 
@@ -342,13 +342,15 @@ def _size_problems(path: str, image: Image) -> list[Refusal]:
     return []
 
 
-def bitmap_drift(active: Image | None, overlay: Image, *, is_open: bool) -> list[str]:
+def bitmap_drift(active: Image | None, overlay: Image, earlier: t.Collection[str], *, is_open: bool) -> list[str]:
     """Return which bitmaps the overlay should be recording and is not.
 
+    `earlier`: names of those that are not of the checkpoints of their names, so that it need not have them.
     `is_open`: a process has the overlay open for writing, so its flag in-use means nothing.
     """
     there = {bitmap.name: bitmap for bitmap in overlay.bitmaps}
     wanted = [bitmap for bitmap in active.bitmaps if carries_over(bitmap)] if active else []
+    wanted = [bitmap for bitmap in wanted if bitmap.name in there or bitmap.name not in earlier]
     own = [there[bitmap.name] for bitmap in wanted if bitmap.name in there]
     found = {
         "it lacks the bitmap {}": [bitmap for bitmap in wanted if bitmap.name not in there],

@@ -92,7 +92,7 @@ class MakeOverlays:
                 return verdict
         maps: Maps = {}
         if request.bitmap_content == overlay.CUMULATIVE and (verdict.changed or request.must_be_fresh):
-            maps = map_chain(active, file, held.unwritten)
+            maps = map_chain(active, file, {bitmap.name for bitmap in verdict.bitmaps}, held.unwritten)
         if verdict.state == PRESENT:
             return overlay.with_stale(verdict, _stale_bitmaps(verdict, maps))
         if active.is_recording:

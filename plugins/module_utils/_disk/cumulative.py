@@ -28,7 +28,6 @@ from .._qcow2.bitmaps import Bitmap
 from .._qcow2.dirty import DirtyBits, DirtyMap, is_union, maps_of, united
 from .._qcow2.image import Image, read_image
 from .._qcow2.scratch import write_scratch
-from .bitmap_rules import carries_over
 from .observe import ObservedChain
 
 MAX_UNITED = 8 << 30  # bytes of bits of all images; uniting them takes about that many seconds
@@ -38,14 +37,17 @@ _MFD_NOEXEC_SEAL = 0x8  # memfd_create(2); since Linux 6.3, where it can be an o
 Maps = t.Mapping[str, t.Sequence[DirtyBits]]  # by the name of the bitmap, ACTIVE's map first
 
 
-def map_chain(active: ObservedChain, file: OpenImage, open_below: t.Callable[[str], OpenImage]) -> Maps:
-    """Return the maps of each bitmap that an overlay of ACTIVE carries on; Refusal if one is damaged, or too large.
+def map_chain(
+    active: ObservedChain, file: OpenImage, names: t.Collection[str], open_below: t.Callable[[str], OpenImage]
+) -> Maps:
+    """Return the maps of the bitmaps of these names; Refusal if one is damaged, or too large.
 
-    `file` is ACTIVE. `open_below` returns the open image of a path, to which nobody writes. What it returns must stay
-    open, and be kept from writers, as long as the maps are read.
+    `file` is ACTIVE. `names` are those of its bitmaps that an overlay carries on. `open_below` returns the open image
+    of a path, to which nobody writes. What it returns must stay open, and be kept from writers, as long as the maps are
+    read.
     """
     maps: dict[str, list[DirtyMap]] = {}
-    wanted = {bitmap.name: bitmap for bitmap in active.image.bitmaps if carries_over(bitmap)} if active.image else {}
+    wanted = {bitmap.name: bitmap for bitmap in active.image.bitmaps if bitmap.name in names} if active.image else {}
     cost = 0
     for layer in active.layers:
         if layer.image is None or not wanted:

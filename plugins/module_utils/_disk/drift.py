@@ -62,6 +62,10 @@ class Wanted(t.Protocol):
     def mark(self) -> Mark | None:
         """Return the mark that it is to bear."""
 
+    @property
+    def created(self) -> tuple[tuple[str, int], ...]:
+        """Return the bitmaps of known checkpoints, and when these were made."""
+
 
 class _Difference(t.NamedTuple):
     """One way in which the image differs, and what to do about its cause."""
@@ -135,6 +139,11 @@ def _signs_of_use(request: Wanted, active: ObservedChain, target: Target, image:
     if foreign:
         what = f"it has the bitmap {names_of(foreign)}, made while a VM ran on it, and would lack what came after"
         yield _Difference(what, _LEFT_OVER if is_ours else _UNKNOWN)
+    earlier = active.earlier_bitmaps(dict(request.created))
+    carried = [bitmap for bitmap in image.bitmaps if bitmap.name in earlier]
+    if carried:
+        what = f"its bitmap {names_of(carried)} would look valid, and in ACTIVE, last written to before its checkpoint"
+        yield _Difference(f"{what} was made, it is an earlier one of that name", _EMPTY)
     if target.is_open_for_writing:
         yield _Difference("a process has it open for writing, most likely another VM", _IN_USE)
     if image.virtual_size != active.virtual_size:
@@ -150,5 +159,6 @@ def _differences_in_bitmaps(
     """Yield which bitmaps do not record. One cannot be added later: what was written before would be missing in it."""
     is_empty = not (target.has_data or image.bitmaps or image.lost_bitmaps)
     advice = (_EMPTY if is_empty else _FULL) if request.must_be_fresh else _HEAL
-    for what in bitmap_drift(active.image, image, is_open=target.is_open_for_writing or target.is_in_work):
+    earlier = active.earlier_bitmaps(dict(request.created))
+    for what in bitmap_drift(active.image, image, earlier, is_open=target.is_open_for_writing or target.is_in_work):
         yield _Difference(what, advice)

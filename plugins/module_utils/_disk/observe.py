@@ -21,6 +21,7 @@ from .._qcow2.header import is_qcow2
 from .._qcow2.image import Image, read_image
 from .._qemu import locks
 from .._qemu.settled import is_open_for_writing, read_settled
+from .bitmap_rules import LayerBitmaps
 from .chain_size import ChainSize
 
 # What can stand at the place of an overlay.
@@ -43,6 +44,7 @@ class ObservedChain(t.NamedTuple):
     is_open_for_writing: bool
     below_running_vm: bool  # somebody has it open in a way that allows no writer
     disguised: bool  # raw was asked for, but it begins like a qcow2 image
+    modified: int | None = None  # seconds since 1970, of the last write to ACTIVE; None if that cannot be told
 
     @property
     def image(self) -> Image | None:
@@ -58,6 +60,15 @@ class ObservedChain(t.NamedTuple):
     def is_recording(self) -> bool:
         """Whether any bitmap records, so that it is no template, which running VMs may share."""
         return self.image is not None and any(bitmap.recording for bitmap in self.image.bitmaps)
+
+    def earlier_bitmaps(self, created: t.Mapping[str, int]) -> frozenset[str]:
+        """Return which of ACTIVE's bitmaps are not those of the checkpoints of their names, but from before (rule 7).
+
+        `created`: when the checkpoints were made, by the names of their bitmaps.
+        """
+        active = LayerBitmaps(self.path, self.virtual_size, {}, self.is_open_for_writing, modified=self.modified)
+        names = [bitmap.name for bitmap in self.image.bitmaps] if self.image is not None else []
+        return frozenset(name for name in names if active.is_older_than(created.get(name)))
 
 
 class Target(t.NamedTuple):
@@ -92,6 +103,7 @@ def observe_chain(file: OpenImage, backing_format: str, *, relative: bool) -> Ob
         is_open_for_writing=open_before or is_open_for_writing(file),
         below_running_vm=locks.is_locked_by_qemu(file, locks.WRITE_UNSHARED),
         disguised=backing_format == "raw" and is_qcow2(file),
+        modified=None if file.is_device else int(file.status().st_mtime),
     )
 
 

@@ -22,7 +22,7 @@ from .._qcow2.header import MAX_BACKING_FILE_NAME, MAX_L1_TABLE, l1_bytes
 from .._qcow2.image import Image
 from .._qcow2.mark import History, Mark, mark_bytes
 from .._qemu.locks import below_running_vm, in_use
-from .bitmap_rules import bitmap_problems, carries_over, is_expressible, names_of
+from .bitmap_rules import OLDER, bitmap_problems, carries_over, is_expressible, names_of
 from .drift import drift_problems
 from .observe import DEVICE, FOLDER, OTHER_FILE, ObservedChain, Target
 from .retire import is_kept
@@ -73,6 +73,7 @@ class OverlayRequest(t.NamedTuple):
     bitmap_content: str = CUMULATIVE
     must_be_fresh: bool = False  # the VM is not on it yet, so one that exists already must be ours and hold no data
     mark: Mark | None = None  # that a new one is to bear
+    created: tuple[tuple[str, int], ...] = ()  # bitmaps of known checkpoints, and when these were made, s since 1970
 
 
 class SkippedBitmap(t.NamedTuple):
@@ -80,7 +81,7 @@ class SkippedBitmap(t.NamedTuple):
 
     name: str
     granularity: int  # bytes
-    reason: str  # disabled or inconsistent; in a commit also gap or raw
+    reason: str  # disabled, inconsistent or older; in a commit also gap or raw
 
 
 class BuildSpec(t.NamedTuple):
@@ -220,12 +221,11 @@ def decide(request: OverlayRequest, active: ObservedChain, target: Target) -> Ov
 def _promise(request: OverlayRequest, active: ObservedChain, target: Target) -> OverlayVerdict:
     """Return the verdict for the case that nothing is wrong."""
     own = active.image.bitmaps if active.image else ()
-    carried = tuple(bitmap for bitmap in own if carries_over(bitmap))
-    skipped = tuple(
-        SkippedBitmap(b.name, b.granularity, "inconsistent" if b.inconsistent else "disabled")
-        for b in own
-        if not carries_over(b)
-    )
+    there = {bitmap.name: bitmap for bitmap in target.image.bitmaps} if target.image else {}
+    earlier = active.earlier_bitmaps(dict(request.created)) - set(there)  # one that is there can be the checkpoint's
+    reasons = {bitmap.name: _why_skipped(bitmap, earlier) for bitmap in own}
+    carried = tuple(bitmap for bitmap in own if reasons[bitmap.name] is None)
+    skipped = tuple(SkippedBitmap(b.name, b.granularity, why) for b in own if (why := reasons[b.name]) is not None)
     warnings = _active_warnings(active)
     if target.image is None:
         return OverlayVerdict(
@@ -236,7 +236,6 @@ def _promise(request: OverlayRequest, active: ObservedChain, target: Target) -> 
             bitmaps=carried,
             skipped=skipped,
         )
-    there = {bitmap.name: bitmap for bitmap in target.image.bitmaps}
     warnings += [
         f"{target.path}: bitmap {b.name!r} has a granularity of {there[b.name].granularity} bytes, in "
         f"ACTIVE it has {b.granularity}. Backups stay right; they copy in steps of the coarser one."
@@ -251,6 +250,13 @@ def _promise(request: OverlayRequest, active: ObservedChain, target: Target) -> 
         bitmaps=tuple(there[bitmap.name] for bitmap in carried if bitmap.name in there),
         skipped=skipped,
     )
+
+
+def _why_skipped(bitmap: Bitmap, earlier: t.Collection[str]) -> str | None:
+    """Return why an overlay does not go on recording a bitmap of ACTIVE; None if it does."""
+    if not carries_over(bitmap):
+        return "inconsistent" if bitmap.inconsistent else "disabled"
+    return OLDER if bitmap.name in earlier else None
 
 
 def _active_warnings(active: ObservedChain) -> list[str]:

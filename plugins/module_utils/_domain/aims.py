@@ -66,7 +66,7 @@ class PutOnOverlays(OfShutOff):
 
     def plan(self, domain: Domain, facts: t.Sequence[DiskFacts], kept: Kept) -> DomainPlan:
         """Return what is to become of a domain, as far as that can be said without its images' bitmaps."""
-        return plan_domain(domain, facts, self._request, kept)
+        return with_times(plan_domain(domain, facts, self._request, kept), kept)
 
     def conflicts(self, plans: t.Sequence[DomainPlan]) -> dict[str, list[Refusal]]:
         """Return by the name of the domain which overlays would have the name of another one."""
@@ -123,7 +123,7 @@ class MergeDown(OfShutOff):
 
 
 def with_times(plan: DomainPlan, kept: Kept) -> DomainPlan:
-    """Return the plan of a merge which knows when the checkpoints were made: an older image cannot have lost them."""
+    """Return the plan of overlays or a merge which knows when the checkpoints were made: an older image has none."""
     times = {disk.target: bitmaps_known(kept.checkpoints, disk.target) for disk in plan.disks}
     own = [disk._replace(request=disk.request._replace(created=times[disk.target])) for disk in plan.disks]
     return plan._replace(disks=tuple(own))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import subprocess
 
@@ -13,6 +14,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay impor
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
 
 from .. import qemu
+from .healing import mend
 from .overlays import SETTINGS, make_overlays, states
 
 
@@ -60,3 +62,45 @@ def test_an_overlay_that_is_open_is_not_taken_for_a_new_one(tmp_path, disk):
     with qemu.opened_for_writing(wanted.path):
         assert states(make_overlays([wanted], SETTINGS)) == ["present"]
         assert "open for writing" in str(make_overlays([wanted._replace(must_be_fresh=True)], SETTINGS).failures[0])
+
+
+def test_a_bitmap_that_is_older_than_its_checkpoint_is_not_carried_on(tmp_path, disk):
+    """In the overlay nothing would tell that it is another one; nor can it be healed there."""
+    os.utime(disk, (10_000, 10_000))
+    created = (("fine", 50_000), ("coarse", 10_000))
+    wanted = OverlayRequest(str(tmp_path / "over"), disk, created=created)
+    predicted = make_overlays([wanted], SETTINGS._replace(check_mode=True))
+    done = make_overlays([wanted], SETTINGS)
+    assert done.as_result("overlays") == predicted.as_result("overlays")
+    (told,) = done.as_result("overlays")["overlays"]
+    assert ([one["name"] for one in told["bitmaps"]], qemu.bitmaps_of(wanted.path)) == (
+        ["coarse"],
+        {("coarse", 1 << 21, True, False)},
+    )
+    reasons = {one["name"]: one["reason"] for one in told["skipped_bitmaps"]}
+    assert reasons == {"fine": "older", "disabled": "disabled", "broken": "inconsistent"}
+    for again in (wanted, wanted._replace(must_be_fresh=True)):
+        (found,) = make_overlays([again], SETTINGS).as_result("overlays")["overlays"]
+        assert {**found, "state": "created"} == told
+    healed, changed = mend(wanted.path, names=("fine",), created=created)
+    assert (changed, [(one["image"], one["code"]) for one in healed["bitmaps"]]) == (False, [(disk, "not_healable")])
+    assert {one["name"]: one["problem"] for one in healed["checkpoints"]}["fine"] == "not_in_top"
+
+
+def test_an_overlay_left_by_a_killed_run_must_not_have_what_is_older_than_its_checkpoint(tmp_path, disk):
+    """Its disk was put back from an older file since. What a VM has run on can have the checkpoint's own."""
+    wanted = OverlayRequest(str(tmp_path / "over"), disk, created=(("fine", 50_000),))
+    make_overlays([wanted], SETTINGS)
+    os.utime(disk, (10_000, 10_000))
+    (failure,) = make_overlays([wanted._replace(must_be_fresh=True)], SETTINGS).failures
+    assert "its bitmap 'fine' would look valid" in str(failure)
+    (found,) = make_overlays([wanted], SETTINGS).as_result("overlays")["overlays"]
+    assert (found["state"], {one["name"] for one in found["bitmaps"]}) == ("present", {"fine", "coarse"})
+
+
+def test_the_bits_of_what_is_not_carried_on_are_not_read(tmp_path, disk):
+    """They can be damaged, or so many that the overlay would be refused for them."""
+    over = tmp_path / "over"
+    os.utime(disk, (10_000, 10_000))
+    made = make_overlays([OverlayRequest(str(over), disk, created=(("fine", 50_000),))], SETTINGS)
+    assert set(made.verdicts[0].spec.maps) == {"coarse"}

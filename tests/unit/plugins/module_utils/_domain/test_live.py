@@ -24,7 +24,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay impor
     OverlayVerdict,
 )
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain import live
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.aims import MergeDown
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.aims import MergeDown, PutOnOverlays
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.checkpoints import Chain, judge_checkpoints
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.inventory import Inventory
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.live import (
@@ -428,6 +428,24 @@ def test_a_merge_knows_when_the_checkpoints_were_made(host, runs):
     aim = MergeRunningDown(WayBack("mon"), LIVE) if runs else MergeDown(WayBack("mon"))
     plan = aim.plan(host.domains["web"], host.facts("web"), kept)
     assert [disk.request.created for disk in plan.disks] == [(("b", 50_000),)]
+
+
+@pytest.mark.parametrize("check_mode", [True, False])
+def test_a_checkpoint_of_a_disk_that_was_put_back_does_not_become_valid_by_a_snapshot(host, check_mode):
+    path = host.facts("web")[0].layers[0].path
+    qemu.add_bitmaps(path, [Bitmap("b", 65536, True, False)])
+    os.utime(path, (10_000, 10_000))
+    daemon = Daemon(host)
+    known = KnownCheckpoint("one", {"vda": "b"}, created=50_000)
+    daemon.kept = lambda _domain: Kept((known,))
+    aim = PutOnOverlays(SnapshotRequest("s9", None, None, False, Creation()), AttributeOptions())
+    aim.confirm = aim.switch = lambda *_args: None
+    daemon.pools.refresh = lambda _folders: []
+    ((outcome,), _warnings) = Call(daemon, ["web"], [aim], SETTINGS._replace(check_mode=check_mode)).run()
+    (overlay,) = outcome.as_result()["overlays"]
+    assert [(one["name"], one["reason"]) for one in overlay["skipped_bitmaps"]] == [("b", "older")]
+    (told,) = outcome.as_result()["checkpoints"]
+    assert (outcome.state, told["valid"], told["problem"]) == ("created", False, "not_in_top")
 
 
 class Daemon:
