@@ -18,13 +18,13 @@ from .._qcow2.extents import SUBCLUSTERS
 from .._qcow2.formats import PLAIN
 from .._qcow2.image import Image
 from .._qemu.locks import below_running_vm, in_use
-from .bitmap_rules import LayerBitmaps, bitmap_problems, carries_over, judge_all, lost_below, names_of
+from .bitmap_rules import LayerBitmaps, bitmap_problems, carries_over, judge, judge_all, lost_below, names_of
 from .fates import DISABLED, INCONSISTENT, Fate, Named, fates, fault_below, wrongly_mended
 from .overlay import SkippedBitmap, name_problems
 from .retire import is_kept
 from .revert_rules import Retired, internal_snapshots
 from .siblings import IS_NO_DISK
-from .stages import CARRIED, GIVEN, REBUILT, WHOLE, Seen, Stage, named
+from .stages import CARRIED, GIVEN, REBUILT, VAULTED, WHOLE, Seen, Stage, named
 from .vault import MARK, MAX_NAME, Vault
 from .verdict import COMMITTED, DELETE, FAILED, How, Need, problem_fields
 
@@ -275,6 +275,8 @@ def problems_of(seen: Seen, stage: Stage, request: CommitRequest, outcome: Outco
     problems += closed_gaps(seen, all_above(seen), *_below_above(seen, stage))
     if seen.top.version == 2 and not request.accept_lost_bitmaps:
         problems += _lost_by_version(seen)
+    if stage.name in (WHOLE, VAULTED):  # what was begun has written to them, so that their age tells nothing any more
+        problems += hidden_ages(seen, dict(request.created))
     return [*problems, *_lost_problems(seen, stage, request, outcome), *_name_problems(seen, outcome)]
 
 
@@ -303,6 +305,37 @@ def lost_before(seen: Seen, bitmaps: t.Sequence[Bitmap], created: t.Mapping[str,
             hidden.setdefault(image.path, {})[bitmap.name] = bitmap
     forgetful = {image.path for image in part if image.lost_bitmaps}
     return [_hides_loss(path, list(lost.values()), can_forget=path in forgetful) for path, lost in hidden.items()]
+
+
+def hidden_ages(seen: Seen, created: t.Mapping[str, int], *, is_running: bool = False) -> list[Refusal]:
+    """Return which images tell that a bitmap is not its checkpoint's, as they are older, and would not after the merge.
+
+    The images that go in are gone then, and BASE and the image above are written to. It does not count what else is
+    wrong with the bitmap: that may be healed later. `is_running`: a VM has the topmost image open, in whose memory its
+    bitmaps are; then `created` is without those that are usable.
+    """
+    written = {layer.path for layer in (*seen.part, *([seen.above] if seen.above is not None else ()))}
+    hidden: dict[str, dict[str, None]] = {}
+    for way in all_above(seen) or [[]]:
+        chain = [*way, *(_for_rules(layer, seen) for layer in seen.chain)]
+        chain[0] = chain[0]._replace(is_open_for_writing=is_running)
+        for name, made in created.items():
+            lowest = max((place for place, one in enumerate(chain) if name in one.bitmaps), default=-1)
+            tells = (one.path for one in chain[: lowest + 1] if one.path in written and one.is_older_than(made))
+            path = next(tells, None)
+            if path is not None and not judge(name, chain, created=made).valid:
+                hidden.setdefault(path, {})[name] = None
+    return [_hides_age(path, list(names)) for path, names in hidden.items()]
+
+
+def _hides_age(path: str, names: t.Sequence[str]) -> Refusal:
+    shown = ", ".join(map(repr, names))
+    why = f"is older than the checkpoint of {shown}, as one put back from a copy, which nothing would tell any more"
+    remedy = (
+        "Remove that checkpoint first (kvmfleet.qcow2.domain_checkpoint with unusable=remove), and make a full backup "
+        "with a new one."
+    )
+    return Refusal("closes_gap", path, why, remedy)
 
 
 def _for_rules(layer: Layer, seen: Seen) -> LayerBitmaps:

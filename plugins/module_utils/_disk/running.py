@@ -297,6 +297,9 @@ class MergeRunning(MergeLayers):
         if other is not None:
             return self.refused(request, [other])
         problems = [*commit.image_problems(seen), *commit.size_problems(seen), *_problems(request, seen, known, held)]
+        if not is_left_over:
+            unusable = {name: made for name, made in request.created if name not in known.usable}
+            problems += commit.hidden_ages(seen, unusable, is_running=True)
         if problems:
             return self.refused(request, problems)
         return self._promise(request, seen, known, held, is_left_over=is_left_over)
@@ -458,6 +461,7 @@ def _see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, held: Hel
     """Return what stands there. Of the bitmaps it tells nothing."""
     ours = [*([held.image(request.above).identity] if request.above else []), *(one.identity for one in chain)]
     changing = chain[: depth if is_left_over else depth + 1]
+    above = _above(request, held)
     folders = folders_beside([*(layer.path for layer in changing), request.backing_file])
     standing = [path for layer in changing for path in standing_on(layer.identity, folders, ours)]
     return Seen(
@@ -472,12 +476,12 @@ def _see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, held: Hel
         base_lacks_removed=False,
         top_changed=0,
         below_changed={},
-        above=_above(request, held),
+        above=above,
         open_for_writing=(),
         below_running=(),
         others=tuple(path for path in standing if not is_kept(path, KEPT_AS)),
-        written=last_written(chain[: depth + 1], held),
-        further=read_further(request, _above(request, held)),
+        written=last_written([*([above] if above is not None else []), *chain[: depth + 1]], held),
+        further=read_further(request, above),
     )
 
 

@@ -129,7 +129,7 @@ def see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, above: Lay
         below_running=tuple(file.path for file in files if locks.is_locked_by_qemu(file, locks.WRITE_UNSHARED)),
         others=tuple(path for layer in part for path in standing[layer.identity] if not _has_gone_in(path, vault)),
         begun=tuple(filter(None, map(find_sign, files[:-1]))),
-        written=last_written(chain, held),
+        written=last_written([*([above] if above is not None else []), *chain], held),
         further=read_further(request, above),
     )
 

@@ -664,6 +664,73 @@ def test_without_a_directory_only_the_time_tells_what_is_not_lost(newer):
     assert commits.merged(newer.top, newer.base, created=(("new", 50_000),))["state"] == "committed"
 
 
+EARLIER = (("x", 50_000),)  # an image of second 10,000 was last written to before that checkpoint was made
+
+
+def without_x(*paths: str) -> None:
+    for path in paths:
+        qemu.qemu_img("bitmap", "--remove", "-f", "qcow2", path, "x")
+
+
+@pytest.mark.parametrize("settings", [CHECK, SETTINGS])
+def test_a_disk_that_was_put_back_from_an_older_file_does_not_get_younger_by_a_merge(chain, settings):
+    os.utime(chain.top, (10_000, 10_000))
+    with untouched(*chain):
+        (told,) = commits.merge(chain.top, chain.base, settings, is_of_vm=True, created=EARLIER).failures
+    assert (told.code, told.subject) == ("closes_gap", chain.top)
+    assert "is older than the checkpoint of 'x'" in str(told)
+    assert commits.merged(chain.top, chain.base, is_of_vm=True, created=(("x", 10_000),))["state"] == "committed"
+
+
+def test_an_older_image_below_one_that_lacks_the_bitmap_does_not_make_it_valid(chain):
+    """As an overlay does on a disk that was put back. Once the checkpoint is removed the merge goes on."""
+    without_x(chain.middle, chain.top)
+    os.utime(chain.top)
+    os.utime(chain.base, (10_000, 10_000))
+    refused(chain, "closes_gap", chain.base, "the checkpoint of 'x'", created=(*EARLIER, ("gone", 50_000)))
+    assert commits.merged(chain.top, chain.base, created=EARLIER[1:])["state"] == "committed"
+
+
+def test_what_an_older_image_below_has_only_adds_bits(chain):
+    os.utime(chain.base, (10_000, 10_000))
+    done = commits.merged(chain.top, chain.base, created=EARLIER)
+    assert [one["name"] for one in done["bitmaps"]] == ["x"]
+
+
+def test_an_older_image_below_all_that_have_the_bitmap_tells_nothing_of_it(chain):
+    without_x(chain.base, chain.middle, chain.top)
+    qemu.add_bitmaps(chain.top, [commits.bitmap("x", "disabled", 65536)])
+    os.utime(chain.base, (10_000, 10_000))
+    done = commits.merged(chain.top, chain.base, created=EARLIER)
+    assert [one["reason"] for one in done["skipped_bitmaps"]] == ["disabled"]
+
+
+def test_an_image_above_does_not_get_younger_when_it_is_put_on_another_one(chain):
+    os.utime(chain.top, (10_000, 10_000))
+    with untouched(*chain):
+        told = commits.refusal(chain.middle, chain.base, above=chain.top, is_of_vm=True, created=EARLIER)
+    assert (told.code, told.subject) == ("closes_gap", chain.top)
+    os.utime(chain.top)
+    os.utime(chain.middle, (10_000, 10_000))
+    done = commits.merged(chain.middle, chain.base, above=chain.top, is_of_vm=True, created=EARLIER)
+    assert done["state"] == "committed"  # by the topmost image it is the checkpoint's
+
+
+def test_a_merge_that_was_begun_goes_on_however_old_what_it_has_not_written_to_is(chain, monkeypatch):
+    """A kill has taken TOP's bitmaps, which the vault has. BASE's alone would be an earlier one."""
+    os.utime(chain.base, (10_000, 10_000))
+
+    def killed(*_arguments: t.Any) -> t.NoReturn:
+        raise Refusal("no_space", chain.top, "is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MergeLayers, "carry", killed)
+        assert commits.refusal(chain.top, chain.base, created=EARLIER).code == "no_space"
+    qemu.patch(chain.top, 88, struct.pack(">Q", 0))  # autoclear bit 0
+    done = commits.merged(chain.top, chain.base, created=EARLIER)
+    assert [one["name"] for one in done["bitmaps"]] == ["x"]
+
+
 def test_an_image_forgets_what_it_has_lost_as_the_refusal_advises(newer):
     without_directory(newer.base)
     os.utime(newer.top)

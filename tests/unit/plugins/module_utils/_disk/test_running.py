@@ -759,6 +759,36 @@ def test_an_image_below_that_has_lost_its_bitmaps(tmp_path):
     assert states(merge([CommitRequest(path, base, vm="web")], Hypervisor())) == ["committed"]
 
 
+def test_an_older_image_below_does_not_get_younger_by_a_merge(tmp_path):
+    """After it libvirt would go on with the bitmap of BASE, which is an earlier one of that name."""
+    base = qemu.create(tmp_path / "base.qcow2", "1M")
+    qemu.add_bitmaps(base, [SUNDAY])
+    path = overlay(tmp_path / "mon.qcow2", base)
+    os.utime(base, (10_000, 10_000))
+    request = CommitRequest(path, base, vm="web", created=(("sunday", 50_000),))
+    for known in (Known((), ("sunday",)), Known()):
+        assert refused(request, known) == ["closes_gap"]
+        assert states(merge([request], Hypervisor(known), CHECK)) == ["failed"]
+    assert states(merge([request], Hypervisor(Known(("sunday",))), CHECK)) == ["committed"]
+    os.utime(base)
+    os.utime(path, (10_000, 10_000))  # which QEMU has open, and writes to in the end
+    assert states(merge([request], Hypervisor(Known((), ("sunday",))), CHECK)) == ["committed"]
+
+
+def test_an_image_between_does_not_get_younger_by_a_merge(tmp_path):
+    base = qemu.create(tmp_path / "base.qcow2", "1M")
+    middle = overlay(tmp_path / "mon.qcow2", base, bitmaps=[SUNDAY])
+    above = overlay(tmp_path / "tue.qcow2", middle, OF_WEB._replace(snapshot="tue"))
+    further = overlay(tmp_path / "wed.qcow2", above, OF_WEB._replace(snapshot="wed"))
+    request = CommitRequest(middle, base, vm="web", above=above, is_of_vm=True, further=(further,))
+    request = request._replace(created=(("sunday", 50_000),))
+    for path, code in ((middle, ["closes_gap"]), (above, ["closes_gap"]), (further, [])):
+        os.utime(path, (10_000, 10_000))
+        outcome = merge([request], Hypervisor(Known((), ("sunday",))), CHECK)
+        assert [(failure.code, failure.subject) for failure in outcome.failures] == [(one, path) for one in code]
+        os.utime(path)
+
+
 def test_what_is_put_aside_may_have_lost_its_bitmaps(tmp_path):
     """The VM does not have it any more, so none of its bitmaps go on with what was lost."""
     base = qemu.create(tmp_path / "base.qcow2", "1M")
