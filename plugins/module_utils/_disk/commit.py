@@ -24,7 +24,7 @@ from .overlay import SkippedBitmap, name_problems
 from .retire import is_kept
 from .revert_rules import Retired, internal_snapshots
 from .siblings import IS_NO_DISK
-from .stages import CARRIED, GIVEN, REBUILT, VAULTED, WHOLE, Seen, Stage, named
+from .stages import CARRIED, GIVEN, REBUILT, WHOLE, Seen, Stage, named
 from .vault import MARK, MAX_NAME, Vault
 from .verdict import COMMITTED, DELETE, FAILED, How, Need, problem_fields
 
@@ -275,7 +275,7 @@ def problems_of(seen: Seen, stage: Stage, request: CommitRequest, outcome: Outco
     problems += closed_gaps(seen, all_above(seen), *_below_above(seen, stage))
     if seen.top.version == 2 and not request.accept_lost_bitmaps:
         problems += _lost_by_version(seen)
-    if stage.name in (WHOLE, VAULTED):  # what was begun has written to them, so that their age tells nothing any more
+    if stage.name == WHOLE:  # what was begun was looked at then, and has broken bitmaps on its way
         problems += hidden_ages(seen, dict(request.created))
     return [*problems, *_lost_problems(seen, stage, request, outcome), *_name_problems(seen, outcome)]
 

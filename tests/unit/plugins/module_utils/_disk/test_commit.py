@@ -716,18 +716,25 @@ def test_an_image_above_does_not_get_younger_when_it_is_put_on_another_one(chain
     assert done["state"] == "committed"  # by the topmost image it is the checkpoint's
 
 
-def test_a_merge_that_was_begun_goes_on_however_old_what_it_has_not_written_to_is(chain, monkeypatch):
-    """A kill has taken TOP's bitmaps, which the vault has. BASE's alone would be an earlier one."""
+@pytest.mark.parametrize("is_topmost", [True, False])
+def test_a_merge_that_was_begun_goes_on_however_old_what_it_has_not_written_to_is(chain, monkeypatch, is_topmost):
+    """A kill has taken TOP's bitmaps, which the vault has; or has left those of the image above held back."""
     os.utime(chain.base, (10_000, 10_000))
 
     def killed(*_arguments: t.Any) -> t.NoReturn:
         raise Refusal("no_space", chain.top, "is full")
 
+    top = chain.top if is_topmost else chain.middle
+    options = {"created": EARLIER, "is_of_vm": True, "above": None if is_topmost else chain.top}
     with monkeypatch.context() as patch:
-        patch.setattr(MergeLayers, "carry", killed)
-        assert commits.refusal(chain.top, chain.base, created=EARLIER).code == "no_space"
-    qemu.patch(chain.top, 88, struct.pack(">Q", 0))  # autoclear bit 0
-    done = commits.merged(chain.top, chain.base, created=EARLIER)
+        patch.setattr(merge, "bring", killed)
+        assert commits.refusal(top, chain.base, **options).code == "no_space"
+    if is_topmost:
+        qemu.patch(top, 88, struct.pack(">Q", 0))  # autoclear bit 0
+    else:
+        with open_image(chain.top) as file:
+            set_in_use(file, ["x"], in_use=True)
+    done = commits.merged(top, chain.base, **options)
     assert [one["name"] for one in done["bitmaps"]] == ["x"]
 
 
