@@ -75,6 +75,11 @@ class OpenImage:
         with contextlib.suppress(OSError):
             os.utime(self.fd)
 
+    def put_time_back(self, written: int) -> None:
+        """Have it written to last at that time, as written() told it; nothing if it was, or for a block device."""
+        if not self.is_device and self.written() != written:
+            os.utime(self.fd, ns=(self.status().st_atime_ns, written))
+
     def read(self, length: int, offset: int) -> bytes:
         """Return up to `length` bytes from `offset`; fewer at the end of the file."""
         return os.pread(self.fd, length, offset)

@@ -187,7 +187,9 @@ def _fault(layer: Layer, top: Layer, file: OpenImage, image: Image) -> Refusal |
         return locks.below_running_vm(layer.path)
     if image.version == 2:
         why = "is an image of version 2 (compat 0.10), which holds no bitmaps"
-        return Refusal("unsupported", layer.path, why, "Use 'qemu-img amend -f qcow2 -o compat=1.1' on it.")
+        # One that no VM has can be left over, which would look new then.
+        remedy = "If a VM has it, as a disk or below one, use 'qemu-img amend -f qcow2 -o compat=1.1' on it."
+        return Refusal("unsupported", layer.path, why, remedy)
     if image.encrypted:
         why = "is encrypted, so QEMU cannot open it for writing without its key; not supported"
         return Refusal("encrypted", layer.path, why)
@@ -195,7 +197,15 @@ def _fault(layer: Layer, top: Layer, file: OpenImage, image: Image) -> Refusal |
     kept = [bitmap for bitmap in image.bitmaps if not bitmap.inconsistent]
     problems = [*why_unusable(layer.path, image, for_writing=True), *([relative] if relative else [])]
     problems += [*bitmap_problems(layer.path, image), *vault_problems(layer, top, kept)]
-    return next(iter(problems), why_not_opened(file))
+    return next(iter(problems), why_not_opened(file) or _why_time_not_kept(file))
+
+
+def _why_time_not_kept(file: OpenImage) -> Refusal | None:
+    """Return why the time of an image could not be put back once it was written; None if it could."""
+    if file.is_device or os.geteuid() in (0, file.status().st_uid):
+        return None
+    why = "belongs to another user, so the time of its last write could not be kept, which tells what is older"
+    return Refusal("no_permission", file.path, why, "Run with become, or as that user (become_user).")
 
 
 def vault_problems(layer: Layer, top: Layer, kept: t.Sequence[Bitmap]) -> list[Refusal]:

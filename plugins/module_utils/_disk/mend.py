@@ -138,22 +138,11 @@ class MendBitmaps:
     def write(self, verdict: HealVerdict, held: Held) -> HealVerdict:
         """Give the images their bitmaps, topmost first, and read them back."""
         work = self._works[verdict.request.path]
-        newer = _newer_than_below([one.file for one in work.patients[: max(verdict.written, default=0) + 1]])
-        for place in verdict.written:
-            patient, wants = work.patients[place], work.plan.wants[place]
-            data_file = patient.image.data_file
-            wanted = [Wanted(w.bitmap, _maps(work.bits[place], name)) for name, w in wants.items()]
-            to_be = Place(patient.file, held.image(data_file) if data_file else None, patient.layer.virtual_size)
-            try:
-                bring(to_be, wanted, held, {})
-            except QemuError as exc:
-                raise exc.about(patient.layer.path).with_note(_GOES_ON) from exc
-            except Refusal as exc:
-                raise exc.with_note(_GOES_ON) from exc
-        # Where libvirt tells when checkpoints were made, the time of an image tells whether it can have their bitmaps.
-        if not verdict.request.created:
-            for file in newer:
-                _touch(file)
+        times = _times_to_keep(work.patients, verdict.request)
+        for place, patient in enumerate(work.patients):
+            if place in verdict.written:
+                _bring(place, work, held)
+            _put_time_back(patient.file, times[place])
         return verdict
 
     def publish(
@@ -198,23 +187,48 @@ class MendBitmaps:
         return verdict
 
 
-def _newer_than_below(files: t.Sequence[OpenImage]) -> list[OpenImage]:
-    """Return the images of a chain, the lowest first, that are not older than any below them; no block devices."""
-    times = [file.status().st_mtime_ns for file in files]
-    places = [
-        place
-        for place in range(len(files) - 1)
-        if not files[place].is_device and times[place] >= max(times[place + 1 :])
-    ]
-    return [files[place] for place in reversed(places)]
-
-
-def _touch(file: OpenImage) -> None:
-    """Say that no VM has run on an image below since: a merge refuses an overlay that is older than what is below."""
+def _bring(place: int, work: _Work, held: Held) -> None:
+    """Give an image its bitmaps."""
+    patient, wants = work.patients[place], work.plan.wants[place]
+    data_file = patient.image.data_file
+    wanted = [Wanted(w.bitmap, _maps(work.bits[place], name)) for name, w in wants.items()]
+    to_be = Place(patient.file, held.image(data_file) if data_file else None, patient.layer.virtual_size)
     try:
-        os.utime(file.fd)
+        bring(to_be, wanted, held, {})
+    except QemuError as exc:
+        raise exc.about(patient.layer.path).with_note(_GOES_ON) from exc
+    except Refusal as exc:
+        raise exc.with_note(_GOES_ON) from exc
+
+
+def _times_to_keep(patients: t.Sequence[Patient], request: HealRequest) -> list[int]:
+    """Return when the images were last written to, in nanoseconds since 1970, as it is to stay.
+
+    One that a killed run has written to looks new. If it was older than one below, it may be left over, and that must
+    not be hidden. Else a VM can have run since. What a domain has is not left over.
+    """
+    now = [one.file.written() for one in patients]
+    then = now if request.domain is not None else [_before_a_kill(one) for one in patients]
+    return [old if old < max(then[place:]) else now[place] for place, old in enumerate(then)]
+
+
+def _before_a_kill(patient: Patient) -> int:
+    """Return when an image was last written to before a killed run has, as far as its vault tells."""
+    vault, written = patient.vault, patient.file.written()
+    if patient.file.is_device or vault is None or vault.is_given or vault.top_changed is None:
+        return written
+    return vault.top_changed
+
+
+def _put_time_back(file: OpenImage, written: int) -> None:
+    """Have the time of an image tell when its data was written, not its bitmaps.
+
+    By that a merge refuses an overlay that is older than what is below, and a checkpoint one that was put back.
+    """
+    try:
+        file.put_time_back(written)
     except OSError as exc:
-        raise system_refusal(exc, file.path, "its time cannot be changed").with_note(_GOES_ON) from exc
+        raise system_refusal(exc, file.path, "its time cannot be put back").with_note(_GOES_ON) from exc
 
 
 def _barred(work: _Work) -> t.Iterator[Refusal]:
@@ -277,6 +291,7 @@ def _keep(place: int, work: _Work, held: Held) -> None:
         virtual_size=patient.layer.virtual_size,
         held=AllocationMap(patient.file),
         backing_file=patient.image.backing_file or "",
+        top_changed=_before_a_kill(patient),
     )
     staged = held.enter(StagedFile(path, os.path.dirname(path)))
     write_vault(staged.file.fd, content)

@@ -234,6 +234,7 @@ class Content(t.NamedTuple):
     virtual_size: int  # bytes; of the larger one of the two images
     held: DirtyBits | None = None  # what the topmost image holds
     backing_file: str | None = None  # that it records
+    top_changed: int | None = None  # ns since 1970, of the topmost image; None is as its file tells
 
     @property
     def generations(self) -> dict[Identity, int]:
@@ -246,7 +247,8 @@ def write_vault(fd: int, content: Content) -> None:
     """Make the open, empty file a vault."""
     size = content.virtual_size
     words = [f"t/{content.token}", "i/{}:{}".format(*content.top.identity), f"p/{content.top.path}"]
-    words.append(f"m/{content.top.status().st_mtime_ns}")
+    changed = content.top.status().st_mtime_ns if content.top_changed is None else content.top_changed
+    words.append(f"m/{changed}")
     words += ["l/{}:{}:{}".format(*file.identity, file.path) for file in content.others]
     words += ["g/{}:{}:{}".format(*identity, number) for identity, number in content.generations.items()]
     words += [f"f/{content.backing_file}"] if content.backing_file is not None else []

@@ -262,16 +262,35 @@ def test_removal_goes_through_the_chain_and_leaves_the_others(tmp_path, base):
 
 
 @pytest.mark.parametrize("is_older", [False, True])
-def test_an_overlay_can_be_merged_down_after_an_image_below_was_written(tmp_path, base, is_older):
-    """A merge refuses an overlay that is older than what is below, and that is what it stays if it was so before."""
-    top = overlay(tmp_path / "top.qcow2", base)
+@pytest.mark.parametrize("created", [(), (("monday", 0), ("tuesday", 0))])
+@pytest.mark.parametrize(
+    ("wish", "state"),
+    [
+        ({"names": ("monday",), "state": "absent"}, "removed"),  # writes to both
+        ({}, "rebuilt"),  # to the topmost image alone
+        ({"names": ("tuesday",), "cumulative": True}, "rebuilt"),
+        ({"names": ("tuesday",), "removed": ("monday",)}, "removed"),
+    ],
+)
+def test_what_was_written_to_is_as_old_as_its_data(tmp_path, base, is_older, created, wish, state):
+    """By its time a merge tells what is left over, and by libvirt's word a checkpoint that it cannot have."""
+    top = crashed(tmp_path, base)
     if is_older:
-        os.utime(top, (0, 0))
-    disk, _changed = mend(top, names=("monday",), state="absent")
-    assert told(disk) == [("monday", "base.qcow2", "removed")]
-    assert (os.stat(top).st_mtime_ns < os.stat(base).st_mtime_ns) == is_older
-    (failures,) = [[one.code for one in commits.merge(top, base).failures]]
+        os.utime(top, (10_000, 10_000))
+    before = [os.stat(path).st_mtime_ns for path in (top, base)]
+    disk, _changed = mend(top, created=created, **wish)
+    assert disk["state"] == state
+    assert [os.stat(path).st_mtime_ns for path in (top, base)] == before
+    failures = [one.code for one in commits.merge(top, base).failures]
     assert failures == (["unfinished"] if is_older else [])
+
+
+def test_nothing_is_written_whose_time_could_not_be_put_back(tmp_path, base, monkeypatch):
+    top = crashed(tmp_path, base)
+    before = digest(top)
+    monkeypatch.setattr(os, "geteuid", lambda: 4711)
+    disk, changed = mend(top)
+    assert (changed, disk["code"], digest(top)) == (False, "no_permission", before)
 
 
 def test_a_template_keeps_its_bitmaps(tmp_path, base):

@@ -261,6 +261,27 @@ def test_what_was_lost_long_after_the_vault_was_kept_is_not_told_by_it(tmp_path)
     assert not checkpoints(top)
 
 
+@pytest.mark.parametrize("options", [{}, {"domain": "web"}])
+@pytest.mark.parametrize("is_older", [False, True])
+def test_what_is_left_over_looks_not_new_after_a_kill(case, is_older, options):
+    """The killed run has written to it. Of a domain's it is not left over, and its VM can have run since."""
+    base = case.folder / "base.qcow2"
+    os.utime(base)
+    then = os.stat(base).st_mtime_ns + (-1 if is_older else 1)
+    os.utime(case.top, ns=(then, then))
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            mend_module._put_time_back = lambda *_args: os.kill(os.getpid(), signal.SIGKILL)
+            run(MendBitmaps(), [HealRequest(case.top)], SETTINGS)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    since = os.stat(case.top).st_mtime_ns
+    assert since > os.stat(base).st_mtime_ns
+    mend(case.top, **options)
+    assert os.stat(case.top).st_mtime_ns == (then if is_older and not options else since)
+
+
 def test_an_overlay_made_anew_gets_no_bitmaps_of_the_one_before_it(case, monkeypatch):
     """It can have the same inode, but not the same generation; what the old one held is gone."""
     kill_after_top_was_written(case)
