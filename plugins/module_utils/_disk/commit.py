@@ -263,7 +263,9 @@ def problems_of(seen: Seen, stage: Stage, request: CommitRequest, outcome: Outco
     """Return why nothing may be merged."""
     # A VM has all of them open, and one reason is enough.
     problems = [in_use(path) for path in seen.open_for_writing] or [below_running_vm(p) for p in seen.below_running]
-    problems += _begun_problems(seen, request) or _newer_below(seen, stage, request)
+    stale = _begun_problems(seen, request) or _newer_below(seen, stage, request)
+    if stale:  # other advice would have somebody write to that image, and then it looks new
+        return [*problems, *stale]
     problems += [*image_problems(seen), *_size_problems(seen, stage)]
     problems += _unordered(seen)
     lost = [bitmap for bitmap in seen.top.bitmaps if not bitmap.name.startswith(MARK) and not bitmap.inconsistent]
@@ -287,10 +289,10 @@ def _lost_problems(seen: Seen, stage: Stage, request: CommitRequest, outcome: Ou
     above = [bitmap for way in all_above(seen) for image in way for bitmap in image.bitmaps.values()]
     kept = {*seen.vault.above, *seen.vault.below} if seen.vault is not None and stage.name == REBUILT else ()
     bitmaps = [bitmap for bitmap in (*outcome.usable, *filter(carries_over, above)) if bitmap.name not in kept]
-    return lost_before(seen, bitmaps, dict(request.created))
+    return lost_before(seen, bitmaps, request)
 
 
-def lost_before(seen: Seen, bitmaps: t.Sequence[Bitmap], created: t.Mapping[str, int]) -> list[Refusal]:
+def lost_before(seen: Seen, bitmaps: t.Sequence[Bitmap], request: CommitRequest) -> list[Refusal]:
     """Return which images have lost their bitmaps, and so perhaps the beginning of these, which a merge would hide.
 
     The images that go in are gone then, and the header of BASE is written anew.
@@ -299,12 +301,15 @@ def lost_before(seen: Seen, bitmaps: t.Sequence[Bitmap], created: t.Mapping[str,
     if seen.above is None:  # what TOP has lost it does not go on with; what is in memory alone began in it
         part[0] = part[0]._replace(is_open_for_writing=True)
     hidden: dict[str, dict[str, Bitmap]] = {}
+    created = dict(request.created)
     for bitmap in bitmaps:
         image = lost_below(bitmap.name, part, created.get(bitmap.name))
         if image is not None:
             hidden.setdefault(image.path, {})[bitmap.name] = bitmap
     forgetful = {image.path for image in part if image.lost_bitmaps}
-    return [_hides_loss(path, list(lost.values()), can_forget=path in forgetful) for path, lost in hidden.items()]
+    return [
+        _hides_loss(path, list(lost.values()), request, can_forget=path in forgetful) for path, lost in hidden.items()
+    ]
 
 
 def hidden_ages(seen: Seen, created: t.Mapping[str, int], *, is_running: bool = False) -> list[Refusal]:
@@ -352,7 +357,7 @@ def _for_rules(layer: Layer, seen: Seen) -> LayerBitmaps:
     )
 
 
-def _hides_loss(path: str, bitmaps: t.Sequence[Bitmap], *, can_forget: bool) -> Refusal:
+def _hides_loss(path: str, bitmaps: t.Sequence[Bitmap], request: CommitRequest, *, can_forget: bool) -> Refusal:
     what = f"has lost its bitmaps, perhaps {names_of(bitmaps)}, too," if can_forget else f"lacks {names_of(bitmaps)},"
     why = f"{what} which would look valid after the merge, and not be"
     remedy = (
@@ -363,6 +368,8 @@ def _hides_loss(path: str, bitmaps: t.Sequence[Bitmap], *, can_forget: bool) -> 
     if can_forget:
         know = "Or, if you know that they did not begin there, 'qemu-img check -r all"
         remedy = f"{remedy} {know} {path}' has it forget them, with the VM shut off."
+        if not request.is_of_vm:  # only of such images the times count
+            remedy += f" It looks new then: if no VM has run on it since, 'touch {request.path}' says so."
     return Refusal("lost_bitmaps", path, why, remedy)
 
 
@@ -407,10 +414,12 @@ def _begun_problems(seen: Seen, request: CommitRequest) -> list[Refusal]:
 def _newer_below(seen: Seen, stage: Stage, request: CommitRequest) -> list[Refusal]:
     """Return that an image below was written to after TOP, as after 'virsh blockcommit --pivot', or by a VM on it.
 
-    No overlay stays behind like that while its VM runs. A commit that was begun has written to BASE itself.
+    No overlay stays behind like that while its VM runs. A commit that was begun has written to BASE itself. One below
+    BASE counts, too: BASE would look new after the merge, and could be left over as well.
     """
     newer = [path for path, changed in seen.below_changed.items() if changed > seen.top_changed]
-    if request.is_of_vm or stage.name != WHOLE or seen.open_for_writing or not newer:
+    is_told = not (request.is_of_vm or seen.chain[0].is_device or seen.open_for_writing)
+    if not is_told or stage.name != WHOLE or not newer:
         return []
     why = (
         f"was last written to at {_shown(seen.top_changed)}, and {newer[0]} below it after that, at "
@@ -418,8 +427,8 @@ def _newer_below(seen: Seen, stage: Stage, request: CommitRequest) -> list[Refus
         "data over newer data"
     )
     remedy = (
-        f"If no VM has run on that one since, 'touch {request.path}' says so: then run this again. Else leave it, or "
-        "move it away, to another folder."
+        "If no VM has run on that one since, as where only 'qemu-img check -r all' or 'qemu-img bitmap' has written to "
+        f"it, 'touch {request.path}' says so: then run this again. Else leave {request.path} as it is. {IS_NO_DISK}"
     )
     return [Refusal("unfinished", request.path, why, remedy)]
 

@@ -343,8 +343,23 @@ def _put_onto_base(verdict: CommitVerdict, held: Held) -> None:
     if request.above is not None and work is not None:
         name = name_for_above(request, work.seen)
         # Or else nobody could tell this from another image: that above records when the one it stood on was written to.
-        held.image(request.backing_file).touch()
-        change_backing_file(held.image(request.above), name, request.backing_format)
+        base, above = held.image(request.backing_file), held.image(request.above)
+        base.touch()
+        change_backing_file(above, name, request.backing_format)
+        # After a kill nobody can tell when a VM wrote. Of what a VM has the times do not count.
+        if work.stage.name == stages.WHOLE and not request.is_of_vm:
+            _put_times_back(work.seen, base, above)
+
+
+def _put_times_back(seen: Seen, base: OpenImage, above: OpenImage) -> None:
+    """Have BASE be as new as what is in it, and the image above as its own data.
+
+    Else images further up would be older than these, and one that is left over would look new.
+    """
+    below = [changed for layer in seen.part if (changed := seen.below_changed.get(layer.path)) is not None]
+    with contextlib.suppress(OSError):  # another user's stay new
+        base.put_time_back(max(seen.top_changed, *below))
+        above.put_time_back(seen.above_changed)
 
 
 def name_for_above(request: CommitRequest, seen: Seen) -> str:

@@ -502,7 +502,7 @@ def _problems(request: CommitRequest, seen: Seen, known: Known, held: Held) -> t
         yield Refusal(
             "lost_bitmaps", request.backing_file, why, "Delete these checkpoints first, if no backup needs them."
         )
-    yield from commit.lost_before(seen, bitmaps_of(known.usable, seen.chain), dict(request.created))
+    yield from commit.lost_before(seen, bitmaps_of(known.usable, seen.chain), request)
     yield from commit.closed_gaps(seen, _as_in_memory(seen), [named(layer.image) for layer in seen.chain], seen.depth)
     file = held.image(request.path)
     problem = None if file.is_device else why_not_retired(request.path, file, request.retire, KEPT_AS)

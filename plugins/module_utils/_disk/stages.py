@@ -60,7 +60,7 @@ class Seen(t.NamedTuple):
     base_lacks_removed: bool  # as the vault says, but for bitmaps that TOP has not either
     top_has_all: bool  # TOP's bitmaps mark all that those of BASE, and of the vault, of the same names mark
     top_changed: int  # ns since 1970
-    below_changed: t.Mapping[str, int]  # the same of the others that take part, by path; not of block devices
+    below_changed: t.Mapping[str, int]  # the same of all images below, by path; not of block devices
     above: Layer | None  # the image on top of TOP
     open_for_writing: tuple[str, ...]  # paths of images that a process has open for writing
     below_running: tuple[str, ...]  # paths of images that a running VM has as a backing file
@@ -68,6 +68,7 @@ class Seen(t.NamedTuple):
     begun: tuple[str, ...] = ()  # paths of the signs that merges of images that go in were begun while their VM ran
     written: t.Mapping[str, int] = {}  # when images that take part were last, s since 1970; not those of devices
     further: tuple[tuple[LayerBitmaps, ...], ...] = ()  # what stands on `above`, topmost first, in each way up
+    above_changed: int = 0  # ns since 1970; 0 if there is none, or it is a block device
 
     @property
     def top(self) -> Image:

@@ -122,7 +122,7 @@ def see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, above: Lay
         or _has_all(files[0], top, _bits_below(vault, files[depth], base), chain[0].virtual_size),
         top_changed=files[0].status().st_mtime_ns,
         below_changed={
-            layer.path: _changed(layer, file) for layer, file in zip(part[1:], files[1:]) if not file.is_device
+            layer.path: _changed(layer, held.image(layer.path)) for layer in chain[1:] if not layer.is_device
         },
         above=above,
         open_for_writing=tuple(file.path for file in files if is_open_for_writing(file)),
@@ -131,6 +131,7 @@ def see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, above: Lay
         begun=tuple(filter(None, map(find_sign, files[:-1]))),
         written=last_written([*([above] if above is not None else []), *chain], held),
         further=read_further(request, above),
+        above_changed=held.image(above.path).written() if above is not None else 0,
     )
 
 

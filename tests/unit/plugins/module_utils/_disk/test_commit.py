@@ -13,7 +13,7 @@ import typing as t
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import OpenImage, open_image
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import merge
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import merge, survey
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import CommitRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.examine import examine_chain
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.merge import MergeLayers
@@ -744,6 +744,8 @@ def test_an_image_forgets_what_it_has_lost_as_the_refusal_advises(newer):
     told = commits.refusal(newer.top, newer.base)
     assert f"'qemu-img check -r all {newer.base}'" in told.remedy
     qemu.qemu_img("check", "-q", "-r", "all", newer.base)
+    refused(newer, "unfinished", newer.top, "as where only 'qemu-img check -r all'")
+    assert f"if no VM has run on it since, 'touch {newer.top}' says so" in told.remedy
     os.utime(newer.top)
     assert commits.merged(newer.top, newer.base)["state"] == "committed"
 
@@ -822,10 +824,60 @@ def test_an_image_that_is_older_than_what_is_below_it_may_be_a_backup_or_have_go
     refused(chain, "unfinished", chain.top, f"and {below} below it after that")
     with untouched(*chain):
         assert commits.merge(chain.top, chain.base, CHECK).failures[0].code == "unfinished"
+    refused(chain, "unfinished", chain.top, f"Else leave {chain.top} as it is. If no VM has it")
     os.utime(chain.top)  # by the word of the user
     data = commits.content(chain.top)
     assert commits.merged(chain.top, chain.base)["state"] == "committed"
     assert commits.content(chain.base) == data
+
+
+def old_version(chain: Chain) -> None:
+    """Have a TOP of version 2 that goes into one with a bitmap."""
+    os.unlink(chain.top)
+    commits.overlay(chain.top, chain.middle, "-o", "compat=0.10")
+
+
+@pytest.mark.parametrize(
+    ("harm", "code"),
+    [
+        (old_version, "lost_bitmaps"),  # 'qemu-img amend' would have TOP look new
+        (lambda chain: qemu.qemu_img("snapshot", "-c", "s", chain.top), "unsupported"),
+    ],
+)
+def test_nothing_is_advised_that_has_an_older_image_look_new(chain, harm, code):
+    harm(chain)
+    told = commits.merge(chain.top, chain.base, CHECK).failures
+    assert code in {one.code for one in told}, told
+    os.utime(chain.top, (0, 0))
+    refused(chain, "unfinished", chain.top, "may have gone in already")
+
+
+def test_an_image_that_was_merged_while_its_vm_ran_has_one_reason(chain, monkeypatch):
+    old_version(chain)
+    monkeypatch.setattr(survey, "find_sign", lambda file: f"{file.path}.sign" if file.path == chain.top else None)
+    refused(chain, "unfinished", chain.top, "its merge was begun while its VM ran")
+
+
+def test_an_image_that_is_older_than_one_below_base_goes_not_into_base(chain):
+    """BASE would look new then, and go into what is newer than both."""
+    os.utime(chain.middle, (0, 0))
+    os.utime(chain.top, (1, 1))
+    with untouched(*chain):
+        told = commits.refusal(chain.top, chain.middle)
+    assert (told.code, f"and {chain.base} below it after that" in told.why) == ("unfinished", True)
+
+
+@pytest.mark.parametrize("is_older", [False, True])
+def test_an_image_above_is_as_old_after_the_merge_as_before(chain, tmp_path, is_older):
+    """One that was left over must not look new, nor one look left over since the images below it were written to."""
+    above = commits.overlay(tmp_path / "above", chain.top)
+    further = commits.overlay(tmp_path / "further", above)
+    if is_older:
+        os.utime(above, (1, 1))
+    assert commits.merged(chain.top, chain.base, above=above)["state"] == "committed"
+    assert [one.code for one in commits.merge(above, chain.base, above=further).failures] == ["unfinished"] * is_older
+    if not is_older:
+        assert commits.merged(further, chain.base)["state"] == "committed"
 
 
 def test_an_image_whose_vm_has_it_is_merged_whatever_the_times_are(chain):
