@@ -204,12 +204,23 @@ def _bring(place: int, work: _Work, held: Held) -> None:
 def _times_to_keep(patients: t.Sequence[Patient], request: HealRequest) -> list[int]:
     """Return when the images were last written to, in nanoseconds since 1970, as it is to stay.
 
-    One that a killed run has written to looks new. If it was older than one below, it may be left over, and that must
-    not be hidden. Else a VM can have run since. What a domain has is not left over.
+    One that a killed run has written to looks new, and that must not hide that it is left over. Else a VM can have run
+    on it since. What a domain has is not left over.
     """
-    now = [one.file.written() for one in patients]
-    then = now if request.domain is not None else [_before_a_kill(one) for one in patients]
-    return [old if old < max(then[place:]) else now[place] for place, old in enumerate(then)]
+    is_known = request.domain is not None
+    return [
+        one.file.written() if is_known or not _was_left_over(one, patients[place + 1 :]) else _before_a_kill(one)
+        for place, one in enumerate(patients)
+    ]
+
+
+def _was_left_over(patient: Patient, below: t.Sequence[Patient]) -> bool:
+    """Whether an image was older than one below when a killed run has kept its vault.
+
+    Of what was written to after that the times as they are tell.
+    """
+    vault, written = patient.vault, _before_a_kill(patient)
+    return vault is not None and any(written < _before_a_kill(one) < vault.given_at for one in below)
 
 
 def _before_a_kill(patient: Patient) -> int:
