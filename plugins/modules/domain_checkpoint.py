@@ -126,6 +126,8 @@ notes:
   - After V(unusable=remove) make a full backup with a new checkpoint. Backup tools that have a checkpoint removed under
     them may keep a note of it; see their own way to begin a new chain of backups.
   - A domain with a managed save is refused if anything is to be written.
+  - Of a domain that is shut off the time of an image that is written to stays as it was, since it tells when its data
+    was written last. A backup of image files that goes by their time alone does not notice.
   - A run that is killed is completed by the same call again. Until then libvirt refuses an increment since what is not
     done.
   - Images that stand on one of the chain are seen in its folders, and in the chains of the host's other domains.

@@ -94,6 +94,8 @@ notes:
     that nobody needs.
   - If the VM runs before an interrupted call is run again, its bitmaps are broken or right, but never look valid while
     bits are missing. Bitmaps that were lost are put back then with what they marked and all that the image holds.
+  - The time of an image that is written to stays as it was, since it tells when its data was written last. So run this
+    as root, or as the owner of the images. A backup of image files that goes by their time alone does not notice.
   - libvirt is not asked, and not told. A checkpoint whose bitmaps are removed is still known to it. For domains of
     libvirt use M(kvmfleet.qcow2.domain_checkpoint).
 seealso:
