@@ -247,7 +247,7 @@ RULES = (
         "lower: list[int] = []",
         (HEAL, KILLED),
     ),
-    Rule("no image is written whose loss would look valid", "heal", "if wrong is not None:", "if False:", (HEAL,)),
+    Rule("no image is written whose loss would look valid", "heal", "if wrong:", "if False:", (HEAL,)),
     Rule(
         "above the first bad image all are rebuilt",
         "heal",

@@ -18,8 +18,8 @@ Images are written from the top downwards. A QEMU that is killed while it opens 
 them, names included, and a chain without them may look valid. So
 
 1) before an image below the topmost one is written, the bitmaps of the topmost one take in all bits below, and
-2) an image is barred if the chain would, without its bitmaps, look valid for one that is not, or if it tells why a
-   bitmap that stays can never be valid, since it tells that no more once it is written.
+2) an image is barred if the chain would, without its bitmaps, look valid for one that is not, or if it alone tells why
+   a bitmap that stays can never be valid, since it tells that no more once it is written.
 """
 
 from __future__ import annotations
@@ -412,20 +412,32 @@ def in_doubt(path: str, vault_path: str, name: str) -> Refusal:
 
 def _unsafe(plan: Plan, chain: t.Sequence[Standing], request: HealRequest) -> dict[int, Refusal]:
     """Return the images whose bitmaps, if they were lost, would make the chain look valid for one that is not."""
+    created = dict(request.created)
     right = {one.name for one in plan.checkpoints if one.valid}
     now, then = [_as_it_is(image) for image in chain], [plan.wants[place] for place in range(len(chain))]
     unsafe = {}
     for place in (place for place in plan.written if place > 0):
-        layers = _layers(chain, [*then[:place], {}, *now[place + 1 :]], ())
-        without = judge_all(layers, complete=True, created=dict(request.created))
-        wrong = next((one.name for one in without if one.valid and one.name not in right), None)
-        if wrong is not None:
+        wrong = _valid(_layers(chain, [*then[:place], {}, *now[place + 1 :]], ()), created) - right
+        if wrong:
+            # One that goes by this call would come back by a call for the other one alone.
+            as_it_is = _valid(_layers(chain, now, ()), created)
+            wrong_now = _valid(_layers(chain, [*now[:place], {}, *now[place + 1 :]], ()), created) - as_it_is
             why = (
                 "cannot be written safely: if QEMU were killed while it opens it, the bitmap "
-                f"{wrong!r} would look valid, and is not"
+                f"{min(wrong)!r} would look valid, and is not"
             )
-            unsafe[place] = Refusal("closes_gap", chain[place].path, why, "Heal that one too, or remove it first.")
+            remedy = f"Heal or remove {_first(wrong | wrong_now)}."
+            unsafe[place] = Refusal("closes_gap", chain[place].path, why, remedy)
     return {**unsafe, **_hiding(plan, chain, request)}
+
+
+def _valid(layers: t.Sequence[LayerBitmaps], created: t.Mapping[str, int]) -> set[str]:
+    return {one.name for one in judge_all(layers, complete=True, created=created) if one.valid}
+
+
+def _first(names: t.Collection[str]) -> str:
+    """Return for a remedy which bitmaps have to be seen to first: each of them can be in the way of the others."""
+    return ", ".join(map(repr, sorted(names))) + (" first" if len(names) == 1 else ", all in one call")
 
 
 def _hiding(plan: Plan, chain: t.Sequence[Standing], request: HealRequest) -> dict[int, Refusal]:
@@ -435,10 +447,13 @@ def _hiding(plan: Plan, chain: t.Sequence[Standing], request: HealRequest) -> di
     ones by the time of the last write. It does not count what else is wrong with the bitmap: that may be healed later.
     """
     created, layers = dict(request.created), [image.layer for image in chain]
-    stays = sorted({name for wants in plan.wants.values() for name in wants if not name.startswith(MARK)})
+    stays = {name for wants in plan.wants.values() for name in wants}
+    tellers = _tellers(chain, created)
+    # As long as one of them is not written, it goes on telling.
+    hidden = [name for name, places in tellers.items() if name in stays and places <= set(plan.written)]
     unsafe = {}
     for place in plan.written:
-        told = [name for name in stays if _tells(place, name, layers, created.get(name))]
+        told = [name for name in hidden if place in tellers[name]]
         if told:
             names = ", ".join(map(repr, told))
             why = f"is older than the checkpoint of {names}"
@@ -446,9 +461,24 @@ def _hiding(plan: Plan, chain: t.Sequence[Standing], request: HealRequest) -> di
                 # What its vault has is put back; of what else it has lost the vault tells nothing.
                 why = f"has lost its bitmaps, perhaps {names}, too"
             why = f"{why}, which nothing would tell any more"
-            remedy = "Remove that one first, and make a full backup."
-            unsafe[place] = Refusal("closes_gap", chain[place].path, why, remedy)
+            those = _first([name for name, places in tellers.items() if place in places])
+            unsafe[place] = Refusal("closes_gap", chain[place].path, why, f"Remove {those}, and make a full backup.")
     return unsafe
+
+
+def _tellers(chain: t.Sequence[Standing], created: t.Mapping[str, int]) -> dict[str, set[int]]:
+    """Return the places of the images that tell that a bitmap can never be valid, by its name.
+
+    Of one that is valid none does: an older one of its name further down only adds bits, and all that it is to tell
+    the images above hold, or mark.
+    """
+    layers = [image.layer for image in chain]
+    doubtful = {name for image in chain for name in image.doubtful}
+    names = {name for layer in layers for name in layer.bitmaps if not name.startswith(MARK)}
+    return {
+        name: {place for place in range(len(layers)) if _tells(place, name, layers, created.get(name))}
+        for name in sorted(names - (_valid(layers, created) - doubtful))
+    }
 
 
 def _tells(place: int, name: str, layers: t.Sequence[LayerBitmaps], created: int | None) -> bool:

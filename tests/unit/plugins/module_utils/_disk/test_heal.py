@@ -299,3 +299,42 @@ def test_no_image_is_written_whose_time_tells_that_a_bitmap_is_older_than_its_ch
         plan = decide(ASKED._replace(created=created, removed=("y",)), chain)
         assert plan.written == tuple(range(place + 1))
         assert {one.name for one in plan.checkpoints if one.valid} == {"x"}
+
+
+BOTH = {**bitmap("g"), **bitmap("g", "y")}
+RE_USED = (("x", 50_000), ("y", 60_000))
+
+
+def test_an_older_bitmap_below_one_that_is_valid_keeps_nothing_from_being_removed():
+    """Names are used again: those further down are earlier ones, and only add bits."""
+    chain = [Standing("/0", 1024, BOTH, modified=90_000), Standing("/1", 1024, BOTH, modified=10_000)]
+    for name, other in ("xy", "yx"):
+        plan = decide(HealRequest("/0", (name,), "absent", created=RE_USED), chain)
+        assert (plan.barred, plan.written) == ({}, (0, 1))
+        assert [(one.name, one.valid) for one in plan.checkpoints] == [(other, True)]
+        assert plan.wants[0][other].below == (1,)  # before the image below it is written
+    doubtful = chain[0]._replace(put_back=frozenset("xy"), doubtful={"y": FAULT})
+    for top in (doubtful, chain[0]._replace(bitmaps=bitmap("g")), chain[0]._replace(modified=10_000)):
+        plan = decide(HealRequest("/0", ("x",), "absent", created=RE_USED), [top, chain[1]])
+        assert plan.barred[1].code == "closes_gap"
+
+
+def test_an_image_is_written_while_another_one_goes_on_telling_that_a_bitmap_is_older():
+    chain = standing("-gg", modified=dict.fromkeys((1, 2), 10_000), others={2: ("/clone",)})
+    removed = HealRequest("/0", (), removed=("x",), created=RE_USED)
+    plan = decide(removed, chain)
+    assert ([(one.image, one.problem) for one in plan.found], plan.written) == ([("/1", None)], (1,))
+    plan = decide(removed, [*chain[:2], chain[2]._replace(modified=90_000)])
+    assert (plan.found[0].problem.code, plan.written) == ("closes_gap", ())
+
+
+def test_of_bitmaps_that_are_in_the_way_of_each_other_all_are_named():
+    """Whichever of them one call removes, the others stand in its way."""
+    older = [Standing("/0", 1024, BOTH, modified=10_000)]
+    broken = [Standing("/0", 1024, BOTH), Standing("/1", 1024, {**bitmap("i"), **bitmap("i", "y")})]
+    for chain, place in ((older, 0), (broken, 1)):
+        for name in "xy":
+            asked = HealRequest("/0", (name,), "absent", created=RE_USED)
+            assert "emove 'x', 'y', all in one call" in decide(asked, chain).barred[place].remedy
+        plan = decide(HealRequest("/0", ("x", "y"), "absent", created=RE_USED), chain)
+        assert (plan.barred, plan.written) == ({}, tuple(range(len(chain))))

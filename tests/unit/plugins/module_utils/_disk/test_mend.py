@@ -209,6 +209,22 @@ def test_what_tells_that_a_bitmap_is_older_than_its_checkpoint_stays_while_the_b
     assert (changed, disk["state"], checkpoints(top)) == (True, "removed", {"monday", "tuesday"})
 
 
+def test_a_checkpoint_goes_from_an_image_that_has_an_earlier_bitmap_of_the_name_of_another_one(tmp_path, base):
+    """What is valid stays so, and is healed rightly once the image below tells of no age any more."""
+    top = str(tmp_path / "top.qcow2")
+    recording_overlay(top, base)
+    guest_writes(top, random.Random(4))
+    os.utime(base, (10_000, 10_000))
+    created = (("monday", 50_000), ("tuesday", 60_000))
+    disk, changed = mend(top, names=("monday",), state="absent", created=created)
+    assert (changed, disk["state"], checkpoints(top)) == (True, "removed", {"tuesday"})
+    before = bits_of([top, base], "tuesday")
+    crash(top)
+    assert mend(top, created=created)[1]
+    assert checkpoints(top) == {"tuesday"}
+    assert not before & ~bits_of([top, base], "tuesday")
+
+
 def test_only_your_word_heals_what_no_image_below_has(tmp_path):
     top = qemu.create(tmp_path / "top.qcow2", SIZE)
     guest_writes(top, random.Random(1))
