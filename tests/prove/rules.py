@@ -123,14 +123,14 @@ RULES = (
     Rule(
         "a commit into an image between is completed first",
         "unfinished",
-        "is_other = begun.is_in_the_way or (isinstance(vault, Vault) and top_stands(vault))",
+        "is_other = begun.is_in_the_way or (isinstance(vault, Vault) and top_stands(vault, layer.identity))",
         "is_other = False",
         (COMMIT, ODD),
     ),
     Rule(
         "no other commit comes between a killed one and its end",
         "unfinished",
-        "return not is_own and not vault.is_given and top_stands(vault)",
+        "return not is_own and not vault.is_given and top_stands(vault, chain[depth].identity)",
         "return False",
         (COMMIT, ODD),
     ),

@@ -48,7 +48,7 @@ def judge_gone(request: CommitRequest, base: OpenImage, held: Held) -> CommitVer
     if path is None:
         return CommitVerdict(request, ABSENT, virtual_size=_virtual_size(request, base))
     vault = read_vault(held.enter(open_vault(path)))
-    is_top_there = top_stands(vault)
+    is_top_there = top_stands(vault, base.identity)
     if vault.is_given and not is_top_there and not _is_of(vault, request.path):
         return CommitVerdict(request, ABSENT, virtual_size=_virtual_size(request, base))
     problem = commit.why_gone(request, vault, is_top_there=is_top_there)

@@ -6,13 +6,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import typing as t
 from urllib.parse import quote
 
 from .._base.errors import Refusal, system_refusal
+from .._base.files import open_image
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer
+from .._qcow2.image import read_image
 from .._qcow2.mark import Mark
 from .vault import MARK, Vault, find_vault, healing_place, open_vault, place_of, read_vault, top_stands
 
@@ -78,18 +81,18 @@ def why_not_merged(chain: t.Sequence[Layer], depth: int, above: Layer | None, ow
             # What went into an image above BASE is in it, and a VM may have written to it since.
             begun = _commit(layer, path, vault, whole)
             if own is not None and layer is chain[depth]:
-                is_other = isinstance(vault, Vault) and _is_of_another(vault, chain[0], own)
+                is_other = isinstance(vault, Vault) and _is_of_another(vault, chain, depth, own)
             else:
-                is_other = begun.is_in_the_way or (isinstance(vault, Vault) and top_stands(vault))
+                is_other = begun.is_in_the_way or (isinstance(vault, Vault) and top_stands(vault, layer.identity))
             if is_other:
                 return begun.as_refusal()
     return None
 
 
-def _is_of_another(vault: Vault, top: Layer, own: str) -> bool:
+def _is_of_another(vault: Vault, chain: t.Sequence[Layer], depth: int, own: str) -> bool:
     """Whether a vault beside BASE is of another commit under way. Of one that is done the stages tell."""
-    is_own = vault.place == own and _is_of(vault, top)
-    return not is_own and not vault.is_given and top_stands(vault)
+    is_own = vault.place == own and _is_of(vault, chain[0])
+    return not is_own and not vault.is_given and top_stands(vault, chain[depth].identity)
 
 
 def healing_vault(layer: Layer, top: Layer) -> str | None:
@@ -145,8 +148,18 @@ def _mark(path: str, name: str) -> Unfinished:
 def _commit(layer: Layer, path: str, vault: Vault | Refusal, chain: t.Sequence[Layer]) -> Unfinished:
     if isinstance(vault, Refusal):
         return Unfinished(COMMIT, layer.path, f"the vault {path} {vault.why}", vault.remedy)
-    place = next((place for place, one in enumerate(chain) if _is_of(vault, one)), None)
-    top = chain[place].path if place is not None else vault.top_path or "the overlay"
+    stands = top_stands(vault, layer.identity)
+    copy = _place_of_copy(vault, layer, chain)
+    place = next((place for place, one in enumerate(chain) if _is_of(vault, one)), None if stands else copy)
+    is_known = vault.top_path is not None and (stands or not os.path.lexists(vault.top_path))
+    if vault.is_given and place is None and vault.top_path is not None and not is_known:
+        what = (
+            f"a commit into it is done, and its vault is left over ({path}), while {vault.top_path} is another image "
+            "than the one that went in, or stands on another one"
+        )
+        remedy = f"If what went in is gone, or is only kept, remove {path}."
+        return Unfinished(COMMIT, layer.path, what, remedy, is_in_the_way=False)
+    top = chain[place].path if place is not None else vault.top_path if is_known else "the overlay"
     options = [f"path={top}", f"backing_file={layer.path}"]
     options += ["backing_format=raw"] if layer.image is None else []
     options += [f"above={chain[place - 1].path}"] if place else []
@@ -154,11 +167,35 @@ def _commit(layer: Layer, path: str, vault: Vault | Refusal, chain: t.Sequence[L
     mark = image.mark if image is not None else None
     of_images = f"kvmfleet.qcow2.qcow2_overlay, state=committed, {', '.join(options)}"
     call = _call_of_commit(of_images, mark, is_joined=bool(vault.others))
+    if place is None and copy is not None:
+        call += f" If {top} is only a copy, which no VM uses, move it away instead."
     if not vault.is_given:
         what = f"the commit of {top} into it is unfinished (vault {path})"
         return Unfinished(COMMIT, layer.path, what, call, mark=mark)
     what = f"of the commit of {top} into it only the end is missing: what went in is to be retired (vault {path})"
     return Unfinished(COMMIT, layer.path, what, call, is_in_the_way=place is not None, mark=mark)
+
+
+def _place_of_copy(vault: Vault, base: Layer, chain: t.Sequence[Layer]) -> int | None:
+    """Return the place of the copy of the image that the vault is of, where both were copied; None if there is none.
+
+    It bears the mark. But a snapshot makes a copy of that, too, further up. So its name counts, unless the other one
+    is still there and all of this chain is a copy. Before it bears the mark, it has the name alone.
+    """
+    name = os.path.basename(vault.top_path or "")
+    places = range(chain.index(base) - 1, -1, -1)
+    named = [place for place in places if os.path.basename(chain[place].path) == name]
+    marked = [place for place in places if _bears(chain[place], MARK + vault.token)]
+    if vault.is_given or not os.path.lexists(vault.top_path or ""):
+        marked = [place for place in marked if place in named]
+    return next(iter([*marked, *([] if vault.is_given else named)]), None)
+
+
+def _bears(layer: Layer, mark: str) -> bool:
+    """Whether an image bears the mark of a commit; most chains are read without their bitmaps."""
+    with contextlib.suppress(Refusal, OSError), open_image(layer.path) as file:
+        return any(bitmap.name == mark for bitmap in read_image(file).bitmaps)
+    return False
 
 
 def _is_of(vault: Vault, layer: Layer) -> bool:

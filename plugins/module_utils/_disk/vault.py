@@ -34,7 +34,9 @@ import typing as t
 from .._base.errors import Refusal
 from .._base.files import Identity, OpenImage, close, exceeded_name_max, is_ours, is_there, open_image
 from .._qcow2.bitmaps import MAX_BITMAP_NAME, Bitmap
+from .._qcow2.chain import walk_chain
 from .._qcow2.dirty import DirtyBits, DirtyMap, is_union, maps_of, united
+from .._qcow2.formats import QCOW2
 from .._qcow2.image import Image, read_image
 from .._qcow2.scratch import write_scratch
 from .fates import DISABLED, GAP, INCONSISTENT
@@ -191,13 +193,24 @@ def read_vault(file: OpenImage) -> Vault:
     )
 
 
-def top_stands(vault: Vault) -> bool:
-    """Whether the image that the vault is of stands where it stood."""
+def top_stands(vault: Vault, base: Identity) -> bool:
+    """Whether the image that the vault is of stands where it stood, on this BASE.
+
+    Whoever copies a storage copies the vaults, too. The images that these are of stand on the old one.
+    """
     if vault.top_path is None:
         return False
     with contextlib.suppress(Refusal, OSError), open_image(vault.top_path) as file:
-        return vault.is_of(file.identity, file.path, file.generation)
+        return vault.is_of(file.identity, file.path, file.generation) and _may_stand_on(file, base)
     return False
+
+
+def _may_stand_on(file: OpenImage, base: Identity) -> bool:
+    """Whether BASE is in the chain of an image; the very commit that is unfinished may have broken the chain."""
+    try:
+        return any(layer.identity == base for layer, _file in walk_chain(file, QCOW2))
+    except (Refusal, OSError):
+        return True
 
 
 def _no_vault(path: str) -> Refusal:

@@ -28,7 +28,19 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu import locks
 
 from .. import qemu
 from .commits import merge
-from .healing import MONDAY, SIZE, crash, guest_writes, leave_healing, lose, mend, recording_overlay
+from .healing import (
+    MONDAY,
+    SIZE,
+    checkpoints,
+    content,
+    crash,
+    guest_writes,
+    leave_healing,
+    lose,
+    mend,
+    overlay,
+    recording_overlay,
+)
 from .overlays import SETTINGS, make_overlays
 
 
@@ -288,3 +300,105 @@ def test_a_run_that_is_going_on(chain):
         locks.take_turn(file, 1.0)
         assert "Wait for its end" in unfinished(chain[0])
     assert "Wait for its end" not in unfinished(chain[0])
+
+
+def copied(tmp_path, chain, monkeypatch, step):
+    """Break a commit off at this step, and copy all to another storage; return the paths of the images there."""
+    top, base = chain
+    qemu.qemu_img("rebase", "-u", "-b", os.path.basename(base), "-F", "qcow2", top)
+    guest_writes(top, random.Random(5))
+    with monkeypatch.context() as patch:
+        broken_off(patch, merge_module, step)
+        assert merge(top, base).failures
+    new = tmp_path.with_name(f"{tmp_path.name}-new")
+    shutil.copytree(tmp_path, new)
+    return [os.path.join(new, os.path.basename(path)) for path in chain]
+
+
+@pytest.mark.parametrize("step", ["bring", "mark_given", "retire"])
+def test_a_commit_is_completed_on_a_copy_of_its_storage_while_the_old_one_is_there(tmp_path, chain, monkeypatch, step):
+    top, base = copied(tmp_path, chain, monkeypatch, step)
+    before = content(top)
+    assert f"state=committed, path={top}, backing_file={base} (" in unfinished(top)
+    for outcome in (
+        run(MendBitmaps(), [HealRequest(top)], SETTINGS),
+        run(GoBack(), [RevertRequest(top, base)], SETTINGS),
+    ):
+        assert f"path={top}, backing_file={base}" in outcome.failures[0].remedy
+    assert not merge(top, base).failures
+    assert (content(base), unfinished(base), os.path.exists(top)) == (before, None, False)
+    assert checkpoints(base) == {"monday", "tuesday"}
+
+
+def test_a_vault_that_is_left_over_on_a_copy_of_a_storage_is_told(tmp_path, chain, monkeypatch):
+    """The overlay of its path is on the old storage, where nothing is to be done."""
+    top, base = copied(tmp_path, chain, monkeypatch, "mark_given")
+    with monkeypatch.context() as patch:
+        broken_off(patch, merge_module, "remove_vault")
+        assert merge(top, base).failures
+    outcome = merge(top, base)
+    assert [one.state for one in outcome.verdicts] == ["absent"]
+    place = f"{place_of(base, False, '')}-given"
+    assert unfinished(base).endswith(f"If what went in is gone, or is only kept, remove {place}.")
+    os.unlink(place)
+    assert unfinished(base) is None
+
+
+def test_a_copy_of_a_chain_that_is_called_otherwise_is_known_by_its_mark(tmp_path, chain, monkeypatch):
+    top, base = copied(tmp_path, chain, monkeypatch, "mark_given")
+    os.rename(top, f"{top}.moved")
+    upper = f"{top}.upper"
+    overlay(upper, f"{top}.moved")
+    qemu.add_bitmaps(upper, [Bitmap(*one) for one in qemu.bitmaps_of(f"{top}.moved")])
+    assert f"path={top}.moved, backing_file={base}, above={upper} (" in unfinished(upper)
+    assert "the commit of the overlay into it is unfinished" in unfinished(base)
+    shutil.rmtree(tmp_path)  # then a snapshot may have made a copy of the mark
+    assert f"path={chain[0]}, backing_file={base} (" in unfinished(upper)
+
+
+def test_what_bears_a_copy_of_the_mark_when_all_is_done_is_in_nobodys_way(tmp_path, chain, monkeypatch):
+    """A snapshot has made it, and the overlay that went in is gone."""
+    top, base = chain
+    with monkeypatch.context() as patch:
+        broken_off(patch, merge_module, "retire")
+        assert merge(top, base).failures
+    upper = overlay(tmp_path / "upper", base)
+    qemu.add_bitmaps(upper, [Bitmap(*one) for one in qemu.bitmaps_of(top)])
+    os.unlink(top)
+    assert f"path={top}, backing_file={base} (" in unfinished(upper)
+    assert not make_overlays([OverlayRequest(str(tmp_path / "next.qcow2"), upper)], SETTINGS).failures
+
+
+@pytest.mark.parametrize("way", ["between", "broken"])
+def test_the_overlay_of_a_vault_that_stands_on_base_keeps_another_commit_off(tmp_path, chain, monkeypatch, way):
+    """Also over images between, and while the chain is broken, as that of a commit whose lower images have gone."""
+    top, base = chain
+    upper, other = str(tmp_path / "upper"), str(tmp_path / "other")
+    recording_overlay(upper, top)
+    with monkeypatch.context() as patch:
+        broken_off(patch, merge_module, "bring")
+        assert merge(upper, base).failures
+    if way == "broken":
+        os.rename(top, f"{top}.away")
+    overlay(other, base)
+    (failure,) = [one for one in merge(other, base).failures if one.code == "unfinished"]
+    assert f"path={upper}, backing_file={base} (" in failure.remedy
+    assert "is only a copy" not in failure.remedy
+
+
+def test_an_overlay_and_its_copy_on_one_base_exclude_each_other_until_one_is_moved_away(tmp_path, chain, monkeypatch):
+    top, base = chain
+    with monkeypatch.context() as patch:
+        broken_off(patch, merge_module, "mark_given")
+        assert merge(top, base).failures
+    new = tmp_path.with_name(f"{tmp_path.name}-new")
+    os.mkdir(new)
+    copy = str(new / "top.qcow2")
+    shutil.copy(top, copy)
+    failures = merge(copy, base).failures
+    assert [one.code for one in failures] == ["unfinished"]
+    assert f"path={top}, backing_file={base} (" in failures[0].remedy
+    assert f"If {top} is only a copy, which no VM uses, move it away instead." in failures[0].remedy
+    os.mkdir(new / "away")
+    os.rename(top, new / "away" / "top.qcow2")
+    assert not merge(copy, base).failures
