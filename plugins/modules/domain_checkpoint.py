@@ -122,7 +122,7 @@ notes:
   - Healed is a bitmap that is missing or inconsistent in overlays and in order in the lowest image that has it. Not
     healed is one that is disabled, that is inconsistent in the lowest image with it, that no image has, whose images
     have different sizes, or below which an image has lost the bitmap. Nor is one of disks that have swapped their
-    targets since.
+    targets, or the paths of their images, since.
   - After V(unusable=remove) make a full backup with a new checkpoint. Backup tools that have a checkpoint removed under
     them may keep a note of it; see their own way to begin a new chain of backups.
   - A domain with a managed save is refused if anything is to be written.

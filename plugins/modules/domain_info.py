@@ -331,7 +331,8 @@ domains:
             - V(broken) if it is not valid by the word of libvirt, which does not say why, since the domain runs.
             - V(in_use) of a running domain if its QEMU has an image below the topmost one open for writing, for a block
               job, or since it could not store its bitmaps as it was left.
-            - V(swapped) if it is not valid because a disk has the images that another one had when it was made.
+            - V(swapped) if it is not valid because a disk has the images, by their paths, that another one had when it
+              was made.
           type: str
           sample: null
         image:

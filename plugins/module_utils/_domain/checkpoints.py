@@ -22,10 +22,15 @@ _BROKEN_LIVE = (
     "libvirt delete it at once by domain_checkpoint with running=live and unusable=remove, and make a full backup with "
     "a new checkpoint."
 )
+OTHER_DISK = (
+    "If the disks have swapped their targets, so that the guest finds the other one's data here, give the targets back "
+    "('virsh edit'), or make a full backup with a new checkpoint. If only the files were moved or renamed, and the "
+    "guest finds its data where it was, leave the targets, or an increment would hold the data of another disk: a full "
+    "backup with a new checkpoint is needed."
+)
 _SWAPPED = (
-    "The disk {} has the images that {} had when the checkpoint was made, so an increment would not fit its backup. If "
-    "that is a mistake, give the disks the targets that they had ('virsh edit'). Else make a full backup with a new "
-    "checkpoint; kvmfleet.qcow2.domain_checkpoint with unusable=remove removes this one."
+    "The disk {} has images by the names that {} had when the checkpoint was made, so an increment may not fit its "
+    f"backup. {OTHER_DISK} kvmfleet.qcow2.domain_checkpoint with unusable=remove removes this one."
 )
 
 
@@ -102,7 +107,8 @@ def other_disk(known: KnownCheckpoint, target: str, images: t.Collection[str]) -
     """Return which disk of a checkpoint's time it is whose images a target has now, if not the one it had then.
 
     `images` are the real paths of its chain. That they are others tells nothing: a snapshot, a merge or a move gives a
-    disk other images. But if one was another disk's, and none its own, the disks have swapped their targets.
+    disk other images. But if one was another disk's, and none its own, the disks have swapped their targets, or their
+    files have swapped their names. Nothing but the path tells images of that time.
     """
     times = collections.Counter(path for paths in known.images.values() for path in paths)
     own = {name: {path for path in paths if times[path] == 1} for name, paths in known.images.items()}  # no template

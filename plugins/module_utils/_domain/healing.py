@@ -24,7 +24,7 @@ from .._disk.bitmap_rules import judge
 from .._disk.heal import ABSENT, VALID, HealRequest, Standing
 from .._disk.vault import MARK
 from .._libvirt.connection import KnownCheckpoint
-from .checkpoints import other_disk
+from .checkpoints import OTHER_DISK, other_disk
 from .inventory import is_pattern
 
 # Why a checkpoint will never be valid again; everything else that is wrong can be mended.
@@ -128,16 +128,12 @@ def holds_no_bitmaps(disk: DiskChain, name: str) -> Refusal:
 
 
 def is_of_other_disk(disk: DiskChain, other: str, name: str) -> Refusal:
-    """Return the refusal of a checkpoint of disks that have swapped their targets since."""
+    """Return the refusal of a checkpoint of disks that have swapped their targets, or their files, since."""
     why = (
-        f"is the disk {disk.target} now, and was {other} when the checkpoint {name!r} was made, so an increment would "
-        "not fit its backup"
+        f"is the disk {disk.target} now, and by the names of its images was {other} when the checkpoint {name!r} was "
+        "made, so an increment may not fit its backup"
     )
-    remedy = (
-        "If that is a mistake, give the disks the targets that they had ('virsh edit'); else make a full backup with a "
-        "new checkpoint."
-    )
-    return Refusal("not_healable", disk.path, why, remedy)
+    return Refusal("not_healable", disk.path, why, OTHER_DISK)
 
 
 def decide(

@@ -136,7 +136,10 @@ def test_a_checkpoint_of_disks_that_have_swapped_their_targets_is_not_valid_and_
         disks = [disk(target, *images, real_paths=(f"/{target}-0", f"/{target}-1")) for target in ("vda", "vdb")]
         decision, states = decided(known, disks)
         assert (states, dict(decision.requests), decision.forgotten) == ({"one": "not_healable"}, {}, ())
-        assert "give the disks the targets that they had" in str(decision.fates[0].problem)
+        problem = str(decision.fates[0].problem)
+        assert "give the targets back ('virsh edit')" in problem
+        assert "leave the targets" in problem  # files that were moved crosswise look the same
+        assert "unusable=remove removes it" in problem
         decision, states = decided(known, disks, removes_unusable=True)
         assert (states, decision.forgotten) == ({"one": "removed"}, ("one",))
         assert all(one.removed == ("one",) for one in decision.requests.values())

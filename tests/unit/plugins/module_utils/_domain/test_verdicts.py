@@ -175,6 +175,8 @@ def test_a_disk_that_was_another_one_has_no_valid_checkpoint_and_one_with_other_
             alone = known("one", disk.disk.target, images=THEN, live=live)
             verdict = judged(alone, disk, counts=False).verdict
             assert (verdict.problem, verdict.image) == (problem, disk.disk.source if problem else None)
+            for way in ("give the targets back ('virsh edit')", "If only the files were moved or renamed"):
+                assert (way in (verdict.advice or "")) == bool(problem)
     told = judge_domain([known("one", "vda", "vdb", images=THEN)], disks, counts=False)
     assert next_backup(told, disks).kind == ("full" if any(problems) else "incremental")
 
