@@ -17,10 +17,10 @@ import typing as t
 
 from .._base.attributes import AttributeOptions
 from .._base.errors import Refusal
-from .._base.files import OpenImage, is_there
+from .._base.files import OpenImage, identity_of, is_there
 from .._base.signals import GoesOn, Interrupted
 from .._qcow2.bitmaps import Bitmap
-from .._qcow2.chain import Layer
+from .._qcow2.chain import Layer, resolve_name
 from .._qcow2.growth import most_growth
 from .._qcow2.image import read_image
 from .._qemu.settled import Settled, read_settled
@@ -48,7 +48,7 @@ from .session import Held, Images, failed_by
 from .siblings import folders_beside, standing_on
 from .stages import Seen, named
 from .survey import last_written, read_further
-from .unfinished import why_not_merged
+from .unfinished import merged_below_alone, why_not_merged
 from .verdict import ABSENT, COMMITTED, DELETE, FAILED, KEEP, PRESENT, How, Need
 
 _LEAST_GRANULARITY = 4096  # bytes; between this and the next QEMU takes the size of a cluster
@@ -293,7 +293,8 @@ class MergeRunning(MergeLayers):
         # What is left over is put aside, and nothing below it changes: what stands there may be the VM's.
         seen = _see(request, chain, depth, held, is_left_over=is_left_over)
         seen = seen._replace(others=tuple(one for one in seen.others if os.path.realpath(one) not in self._gone))
-        other = None if is_left_over else _in_the_way(request, chain, depth, seen.above)
+        half = self._why_half_merged(request, held)  # of which QEMU does not have all files open
+        other = None if is_left_over else half or _in_the_way(request, chain, depth, seen.above)
         if other is not None:
             return self.refused(request, [other])
         problems = [*commit.image_problems(seen), *commit.size_problems(seen), *_problems(request, seen, known, held)]
@@ -377,10 +378,25 @@ class MergeRunning(MergeLayers):
         try:
             return self._merge(verdict, held, begin)
         except Interrupted as exc:
-            why = self._how_ended(verdict.request, exc)
-            return verdict.failed(Refusal("interrupted", verdict.request.path, why, "Run this again."))
-        except (Refusal, OSError) as exc:
+            half = None if isinstance(exc, GoesOn) else self._why_half_merged(verdict.request, held)
+            why = half.why if half is not None else self._how_ended(verdict.request, exc)
+            remedy = half.remedy if half is not None else "Run this again."
+            return verdict.failed(Refusal("interrupted", verdict.request.path, why, remedy))
+        except Refusal as exc:
+            half = self._why_half_merged(verdict.request, held)
+            return failed_by(verdict, exc if half is None else half.with_note(f"At its end this was said: {exc.why}."))
+        except OSError as exc:
             return failed_by(verdict, exc)
+
+    def _why_half_merged(self, request: CommitRequest, held: Held) -> Refusal | None:
+        """Return that a merge was begun of which the images tell the end, and the hypervisor not; None if not known."""
+        if request.above is None:
+            return None
+        with contextlib.suppress(Refusal, OSError):
+            is_begun = find_sign(held.image(request.path)) is not None
+            if is_begun and _is_on_base(request, held) and self._hypervisor.has(request):
+                return merged_below_alone(request.path, request.above)
+        return None
 
     def _how_ended(self, request: CommitRequest, exc: Interrupted) -> str:
         """Return what has become of a merge when a signal has ended the run."""
@@ -447,6 +463,15 @@ def _above(request: CommitRequest, held: Held) -> Layer | None:
     if request.above is None:
         return None
     return observe_chain(held.image(request.above), "qcow2", relative=False).layers[0]
+
+
+def _is_on_base(request: CommitRequest, held: Held) -> bool:
+    """Whether the image above, if there is one, records BASE instead of the image that is merged down."""
+    above = _above(request, held)
+    name = above.image.backing_file if above is not None and above.image is not None else None
+    if above is None or name is None:
+        return False
+    return identity_of(os.stat(resolve_name(above.path, name))) == held.image(request.backing_file).identity
 
 
 def _is_relative(request: CommitRequest, held: Held) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import typing as t
 from urllib.parse import quote
 
@@ -55,6 +56,23 @@ def unfinished_work(chain: t.Sequence[Layer], top_bitmaps: t.Iterable[Bitmap]) -
                 found.append(_healing(layer, path, at_healing, chain[0]))
     marks = [bitmap.name for bitmap in top_bitmaps if bitmap.name.startswith(MARK)]
     return [_mark(chain[0].path, name) for name in marks if name[len(MARK) :] not in tokens] + found
+
+
+def merged_below_alone(path: str, above: str) -> Refusal:
+    """Return the refusal of an image that its hypervisor still has, although the one above records the image below.
+
+    So it is where QEMU has merged it down while its VM ran, and the end of that has failed: bitmaps may be in it alone.
+    """
+    why = (
+        f"was merged down while its VM ran, and the end of that failed: {above} records the image below by now, but "
+        "libvirt still has it between both. It must stay, since bitmaps may be in it alone"
+    )
+    command = shlex.join(["qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", path, above])
+    remedy = (
+        "See the space in the folder of the image below, and shut the VM off. If it is still there then, have it "
+        f"recorded again by '{command}', and run this again."
+    )
+    return Refusal("not_switched", path, why, remedy)
 
 
 def why_in_the_way(

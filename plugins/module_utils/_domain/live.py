@@ -45,6 +45,7 @@ from .wayback import (
     flat_disk,
     half_committed_disk,
     left_over,
+    only_stated_disk,
     plan_merge,
     plan_way_back,
     taken_over,
@@ -228,7 +229,8 @@ def _merge_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark) 
         why = "its merge was begun while the domain was shut off, and is all but complete"
         problem = Refusal("unfinished", begun.request.path, why, "Shut it down and run this again.")
         begun = begun._replace(problems=(problem,))
-    return flat_disk(domain, facts, mark) or begun or _left_over(domain, facts, request, mark)
+    stated = only_stated_disk(domain, facts, mark)
+    return flat_disk(domain, facts, mark) or begun or stated or _left_over(domain, facts, request, mark)
 
 
 def _is_volume(domain: Domain, facts: DiskFacts) -> list[Refusal]:

@@ -5,7 +5,7 @@
 """Decide: what becomes of each disk of a domain that is to be on a snapshot.
 
 Facts in, a plan out; names.py tells which image is which snapshot. Only symlinks in the paths that a definition states
-are looked up here.
+are looked up here, and, where these are not what the images record, whether a merge has left that.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from .._qcow2.chain import Layer, resolve_name
 from .._qcow2.mark import Mark
 from .fitness import Fitness, fitness_of, missed_refusal
 from .inventory import DiskFacts
+from .merged_below import why_differs
 from .names import ambiguous, find_snapshot, flattened, flattened_one, new_path
 from .plan import DiskPlan, DomainPlan, NotReady, SkippedDisk, SnapshotRequest, state_problems
 
@@ -249,7 +250,7 @@ def _chain_problems(name: str, disk: DomainDisk, stated: StatedChain, layers: t.
             "have been seeing other data than an overlay would show"
         )
         remedy = "Find out which the guest saw; correct the other one, the images with 'qemu-img rebase -u'."
-        return [Refusal("other_chain", name, why, remedy)]
+        return [why_differs(stated, layers) or Refusal("other_chain", name, why, remedy)]
     if unnamed:
         why = (
             f"the format of {unnamed[0]} is stated in the definition only, not in the image above it, which an "

@@ -190,6 +190,7 @@ def _commit_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark)
     return (
         flat_disk(domain, facts, mark)
         or half_committed_disk(domain, facts, request, mark)
+        or only_stated_disk(domain, facts, mark)
         or _merged_while_running(domain, facts, request, mark)
     )
 
@@ -206,6 +207,19 @@ def _merged_while_running(domain: Domain, facts: DiskFacts, request: WayBack, ma
     why = f"is in no disk of {domain.name} any more, but {sign} tells that its merge was begun while that ran"
     remedy = "Start the domain and run this again with running=live, which keeps the overlay aside."
     return unreadable_disk(domain, Refusal("unfinished", left.path, why, remedy), mark)
+
+
+def only_stated_disk(domain: Domain, facts: DiskFacts, mark: Mark) -> DiskPlan | None:
+    """Return the plan for a disk on whose snapshot only the definition is, not the images; None if it is no such disk.
+
+    The next start has it on the snapshot, so it is neither merged nor gone.
+    """
+    recorded = {layer.real_path for layer in facts.layers}
+    stated = [os.path.realpath(image.path) for image in facts.disk.stated_images if os.path.isabs(image.path)]
+    if not any(path not in recorded and bears(path, mark) for path in stated):
+        return None
+    problems = stated_problems(domain.name, facts.disk, facts.layers)
+    return DiskPlan(mark.target, CommitRequest("", "", vm=domain.uuid), None, tuple(problems))
 
 
 def unreadable_disk(domain: Domain, problem: Refusal, mark: Mark) -> DiskPlan:
@@ -263,6 +277,9 @@ def _revert_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark)
         if flat is not None:
             gone = RevertRequest(flat.path, flat.path, vm=domain.uuid)
             return DiskPlan(mark.target, gone, None, (flattened(domain.name, flat, mark),))
+        stated = only_stated_disk(domain, facts, mark)
+        if stated is not None:
+            return stated
         left = _left_by_revert(facts, request, mark)
         if not left:
             return None

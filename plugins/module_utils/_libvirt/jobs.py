@@ -354,6 +354,7 @@ def _domain_busy(domain: Domain) -> Refusal:
 
 def _ended(merge: Merge) -> Refusal:
     """Return the refusal of a job that has ended without having done its work."""
-    why = f"the merge of {merge.path} ended before it was complete; the domain goes on with the images that it had"
+    # What QEMU has done to the images by then libvirt does not tell.
+    why = f"the merge of {merge.path} ended before it was complete; libvirt has the domain go on with it"
     remedy = "See the space in the folder of the image below, and the log of the domain; then run this again."
     return Refusal("libvirt_failed", merge.domain.name, why, remedy)

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
+import shlex
 import shutil
 import signal
 import struct
+import subprocess
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.attributes import AttributeOptions
@@ -43,6 +46,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import 
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu.locks import LIVE_TURN, take_turn
 
 from .. import qemu
+from . import commits
 from .healing import leave_healing
 from .overlays import SETTINGS, states
 
@@ -647,6 +651,57 @@ def test_a_job_that_another_user_may_have_begun_is_told(three, monkeypatch):
 def test_a_merge_that_nobody_can_end_is_told_to_go_on(three):
     outcome = merge(three[:1], Hypervisor(fails={three[0].path: GoesOn("SIGTERM")}))
     assert "the run was ended by SIGTERM, and its merge goes on" in outcome.verdicts[0].problems[0].why
+
+
+class Stops(Hypervisor):
+    """Has QEMU merge an image, and the one above stand on BASE; then it fails, and has the image further on."""
+
+    def __init__(self, failure):
+        super().__init__(fails={})
+        self._failure = failure
+
+    def merge(self, request, *arguments, **options):
+        super().merge(request, *arguments, **options)
+        self.gone.clear()
+        raise self._failure
+
+
+@pytest.mark.parametrize(
+    "failure, code",
+    [
+        (Refusal("libvirt_failed", "web", "ended before it was complete"), "not_switched"),
+        (Interrupted("SIGTERM"), "interrupted"),
+    ],
+)
+def test_a_merge_in_the_middle_whose_end_fails_has_a_way_out(tmp_path, disk, monkeypatch, failure, code):
+    path = overlay(tmp_path / "disk's mon.qcow2", disk, bitmaps=[SUNDAY])
+    commits.write(path, "write -P 17 0 64k")
+    above = overlay(tmp_path / "disk.tue.qcow2", path, mark=None, bitmaps=[SUNDAY])
+    qemu.qemu_img("convert", "-O", "raw", above, str(tmp_path / "seen"))
+    request = CommitRequest(path, disk, vm="web", above=above)
+    (problem,) = merge([request], Stops(failure)).failures
+    assert (problem.code, problem.subject) == (code, path)
+    assert "was merged down while its VM ran, and the end of that failed" in problem.why
+    assert ("ended before it was complete" in str(problem)) == (code == "not_switched")
+    other = Refusal("other_disks", path, "is not what its running VM has open by this name")
+    monkeypatch.setattr(running, "why_not_open", lambda *_layers, **_more: other)
+    for settings in (CHECK, SETTINGS):  # QEMU does not have it open any more, and that is no copy
+        (again,) = merge([request], Hypervisor(), settings).failures
+        assert (again.code, again.remedy) == ("not_switched", problem.remedy.split(" At its end")[0])
+    command = re.search("by '(qemu-img .*)', and run this again", problem.remedy)[1]
+    subprocess.run(shlex.split(command), check=True)
+    monkeypatch.setattr(running, "why_not_open", lambda *_layers, **_more: None)
+    assert states(merge([request], Hypervisor())) == ["committed"]
+    assert sorted(os.listdir(tmp_path)) == ["disk.qcow2", "disk.tue.qcow2", "seen"]
+    qemu.qemu_img("compare", "-f", "qcow2", "-F", "raw", above, str(tmp_path / "seen"))
+
+
+@pytest.mark.parametrize("failure", [Refusal("libvirt_failed", "web", "is full"), Interrupted("SIGTERM")])
+def test_a_merge_in_the_middle_that_fails_before_its_end_is_only_told(tmp_path, disk, failure):
+    path = overlay(tmp_path / "disk.mon.qcow2", disk)
+    above = overlay(tmp_path / "disk.tue.qcow2", path, mark=None)
+    (problem,) = merge([CommitRequest(path, disk, vm="web", above=above)], Hypervisor(fails={path: failure})).failures
+    assert (problem.code, "rebase" in str(problem)) == (getattr(failure, "code", "interrupted"), False)
 
 
 def test_an_image_whose_merge_is_complete_is_not_gone_back_from(tmp_path, disk):

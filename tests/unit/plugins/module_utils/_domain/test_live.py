@@ -116,6 +116,24 @@ def test_the_chain_that_qemu_has_open_must_be_the_one_that_the_images_record(hos
     assert codes(host.merge("web", "mon")) == ["other_chain"]
 
 
+@pytest.mark.parametrize("has_sign", [True, False])
+def test_what_qemu_alone_has_merged_down_is_not_taken_for_the_end_of_a_merge(host, has_sign):
+    for snapshot in ("mon", "tue"):
+        host.snapshot("web", snapshot)
+    host.start("web")
+    middle = str(host.folder / "web.mon.qcow2")
+    if has_sign:
+        with open_image(middle) as file:
+            leave_sign(file)
+    top, base = host.folder / "web.tue.qcow2", host.folder / "web.qcow2"
+    qemu.qemu_img("rebase", "-u", "-b", str(base), "-F", "qcow2", str(top))
+    code = "not_switched" if has_sign else "other_chain"
+    for plan in (host.merge("web", "mon"), host.merge("web", "tue"), host.put_on("web", "wed")):
+        (problem,) = plan.problems
+        assert problem.code == code
+        assert (f"'qemu-img rebase -u -f qcow2 -F qcow2 -b {middle} {top}'" in problem.remedy) == has_sign
+
+
 def test_layers_are_merged_on_top_and_further_down(host):
     for snapshot in ("mon", "tue"):
         host.snapshot("web", snapshot)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import unittest.mock
 
@@ -483,3 +484,53 @@ def test_an_image_in_the_middle_that_went_in_while_its_vm_ran_is_told_of(host):
         qemu.qemu_img("rebase", "-u", "-b", str(base), "-F", "qcow2", str(host.folder / f"web-{disk}.tue.qcow2"))
     assert host.commit("web", "mon") == ["unfinished"] * 2
     assert host.commit("web", "wed")[0] == ["committed"] * 2
+
+
+def state_chains(host, is_complete):
+    """Have the definition state what is below the images, as libvirt does after a snapshot while the domain ran."""
+    stated = host.domains["web"].definition.text
+    for disk, target in ("a", "vda"), ("b", "vdb"):
+        below = "<backingStore/>" if is_complete else ""
+        for image in (f"web-{disk}.qcow2", f"web-{disk}.mon.qcow2", f"web-{disk}.tue.qcow2")[not is_complete :]:
+            source = f"<format type='qcow2'/><source file='{host.folder / image}'/>"
+            below = f"<backingStore type='file'>{source}{below}</backingStore>"
+        stated = stated.replace(f"<target dev='{target}'/>", f"{below}<target dev='{target}'/>")
+        stated = stated.replace(f'<target dev="{target}"/>', f"{below}<target dev='{target}'/>")
+    host.domains["web"] = host.domains["web"]._replace(definition=Definition(stated))
+    assert all(disk.stated_images for disk in host.domains["web"].definition.disks)
+
+
+def merge_below_alone(host):
+    """Have QEMU merge the lowest overlays of both disks, and the definition go on with them."""
+    for disk in "ab":
+        images = [str(host.folder / f"web-{disk}{part}.qcow2") for part in ("", ".mon", ".tue")]
+        qemu.qemu_img("commit", "-q", "-d", images[1])
+        qemu.qemu_img("rebase", "-u", "-b", images[0], "-F", "qcow2", images[2])
+
+
+@pytest.mark.parametrize("is_complete", [True, False])
+def test_a_merge_whose_end_failed_while_the_vm_ran_has_a_way_out(host, is_complete):
+    state_chains(host, is_complete)
+    for disk in "ab":
+        with open_image(str(host.folder / f"web-{disk}.mon.qcow2")) as file:
+            leave_sign(file)
+    assert [one.code for one in host.plan("web", "thu").problems] == []
+    merge_below_alone(host)
+    for plan, snapshot in ((plan_commit, "mon"), (plan_commit, "wed"), (plan_revert, "mon"), (plan_revert, "tue")):
+        problems = host.plan_back(plan, "web", snapshot).problems
+        assert [(one.code, one.subject) for one in problems] == [
+            ("not_switched", str(host.folder / f"web-{disk}.mon.qcow2")) for disk in "ab"
+        ]
+    assert [one.code for one in host.plan("web", "thu").problems] == ["not_switched"] * 2
+    for one in problems:
+        subprocess.run(shlex.split(re.search("by '(qemu-img .*)', and run this again", one.remedy)[1]), check=True)
+    assert host.commit("web", "mon")[0] == ["committed"] * 2
+    assert not [name for name in host.files() if ".mon." in name]
+
+
+@pytest.mark.parametrize("plan", [plan_commit, plan_revert])
+def test_a_disk_on_whose_snapshot_the_definition_alone_is_does_not_lack_it(host, plan):
+    state_chains(host, is_complete=True)
+    merge_below_alone(host)  # but nobody knows by whom
+    assert [one.code for one in host.plan_back(plan, "web", "mon").problems] == ["other_chain"] * 2
+    assert host.plan_back(plan, "web", "sun").disks == ()

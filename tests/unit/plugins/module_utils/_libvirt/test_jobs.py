@@ -416,6 +416,7 @@ def test_a_job_that_ends_too_early_is_told():
     with pytest.raises(Refusal, match="web: the merge of /mid ended before it was complete") as caught:
         merged(Running([None, (COMMIT, 3)], works=False), "/mid")
     assert caught.value.code == "libvirt_failed"
+    assert caught.value.why.endswith("; libvirt has the domain go on with it")  # what QEMU has, it does not tell
 
 
 def test_a_job_of_another_kind_is_left_alone():
