@@ -50,6 +50,7 @@ from .wayback import (
     plan_way_back,
     taken_over,
     unreadable_disk,
+    why_not_aside,
 )
 
 OLDEST = (6, 6, 0)  # of libvirt that has bitmaps go on over live snapshots and merges
@@ -247,6 +248,9 @@ def _left_over(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark) -
     left = left_over(facts, facts.own, request, mark)
     if left is None:
         return None
+    needed = why_not_aside(facts, left)
+    if needed is not None:
+        return unreadable_disk(domain, needed, mark)
     image_format = left.below.format_found
     aside = CommitRequest(left.path, left.below.path, image_format, domain.uuid, retire=KEEP, speed=request.speed)
     return DiskPlan(mark.target, aside, None, tuple(taken_over(domain, facts, left.path, mark)))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import typing as t
 
 from .._base.errors import Refusal
@@ -24,7 +25,10 @@ from .._disk.vault import Vault, find_vault, open_vault, place_of, read_vault
 from .._disk.verdict import DELETE, KEEP, How
 from .._libvirt.connection import Domain, Kept
 from .._libvirt.definition import Source
+from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer, read_head
+from .._qcow2.formats import QCOW2
+from .._qcow2.image import read_image
 from .._qcow2.mark import History, Mark
 from .checkpoints import chain_of
 from .fitness import fitness_of
@@ -206,7 +210,8 @@ def _merged_while_running(domain: Domain, facts: DiskFacts, request: WayBack, ma
         return None
     why = f"is in no disk of {domain.name} any more, but {sign} tells that its merge was begun while that ran"
     remedy = "Start the domain and run this again with running=live, which keeps the overlay aside."
-    return unreadable_disk(domain, Refusal("unfinished", left.path, why, remedy), mark)
+    problem = why_not_aside(facts, left) or Refusal("unfinished", left.path, why, remedy)
+    return unreadable_disk(domain, problem, mark)
 
 
 def only_stated_disk(domain: Domain, facts: DiskFacts, mark: Mark) -> DiskPlan | None:
@@ -457,6 +462,39 @@ def left_over(facts: DiskFacts, layers: t.Iterable[Layer], request: WayBack, mar
             if is_gone and bears(one.path, mark):
                 return Left(one.path, layer)
     return None
+
+
+def why_not_aside(facts: DiskFacts, left: Left) -> Refusal | None:
+    """Return that a snapshot which went in while its VM ran is still needed for its bitmaps; None if it is not.
+
+    If libvirt could not move them, those of the image above miss all that was written to the snapshot.
+    """
+    place = facts.layers.index(left.below)
+    with open_image(left.path) as file:
+        if not place or find_sign(file) is None:
+            return None
+    above = facts.layers[place - 1].path
+    own = {bitmap.name for bitmap in _recording(left.path) if not bitmap.inconsistent}
+    below = _recording(left.below.path) if left.below.format_found == QCOW2 else []
+    moved = {bitmap.name for bitmap in below if not bitmap.inconsistent}
+    # Of an image that a VM writes to all are stored as inconsistent.
+    names = sorted((own & {bitmap.name for bitmap in _recording(above)}) - moved)
+    if not names:
+        return None
+    why = (
+        f"went in while its VM ran, but its bitmaps did not ({', '.join(names)}), so increments since them would lack "
+        f"what was written to it: {above} stands on the image below already"
+    )
+    command = shlex.join(["qemu-img", "rebase", "-f", "qcow2", "-F", "qcow2", "-b", left.path, above])
+    # Not with -u: what else has gone into the image below since nobody can tell.
+    remedy = f"With the VM shut off, have it recorded again by '{command}', which compares all data. Run this again."
+    return Refusal("lost_bitmaps", left.path, why, remedy)
+
+
+def _recording(path: str) -> list[Bitmap]:
+    """Return the bitmaps of an image that record, or did when it was opened."""
+    with open_image(path) as file:
+        return [bitmap for bitmap in read_image(file).bitmaps if bitmap.recording]
 
 
 def _left_by_revert(facts: DiskFacts, request: WayBack, mark: Mark) -> list[str]:

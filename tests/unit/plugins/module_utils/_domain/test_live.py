@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import struct
+import subprocess
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.attributes import AttributeOptions
@@ -132,6 +134,37 @@ def test_what_qemu_alone_has_merged_down_is_not_taken_for_the_end_of_a_merge(hos
         (problem,) = plan.problems
         assert problem.code == code
         assert (f"'qemu-img rebase -u -f qcow2 -F qcow2 -b {middle} {top}'" in problem.remedy) == has_sign
+
+
+@pytest.mark.parametrize("lacking", [None, "below", "above", "sign"])
+def test_what_went_in_without_its_bitmaps_is_not_put_aside(host, lacking):
+    """The definition states no chain, so that of an overlay which was made while the domain was shut off."""
+    for snapshot in ("mon", "tue"):
+        host.snapshot("web", snapshot)
+    middle, top, base = (str(host.folder / f"web{part}.qcow2") for part in (".mon", ".tue", ""))
+    has_it = [middle, *([top] if lacking != "above" else []), *([base] if lacking is None else [])]
+    for path in has_it:
+        qemu.add_bitmaps(path, [Bitmap("c1", 65536, True, False)])
+    if lacking != "sign":
+        with open_image(middle) as file:
+            leave_sign(file)
+    seen = str(host.folder / "seen")
+    qemu.qemu_img("convert", "-O", "raw", top, seen)
+    qemu.qemu_img("commit", "-q", "-d", middle)
+    qemu.qemu_img("rebase", "-u", "-b", base, "-F", "qcow2", top)
+    shut_off = plan_commit(host.domains["web"], host.facts("web"), WayBack("mon")).problems
+    host.start("web")
+    running = host.merge("web", "mon").problems
+    if lacking != "below":
+        assert (running, "lost_bitmaps" in [one.code for one in shut_off]) == ((), False)
+        return
+    assert running == shut_off
+    assert (running[0].code, running[0].subject) == ("lost_bitmaps", middle)
+    assert "(c1)" in running[0].why
+    subprocess.run(shlex.split(re.search("by '(qemu-img .*)', which compares", running[0].remedy)[1]), check=True)
+    qemu.qemu_img("compare", "-f", "qcow2", "-F", "raw", top, seen)
+    host.domains["web"] = host.domains["web"]._replace(state=None, running_definition=None)
+    assert plan_commit(host.domains["web"], host.facts("web"), WayBack("mon")).problems == ()
 
 
 def test_layers_are_merged_on_top_and_further_down(host):
