@@ -19,6 +19,12 @@ from .._qcow2.mark import Mark
 from .bitmap_rules import bitmap_drift, names_of
 from .observe import ObservedChain, Target
 
+# The advice about an overlay with which nothing is lost.
+MAY_GO = (
+    "It holds no data. If no VM has it as its disk, here or on another host, and no image stands on it, remove it and "
+    "run this again."
+)
+
 _ELSEWHERE = "Give the overlay another name or folder."
 _IN_USE = f"A process has it open for writing, most likely a VM: leave it alone. {_ELSEWHERE}"
 _ANOTHERS = f"Most likely it is the disk of another VM, here or on another host: leave it alone. {_ELSEWHERE}"
@@ -34,13 +40,11 @@ _LEFT_OVER = (
     "up. After going back, what the VM wrote to it and its bitmaps are in it alone and are lost with it. Move it away, "
     "or remove it if nobody needs that; or give the overlay another name or folder."
 )
-_EMPTY = "It holds no data. If no VM has it as its disk, here or on another host, remove it and run this again."
-_KILLED = f"Most likely it was left by a run of this snapshot that was killed, and other images came since. {_EMPTY}"
+_KILLED = f"Most likely it was left by a run of this snapshot that was killed, and other images came since. {MAY_GO}"
 _HEAL = (
     "With the VM shut off, kvmfleet.qcow2.domain_checkpoint (without libvirt: kvmfleet.qcow2.qcow2_bitmap) makes it "
     "valid again where that is right, from what the overlay holds. Else make a full backup with a new checkpoint."
 )
-_FULL = "What a VM has written to it is not recorded there. Make a full backup with a new checkpoint."
 
 
 class Wanted(t.Protocol):
@@ -102,7 +106,16 @@ def _differences_in_place(
         yield _Difference("it is marked corrupt", _CORRUPT)
     if image.virtual_size < active.virtual_size:
         what = f"its virtual size is {image.virtual_size}, smaller than ACTIVE's {active.virtual_size}"
-        yield _Difference(what, _ODD)
+        yield _Difference(what, MAY_GO if _is_of_killed_run(request, target, image) else _ODD)
+
+
+def _is_of_killed_run(request: Wanted, target: Target, image: Image) -> bool:
+    """Whether it is this very snapshot and holds no data, so that nothing is lost with it.
+
+    So a run leaves it that was killed before the VM was put on it. Its bitmaps do not count, whatever they mark: the
+    disk is as the image below has it. The VM goes on there, where checkpoints come and go, and the size can change.
+    """
+    return request.must_be_fresh and request.mark is not None and image.mark == request.mark and not target.has_data
 
 
 def _other_backing_file(request: Wanted, target: Target, image: Image, wanted: str) -> _Difference:
@@ -110,7 +123,7 @@ def _other_backing_file(request: Wanted, target: Target, image: Image, wanted: s
     if image.backing_file is None:
         return _Difference(f"its backing file is none, not {wanted}", _ANOTHERS)
     what = f"its backing file is {target.backing_path}, not {wanted}"
-    if request.mark is not None and image.mark == request.mark and not target.has_data:
+    if _is_of_killed_run(request, target, image):
         return _Difference(what, _KILLED)
     if target.backing_identity is not None or has_protocol(image.backing_file):
         return _Difference(what, _ANOTHERS)
@@ -132,13 +145,13 @@ def _signs_of_use(request: Wanted, active: ObservedChain, target: Target, image:
     if not is_ours:
         marked = f"is marked as that of {' '.join(image.mark)}" if image.mark else "has no mark of this collection"
         what = f"it was not made as this snapshot of this disk (it {marked})"
-        yield _Difference(what, _ANOTHERS if image.mark else _UNKNOWN if target.has_data or foreign else _EMPTY)
+        yield _Difference(what, _ANOTHERS if image.mark else _UNKNOWN if target.has_data or foreign else MAY_GO)
     if target.has_data:
         what = "it holds data, so a VM has run on it and was later put back to the image below"
         yield _Difference(what, _LEFT_OVER if is_ours else _UNKNOWN)
     if foreign:
-        what = f"it has the bitmap {names_of(foreign)}, made while a VM ran on it, and would lack what came after"
-        yield _Difference(what, _LEFT_OVER if is_ours else _UNKNOWN)
+        what = f"it has the bitmap {names_of(foreign)}, which a new overlay would not have"
+        yield _Difference(what, MAY_GO if _is_of_killed_run(request, target, image) else _UNKNOWN)
     earlier = active.earlier_bitmaps(dict(request.created))
     carried = [bitmap for bitmap in image.bitmaps if bitmap.name in earlier]
     if carried:
@@ -147,7 +160,8 @@ def _signs_of_use(request: Wanted, active: ObservedChain, target: Target, image:
     if target.is_open_for_writing:
         yield _Difference("a process has it open for writing, most likely another VM", _IN_USE)
     if image.virtual_size != active.virtual_size:
-        yield _Difference(f"its virtual size is {image.virtual_size}, not ACTIVE's {active.virtual_size}", _ODD)
+        what = f"its virtual size is {image.virtual_size}, not ACTIVE's {active.virtual_size}"
+        yield _Difference(what, MAY_GO if _is_of_killed_run(request, target, image) else _ODD)
     if image.encrypted or image.has_data_file or image.dirty:
         what = "it is encrypted, has a data file, or was not closed properly, so this collection has not made it"
         yield _Difference(what, _ODD)
@@ -157,8 +171,8 @@ def _differences_in_bitmaps(
     request: Wanted, active: ObservedChain, target: Target, image: Image
 ) -> t.Iterator[_Difference]:
     """Yield which bitmaps do not record. One cannot be added later: what was written before would be missing in it."""
-    is_empty = not (target.has_data or image.bitmaps or image.lost_bitmaps)
-    advice = (_EMPTY if is_empty else _FULL) if request.must_be_fresh else _HEAL
+    # Of one that is to be fresh, and has data or another's mark, that is told before, with its advice.
+    advice = MAY_GO if request.must_be_fresh else _HEAL
     earlier = active.earlier_bitmaps(dict(request.created))
     for what in bitmap_drift(active.image, image, earlier, is_open=target.is_open_for_writing or target.is_in_work):
         yield _Difference(what, advice)

@@ -23,7 +23,7 @@ from .._qcow2.image import Image
 from .._qcow2.mark import History, Mark, mark_bytes
 from .._qemu.locks import below_running_vm, in_use
 from .bitmap_rules import OLDER, bitmap_problems, carries_over, is_expressible, names_of
-from .drift import drift_problems
+from .drift import MAY_GO, drift_problems
 from .observe import DEVICE, FOLDER, OTHER_FILE, ObservedChain, Target
 from .retire import is_kept
 from .verdict import CREATED, FAILED, PRESENT, Need, problem_fields
@@ -373,7 +373,7 @@ def with_stale(verdict: OverlayVerdict, stale: t.Sequence[Bitmap]) -> OverlayVer
         f"exists and differs: its bitmap {names_of(stale)} has not the bits of the images below, as if the VM had "
         "run on ACTIVE since, or as if it was made with bitmap_content=empty"
     )
-    remedy = "No VM has run on it: remove it and run this again, or use bitmap_content=empty."
+    remedy = f"{MAY_GO} Or use bitmap_content=empty."
     return verdict.failed(Refusal("differs", verdict.request.path, why, remedy))
 
 

@@ -195,6 +195,7 @@ def test_an_overlay_of_an_interrupted_run_is_not_taken_if_the_vm_ran_on_below_it
     subprocess.run(["qemu-io", "-c", "write 9M 64k", active], check=True, stdout=subprocess.DEVNULL)
     outcome = make_overlays([wanted], SETTINGS)
     assert "its bitmap 'x' has not the bits of the images below" in str(outcome.failures[0])
+    assert "If no VM has it as its disk" in outcome.failures[0].remedy
     assert states(make_overlays([wanted._replace(bitmap_content="empty")], SETTINGS)) == ["present"]
     assert states(make_overlays([wanted._replace(must_be_fresh=False)], SETTINGS)) == ["present"]
 

@@ -14,7 +14,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps impo
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import Mark
 
 from .. import qemu
-from .overlays import SETTINGS, make_overlays
+from .overlays import SETTINGS, make_overlays, states
 
 OURS = Mark("4dea22b3-1d52-d8f3-2516-782e98ab3fa0", "vda", "s")
 
@@ -55,7 +55,7 @@ def test_a_clone_of_the_same_image_may_be_another_vms_disk(wanted):
     assert "the disk of another VM, here or on another host: leave it alone" in advice(wanted)
     os.unlink(wanted.path)
     make_overlays([wanted._replace(mark=None, must_be_fresh=False)], SETTINGS)
-    assert "If no VM has it as its disk, here or on another host, remove it" in advice(wanted)
+    assert "If no VM has it as its disk, here or on another host, and no image stands on it" in advice(wanted)
     write(wanted.path)
     assert "leave it alone until you know" in advice(wanted)
     assert "remove" not in advice(wanted)
@@ -78,7 +78,37 @@ def test_of_what_is_left_over_it_is_told_what_would_be_lost(wanted):
 def test_a_checkpoint_that_was_made_on_what_is_left_over(wanted):
     make_overlays([wanted], SETTINGS)
     qemu.add_bitmaps(wanted.path, [Bitmap("later", 65536, True, False)])
+    write(wanted.path)
     assert "are lost with it" in advice(wanted)
+
+
+KILLED = {
+    "a new checkpoint": lambda disk, _path: qemu.add_bitmaps(disk, [Bitmap("later", 65536, True, False)]),
+    "a checkpoint deleted": lambda disk, _path: qemu.qemu_img("bitmap", "--remove", disk, "fine"),
+    "a disk enlarged": lambda disk, _path: qemu.qemu_img("resize", "-q", disk, "2G"),
+    "a disk shrunk": lambda disk, _path: qemu.qemu_img("resize", "-q", "--shrink", disk, "512M"),
+    "a bitmap disabled": lambda _disk, path: qemu.qemu_img("bitmap", "--disable", path, "fine"),
+    "a VM that ran on it": lambda _disk, path: qemu.add_bitmaps(path, [Bitmap("later", 65536, True, False)]),
+}
+
+
+@pytest.mark.parametrize("since", KILLED)
+def test_with_what_a_killed_run_has_left_nothing_is_lost_whatever_its_bitmaps(wanted, disk, since):
+    for bitmap in ("disabled", "broken"):
+        qemu.qemu_img("bitmap", "--remove", disk, bitmap)
+    for bitmap in ("coarse",) if since.startswith("a disk") else ():
+        qemu.qemu_img("bitmap", "--remove", disk, bitmap)
+    make_overlays([wanted], SETTINGS)
+    KILLED[since](disk, wanted.path)
+    (problem,) = make_overlays([wanted], SETTINGS).failures
+    assert "ran on it" not in problem.why
+    assert problem.remedy == (
+        "It holds no data. If no VM has it as its disk, here or on another host, and no image stands on it, remove it "
+        "and run this again."
+    )
+    assert "remove" not in advice(wanted._replace(mark=OURS._replace(vm="another")))
+    os.unlink(wanted.path)
+    assert states(make_overlays([wanted], SETTINGS)) == ["created"]
 
 
 def test_nothing_that_would_be_lost_is_to_be_removed(wanted, disk):

@@ -41,7 +41,7 @@ def signs_of_use(path, what):
 
 
 SIGNS = {
-    "a checkpoint": "it has the bitmap 'later', made while a VM ran on it",
+    "a checkpoint": "it has the bitmap 'later', which a new overlay would not have",
     "another size": "its virtual size is 2147483648, not ACTIVE's 1073741824",
     "encrypted": "it is encrypted",
     "not closed": "was not closed properly",

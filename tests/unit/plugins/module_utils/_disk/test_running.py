@@ -26,6 +26,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.signals impor
 )
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import begun, publish, running
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.begun import find_sign, has_begun_job, leave_sign
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.build import MakeOverlays
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import CommitRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.observe import observe_chain, why_not_open
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay import OverlayRequest
@@ -140,6 +141,17 @@ def fixture_disk(tmp_path):
     qemu.add_bitmaps(disk, [SUNDAY])
     os.chmod(disk, 0o640)
     return disk
+
+
+@pytest.mark.parametrize("settings", [CHECK, SETTINGS])
+def test_an_overlay_that_a_killed_run_has_made_for_a_vm_that_was_shut_off_may_go(tmp_path, disk, settings):
+    request = OverlayRequest(str(tmp_path / "disk.mon.qcow2"), disk, vm="web", must_be_fresh=True, mark=OF_WEB)
+    assert states(run(MakeOverlays(AttributeOptions()), [request], SETTINGS)) == ["created"]
+    hypervisor = Hypervisor()
+    hypervisor.gone.add(request.path)
+    (problem,) = run(MakeForRunning(AttributeOptions(), hypervisor), [request], settings).failures
+    assert "it has the bitmap 'sunday', which a new overlay would not have" in problem.why
+    assert problem.remedy.startswith("It holds no data. If no VM has it as its disk")
 
 
 def snapshot(tmp_path, disk, switch, known=Known(("sunday",)), settings=SETTINGS):  # noqa: B008
