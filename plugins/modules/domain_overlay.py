@@ -505,9 +505,9 @@ domains:
           sample: null
         verified:
           description:
-            - Whether libvirt itself has said so, as of domains that run. In check mode it is what libvirt says now.
-              Else it is judged by what the images store, as it is always if the problem is V(lost) or V(in_use), of
-              which libvirt knows nothing.
+            - Whether libvirt itself has said so, as of domains that run. In check mode it is what libvirt says now, so
+              not of a checkpoint that is broken now and that the merge makes valid. Else it is judged by what the
+              images store, as it is always if the problem is V(lost) or V(in_use), of which libvirt knows nothing.
           type: bool
           sample: false
     unfit_disks:

@@ -226,6 +226,16 @@ def _with_faults_below(found: t.Mapping[str, Fate], seen: Seen, created: t.Mappi
     }
 
 
+def usable_in_base(seen: Seen, names: t.Iterable[str], created: t.Mapping[str, int]) -> tuple[str, ...]:
+    """Return which of these bitmaps, that no backup can use from TOP, one can use from BASE after a merge by libvirt.
+
+    BASE has them in order and records the merge: they take in all that TOP holds, whatever is wrong with them there.
+    """
+    own = named(seen.base.image)
+    found = {name: Fate(own[name]) for name in names if name in own and carries_over(own[name])}
+    return tuple(name for name, fate in _with_faults_below(found, seen, created).items() if fate.skipped is None)
+
+
 def _granularities(seen: Seen) -> dict[str, int]:
     return {name: b.granularity for layer in seen.chain[seen.depth :: -1] for name, b in named(layer.image).items()}
 

@@ -156,7 +156,7 @@ def _signs_of_use(request: Wanted, active: ObservedChain, target: Target, image:
     carried = [bitmap for bitmap in image.bitmaps if bitmap.name in earlier]
     if carried:
         what = f"its bitmap {names_of(carried)} would look valid, and in ACTIVE, last written to before its checkpoint"
-        yield _Difference(f"{what} was made, it is an earlier one of that name", _EMPTY)
+        yield _Difference(f"{what} was made, it is an earlier one of that name", MAY_GO)
     if target.is_open_for_writing:
         yield _Difference("a process has it open for writing, most likely another VM", _IN_USE)
     if image.virtual_size != active.virtual_size:

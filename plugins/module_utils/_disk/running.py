@@ -68,6 +68,10 @@ class Known(t.NamedTuple):
     usable: tuple[str, ...] = ()  # by an incremental backup
     unusable: tuple[str, ...] = ()
 
+    def with_usable(self, names: t.Sequence[str]) -> Known:
+        """Return the names, with these as usable, too."""
+        return Known((*self.usable, *names), tuple(name for name in self.unusable if name not in names))
+
 
 class Signs:
     """The signs beside the images of a VM that are still to be merged; there is a job of the first one alone."""
@@ -312,6 +316,8 @@ class MergeRunning(MergeLayers):
         mark = seen.top.mark
         how: How = DELETE if not is_left_over and mark is not None and mark.vm == request.vm else KEEP
         kept = kept_path(request.path, KEPT_AS) if KEEP in (how, request.retire) else None
+        if not is_left_over and request.above is None:  # else BASE is not what a backup begins with
+            known = known.with_usable(commit.usable_in_base(seen, known.unusable, dict(request.created)))
         layers = seen.chain[seen.depth :: -1]  # what BASE has stored of a bitmap counts
         return CommitVerdict(
             request=request,
@@ -421,7 +427,26 @@ class MergeRunning(MergeLayers):
         os.fsync(base.fd)  # before the only other copy of the data goes
         how: How = DELETE if verdict.retired[0].kept_as is None else KEEP
         kept_as = retire(request.path, _alone(request.path, held), how, KEPT_AS)
-        return verdict._replace(retired=(Retired(request.path, kept_as),))
+        return self._with_bitmaps(verdict._replace(retired=(Retired(request.path, kept_as),)))
+
+    def _with_bitmaps(self, verdict: CommitVerdict) -> CommitVerdict:
+        """Return the verdict on a merge that is done with what the hypervisor says now of the bitmaps told of there."""
+        request = verdict.request
+        if verdict.method is None:  # of what is left over nothing is merged
+            return verdict
+        try:
+            known = self._hypervisor.known(request.vm, [request.backing_file])
+        except Refusal as exc:  # the image is merged down all the same
+            warning = f"{request.path}: is merged down. Which bitmaps a backup can use now cannot be told: {exc}"
+            return verdict._replace(bitmaps=(), skipped=(), warnings=(*verdict.warnings, warning))
+        told = {
+            **{bitmap.name: bitmap.granularity for bitmap in verdict.bitmaps},
+            **{bitmap.name: bitmap.granularity for bitmap in verdict.skipped},
+        }
+        return verdict._replace(
+            bitmaps=tuple(Bitmap(name, told[name], True, False) for name in told if name in known.usable),
+            skipped=tuple(SkippedBitmap(name, told[name], BROKEN) for name in told if name in known.unusable),
+        )
 
     def _have_merged(self, request: CommitRequest, held: Held, begin: Begin) -> None:
         file = held.image(request.path)

@@ -78,6 +78,25 @@ def promised(path: str, virtual_size: int | None, bitmaps: t.Sequence[Bitmap]) -
     return LayerBitmaps(path, virtual_size or 0, own)
 
 
+def as_promised(
+    known: t.Sequence[KnownCheckpoint], usable: t.Mapping[str, t.Collection[str]]
+) -> tuple[KnownCheckpoint, ...]:
+    """Return the checkpoints as libvirt would tell of them after a run that is only rehearsed.
+
+    `usable` has by target the bitmaps that the run promises. How much they mark nobody can tell before.
+    """
+    return tuple(one._replace(live=_live_as_promised(one, one.live, usable)) for one in known)
+
+
+def _live_as_promised(
+    known: KnownCheckpoint, live: LiveBitmaps | None, usable: t.Mapping[str, t.Collection[str]]
+) -> LiveBitmaps | None:
+    if live is None or live.problem is not None:
+        return live
+    promised_to = {target: 0 for target, bitmap in known.bitmaps.items() if bitmap in usable.get(target, ())}
+    return LiveBitmaps({**promised_to, **live.sizes})
+
+
 def _judge(known: KnownCheckpoint, disks: t.Mapping[str, DomainDisk], chains: t.Mapping[str, Chain]) -> Checkpoint:
     """Return the verdict on a checkpoint by the chains of its disks, or by what libvirt says of them."""
     verdicts = [

@@ -11,14 +11,15 @@ import os
 import typing as t
 
 from .._base.errors import Refusal, printable
+from .._disk.commit import CommitVerdict
 from .._disk.progress import await_merges_of
 from .._disk.run import Batch, run_all
 from .._disk.session import Operation, Settings, Vm
 from .._disk.verdict import FAILED, SKIPPED, root_causes
-from .._libvirt.connection import Domain, Kept, Libvirt, LiveBitmaps, Unreadable
+from .._libvirt.connection import Domain, Kept, KnownCheckpoint, Libvirt, LiveBitmaps, Unreadable
 from .._libvirt.definition import DomainDisk
 from .._libvirt.switch import forget
-from .checkpoints import Chain, chain_of, judge_checkpoints
+from .checkpoints import Chain, as_promised, chain_of, judge_checkpoints
 from .inventory import DiskFacts, Inventory
 from .plan import DiskPlan, DomainOutcome, DomainPlan, SkippedDisk, failed_outcome
 
@@ -225,6 +226,7 @@ class Call:
         changed = switched is not None or any(verdict.changed for verdict in overlays.values())
         made = {d.target: overlays[d.target] for d in plan.disks if _is_touched(d, overlays)} if is_done else {}
         lost = switched.lost if switched is not None and not problems else ()
+        known = self._known_then(plan.domain, kept, made)
         return DomainOutcome(
             name=plan.domain.name,
             uuid=plan.domain.uuid,
@@ -234,12 +236,12 @@ class Call:
             overlays=tuple(overlays.items()),
             skipped=plan.skipped,
             checkpoints=judge_checkpoints(
-                [one for one in kept.checkpoints if one.name not in lost],
+                [one for one in known if one.name not in lost],
                 # What it runs with is what its guest writes to, whatever the next start uses.
                 (plan.domain.running_definition or plan.domain.definition).disks,
                 lambda disk: aim.chain_after(disk, made.get(disk.target)),
             ),
-            verified=_verified(kept),
+            verified=_verified(kept._replace(checkpoints=tuple(one for one in kept.checkpoints if one in known))),
             lost=lost,
             snapshots=kept.snapshots,
             missed=plan.missed,
@@ -250,6 +252,13 @@ class Call:
             tops=definition.tops,
             known=kept.checkpoints,
         )
+
+    def _known_then(self, domain: Domain, kept: Kept, made: t.Mapping[str, t.Any]) -> tuple[KnownCheckpoint, ...]:
+        """Return the checkpoints after the run; of a domain that runs, in check mode, as its merges promise them."""
+        if not self._settings.check_mode or domain.state is None:
+            return kept.checkpoints
+        merged = {target: one for target, one in made.items() if isinstance(one, CommitVerdict)}
+        return as_promised(kept.checkpoints, {target: [b.name for b in one.bitmaps] for target, one in merged.items()})
 
 
 def _snapshots_of(domain: Domain, facts: t.Sequence[DiskFacts]) -> t.Iterator[str]:

@@ -379,6 +379,79 @@ def test_a_merged_image_goes_and_check_mode_says_so(tmp_path, disk):
     assert states(merge([request], Hypervisor())) == ["absent"]
 
 
+class Heals(Hypervisor):
+    """Finds bitmaps broken until it has merged an image; `known_then` is what it says then."""
+
+    def __init__(self, known_then):
+        super().__init__(Known((), ("sunday",)))
+        self._known_then = known_then
+
+    def known(self, _vm, _paths):
+        if self.gone and self._known_then is None:
+            raise Refusal("libvirt_unreachable", "uri", "went away")
+        return self._known_then if self.gone else self._known
+
+
+HEALED, BROKEN = Known(("sunday",)), Known((), ("sunday",))
+
+
+@pytest.mark.parametrize(
+    "own, lower, then",
+    [
+        (SUNDAY, None, HEALED),
+        (SUNDAY, SUNDAY, HEALED),
+        (None, None, BROKEN),
+        (SUNDAY._replace(inconsistent=True), None, BROKEN),
+        (SUNDAY._replace(recording=False), None, BROKEN),
+        (SUNDAY, SUNDAY._replace(recording=False), BROKEN),
+    ],
+)
+@pytest.mark.parametrize("in_top", [None, SUNDAY._replace(inconsistent=True)])
+def test_a_bitmap_that_the_image_below_has_in_order_is_healed_and_check_mode_says_so(
+    tmp_path, own, lower, then, in_top
+):
+    bottom = qemu.create(tmp_path / "bottom.qcow2", "1M")
+    qemu.add_bitmaps(bottom, [lower] if lower else [])
+    base = overlay(tmp_path / "base.qcow2", bottom, None, [own] if own else [])
+    path = overlay(tmp_path / "disk.mon.qcow2", base, bitmaps=[in_top] if in_top else [])
+    request = CommitRequest(path, base, vm="web")
+    foretold = merge([request], Heals(then), CHECK)
+    outcome = merge([request], Heals(then))
+    assert foretold.as_result("x")["x"] == outcome.as_result("x")["x"]
+    (verdict,) = outcome.verdicts
+    assert [b.name for b in verdict.bitmaps] == list(then.usable)
+    assert [(b.name, b.reason) for b in verdict.skipped] == [(name, "broken") for name in then.unusable]
+
+
+def test_what_is_foretold_of_a_bitmap_gives_way_to_what_is_so_after_the_merge(tmp_path, disk):
+    request = CommitRequest(overlay(tmp_path / "disk.mon.qcow2", disk), disk, vm="web")
+    (verdict,) = merge([request], Heals(BROKEN)).verdicts
+    assert (verdict.state, verdict.bitmaps, [b.name for b in verdict.skipped]) == ("committed", (), ["sunday"])
+
+
+def test_of_a_merge_that_is_done_it_is_told_if_its_bitmaps_cannot_be(tmp_path, disk):
+    request = CommitRequest(overlay(tmp_path / "disk.mon.qcow2", disk), disk, vm="web")
+    outcome = merge([request], Heals(None))
+    assert (states(outcome), outcome.verdicts[0].bitmaps, outcome.verdicts[0].skipped) == (["committed"], (), ())
+    assert "Which bitmaps a backup can use now cannot be told: uri: went away" in outcome.warnings[0]
+    assert os.listdir(tmp_path) == ["disk.qcow2"]
+
+
+def test_a_bitmap_below_the_image_above_is_not_foretold_to_be_healed(tmp_path, disk):
+    path = overlay(tmp_path / "disk.mon.qcow2", disk, bitmaps=[SUNDAY._replace(inconsistent=True)])
+    above = overlay(tmp_path / "disk.tue.qcow2", path, OF_WEB._replace(snapshot="tue"))
+    outcome = merge([CommitRequest(path, disk, vm="web", above=above)], Heals(BROKEN), CHECK)
+    assert [b.name for b in outcome.verdicts[0].skipped] == ["sunday"]
+
+
+def test_what_is_left_over_heals_nothing(tmp_path, disk):
+    request = CommitRequest(overlay(tmp_path / "disk.mon.qcow2", disk), disk, vm="web")
+    hypervisor = Hypervisor(BROKEN)
+    hypervisor.gone.add(request.path)
+    (verdict,) = merge([request], hypervisor).verdicts
+    assert (verdict.bitmaps, [b.name for b in verdict.skipped]) == ((), ["sunday"])
+
+
 def test_check_mode_takes_for_gone_what_another_call_is_to_retire(tmp_path, disk):
     path, left = overlay(tmp_path / "disk.tue.qcow2", disk), overlay(tmp_path / "disk.mon.qcow2", disk)
     request = CommitRequest(path, disk, vm="web")

@@ -25,6 +25,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay impor
     OverlayRequest,
     OverlayVerdict,
 )
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.running import Known
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain import live
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.aims import MergeDown, PutOnOverlays
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.checkpoints import Chain, judge_checkpoints
@@ -510,6 +511,26 @@ class Daemon:
 
     def domains(self):
         return self._host.domains
+
+
+@pytest.mark.parametrize("is_in_order", [True, False])
+def test_check_mode_tells_of_a_checkpoint_that_a_merge_makes_valid(host, monkeypatch, is_in_order):
+    monkeypatch.setattr(running_module, "why_not_open", lambda *_layers, **_more: None)
+    monkeypatch.setattr(live.RunningDomains, "check_for_merge", lambda *_args, **_more: None)
+    monkeypatch.setattr(live.RunningDomains, "has", lambda *_args: True)
+    monkeypatch.setattr(live.RunningDomains, "known", lambda *_args: Known((), ("b",)))
+    qemu.add_bitmaps(host.folder / "web.qcow2", [Bitmap("b", 65536, is_in_order, False)])
+    host.snapshot("web", "mon")
+    host.start("web")
+    daemon = Daemon(host)
+    broken = KnownCheckpoint("one", {"vda": "b"}, live=LiveBitmaps())
+    daemon.kept = daemon.kept_now = lambda _domain: Kept((broken,))
+    call = Call(daemon, ["web"], [MergeRunningDown(WayBack("mon"), LIVE)], SETTINGS._replace(check_mode=True))
+    ((outcome,), _warnings) = call.run()
+    (told,) = outcome.as_result()["checkpoints"]
+    assert outcome.state == "committed"
+    assert (told["valid"], told["problem"]) == ((True, None) if is_in_order else (False, "broken"))
+    assert told["verified"] is not is_in_order  # libvirt says now that it is broken
 
 
 @pytest.mark.parametrize("runs_on_it", [True, False])
