@@ -319,11 +319,12 @@ def _unstated(facts: DiskFacts) -> Source | None:
 def _chain_problems(domain: Domain, facts: DiskFacts, found: Found, mark: Mark) -> list[Refusal]:
     """Return why the images below the disk must not be touched."""
     part = facts.layers[: facts.layers.index(found.below) + 1]
+    other_chain = stated_problems(domain.name, facts.disk, facts.layers)
     return [
-        *stated_problems(domain.name, facts.disk, facts.layers),
+        *other_chain,
         *_shared(domain, facts, mark, part),
         *_uncertain(domain, found, mark),
-        *_other_base(part),
+        *(_other_base(part) if not other_chain else ()),
     ]
 
 

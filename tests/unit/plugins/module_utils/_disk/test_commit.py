@@ -20,7 +20,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.merge import 
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.retire import why_not_retired
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.in_use import set_in_use
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import Mark, write_mark
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import History, Mark, write_mark
 
 from .. import qemu
 from . import commits
@@ -632,7 +632,7 @@ def test_what_an_image_lacks_that_an_overlay_goes_on_with_must_not_come_to_look_
     """QEMU could not store it as its VM left the image: that the overlay is newer than the checkpoint tells."""
     qemu.qemu_img("bitmap", "--remove", "-f", "qcow2", chain.base, "x")
     with OpenImage(chain.middle, os.open(chain.middle, os.O_RDWR)) as file:
-        write_mark(file, Mark("web", "vda", "mon"), 90_000 * 10**9)
+        write_mark(file, Mark("web", "vda", "mon"), History(base_written=90_000 * 10**9))
     os.utime(chain.top)
     told = commits.refusal(chain.top, chain.base, created=(("x", 50_000),))
     assert (told.code, told.subject) == ("lost_bitmaps", chain.base)

@@ -18,7 +18,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.heal import H
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.mend import MendBitmaps
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import Mark, write_mark
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import History, Mark, write_mark
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu.monitor import Monitor
 
 from .. import qemu
@@ -58,7 +58,7 @@ def fixture_base(tmp_path):
 def test_a_bitmap_whose_beginning_was_not_stored_below_is_not_valid_and_cannot_be_healed(tmp_path, base):
     top = overlay(tmp_path / "top.qcow2", base)
     with OpenImage(top, os.open(top, os.O_RDWR)) as file:
-        write_mark(file, Mark("web", "vda", "mon"), 90_000 * 10**9)
+        write_mark(file, Mark("web", "vda", "mon"), History(base_written=90_000 * 10**9))
     qemu.add_bitmaps(top, [Bitmap("new", 65536, True, False)])
     for created, is_valid in ((50_000, False), (89_000, True)):
         disk, changed = mend(top, names=("new",), created=(("new", created),))
@@ -220,6 +220,8 @@ def test_a_checkpoint_goes_from_an_image_that_has_an_earlier_bitmap_of_the_name_
     assert (changed, disk["state"], checkpoints(top)) == (True, "removed", {"tuesday"})
     before = bits_of([top, base], "tuesday")
     crash(top)
+    assert not mend(top, created=created)[1]  # the image below goes on to tell that its own is an earlier one
+    os.utime(base)
     assert mend(top, created=created)[1]
     assert checkpoints(top) == {"tuesday"}
     assert not before & ~bits_of([top, base], "tuesday")
