@@ -431,8 +431,8 @@ RULES = (
     Rule(
         "no image is merged into, or put in the place of, what is older than what it was made on",
         "wayback",
-        "if not written or written + lost > history.base_written:",
-        "if True:",
+        "is_older = 0 < written <= history.base_written - lost",
+        "is_older = False",
         ("test_wayback",),
         "_domain",
     ),

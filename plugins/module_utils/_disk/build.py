@@ -102,7 +102,8 @@ class MakeOverlays:
         except (Refusal, OSError) as exc:
             return failed_by(verdict, exc)  # with its warnings
         backing_file = overlay.recorded_backing_file(request, active, target)
-        history = History(base_written=file.written(), made=time.time_ns())
+        inode = 0 if file.is_device else file.status().st_ino
+        history = History(base_written=file.written(), base_inode=inode, made=time.time_ns())
         size = active.virtual_size
         bit_bytes = most_bytes(maps, verdict.bitmaps, request.creation.cluster_size, size)
         return verdict._replace(

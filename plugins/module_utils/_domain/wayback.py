@@ -268,7 +268,7 @@ def plan_merge(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark, f
         is_of_vm=True,
     )
     source = _source(found.below) if above is None else _unstated(facts)
-    return DiskPlan(mark.target, merge, source, tuple(_chain_problems(domain, facts, found, mark)))
+    return DiskPlan(mark.target, merge, source, tuple(_chain_problems(domain, facts, found, mark, goes_back=False)))
 
 
 def _revert_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark) -> DiskPlan | None:
@@ -303,7 +303,8 @@ def _revert_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark)
         puts_on_base=True,
         made=_history_of(found.overlay).made,
     )
-    return DiskPlan(mark.target, back, _source(found.below), tuple(_chain_problems(domain, facts, found, mark)))
+    problems = _chain_problems(domain, facts, found, mark, goes_back=True)
+    return DiskPlan(mark.target, back, _source(found.below), tuple(problems))
 
 
 def _source(layer: Layer) -> Source:
@@ -316,7 +317,7 @@ def _unstated(facts: DiskFacts) -> Source | None:
     return None if facts.disk.stated_chain is None else _source(facts.layers[0])
 
 
-def _chain_problems(domain: Domain, facts: DiskFacts, found: Found, mark: Mark) -> list[Refusal]:
+def _chain_problems(domain: Domain, facts: DiskFacts, found: Found, mark: Mark, *, goes_back: bool) -> list[Refusal]:
     """Return why the images below the disk must not be touched."""
     part = facts.layers[: facts.layers.index(found.below) + 1]
     other_chain = stated_problems(domain.name, facts.disk, facts.layers)
@@ -324,7 +325,7 @@ def _chain_problems(domain: Domain, facts: DiskFacts, found: Found, mark: Mark) 
         *other_chain,
         *_shared(domain, facts, mark, part),
         *_uncertain(domain, found, mark),
-        *(_other_base(part) if not other_chain else ()),
+        *(_other_base(part, goes_back=goes_back) if not other_chain else ()),
     ]
 
 
@@ -344,15 +345,17 @@ def _shared(domain: Domain, facts: DiskFacts, mark: Mark, part: t.Sequence[Layer
     return [Refusal("shared_disk", domain.name, why, remedy)]
 
 
-def _other_base(part: t.Sequence[Layer]) -> list[Refusal]:
+def _other_base(part: t.Sequence[Layer], *, goes_back: bool) -> list[Refusal]:
     """Return that the lowest one of these images is not what the one above it was made on.
 
-    A disk made from a template would be put back to that, or be merged into it.
+    A disk made from a template would be put back to that, or be merged into it. Of the very file all data that is newer
+    is above it, whatever has set its time; but who goes back wants what it had then.
     """
     history, base = _history_of(part[-2]), part[-1]
     written = _written(base)
     lost = 10**9 if written % 10**9 == 0 else 10**3  # nanoseconds, in a copy that does not keep all digits
-    if not written or written + lost > history.base_written:
+    is_older = 0 < written <= history.base_written - lost
+    if not is_older or (base.identity[-1] == history.base_inode and not goes_back):
         return []
     why = (
         f"is not what {part[-2].path} was made on: it was last written to before that was, as far as {part[-2].path} "

@@ -29,7 +29,7 @@ from .header import (
 
 EXT_MARK = 0x6B766D66  # "kvmf"
 # The lines behind those of the mark. Their length never changes, so that one byte in place is all that does.
-_HISTORY = re.compile("base_written=([0-9]{20})\nmade=([0-9]{20})\nleaving=([01])")
+_HISTORY = re.compile("base_written=([0-9]{20})\nbase_inode=([0-9]{20})\nmade=([0-9]{20})\nleaving=([01])")
 
 
 class Mark(t.NamedTuple):
@@ -44,7 +44,8 @@ class History(t.NamedTuple):
     """What an overlay tells of its life. Those that versions before 1.1 have made tell nothing."""
 
     base_written: int = 0  # nanoseconds since 1970: when the image below was last written to before; 0: not known
-    made: int = 0  # the same: when the overlay was made
+    base_inode: int = 0  # of the image below; 0: not known
+    made: int = 0  # nanoseconds since 1970: when the overlay was made
     leaving: bool = False  # whether its VM is being put on the image below, or was, so that it is to go
 
 
@@ -60,7 +61,7 @@ def mark_from(data: bytes | None) -> Mark | None:
 def history_from(data: bytes | None) -> History | None:
     """Return the history that the data of the extension holds; None if it holds none."""
     found = _HISTORY.match("\n".join(_lines_of(data)[3:]))
-    return History(int(found[1]), int(found[2]), found[3] == "1") if found else None
+    return History(int(found[1]), int(found[2]), int(found[3]), found[4] == "1") if found else None
 
 
 def _lines_of(data: bytes | None) -> list[str]:
@@ -115,6 +116,6 @@ def write_leaving(file: OpenImage, *, leaving: bool) -> None:
 
 
 def _extension_of(mark: Mark, history: History) -> bytes:
-    times = [f"base_written={history.base_written:020d}", f"made={history.made:020d}"]
-    lines = [*mark, *times, f"leaving={history.leaving:d}"]
+    base = [f"base_written={history.base_written:020d}", f"base_inode={history.base_inode:020d}"]
+    lines = [*mark, *base, f"made={history.made:020d}", f"leaving={history.leaving:d}"]
     return extension_bytes(EXT_MARK, "\n".join(lines).encode("utf-8"))

@@ -366,11 +366,11 @@ def test_a_small_header_holds_a_short_name_only():
     assert decide(small, active(), ABSENT).state == CREATED
     long = small._replace(backing_file="/" + "x" * 344)
     assert "does not fit into a header of 512 bytes" in message(decide(long, active(), ABSENT))
-    marked = small._replace(mark=Mark("u" * 36, "vda", "s" * 14))  # 8 and 128 bytes, with the history
+    marked = small._replace(mark=Mark("u" * 36, "vda", "s" * 14))  # 8 and 160 bytes, with the history
     assert "does not fit into a header of 512 bytes" in message(decide(marked, active(), ABSENT))
-    shorter = marked._replace(backing_file="/" + "x" * 207)
+    shorter = marked._replace(backing_file="/" + "x" * 175)
     assert decide(shorter, active(), ABSENT).state == CREATED
-    assert decide(shorter._replace(backing_file="/" + "x" * 208), active(), ABSENT).state == FAILED
+    assert decide(shorter._replace(backing_file="/" + "x" * 176), active(), ABSENT).state == FAILED
 
 
 def test_the_chain_has_room_for_one_more():

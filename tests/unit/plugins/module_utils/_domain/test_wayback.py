@@ -444,6 +444,14 @@ def test_an_image_is_not_what_the_one_above_it_was_made_on(host, way):
     assert getattr(host, way)("web", "wed")[0] == ["committed" if way == "commit" else "reverted"] * 2
 
 
+def test_what_has_an_older_time_since_is_the_image_all_the_same_for_who_merges(host):
+    """As where a tool has put its time back; who goes back wants what it had then."""
+    for disk in "ab":
+        os.utime(host.folder / f"web-{disk}.tue.qcow2", (1, 1))
+    assert [one.code for one in host.plan_back(plan_revert, "web", "wed").problems] == ["base_changed"] * 2
+    assert host.commit("web", "wed")[0] == ["committed"] * 2
+
+
 def test_to_merge_an_empty_image_in_between_is_in_nobodys_way(host):
     host.image("plain.qcow2")
     host.define("plain", "plain.qcow2")

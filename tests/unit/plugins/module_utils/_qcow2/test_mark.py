@@ -105,11 +105,11 @@ LIFE = [
 
 def test_qemu_keeps_the_mark_whatever_it_does_and_gives_it_to_no_other_image(tmp_path, base):
     written = os.stat(base).st_mtime_ns
-    path = marked(tmp_path / "over.qcow2", MARK, "-b", base, "-F", "qcow2", history=History(written, 5))
+    path = marked(tmp_path / "over.qcow2", MARK, "-b", base, "-F", "qcow2", history=History(written, 5, 6))
     for command in LIFE:
         words = [{"TOP": path, "BASE": base}.get(word, word) for word in command]
         subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
-        assert (qemu.read(path).mark, qemu.read(path).history) == (MARK, History(written, 5)), command
+        assert (qemu.read(path).mark, qemu.read(path).history) == (MARK, History(written, 5, 6)), command
         qemu.qemu_img("check", "-q", path)
     assert qemu.read(base).mark is None
     copy = tmp_path / "copy.qcow2"
@@ -118,13 +118,13 @@ def test_qemu_keeps_the_mark_whatever_it_does_and_gives_it_to_no_other_image(tmp
 
 
 def test_one_byte_tells_that_an_image_is_to_go(tmp_path, base):
-    path = marked(tmp_path / "over.qcow2", MARK, "-b", base, "-F", "qcow2", history=History(7, 8))
+    path = marked(tmp_path / "over.qcow2", MARK, "-b", base, "-F", "qcow2", history=History(7, 9, 8))
     with open(path, "rb") as file:
         before = file.read()
     for leaving in (True, True, False):
         with open_image(path) as image:
             write_leaving(image, leaving=leaving)
-        assert qemu.read(path).history == History(7, 8, leaving)
+        assert qemu.read(path).history == History(7, 9, 8, leaving)
         with open(path, "rb") as file:
             after = file.read()
         assert sum(one != other for one, other in zip(before, after)) == leaving
@@ -166,10 +166,13 @@ def test_what_the_extension_holds(data, mark):
 @pytest.mark.parametrize(
     "lines, history",
     [
-        (f"base_written={7:020d}\nmade={8:020d}\nleaving=0", History(7, 8)),
-        (f"base_written={7:020d}\nmade={8:020d}\nleaving=1\nof a later version", History(7, 8, leaving=True)),
-        (f"base_written={7:020d}\nmade={8:020d}\nleaving=2", None),
-        ("base_written=7\nmade=8\nleaving=1", None),
+        (f"base_written={7:020d}\nbase_inode={9:020d}\nmade={8:020d}\nleaving=0", History(7, 9, 8)),
+        (
+            f"base_written={7:020d}\nbase_inode={9:020d}\nmade={8:020d}\nleaving=1\nof a later version",
+            History(7, 9, 8, leaving=True),
+        ),
+        (f"base_written={7:020d}\nbase_inode={9:020d}\nmade={8:020d}\nleaving=2", None),
+        ("base_written=7\nbase_inode=9\nmade=8\nleaving=1", None),
         ("leaving=1", None),
     ],
 )
