@@ -94,7 +94,8 @@ def snapshots(domain: Result) -> list[dict[str, t.Any]]:
         for image, below in zip(disk["images"], [*written[1:], None]):
             if image["snapshot"] is not None:
                 # A snapshot's time is the last write to the image below it before it was made.
-                taken = below if below is None or image["made"] is None else min(below, image["made"])
+                made = image.get("made")  # a report that is carried over can be of a version that did not tell
+                taken = below if below is None or made is None else min(below, made)
                 size = image["actual_size"] or 0
                 found.append({"name": image["snapshot"], "target": disk["target"], "taken": taken, "bytes": size})
     return found

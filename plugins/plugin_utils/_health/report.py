@@ -26,7 +26,7 @@ FAIL_ON: t.Mapping[str, t.Container[str]] = {
     "never": (),
 }
 # Of what domain_info tells of an image, what the report has; the rest is of no use for a judgement of the fleet.
-_OF_IMAGE = ("path", "format", "virtual_size", "actual_size", "in_use", "corrupt", "modified", "snapshot")
+_OF_IMAGE = ("path", "format", "virtual_size", "actual_size", "in_use", "corrupt", "modified", "made", "snapshot")
 _OF_BITMAP = ("name", "recording", "inconsistent")
 _OF_DOMAIN = (
     "name",
