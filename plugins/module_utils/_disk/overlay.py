@@ -395,7 +395,7 @@ def verify(verdict: OverlayVerdict, spec: BuildSpec, image: Image) -> list[str]:
         "has_data_file": False,
         "lost_bitmaps": 0,
         "mark": verdict.request.mark,
-        "history": None if verdict.request.mark is None else spec.history,
+        "history": History() if verdict.request.mark is None else spec.history,
         **verdict.request.creation._asdict(),
     }
     found = {name: getattr(image, name) for name in expected}

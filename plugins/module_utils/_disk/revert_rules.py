@@ -176,7 +176,7 @@ def decide(request: RevertRequest, seen: Observed) -> RevertVerdict:
 
 def is_leaving(image: Image | None) -> bool:
     """Whether the VM was put on the image below already, as far as an earlier run has come."""
-    return image is not None and image.history is not None and image.history.leaving
+    return image is not None and image.history.leaving
 
 
 def was_written(seen: Observed) -> bool:
@@ -191,7 +191,7 @@ def was_written(seen: Observed) -> bool:
 def _recorded(seen: Observed) -> int:
     """Return when BASE was last written to before the snapshot; 0 if that is not known."""
     lowest = seen.going[-1].layer.image
-    return lowest.history.base_written if lowest is not None and lowest.history is not None else 0
+    return lowest.history.base_written if lowest is not None else 0
 
 
 def with_base(verdict: RevertVerdict, seen: Observed, same: SameData) -> RevertVerdict:

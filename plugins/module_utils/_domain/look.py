@@ -182,7 +182,7 @@ def _disk_as_result(one: DiskLook, uuid: str) -> dict[str, t.Any]:
 def _image_as_result(layer: ExaminedLayer, uuid: str, target: str) -> dict[str, t.Any]:
     """Return an image as qcow2_info does, with what is known of it as an image of this disk."""
     mark = layer.image.mark if layer.image else None
-    made = layer.image.history.made // 10**9 if layer.image and layer.image.history else 0
+    made = layer.image.history.made // 10**9 if layer.image else 0
     return {
         **layer.as_result(),
         "modified": layer.modified,

@@ -205,10 +205,8 @@ def _time_of(layer: Layer, below: Layer) -> int | None:
 
     To remove a checkpoint, as every backup tool does, writes to the image below. None if it cannot be told.
     """
-    modified, history = _modified(below), layer.image.history if layer.image is not None else None
-    if modified is None or history is None or not history.made:
-        return modified
-    return min(modified, history.made // 10**9)
+    modified, made = _modified(below), layer.image.history.made if layer.image is not None else 0
+    return min(modified, made // 10**9) if modified is not None and made else modified
 
 
 def _modified(layer: Layer) -> int | None:

@@ -28,7 +28,7 @@ from .._libvirt.definition import Source
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer, read_head
 from .._qcow2.formats import QCOW2
-from .._qcow2.image import read_image
+from .._qcow2.image import Image, read_image
 from .._qcow2.mark import History, Mark
 from .checkpoints import chain_of
 from .fitness import fitness_of
@@ -290,8 +290,8 @@ def _revert_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark)
             return None
         base, image_format = facts.disk.source or "", facts.disk.format
         finish = RevertRequest(left[0], base, image_format, domain.uuid, retire, puts_on_base=True, is_left=True)
-        with contextlib.suppress(Refusal, OSError), open_image(left[-1]) as file:
-            finish = finish._replace(made=(read_head(file).history or History()).made)
+        lowest = _head_of(left[-1])
+        finish = finish._replace(made=lowest.history.made if lowest is not None else 0)
         problems = [problem for path in left for problem in taken_over(domain, facts, path, mark)]
         return DiskPlan(mark.target, finish, None, tuple(problems))
     back = RevertRequest(
@@ -377,7 +377,7 @@ def _written(layer: Layer) -> int:
 
 def _history_of(layer: Layer) -> History:
     """Return what an image tells of its life; nothing if it tells none."""
-    return (layer.image.history if layer.image is not None else None) or History()
+    return layer.image.history if layer.image is not None else History()
 
 
 def taken_over(domain: Domain, facts: DiskFacts, path: str, mark: Mark) -> list[Refusal]:
@@ -541,11 +541,16 @@ def _kept_below(one: Above) -> t.Iterator[Identity]:
 
 def _was_left(path: str, mark: Mark) -> bool:
     """Whether an image is a snapshot of the disk that a mark tells of, whichever, and was being given up."""
+    head = _head_of(path)
+    is_of_disk = head is not None and head.mark is not None and head.mark[:2] == mark[:2]
+    return is_of_disk and is_leaving(head)
+
+
+def _head_of(path: str) -> Image | None:
+    """Return what an image says of itself, without its bitmaps; None if it cannot be read."""
     with contextlib.suppress(Refusal, OSError), open_image(path) as file:
-        head = read_head(file)
-        is_of_disk = head.mark is not None and head.mark[:2] == mark[:2]
-        return is_of_disk and is_leaving(head)
-    return False
+        return read_head(file)
+    return None
 
 
 def signed_leftovers(domain: Domain, facts: DiskFacts, request: WayBack) -> t.Iterator[str]:

@@ -29,7 +29,7 @@ class Extensions(t.NamedTuple):
     bitmaps: BitmapsExtension | None = None
     has_crypto_header: bool = False
     mark: Mark | None = None
-    history: History | None = None
+    history: History = History()
 
 
 def read_extensions(area: bytes, header: Header, path: str) -> Extensions:
@@ -56,7 +56,7 @@ def _with_extension(found: Extensions, kind: int, data: bytes, header: Header, p
         _check_crypto_header(data, header, path)
         return found._replace(has_crypto_header=True)
     if kind == EXT_MARK:
-        return found._replace(mark=mark_from(data), history=history_from(data))
+        return found._replace(mark=mark_from(data), history=history_from(data) or History())
     return found
 
 

@@ -53,13 +53,13 @@ class Image(t.NamedTuple):
     lost_bitmaps: int  # bitmaps that a program which does not know them has made worthless (autoclear bit 0)
     snapshots: int = 0  # internal ones
     mark: Mark | None = None  # of an overlay that this collection has made for a domain
-    history: History | None = None  # of the same
+    history: History = History()  # of the same; it tells nothing of any other image
     lost_names: frozenset[str] | None = None  # of the lost bitmaps; None if that cannot be told
 
     @property
     def base_written(self) -> int:
         """When the image below was last written to before this one was made, in seconds since 1970; 0: not known."""
-        return self.history.base_written // 10**9 if self.history is not None else 0
+        return self.history.base_written // 10**9
 
 
 def read_image(file: OpenImage, *, with_bitmaps: bool = True) -> Image:
