@@ -109,7 +109,9 @@ prepare() {
   install qemu-img=qemu-utils qemu-nbd=qemu-utils qemu-storage-daemon=qemu-system-common qemu-system-x86_64=qemu-system-x86 \
     shellcheck=shellcheck ip=iproute2 jq=jq gcc=gcc mkfs.ext4=e2fsprogs setfacl=acl strace=strace mount.exfat-fuse=exfat-fuse mkfs.exfat=exfatprogs mkfs.btrfs=btrfs-progs mkfs.xfs=xfsprogs \
     libvirtd=libvirt-daemon virsh=libvirt-clients virtnbdbackup=virtnbdbackup pkg-config=pkg-config /usr/include/libvirt/libvirt.h=libvirt-dev \
-    "$drivers/libvirt_driver_qemu.so=libvirt-daemon-driver-qemu" "$drivers/libvirt_driver_storage.so=libvirt-daemon-driver-storage"
+    "$drivers/libvirt_driver_qemu.so=libvirt-daemon-driver-qemu"
+  # After the daemon: Debian 12 has this driver in the package of the daemon, and no package of that name.
+  install "$drivers/libvirt_driver_storage.so=libvirt-daemon-driver-storage"
   # Elsewhere the group quiesced fails, which needs it.
   if command -v apt-get > /dev/null; then tests/guest.sh "$cache/guest" | announce; fi
   python3 -c 'import ensurepip' 2> /dev/null || install no-ensurepip-yet=python3-venv
