@@ -451,11 +451,18 @@ RULES = (
         ("test_revert",),
     ),
     Rule(
-        "a merge of nothing counts as a write",
+        "a merge records in the image above what is below then",
         "merge",
-        "base.touch()",
+        "write_base(above, base)",
         "pass",
-        ("test_wayback",),
+        ("../_domain/test_wayback",),
+    ),
+    Rule(
+        "a merge does not hide that another one has changed what goes in",
+        "stages",
+        "<= recorded + UNTIL_SWITCHED",
+        "<= recorded + (1 << 99)",
+        ("../_domain/test_wayback",),
     ),
     Rule(
         "a checkpoint that was made on what goes is lost",

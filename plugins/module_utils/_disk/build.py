@@ -23,7 +23,7 @@ from .._base.errors import CHECK_STORAGE, Refusal
 from .._base.files import OpenImage, open_image
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.image import read_image
-from .._qcow2.mark import History, write_mark
+from .._qcow2.mark import History, inode_of, write_mark
 from .._qemu.nodes import (
     ACTIVE,
     SCRATCH,
@@ -102,8 +102,7 @@ class MakeOverlays:
         except (Refusal, OSError) as exc:
             return failed_by(verdict, exc)  # with its warnings
         backing_file = overlay.recorded_backing_file(request, active, target)
-        inode = 0 if file.is_device else file.status().st_ino
-        history = History(base_written=file.written(), base_inode=inode, made=time.time_ns())
+        history = History(base_written=file.written(), base_inode=inode_of(file), made=time.time_ns())
         size = active.virtual_size
         bit_bytes = most_bytes(maps, verdict.bitmaps, request.creation.cluster_size, size)
         return verdict._replace(

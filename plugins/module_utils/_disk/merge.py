@@ -18,6 +18,7 @@ from .._qcow2.chain import Layer, read_head, resolve_name, walk_chain
 from .._qcow2.formats import PLAIN, QCOW2, RAW
 from .._qcow2.image import read_image
 from .._qcow2.in_use import set_in_use
+from .._qcow2.mark import write_base
 from .._qemu import jobs
 from .._qemu.jobs import Opened
 from . import commit, stages
@@ -340,26 +341,32 @@ def _share(job: jobs.Job, layers: t.Sequence[Opened], base: t.Sequence[Opened]) 
 def _put_onto_base(verdict: CommitVerdict, held: Held) -> None:
     """Have the image above record BASE as its backing file, if one was given."""
     request, work = verdict.request, verdict.work
-    if request.above is not None and work is not None:
-        name = name_for_above(request, work.seen)
-        # Or else nobody could tell this from another image: that above records when the one it stood on was written to.
-        base, above = held.image(request.backing_file), held.image(request.above)
-        base.touch()
-        change_backing_file(above, name, request.backing_format)
-        # After a kill nobody can tell when a VM wrote. Of what a VM has the times do not count.
-        if work.stage.name == stages.WHOLE and not request.is_of_vm:
-            _put_times_back(work.seen, base, above)
+    if request.above is None or work is None:
+        return
+    base, above = held.image(request.backing_file), held.image(request.above)
+    # After a kill nobody can tell when a VM wrote. Of what a VM has the times do not count.
+    are_known = work.stage.name == stages.WHOLE and not request.is_of_vm
+    if not work.seen.top_is_as_recorded:
+        base.touch()  # who wrote to TOP may have put into it what is above; nothing is to tell that it is right
+    if are_known:
+        _put_time_back(base, _newest(work.seen))
+    change_backing_file(above, name_for_above(request, work.seen), request.backing_format)
+    if work.seen.top_is_as_recorded:
+        write_base(above, base)  # or else what has gone in looked as if others had written it
+    if are_known:
+        _put_time_back(above, work.seen.above_changed)
 
 
-def _put_times_back(seen: Seen, base: OpenImage, above: OpenImage) -> None:
-    """Have BASE be as new as what is in it, and the image above as its own data.
-
-    Else images further up would be older than these, and one that is left over would look new.
-    """
+def _newest(seen: Seen) -> int:
+    """Return when what is in BASE now was last written to, in nanoseconds since 1970."""
     below = [changed for layer in seen.part if (changed := seen.below_changed.get(layer.path)) is not None]
+    return max(seen.top_changed, *below)
+
+
+def _put_time_back(file: OpenImage, written: int) -> None:
+    """Have an image be as new as its data: else images further up would be older, and one left over would look new."""
     with contextlib.suppress(OSError):  # another user's stay new
-        base.put_time_back(max(seen.top_changed, *below))
-        above.put_time_back(seen.above_changed)
+        file.put_time_back(written)
 
 
 def name_for_above(request: CommitRequest, seen: Seen) -> str:

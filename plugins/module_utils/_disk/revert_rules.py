@@ -15,14 +15,13 @@ from .._base.errors import Refusal, printable
 from .._base.files import Identity
 from .._qcow2.chain import Layer, relative_data_file, why_unusable
 from .._qcow2.image import Image
+from .._qcow2.mark import UNTIL_SWITCHED
 from .._qemu.locks import in_use
 from .bitmap_rules import carries_over, names_of
 from .overlay import name_problems
 from .siblings import IS_NO_DISK
 from .vault import MARK
 from .verdict import ABSENT, FAILED, KEEP, REVERTED, How, problem_fields
-
-_UNTIL_SWITCHED = 60_000_000_000  # nanoseconds in which a VM that runs still writes to BASE
 
 
 class RevertRequest(t.NamedTuple):
@@ -197,7 +196,7 @@ def _recorded(seen: Observed) -> int:
 def with_base(verdict: RevertVerdict, seen: Observed, same: SameData) -> RevertVerdict:
     """Refuse if BASE is not what it was at the snapshot; `same` is what BASE and the image above it have in common."""
     base, above = verdict.request.backing_file, seen.going[-1].path
-    is_late = was_written(seen) and seen.base_written > _recorded(seen) + _UNTIL_SWITCHED
+    is_late = was_written(seen) and seen.base_written > _recorded(seen) + UNTIL_SWITCHED
     why = ""
     if 2 * same.in_base > same.compared:
         why = (

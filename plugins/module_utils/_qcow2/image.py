@@ -59,7 +59,8 @@ class Image(t.NamedTuple):
     @property
     def base_written(self) -> int:
         """When the image below was last written to before this one was made, in seconds since 1970; 0: not known."""
-        return self.history.base_written // 10**9
+        # A merge into the image below is a write, too, and is recorded.
+        return min(self.history.base_written, self.history.made) // 10**9
 
 
 def read_image(file: OpenImage, *, with_bitmaps: bool = True) -> Image:

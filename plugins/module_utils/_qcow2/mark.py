@@ -15,7 +15,7 @@ import os
 import re
 import typing as t
 
-from .._base.files import OpenImage, close
+from .._base.files import OpenImage, close, write_all
 from .header import (
     BACKING_FILE,
     BACKING_FILE_AT,
@@ -28,7 +28,8 @@ from .header import (
 )
 
 EXT_MARK = 0x6B766D66  # "kvmf"
-# The lines behind those of the mark. Their length never changes, so that one byte in place is all that does.
+UNTIL_SWITCHED = 60_000_000_000  # nanoseconds in which a VM that runs still writes to the image below its new overlay
+# The lines behind those of the mark. Their length never changes, so that they are changed in place.
 _HISTORY = re.compile("base_written=([0-9]{20})\nbase_inode=([0-9]{20})\nmade=([0-9]{20})\nleaving=([01])")
 
 
@@ -43,7 +44,7 @@ class Mark(t.NamedTuple):
 class History(t.NamedTuple):
     """What an overlay tells of its life. Those that versions before 1.1 have made tell nothing."""
 
-    base_written: int = 0  # nanoseconds since 1970: when the image below was last written to before; 0: not known
+    base_written: int = 0  # nanoseconds since 1970: the last write to the image below that is right; 0: not known
     base_inode: int = 0  # of the image below; 0: not known
     made: int = 0  # nanoseconds since 1970: when the overlay was made
     leaving: bool = False  # whether its VM is being put on the image below, or was, so that it is to go
@@ -99,23 +100,41 @@ def write_leaving(file: OpenImage, *, leaving: bool) -> None:
 
     Nobody has the image open as qcow2: QEMU would write the header anew as it has read it. One byte changes.
     """
+    _change_history(file, lambda history: history._replace(leaving=leaving))
+
+
+def write_base(file: OpenImage, base: OpenImage) -> None:
+    """Record what the image below is now, since the one between has gone into it; as write_leaving() does."""
+    _change_history(file, lambda history: history._replace(base_written=base.written(), base_inode=inode_of(base)))
+
+
+def inode_of(base: OpenImage) -> int:
+    """Return by which number an overlay knows the image below again; 0 for a block device."""
+    return 0 if base.is_device else base.status().st_ino
+
+
+def _change_history(file: OpenImage, change: t.Callable[[History], History]) -> None:
     header = read_header(file)
     area = read_as_qemu(file, header.cluster_size, 0)
     marks = [(start, data) for kind, start, data in each_extension(area, header, file.path) if kind == EXT_MARK]
-    history = history_from(marks[-1][1]) if marks else None
-    if history is None or history.leaving == leaving:
+    found = history_from(marks[-1][1]) if marks else None
+    if found is None or change(found) == found:
         return
     start, data = marks[-1]
-    place = start + data.index(b"\nleaving=") + len(b"\nleaving=")
+    old, new = (_history_lines(one).encode("ascii") for one in (found, change(found)))
+    differ = [place for place, (one, other) in enumerate(zip(old, new)) if one != other]
     fd = os.open(f"/proc/self/fd/{file.fd}", os.O_WRONLY | os.O_CLOEXEC)
     try:
-        os.pwrite(fd, b"1" if leaving else b"0", place)
+        write_all(fd, new[differ[0] : differ[-1] + 1], start + data.index(b"\n" + old) + 1 + differ[0])
         os.fsync(fd)
     finally:
         close(fd)
 
 
 def _extension_of(mark: Mark, history: History) -> bytes:
-    base = [f"base_written={history.base_written:020d}", f"base_inode={history.base_inode:020d}"]
-    lines = [*mark, *base, f"made={history.made:020d}", f"leaving={history.leaving:d}"]
-    return extension_bytes(EXT_MARK, "\n".join(lines).encode("utf-8"))
+    return extension_bytes(EXT_MARK, "\n".join([*mark, _history_lines(history)]).encode("utf-8"))
+
+
+def _history_lines(history: History) -> str:
+    base = f"base_written={history.base_written:020d}\nbase_inode={history.base_inode:020d}"
+    return f"{base}\nmade={history.made:020d}\nleaving={history.leaving:d}"

@@ -452,15 +452,38 @@ def test_what_has_an_older_time_since_is_the_image_all_the_same_for_who_merges(h
     assert host.commit("web", "wed")[0] == ["committed"] * 2
 
 
-def test_to_merge_an_empty_image_in_between_is_in_nobodys_way(host):
+@pytest.mark.parametrize("data", ["", "write -P 7 0 1M"])
+def test_what_a_merge_in_between_writes_is_in_nobodys_way(host, data):
+    """Also if the guest wrote the same again on the snapshot: then the image below holds what the one above it does."""
     host.image("plain.qcow2")
     host.define("plain", "plain.qcow2")
     for snapshot in ("mon", "tue", "wed"):
         assert host.snapshot("plain", snapshot)
-    before = os.stat(host.folder / "plain.mon.qcow2").st_mtime_ns
+    if data:
+        for snapshot in ("tue", "wed"):
+            command = ["qemu-io", "-f", "qcow2", "-c", data, str(host.folder / f"plain.{snapshot}.qcow2")]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    os.utime(host.folder / "plain.mon.qcow2", (1, 1))
     assert host.commit("plain", "tue")[0] == ["committed"]
-    assert os.stat(host.folder / "plain.mon.qcow2").st_mtime_ns > before
+    below = os.stat(host.folder / "plain.mon.qcow2")
+    history = qemu.read(host.folder / "plain.wed.qcow2").history
+    assert (history.base_written, history.base_inode) == (below.st_mtime_ns, below.st_ino)
     assert host.revert("plain", "wed")[0] == ["reverted"]
+
+
+def test_a_merge_does_not_hide_that_the_image_in_between_was_not_what_it_was(host):
+    """As after a merge by other tools that was given up, which has put into it what is above."""
+    host.image("plain.qcow2")
+    host.define("plain", "plain.qcow2")
+    for snapshot in ("mon", "tue", "wed"):
+        assert host.snapshot("plain", snapshot)
+    for snapshot in ("wed", "tue"):
+        command = ["qemu-io", "-f", "qcow2", "-c", "write -P 7 0 1M", str(host.folder / f"plain.{snapshot}.qcow2")]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    recorded = qemu.read(host.folder / "plain.wed.qcow2").history.base_written
+    os.utime(host.folder / "plain.tue.qcow2", ns=(0, recorded + 61 * 10**9))
+    assert host.commit("plain", "tue")[0] == ["committed"]
+    assert host.revert("plain", "wed")[0] == ["failed"]
 
 
 def test_what_another_host_has_is_not_taken_for_what_a_killed_run_has_left(host):

@@ -18,6 +18,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import 
     history_from,
     mark_bytes,
     mark_from,
+    write_base,
     write_leaving,
     write_mark,
 )
@@ -132,11 +133,25 @@ def test_one_byte_tells_that_an_image_is_to_go(tmp_path, base):
         qemu.qemu_img("check", "-q", path)
 
 
+def test_what_is_below_now_is_recorded_in_place(tmp_path, base):
+    path = marked(tmp_path / "over.qcow2", MARK, "-b", base, "-F", "qcow2", history=History(7, 9, 8, leaving=True))
+    size = os.stat(path).st_size
+    for _time in range(2):
+        with open_image(path) as image, open_image(base) as below:
+            write_base(image, below)
+        found = os.stat(base)
+        assert qemu.read(path).history == History(found.st_mtime_ns, found.st_ino, 8, leaving=True)
+        assert qemu.read(path).mark == MARK
+        assert os.stat(path).st_size == size
+        qemu.qemu_img("check", "-q", path)
+
+
 def test_of_an_image_without_a_history_nothing_is_written(tmp_path, base):
     plain = qemu.create(tmp_path / "plain.qcow2", "8M", "-b", base, "-F", "qcow2")
     before = os.stat(plain).st_mtime_ns
     with open_image(plain) as image:
         write_leaving(image, leaving=True)
+        write_base(image, image)
     assert os.stat(plain).st_mtime_ns == before
 
 
