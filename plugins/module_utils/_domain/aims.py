@@ -17,7 +17,7 @@ from .._disk.overlay import OverlayVerdict
 from .._disk.revert import GoBack
 from .._disk.revert_rules import RevertVerdict
 from .._disk.verdict import ABSENT, COMMITTED, CREATED, PRESENT, REVERTED
-from .._libvirt.connection import Domain, Kept, Libvirt
+from .._libvirt.connection import Domain, Kept, KnownCheckpoint, Libvirt
 from .._libvirt.definition import DomainDisk
 from .._libvirt.switch import check_unchanged, switch
 from .checkpoints import Chain, chain_of, promised
@@ -26,7 +26,7 @@ from .inventory import DiskFacts, first_image
 from .names import same_names
 from .overlay import plan_domain
 from .plan import DomainPlan, SnapshotRequest
-from .wayback import WayBack, lost_checkpoints, plan_commit, plan_revert
+from .wayback import WayBack, plan_commit, plan_revert
 
 
 class OfShutOff:
@@ -47,6 +47,16 @@ class OfShutOff:
     def switch(self, daemon: Libvirt, plan: DomainPlan, seconds: float) -> None:
         """Give the domain its new definition."""
         switch(daemon, plan.domain, plan.sources, plan.definition, seconds)
+
+    def is_done(self, problems: t.Collection[Refusal]) -> bool:
+        """Return whether nothing is wrong."""
+        return not problems
+
+    def known_then(
+        self, known: tuple[KnownCheckpoint, ...], _made: t.Mapping[str, t.Any]
+    ) -> tuple[KnownCheckpoint, ...]:
+        """Return the checkpoints as they are: libvirt knows no bits of them that could change."""
+        return known
 
 
 class PutOnOverlays(OfShutOff):
@@ -80,10 +90,6 @@ class PutOnOverlays(OfShutOff):
         top = promised(verdict.request.path, verdict.virtual_size, verdict.bitmaps)
         return chain._replace(layers=(top, *chain.layers))
 
-    def lost_checkpoints(self, _plan: DomainPlan, _kept: Kept) -> tuple[str, ...]:
-        """Lose none."""
-        return ()
-
 
 class MergeDown(OfShutOff):
     """State committed: no domain is on the snapshot any more, and all that it held is below. An Aim."""
@@ -116,10 +122,6 @@ class MergeDown(OfShutOff):
         below = chain_of(request.backing_file, request.backing_format)
         above = [] if request.above is None else chain_of(disk.source, disk.format).down_to(request.above)
         return below._replace(layers=(*above, base, *below.layers[1:]))
-
-    def lost_checkpoints(self, _plan: DomainPlan, _kept: Kept) -> tuple[str, ...]:
-        """Lose none."""
-        return ()
 
 
 def with_times(plan: DomainPlan, kept: Kept) -> DomainPlan:
@@ -156,7 +158,3 @@ class GoBackTo(OfShutOff):
         if verdict is None:
             return chain_of(disk.source, disk.format)
         return chain_of(verdict.request.backing_file, verdict.request.backing_format)
-
-    def lost_checkpoints(self, plan: DomainPlan, kept: Kept) -> tuple[str, ...]:
-        """Return the names of the checkpoints that are gone with the images that go."""
-        return lost_checkpoints(plan, kept)

@@ -18,7 +18,7 @@ from .._disk.commit import CommitRequest, CommitVerdict
 from .._disk.overlay import OverlayRequest, OverlayVerdict
 from .._disk.running import Begin, Known, MakeForRunning, MergeRunning
 from .._disk.verdict import FAILED, KEEP
-from .._libvirt.connection import Domain, Kept, Libvirt
+from .._libvirt.connection import Domain, Kept, KnownCheckpoint, Libvirt
 from .._libvirt.definition import Definition, DomainDisk
 from .._libvirt.jobs import Merge, check_may_merge, check_no_job, merge_down
 from .._libvirt.running import RunningDisk, why_not_quiesced
@@ -34,7 +34,7 @@ from .._libvirt.snapshots import (
 from .._qcow2.formats import QCOW2
 from .._qcow2.mark import Mark
 from .aims import MergeDown, PutOnOverlays, with_times
-from .checkpoints import Chain, chain_of
+from .checkpoints import Chain, as_promised, chain_of
 from .inventory import READ_ONLY, DiskFacts
 from .names import find_snapshot
 from .overlay import plan_domain
@@ -123,6 +123,10 @@ class PutRunningOn(_OfRunning, PutOnOverlays):
         quiesce = self._live is not None and self._live.quiesce
         take_snapshot(daemon, plan.domain, plan.sources, quiesce=quiesce)
 
+    def is_done(self, problems: t.Collection[Refusal]) -> bool:
+        """Return whether nothing is wrong, or all that is: the images below do not store their bitmaps."""
+        return all(problem.code == "not_stored" for problem in problems)
+
 
 class MergeRunningDown(_OfRunning, MergeDown):
     """State committed for domains that run. An Aim."""
@@ -152,6 +156,12 @@ class MergeRunningDown(_OfRunning, MergeDown):
             check_on(daemon, plan.domain, plan.sources)
         except Refusal as exc:
             raise exc.with_note(f"All images of {plan.domain.name} are merged down already.") from exc
+
+    def known_then(
+        self, known: tuple[KnownCheckpoint, ...], made: t.Mapping[str, CommitVerdict]
+    ) -> tuple[KnownCheckpoint, ...]:
+        """Return the checkpoints with the bitmaps that the merges promise."""
+        return as_promised(known, {target: [bitmap.name for bitmap in one.bitmaps] for target, one in made.items()})
 
 
 def shown(version: tuple[int, int, int]) -> str:

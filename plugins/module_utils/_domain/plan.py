@@ -60,6 +60,7 @@ class DomainPlan(t.NamedTuple):
     missed: tuple[str, ...] = ()  # targets of the disks that are skipped although the domain writes to them
     absent: tuple[str, ...] = ()  # targets of the disks that are skipped since their file is not there
     notes: tuple[str, ...] = ()  # further warnings, if anything is to be done
+    lost: tuple[str, ...] = ()  # names of the checkpoints that libvirt is to forget once the domain is switched
 
     @property
     def warnings(self) -> list[str]:

@@ -11,7 +11,6 @@ import os
 import typing as t
 
 from .._base.errors import Refusal, printable
-from .._disk.commit import CommitVerdict
 from .._disk.progress import await_merges_of
 from .._disk.run import Batch, run_all
 from .._disk.session import Operation, Settings, Vm
@@ -19,7 +18,7 @@ from .._disk.verdict import FAILED, SKIPPED, root_causes
 from .._libvirt.connection import Domain, Kept, KnownCheckpoint, Libvirt, LiveBitmaps, Unreadable
 from .._libvirt.definition import DomainDisk
 from .._libvirt.switch import forget
-from .checkpoints import Chain, as_promised, chain_of, judge_checkpoints
+from .checkpoints import Chain, chain_of, judge_checkpoints
 from .inventory import DiskFacts, Inventory
 from .plan import DiskPlan, DomainOutcome, DomainPlan, SkippedDisk, failed_outcome
 
@@ -54,8 +53,13 @@ class Aim(t.Protocol):
     def chain_after(self, disk: DomainDisk, verdict: t.Any | None) -> Chain:
         """Return the chain of a disk after the run; of what is done the verdict promises what is there then."""
 
-    def lost_checkpoints(self, plan: DomainPlan, kept: Kept) -> tuple[str, ...]:
-        """Return the names of the checkpoints that libvirt is to forget once the domain is switched."""
+    def is_done(self, problems: t.Collection[Refusal]) -> bool:
+        """Return whether a domain is on its images then, although these problems are told of it."""
+
+    def known_then(
+        self, known: tuple[KnownCheckpoint, ...], made: t.Mapping[str, t.Any]
+    ) -> tuple[KnownCheckpoint, ...]:
+        """Return the checkpoints that libvirt would tell of after a run that is only rehearsed; `made` by target."""
 
     def confirm(self, daemon: Libvirt, domain: Domain) -> None:
         """Refuse a domain that is not any more what was planned for."""
@@ -146,9 +150,7 @@ class Call:
     def _switch(self, plan: DomainPlan) -> _Switch | None:
         """Return the last step for a domain; None if it is on its images already and loses no checkpoint."""
         aim = self._aims[plan.domain.name]
-        kept = next(kept for one, kept in self._found if one.name == plan.domain.name)
-        lost = aim.lost_checkpoints(plan, kept)
-        return _Switch(self._daemon, plan, lost, aim, self._settings) if plan.sources or lost else None
+        return _Switch(self._daemon, plan, aim, self._settings) if plan.sources or plan.lost else None
 
     def _vm(self, plan: DomainPlan, switch: _Switch | None) -> Vm:
         """Return what a session is to know of a domain."""
@@ -176,12 +178,13 @@ class Call:
 
     def _refresh_pools(self, verdicts: t.Sequence[t.Any]) -> list[str]:
         """Have libvirt see the new files; return as warnings where it cannot."""
-        new = (
-            ()
-            if self._settings.check_mode
-            else [one.request.path for one in verdicts if one.changed or _is_done_all_the_same(one.problems)]
-        )
-        return self._daemon.pools.refresh({os.path.dirname(path) for path in new})
+        aims = {plan.domain.uuid: self._aims[plan.domain.name] for plan in self._plans.values()}
+        new = [
+            one.request.path
+            for one in verdicts
+            if one.changed or (one.problems and aims[one.request.vm].is_done(one.problems))
+        ]
+        return self._daemon.pools.refresh(set() if self._settings.check_mode else set(map(os.path.dirname, new)))
 
     def _is_left_out(self, plan: DomainPlan) -> bool:
         """Whether it is skipped: by request since it runs, or since only a pattern names it and no disk fits."""
@@ -221,12 +224,12 @@ class Call:
         problems = [*plan.problems, *(problem for verdict in overlays.values() for problem in verdict.problems)]
         if switched is not None:
             problems += switched.problems(is_expected=not problems and not self._settings.check_mode)
-        is_done = not problems or _is_done_all_the_same(problems)
+        is_done = aim.is_done(problems)
         definition = plan.definition if is_done else plan.domain.definition
         changed = switched is not None or any(verdict.changed for verdict in overlays.values())
         made = {d.target: overlays[d.target] for d in plan.disks if _is_touched(d, overlays)} if is_done else {}
-        lost = switched.lost if switched is not None and not problems else ()
-        known = self._known_then(plan.domain, kept, made)
+        lost = plan.lost if switched is not None and not problems else ()
+        known = aim.known_then(kept.checkpoints, made) if self._settings.check_mode else kept.checkpoints
         return DomainOutcome(
             name=plan.domain.name,
             uuid=plan.domain.uuid,
@@ -253,13 +256,6 @@ class Call:
             known=kept.checkpoints,
         )
 
-    def _known_then(self, domain: Domain, kept: Kept, made: t.Mapping[str, t.Any]) -> tuple[KnownCheckpoint, ...]:
-        """Return the checkpoints after the run; of a domain that runs, in check mode, as its merges promise them."""
-        if not self._settings.check_mode or domain.state is None:
-            return kept.checkpoints
-        merged = {target: one for target, one in made.items() if isinstance(one, CommitVerdict)}
-        return as_promised(kept.checkpoints, {target: [b.name for b in one.bitmaps] for target, one in merged.items()})
-
 
 def _snapshots_of(domain: Domain, facts: t.Sequence[DiskFacts]) -> t.Iterator[str]:
     """Yield the names of the snapshots that a domain is on, as the marks of its images have them."""
@@ -269,27 +265,18 @@ def _snapshots_of(domain: Domain, facts: t.Sequence[DiskFacts]) -> t.Iterator[st
             yield mark.snapshot
 
 
-def _is_done_all_the_same(problems: t.Sequence[Refusal]) -> bool:
-    """Whether a domain is on its new images although it failed: only the one below does not store its bitmaps."""
-    return bool(problems) and all(problem.code == "not_stored" for problem in problems)
-
-
 def _is_touched(disk: DiskPlan, verdicts: t.Mapping[str, t.Any]) -> bool:
     """Whether the chain of a disk is another one after the run."""
     return disk.source is not None or verdicts[disk.target].changed
 
 
 class _Switch:
-    """The last step for a domain, which its session takes once the images are ready.
+    """The last step for a domain, which its session takes once the images are ready."""
 
-    `lost` are the names of the checkpoints that libvirt is to forget then.
-    """
-
-    def __init__(self, daemon: Libvirt, plan: DomainPlan, lost: tuple[str, ...], aim: Aim, settings: Settings) -> None:
+    def __init__(self, daemon: Libvirt, plan: DomainPlan, aim: Aim, settings: Settings) -> None:
         self._daemon = daemon
         self._plan = plan
         self._aim = aim
-        self.lost = lost
         self._seconds = settings.seconds
         self._problem: Refusal | None = None
         self._is_done = False
@@ -311,7 +298,7 @@ class _Switch:
 
     def _forget(self) -> None:
         try:
-            forget(self._daemon, self._plan.domain, self.lost)
+            forget(self._daemon, self._plan.domain, self._plan.lost)
         except Refusal as exc:
             raise exc.with_note("It is defined with the images that it is to have.") from exc
 

@@ -95,6 +95,7 @@ def plan_revert(domain: Domain, facts: t.Sequence[DiskFacts], request: WayBack, 
         return [*not_shut_off(domain, "nobody can go back while it runs.", WHY_SAVED), *own]
 
     plan = plan_way_back(domain, facts, request, _revert_disk, not_ready)
+    plan = plan._replace(lost=lost_checkpoints(plan, kept))
     return plan._replace(notes=(*plan.notes, *_of_two_moments(plan, request), *_of_bitmaps_that_stay(plan, kept)))
 
 
@@ -113,9 +114,9 @@ def _of_two_moments(plan: DomainPlan, request: WayBack) -> tuple[str, ...]:
 
 def _of_bitmaps_that_stay(plan: DomainPlan, kept: Kept) -> tuple[str, ...]:
     """Return the warning of disks that do not go back and have bitmaps of checkpoints that are lost."""
-    lost = lost_checkpoints(plan, kept) if plan.has_work else ()
     gone = {disk.target for disk in plan.disks}
-    stay = ", ".join(sorted({target for one in kept.checkpoints if one.name in lost for target in one.bitmaps} - gone))
+    targets = {target for one in kept.checkpoints if one.name in plan.lost for target in one.bitmaps}
+    stay = ", ".join(sorted(targets - gone))
     if not stay:
         return ()
     why = (
