@@ -205,16 +205,8 @@ def _time_of(layer: Layer, below: Layer) -> int | None:
 
     To remove a checkpoint, as every backup tool does, writes to the image below. None if it cannot be told.
     """
-    modified, made = _modified(below), layer.image.history.made if layer.image is not None else 0
-    return min(modified, made // 10**9) if modified is not None and made else modified
-
-
-def _modified(layer: Layer) -> int | None:
-    """Return when an image was last written to, in seconds since 1970; None if that cannot be told."""
-    try:
-        return None if layer.is_device else int(os.stat(layer.real_path).st_mtime)
-    except OSError:
-        return None
+    written, made = below.written(), layer.image.history.made if layer.image is not None else 0
+    return min(written, made or written) // 10**9 or None
 
 
 def _size(layer: Layer) -> int:

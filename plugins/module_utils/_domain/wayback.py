@@ -353,7 +353,7 @@ def _other_base(part: t.Sequence[Layer], *, goes_back: bool) -> list[Refusal]:
     is above it, whatever has set its time; but who goes back wants what it had then.
     """
     history, base = _history_of(part[-2]), part[-1]
-    written = _written(base)
+    written = base.written()
     lost = 10**9 if written % 10**9 == 0 else 10**3  # nanoseconds, in a copy that does not keep all digits
     is_older = 0 < written <= history.base_written - lost
     if not is_older or (base.identity[-1] == history.base_inode and not goes_back):
@@ -367,13 +367,6 @@ def _other_base(part: t.Sequence[Layer], *, goes_back: bool) -> list[Refusal]:
         "merged down by other tools, 'touch' it and run this again."
     )
     return [Refusal("base_changed", base.path, why, remedy)]
-
-
-def _written(layer: Layer) -> int:
-    """Return when an image was last written to, in nanoseconds since 1970; 0 if that cannot be told."""
-    with contextlib.suppress(OSError):  # the operation itself tells of it
-        return 0 if layer.is_device else os.stat(layer.real_path).st_mtime_ns
-    return 0
 
 
 def _history_of(layer: Layer) -> History:

@@ -17,6 +17,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
@@ -46,6 +47,12 @@ class Layer(t.NamedTuple):
     is_device: bool
     image: Image | None  # None if the layer is not qcow2
     generation: int | None = None  # as OpenImage has it
+
+    def written(self) -> int:
+        """Return when it was last written to, in nanoseconds since 1970; 0 if that cannot be told."""
+        with contextlib.suppress(OSError):
+            return 0 if self.is_device else os.stat(self.real_path).st_mtime_ns
+        return 0
 
     def is_bottom(self) -> bool:
         """Whether nothing is below it, as far as that can be known: what other formats say is not read."""
