@@ -48,6 +48,7 @@ EMPTIED = "emptied"
 MAX_BITMAPS_CARRIED = 4096  # of one ACTIVE; QEMU's time grows with the square of them
 MAX_ALL_BITMAP_DATA = 4 * 1024 * 1024 * 1024  # bytes of memory that QEMU needs to have all bitmaps of ACTIVE open
 _CLOCKS = 3600  # seconds by which the clocks of a host and of its storage may differ
+_CLOCKS_OF_HOSTS = 300  # seconds by which those of two hosts may that have had the domain
 _SHOWN = 5  # bitmaps that a message names
 
 _FULL = (
@@ -96,7 +97,7 @@ class LayerBitmaps(t.NamedTuple):
     lost_bitmaps: int = 0  # made worthless by a program that does not know them
     lost_names: frozenset[str] | None = None  # of these; None if that cannot be told
     modified: int | None = None  # seconds since 1970, of the last write; None if that cannot be told
-    base_written: int = 0  # seconds since 1970, of the last write to the image below before this one; 0: not known
+    made: int = 0  # seconds since 1970, when an overlay was; 0: not known
 
     def is_older_than(self, created: int | None) -> bool:
         """Whether it was last written to before a checkpoint was made: a bitmap is stored when its image is closed.
@@ -115,7 +116,7 @@ class LayerBitmaps(t.NamedTuple):
 
     def was_made_after(self, created: int | None) -> bool:
         """Whether a checkpoint, which was made then, is older than this overlay: its bitmap goes on with one below."""
-        return created is not None and 0 < created < self.base_written - _CLOCKS
+        return created is not None and 0 < created < self.made - _CLOCKS_OF_HOSTS
 
 
 class Checkpoint(t.NamedTuple):

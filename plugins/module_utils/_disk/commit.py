@@ -363,7 +363,7 @@ def _for_rules(layer: Layer, seen: Seen) -> LayerBitmaps:
         lost_bitmaps=image.lost_bitmaps if image else 0,
         lost_names=image.lost_names if image else None,
         modified=seen.written.get(layer.path),
-        base_written=image.base_written if image else 0,
+        made=image.made if image else 0,
     )
 
 

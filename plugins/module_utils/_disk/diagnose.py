@@ -106,7 +106,7 @@ def _look(layer: Layer, above: t.Sequence[Layer], held: Held, missed: t.Abstract
         lost_names=image.lost_names,
         lost_by_kill=bool(image.lost_bitmaps) and vault is not None and _is_of_its_run(file, vault),
         modified=None if file.is_device else int(file.status().st_mtime),
-        base_written=image.base_written,
+        made=image.made,
         fault=fault,
     )
     return Patient(layer, file, maps_of(file, image), vault, standing)

@@ -50,7 +50,7 @@ class ExaminedLayer(t.NamedTuple):
             lost_bitmaps=self.image.lost_bitmaps if self.image else 0,
             lost_names=self.image.lost_names if self.image else None,
             modified=self.modified,
-            base_written=self.image.base_written if self.image else 0,
+            made=self.image.made if self.image else 0,
         )
 
     def as_result(self) -> dict[str, t.Any]:

@@ -95,7 +95,7 @@ class Standing(t.NamedTuple):
     lost_names: frozenset[str] | None = None  # of these; None if that cannot be told
     lost_by_kill: bool = False  # a killed run has lost these, and its vault has those that were to stay
     modified: int | None = None  # seconds since 1970, of the last write; None if that cannot be told
-    base_written: int = 0  # seconds since 1970, of the last write to the image below before this one; 0: not known
+    made: int = 0  # seconds since 1970, when an overlay was; 0: not known
     fault: Refusal | None = None  # why its bitmaps cannot be written
     others: tuple[str, ...] = ()  # paths of the images on top of it that are not in this chain
 
@@ -114,7 +114,7 @@ class Standing(t.NamedTuple):
             lost_bitmaps=self.lost_bitmaps,
             lost_names=self.lost_names,
             modified=self.modified,
-            base_written=self.base_written,
+            made=self.made,
         )
 
 

@@ -57,10 +57,9 @@ class Image(t.NamedTuple):
     lost_names: frozenset[str] | None = None  # of the lost bitmaps; None if that cannot be told
 
     @property
-    def base_written(self) -> int:
-        """When the image below was last written to before this one was made, in seconds since 1970; 0: not known."""
-        # A merge into the image below is a write, too, and is recorded.
-        return min(self.history.base_written, self.history.made) // 10**9
+    def made(self) -> int:
+        """When it was made, in seconds since 1970; 0: not known."""
+        return self.history.made // 10**9
 
 
 def read_image(file: OpenImage, *, with_bitmaps: bool = True) -> Image:

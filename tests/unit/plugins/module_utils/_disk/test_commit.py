@@ -632,12 +632,12 @@ def test_what_an_image_lacks_that_an_overlay_goes_on_with_must_not_come_to_look_
     """QEMU could not store it as its VM left the image: that the overlay is newer than the checkpoint tells."""
     qemu.qemu_img("bitmap", "--remove", "-f", "qcow2", chain.base, "x")
     with OpenImage(chain.middle, os.open(chain.middle, os.O_RDWR)) as file:
-        write_mark(file, Mark("web", "vda", "mon"), History(base_written=90_000 * 10**9))
+        write_mark(file, Mark("web", "vda", "mon"), History(made=90_000 * 10**9))
     os.utime(chain.top)
     told = commits.refusal(chain.top, chain.base, created=(("x", 50_000),))
     assert (told.code, told.subject) == ("lost_bitmaps", chain.base)
     assert ("lacks 'x'" in told.why, "qemu-img" in told.remedy) == (True, False)
-    assert commits.merged(chain.top, chain.base, created=(("x", 89_000),))["state"] == "committed"
+    assert commits.merged(chain.top, chain.base, created=(("x", 89_800),))["state"] == "committed"
 
 
 @pytest.fixture(name="newer")

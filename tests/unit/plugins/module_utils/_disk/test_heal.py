@@ -265,7 +265,7 @@ def test_no_image_is_written_that_alone_tells_why_a_bitmap_above_it_is_not_valid
 
 def test_an_image_is_written_that_lacks_what_the_overlay_on_it_goes_on_with():
     """The overlay tells it, also once that image has other bitmaps."""
-    chain = standing("g-g", base_written={0: 90_000})
+    chain = standing("g-g", made={0: 90_000})
     chain[0] = chain[0]._replace(bitmaps={**chain[0].bitmaps, **bitmap("g", "y")})
     plan = decide(ASKED._replace(created=(("y", 50_000),)), chain)
     assert (plan.written, [one.problem for one in plan.found]) == ((0, 1), [None] * 2)

@@ -58,9 +58,9 @@ def fixture_base(tmp_path):
 def test_a_bitmap_whose_beginning_was_not_stored_below_is_not_valid_and_cannot_be_healed(tmp_path, base):
     top = overlay(tmp_path / "top.qcow2", base)
     with OpenImage(top, os.open(top, os.O_RDWR)) as file:
-        write_mark(file, Mark("web", "vda", "mon"), History(base_written=90_000 * 10**9))
+        write_mark(file, Mark("web", "vda", "mon"), History(made=90_000 * 10**9))
     qemu.add_bitmaps(top, [Bitmap("new", 65536, True, False)])
-    for created, is_valid in ((50_000, False), (89_000, True)):
+    for created, is_valid in ((50_000, False), (89_800, True)):
         disk, changed = mend(top, names=("new",), created=(("new", created),))
         found = {one["name"]: one for one in disk["checkpoints"]}["new"]
         assert (found["valid"], found["image"], changed) == (is_valid, None if is_valid else base, False)
