@@ -431,7 +431,7 @@ RULES = (
     Rule(
         "no image is merged into, or put in the place of, what is older than what it was made on",
         "wayback",
-        "is_older = 0 < written <= history.base_written - lost",
+        "is_older = 0 < written <= recorded - lost",
         "is_older = False",
         ("test_wayback",),
         "_domain",
@@ -460,8 +460,8 @@ RULES = (
     Rule(
         "a merge does not hide that another one has changed what goes in",
         "stages",
-        "<= recorded + UNTIL_SWITCHED",
-        "<= recorded + (1 << 99)",
+        "<= settled",
+        "<= settled + (1 << 99)",
         ("../_domain/test_wayback",),
     ),
     Rule(

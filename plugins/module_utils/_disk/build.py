@@ -15,7 +15,6 @@
 from __future__ import annotations
 
 import os
-import time
 import typing as t
 
 from .._base.attributes import AttributeOptions, apply_attributes, attributes_for
@@ -23,7 +22,7 @@ from .._base.errors import CHECK_STORAGE, Refusal
 from .._base.files import OpenImage, open_image
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.image import read_image
-from .._qcow2.mark import History, inode_of, write_mark
+from .._qcow2.mark import new_history, write_made, write_mark
 from .._qemu.nodes import (
     ACTIVE,
     SCRATCH,
@@ -102,12 +101,11 @@ class MakeOverlays:
         except (Refusal, OSError) as exc:
             return failed_by(verdict, exc)  # with its warnings
         backing_file = overlay.recorded_backing_file(request, active, target)
-        history = History(base_written=file.written(), base_inode=inode_of(file), made=time.time_ns())
         size = active.virtual_size
         bit_bytes = most_bytes(maps, verdict.bitmaps, request.creation.cluster_size, size)
         return verdict._replace(
             need=overlay.need(verdict, target, bit_bytes),
-            spec=BuildSpec(target, backing_file, attributes, active.image, maps, bit_bytes, history),
+            spec=BuildSpec(target, backing_file, attributes, active.image, maps, bit_bytes, new_history(file)),
         )
 
     def _waiting_for(self, path: str, folders: t.Sequence[str]) -> list[str]:
@@ -147,7 +145,7 @@ class MakeOverlays:
 
     def phases(self) -> t.Sequence[t.Callable[[OverlayVerdict, Held], OverlayVerdict]]:
         """Build only: an overlay writes to no image that is not ours, so there is nothing to keep."""
-        return [self.build]
+        return [self.build, self.renew]
 
     def build(self, verdict: OverlayVerdict, held: Held) -> OverlayVerdict:
         """Make a missing overlay in a file of ours, with QEMU as second witness of ACTIVE, and read it back."""
@@ -162,6 +160,13 @@ class MakeOverlays:
         apply_attributes(staged.file, spec.attributes)
         os.fsync(staged.file.fd)
         _read_back(staged, verdict, spec, monitor)
+        return verdict
+
+    def renew(self, verdict: OverlayVerdict, held: Held) -> OverlayVerdict:
+        """Have an overlay that an earlier run has left be as new as the snapshot: the VM wrote to ACTIVE since."""
+        if verdict.state == PRESENT and verdict.request.must_be_fresh:
+            with open_image(verdict.request.path) as file:
+                write_made(file, held.image(verdict.request.backing_file))
         return verdict
 
     def publish(

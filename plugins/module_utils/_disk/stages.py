@@ -35,7 +35,6 @@ from .._base.errors import Refusal
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer
 from .._qcow2.image import Image
-from .._qcow2.mark import UNTIL_SWITCHED
 from .bitmap_rules import LayerBitmaps, carries_over
 from .fates import Named
 from .retire import KEPT_AS, is_kept
@@ -81,8 +80,8 @@ class Seen(t.NamedTuple):
         """Whether nobody has written to TOP since the image above was made, as far as that one tells."""
         above = self.above.image if self.above is not None else None
         kept = self.vault.top_changed if self.vault is not None and self.is_top_of_vault else None
-        recorded = above.history.base_written if above is not None else 0
-        return (self.top_changed if kept is None else kept) <= recorded + UNTIL_SWITCHED
+        settled = above.history.settled if above is not None else 0
+        return (self.top_changed if kept is None else kept) <= settled
 
     @property
     def part(self) -> tuple[Layer, ...]:

@@ -42,6 +42,8 @@ WHY_SAVED = "has a managed save, which would go on with the images that are ther
 _NOT_ON_IT = "is not on the snapshot"
 _NONE_OLD = "has no snapshot that is to go"
 _NOTHING = Kept()
+# By how many nanoseconds a copy can be older, by the unit of its time: FAT, others of whole seconds, exFAT, and tar.
+_LOST_DIGITS = ((10**9, 2 * 10**9), (10**7, 10**7), (1, 10**3))
 
 
 class WayBack(t.NamedTuple):
@@ -269,7 +271,8 @@ def plan_merge(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark, f
         is_of_vm=True,
     )
     source = _source(found.below) if above is None else _unstated(facts)
-    return DiskPlan(mark.target, merge, source, tuple(_chain_problems(domain, facts, found, mark, goes_back=False)))
+    problems = _chain_problems(domain, facts, request, found, mark, goes_back=False)
+    return DiskPlan(mark.target, merge, source, tuple(problems))
 
 
 def _revert_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark) -> DiskPlan | None:
@@ -304,7 +307,7 @@ def _revert_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark)
         puts_on_base=True,
         made=_history_of(found.overlay).made,
     )
-    problems = _chain_problems(domain, facts, found, mark, goes_back=True)
+    problems = _chain_problems(domain, facts, request, found, mark, goes_back=True)
     return DiskPlan(mark.target, back, _source(found.below), tuple(problems))
 
 
@@ -318,15 +321,18 @@ def _unstated(facts: DiskFacts) -> Source | None:
     return None if facts.disk.stated_chain is None else _source(facts.layers[0])
 
 
-def _chain_problems(domain: Domain, facts: DiskFacts, found: Found, mark: Mark, *, goes_back: bool) -> list[Refusal]:
+def _chain_problems(
+    domain: Domain, facts: DiskFacts, request: WayBack, found: Found, mark: Mark, *, goes_back: bool
+) -> list[Refusal]:
     """Return why the images below the disk must not be touched."""
     part = facts.layers[: facts.layers.index(found.below) + 1]
     other_chain = stated_problems(domain.name, facts.disk, facts.layers)
+    taken_in = _taken_in(facts, request, found) if goes_back else []
     return [
         *other_chain,
         *_shared(domain, facts, mark, part),
         *_uncertain(domain, found, mark),
-        *(_other_base(part, goes_back=goes_back) if not other_chain else ()),
+        *((taken_in or _other_base(part, goes_back=goes_back)) if not other_chain else ()),
     ]
 
 
@@ -353,9 +359,11 @@ def _other_base(part: t.Sequence[Layer], *, goes_back: bool) -> list[Refusal]:
     is above it, whatever has set its time; but who goes back wants what it had then.
     """
     history, base = _history_of(part[-2]), part[-1]
+    # The clock of a storage can be wrong; ours made the overlay after all that.
+    recorded = min(history.base_written, history.made or history.base_written)
     written = base.written()
-    lost = 10**9 if written % 10**9 == 0 else 10**3  # nanoseconds, in a copy that does not keep all digits
-    is_older = 0 < written <= history.base_written - lost
+    lost = next(lost for unit, lost in _LOST_DIGITS if written % unit == 0)
+    is_older = 0 < written <= recorded - lost
     if not is_older or (base.identity[-1] == history.base_inode and not goes_back):
         return []
     why = (
@@ -372,6 +380,34 @@ def _other_base(part: t.Sequence[Layer], *, goes_back: bool) -> list[Refusal]:
 def _history_of(layer: Layer) -> History:
     """Return what an image tells of its life; nothing if it tells none."""
     return layer.image.history if layer.image is not None else History()
+
+
+def _taken_in(facts: DiskFacts, request: WayBack, found: Found) -> list[Refusal]:
+    """Return that the image between the snapshot and the one below was taken into the snapshot; nothing if none was.
+
+    'virsh blockpull --base' leaves it there. What a merge of ours has left bears the sign of that.
+    """
+    inode, used = _history_of(found.overlay).base_inode, {layer.identity for layer in facts.layers}
+    for one in _overlays_beside(facts, request):
+        is_pulled = one.identity[-1] == inode and one.identity not in used and not is_kept(one.path)
+        if is_pulled and one.backing_identity == found.below.identity and not _has_sign(one.path):
+            why = (
+                f"is not what {found.overlay.path} was made on: that was {one.path}, as its inode tells, which was "
+                "taken into the snapshot, as by 'virsh blockpull'. What is in it the image below lacks"
+            )
+            remedy = (
+                f"To go back to the moment of the snapshot, put the VM on {one.path} ('virsh edit'). To keep all, "
+                "merge the snapshot down (state=committed)."
+            )
+            return [Refusal("base_changed", found.below.path, why, remedy)]
+    return []
+
+
+def _has_sign(path: str) -> bool:
+    """Whether the merge of an image was begun while its VM ran; so, too, if it cannot be told."""
+    with contextlib.suppress(Refusal, OSError), open_image(path) as file:
+        return find_sign(file) is not None
+    return True
 
 
 def taken_over(domain: Domain, facts: DiskFacts, path: str, mark: Mark) -> list[Refusal]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 import typing as t
 
 from .._base.files import OpenImage, close, write_all
@@ -28,7 +29,7 @@ from .header import (
 )
 
 EXT_MARK = 0x6B766D66  # "kvmf"
-UNTIL_SWITCHED = 60_000_000_000  # nanoseconds in which a VM that runs still writes to the image below its new overlay
+UNTIL_SWITCHED = 60_000_000_000  # nanoseconds in which a VM that runs still writes to the image below
 # The lines behind those of the mark. Their length never changes, so that they are changed in place.
 _HISTORY = re.compile("base_written=([0-9]{20})\nbase_inode=([0-9]{20})\nmade=([0-9]{20})\nleaving=([01])")
 
@@ -48,6 +49,14 @@ class History(t.NamedTuple):
     base_inode: int = 0  # of the image below; 0: not known
     made: int = 0  # nanoseconds since 1970: when the overlay was made
     leaving: bool = False  # whether its VM is being put on the image below, or was, so that it is to go
+
+    @property
+    def settled(self) -> int:
+        """When all was written that the image below holds of before the snapshot, in nanoseconds since 1970.
+
+        What runs has its bitmaps stored there as it is switched to the overlay. 0 if that is not known.
+        """
+        return max(self.base_written, self.made) + UNTIL_SWITCHED if self.base_written else 0
 
 
 _NEW = History()
@@ -105,12 +114,20 @@ def write_leaving(file: OpenImage, *, leaving: bool) -> None:
 
 def write_base(file: OpenImage, base: OpenImage) -> None:
     """Record what the image below is now, since the one between has gone into it; as write_leaving() does."""
-    _change_history(file, lambda history: history._replace(base_written=base.written(), base_inode=inode_of(base)))
+    now = new_history(base)
+    _change_history(file, lambda history: history._replace(base_written=now.base_written, base_inode=now.base_inode))
 
 
-def inode_of(base: OpenImage) -> int:
-    """Return by which number an overlay knows the image below again; 0 for a block device."""
-    return 0 if base.is_device else base.status().st_ino
+def write_made(file: OpenImage, base: OpenImage) -> None:
+    """Have an overlay be as new as if it was made now, on the image below as it is; as write_leaving() does."""
+    now = new_history(base)
+    _change_history(file, lambda _history: now)
+
+
+def new_history(base: OpenImage) -> History:
+    """Return the history of an overlay that is made now, on an open image."""
+    inode = 0 if base.is_device else base.status().st_ino
+    return History(base_written=base.written(), base_inode=inode, made=time.time_ns())
 
 
 def _change_history(file: OpenImage, change: t.Callable[[History], History]) -> None:

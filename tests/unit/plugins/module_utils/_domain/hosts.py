@@ -12,7 +12,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.attributes im
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.build import MakeOverlays
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay import Creation
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.session import Settings
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.session import Settings, Vm
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.inventory import Inventory
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.overlay import plan_domain
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.plan import SnapshotRequest
@@ -66,7 +66,8 @@ class Host:
         plan = self.plan(name, snapshot, directory)
         if plan.problems:
             return [problem.code for problem in plan.problems]
-        outcome = run(MakeOverlays(AttributeOptions()), [disk.request for disk in plan.disks], SETTINGS)
+        vms = {plan.domain.uuid: Vm(lambda: None)} if plan.has_work else {}
+        outcome = run(MakeOverlays(AttributeOptions()), [disk.request for disk in plan.disks], SETTINGS, vms)
         if outcome.failures:
             return [problem.code for problem in outcome.failures]
         self.domains[name] = self.domains[name]._replace(definition=plan.definition)

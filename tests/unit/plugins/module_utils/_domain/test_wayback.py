@@ -429,10 +429,13 @@ def test_an_image_is_not_what_the_one_above_it_was_made_on(host, way):
     before = host.files()
     assert getattr(host, way)("web", "wed") == ["base_changed"]
     assert host.files() == before
-    lost = recorded % 10**9  # a copy can have lost what is below a second, or a microsecond
+    lost = recorded % 10**9  # a copy can have lost what is below two seconds, 10 ms, or a microsecond
     for time, expected in (
         (recorded - lost, []),
-        (recorded - lost - 10**9, ["base_changed"]),
+        (recorded - lost - 10**9, []),
+        (recorded - lost - 2 * 10**9, ["base_changed"]),
+        (recorded - recorded % 10**7, []),
+        (recorded - recorded % 10**7 - 10**7, ["base_changed"]),
         (recorded - recorded % 1000, []),
         (recorded - recorded % 1000 - 1000, ["base_changed"]),
         (recorded, []),
@@ -484,6 +487,55 @@ def test_a_merge_does_not_hide_that_the_image_in_between_was_not_what_it_was(hos
     os.utime(host.folder / "plain.tue.qcow2", ns=(0, recorded + 61 * 10**9))
     assert host.commit("plain", "tue")[0] == ["committed"]
     assert host.revert("plain", "wed")[0] == ["failed"]
+
+
+def test_a_time_that_is_ahead_of_the_clock_is_in_nobodys_way(host):
+    """As of a storage whose clock was wrong for a while."""
+    for disk in "ab":
+        later = os.stat(host.folder / f"web-{disk}.wed.qcow2").st_mtime_ns + 8 * 3600 * 10**9
+        os.utime(host.folder / f"web-{disk}.wed.qcow2", ns=(0, later))
+    assert host.snapshot("web", "thu")
+    for disk in "ab":
+        os.utime(host.folder / f"web-{disk}.wed.qcow2")
+    assert host.plan_back(plan_commit, "web", "thu").problems == ()
+    assert host.revert("web", "thu")[0] == ["reverted"] * 2
+
+
+def test_the_image_that_was_taken_into_the_snapshot_is_where_to_go_back_to(host):
+    """'virsh blockpull --base' leaves it, and any write to the image below hides that it is older."""
+    for disk in "ab":
+        wed, base = host.folder / f"web-{disk}.wed.qcow2", host.folder / f"web-{disk}.mon.qcow2"
+        qemu.qemu_img("rebase", "-q", "-b", str(base), "-F", "qcow2", str(wed))
+        os.utime(base)
+    (told, _other) = host.plan_back(plan_revert, "web", "wed").problems
+    assert (told.code, told.subject) == ("base_changed", str(host.folder / "web-a.mon.qcow2"))
+    tue = str(host.folder / "web-a.tue.qcow2")
+    assert tue in told.why
+    assert f"put the VM on {tue} ('virsh edit')" in told.remedy
+    for disk in "ab":
+        with open_image(str(host.folder / f"web-{disk}.tue.qcow2")) as file:
+            leave_sign(file)
+    assert host.plan_back(plan_revert, "web", "wed").problems == ()
+    for disk in "ab":
+        os.unlink(host.folder / f"web-{disk}.tue.qcow2")
+    assert host.plan_back(plan_revert, "web", "wed").problems == ()
+    assert host.commit("web", "wed")[0] == ["committed"] * 2
+
+
+def test_an_overlay_that_is_taken_again_is_as_new_as_the_snapshot(host):
+    """As after a run that was killed: the VM has written to the image below since."""
+    host.image("plain.qcow2")
+    host.define("plain", "plain.qcow2")
+    assert host.snapshot("plain", "mon")
+    first = qemu.read(host.folder / "plain.mon.qcow2").history
+    host.define("plain", "plain.qcow2")
+    os.utime(host.folder / "plain.qcow2")
+    assert host.snapshot("plain", "mon")
+    history, base = qemu.read(host.folder / "plain.mon.qcow2").history, os.stat(host.folder / "plain.qcow2")
+    assert history.made > first.made
+    assert (history.base_written, history.base_inode) == (base.st_mtime_ns, base.st_ino)
+    assert host.snapshot("plain", "mon") == "present"
+    assert qemu.read(host.folder / "plain.mon.qcow2").history == history
 
 
 def test_what_another_host_has_is_not_taken_for_what_a_killed_run_has_left(host):
