@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import subprocess
+import time
 import unittest.mock
 
 import pytest
@@ -32,7 +33,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.wayback imp
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection import Kept, KnownCheckpoint
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import Definition
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import write_leaving
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import write_base, write_leaving
 
 from .. import qemu
 from .hosts import SETTINGS, Host
@@ -422,7 +423,12 @@ def test_snapshots_of_libvirts_own_are_in_the_way_of_going_back(host):
 def test_an_image_is_not_what_the_one_above_it_was_made_on(host, way):
     """As after `virsh blockpull --base`, which takes in the images between: what is below can be a template."""
     wed, base = host.folder / "web-a.wed.qcow2", host.folder / "web-a.qcow2"
-    recorded = qemu.read(wed).history.base_written
+    recorded = (int(time.time()) - 20) * 10**9 + 123_456_789  # it has all digits
+    tue = host.folder / "web-a.tue.qcow2"
+    os.utime(tue, ns=(0, recorded))
+    with open_image(str(wed)) as file, open_image(str(tue)) as below:
+        write_base(file, below)
+    os.utime(base, ns=(0, recorded - 10**9))
     qemu.qemu_img("rebase", "-q", "-b", str(base), "-F", "qcow2", str(wed))
     for name in ("mon", "tue"):
         os.unlink(host.folder / f"web-a.{name}.qcow2")
@@ -430,7 +436,7 @@ def test_an_image_is_not_what_the_one_above_it_was_made_on(host, way):
     assert getattr(host, way)("web", "wed") == ["base_changed"]
     assert host.files() == before
     lost = recorded % 10**9  # a copy can have lost what is below two seconds, 10 ms, or a microsecond
-    for time, expected in (
+    for written, expected in (
         (recorded - lost, []),
         (recorded - lost - 10**9, []),
         (recorded - lost - 2 * 10**9, ["base_changed"]),
@@ -440,7 +446,7 @@ def test_an_image_is_not_what_the_one_above_it_was_made_on(host, way):
         (recorded - recorded % 1000 - 1000, ["base_changed"]),
         (recorded, []),
     ):
-        os.utime(base, ns=(0, time))
+        os.utime(base, ns=(0, written))
         plan = plan_commit if way == "commit" else plan_revert
         assert [problem.code for problem in host.plan_back(plan, "web", "wed").problems] == expected
     os.utime(base)
