@@ -152,6 +152,7 @@ def check_owner(path: str) -> None:
     """
     with StagedFile(path, os.path.dirname(path)) as staged:
         status = staged.file.status()
+        os.unlink(staged.name, dir_fd=staged.folder_fd)  # that it could not be removed would be told nowhere else
     if is_ours(status):
         return
     why = (

@@ -25,6 +25,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import observ
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.observe import observe_target
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.publish import (
     StagedFile,
+    check_owner,
     leftovers,
     publish_together,
     publish_unlocked,
@@ -166,6 +167,22 @@ def test_what_was_not_published_yet_is_not_said_to_be_stuck(tmp_path, monkeypatc
 def test_a_folder_that_cannot_be_listed_has_no_leftovers(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "listdir", failing(errno.EIO))
     assert sweep(str(tmp_path)) == []
+
+
+def test_a_file_that_only_tells_whose_it_is_is_told_of_if_it_cannot_be_removed(tmp_path, monkeypatch):
+    unlink, failures = os.unlink, [OSError(errno.EIO, os.strerror(errno.EIO))]
+
+    def failing_once(path, **options):
+        if failures:
+            raise failures.pop()
+        unlink(path, **options)
+
+    monkeypatch.setattr(os, "unlink", failing_once)
+    with pytest.raises(OSError, match="Input/output error"):
+        check_owner(str(tmp_path / "vault"))
+    assert os.listdir(tmp_path) == []
+    check_owner(str(tmp_path / "vault"))
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_close_that_fails_fails_nothing(tmp_path, monkeypatch):
