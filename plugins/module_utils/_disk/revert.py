@@ -16,19 +16,18 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import typing as t
 
 from .._base.errors import CHECK_STORAGE, Refusal, system_refusal
 from .._base.files import Identity, OpenImage, identity_of, is_link, is_there, open_image, real_path
 from .._qcow2.chain import Layer, read_head, resolve_name, walk_chain
-from .._qcow2.extents import has_allocated_extents
+from .._qcow2.extents import has_allocated_extents, holds_any
 from .._qcow2.formats import QCOW2
 from .._qcow2.header import is_qcow2
 from .._qcow2.image import Image
 from .._qcow2.mark import write_leaving
-from .._qcow2.plain import PlainData
+from .._qcow2.plain import Piece, PlainData
 from .._qemu import locks
 from .._qemu.settled import is_open_for_writing, read_settled
 from . import revert_rules
@@ -43,14 +42,15 @@ from .retire import (
     stands,
     why_not_retired,
 )
-from .revert_rules import Going, Observed, Retired, RevertRequest, RevertVerdict, SameData
+from .revert_rules import Going, Observed, Retired, RevertRequest, RevertVerdict, SameData, Sample
 from .session import Held, Images
 from .siblings import all_standing_on, folders_beside, standing_on
 from .unfinished import COMMIT, HEALING, why_in_the_way
 from .verdict import ABSENT, DELETE, FAILED, KEEP, How
 
-_MOST_CLUSTERS = 1024  # that are looked at
 _MOST_COMPARED = 1 << 23  # bytes; of clusters of 2 MiB these are four
+_MOST_LOOKED_AT = 1 << 26  # bytes, with those that are zero
+_MOST_PIECES = 2048  # of which those are chosen that are spread over the disk; a power of two
 
 Placed = tuple[str, Layer]  # a layer, and where it is: a killed run can have renamed it
 
@@ -118,21 +118,58 @@ class GoBack:
 def _compare(request: RevertRequest, seen: Observed, held: Held) -> SameData:
     """Return how much of what the image above BASE holds BASE itself holds, too; nothing if it was not written since.
 
-    A merge goes from the start of the disk to its end. So look at the first clusters that are not empty.
+    A merge goes from the start of the disk to its end. So look at the first clusters that are not empty. But a disk is
+    written to there most, also once the merge was given up. So look at some of all, too.
     """
-    same = compared = 0
-    is_empty = False
-    if revert_rules.was_written(seen):
-        above, base = (PlainData(held.image(path)) for path in (seen.going[-1].path, request.backing_file))
-        is_empty = not has_allocated_extents(held.image(seen.going[-1].path))
-        for start, data in itertools.islice(above.clusters(), _MOST_CLUSTERS):
-            if not any(data):  # a disk is full of such
-                continue
+    if seen.base is None or not revert_rules.was_written(seen):
+        return SameData()
+    lowest = seen.going[-1]
+    file = held.image(lowest.path)
+    above = PlainData(file, _data_file(lowest.layer, held))
+    base = PlainData(held.image(request.backing_file), _data_file(seen.base, held))
+    return SameData(
+        first=_sample(above.pieces(), above, base),
+        spread=_sample(_spread(above.pieces()), above, base),
+        holds_any=holds_any(file),
+        has_tables=has_allocated_extents(file),
+        written=file.written(),
+    )
+
+
+def _sample(pieces: t.Iterable[Piece], above: PlainData, base: PlainData) -> Sample:
+    """Return how much of these pieces BASE holds, too, until that is enough."""
+    same = compared = looked_at = 0
+    for piece in pieces:
+        data = above.data_of(piece)
+        looked_at += piece.length
+        if any(data):  # a disk is full of others
             compared += len(data)
-            same += len(data) if base.read(start, len(data)) == data else 0
-            if compared >= _MOST_COMPARED:
-                break
-    return SameData(same, compared, is_empty)
+            same += len(data) if base.read(piece.start, len(data)) == data else 0
+        if compared >= _MOST_COMPARED or looked_at >= _MOST_LOOKED_AT:
+            break
+    return Sample(same, compared)
+
+
+def _spread(pieces: t.Iterable[Piece]) -> t.Iterator[Piece]:
+    """Yield some of the pieces, however many they are: as far as one comes, they are spread evenly over all."""
+    kept: list[Piece] = []
+    step = 1
+    for number, piece in enumerate(pieces):
+        if number % step == 0:
+            kept.append(piece)
+            if len(kept) > _MOST_PIECES:
+                kept, step = kept[::2], 2 * step
+    step = _MOST_PIECES
+    yield from kept[::step]
+    while step > 1:  # those in the middle between them
+        yield from kept[step // 2 :: step]
+        step //= 2
+
+
+def _data_file(layer: Layer, held: Held) -> OpenImage | None:
+    """Return the file that has the data of an image, if it names one that can be found."""
+    name = layer.image.data_file if layer.image is not None else None
+    return held.image(name) if name is not None and os.path.isabs(name) else None
 
 
 def _switch(tops: t.Sequence[OpenImage], switch: t.Callable[[], None]) -> None:
@@ -143,7 +180,10 @@ def _switch(tops: t.Sequence[OpenImage], switch: t.Callable[[], None]) -> None:
     can have been switched all the same.
     """
     for file in tops:
+        written = file.written()
         write_leaving(file, leaving=True)
+        with contextlib.suppress(OSError):  # it tells the next run whether its guest has written to it
+            file.put_time_back(written)
     switch()
 
 
@@ -230,6 +270,7 @@ def _observe_overlay(request: RevertRequest, held: Held) -> Observed:
     healing = why_in_the_way(layers, (), (HEALING,))
     if healing is not None:
         raise healing
+    data_file = None if depth is None else _data_file(layers[depth], held)
     return Observed(
         going=tuple(_going(going, request, held)),
         base=None if depth is None else layers[depth],
@@ -240,6 +281,7 @@ def _observe_overlay(request: RevertRequest, held: Held) -> Observed:
         others=() if depth is None else tuple(_others_on(layers[depth], request, layers)),
         begun=tuple(filter(None, (find_sign(held.image(place)) for place, _layer in going))),
         base_written=below.written(),
+        data_written=data_file.written() if data_file is not None else 0,
     )
 
 

@@ -15,7 +15,7 @@ from .._base.errors import Refusal, printable
 from .._base.files import Identity
 from .._qcow2.chain import Layer, relative_data_file, why_unusable
 from .._qcow2.image import Image
-from .._qcow2.mark import UNTIL_SWITCHED
+from .._qcow2.mark import UNTIL_SWITCHED, History
 from .._qemu.locks import in_use
 from .bitmap_rules import carries_over, names_of
 from .overlay import name_problems
@@ -61,14 +61,29 @@ class Observed(t.NamedTuple):
     others: tuple[str, ...] = ()  # paths of further images that stand on BASE, without those that are only kept
     begun: tuple[str, ...] = ()  # paths of the signs that merges of images that go were begun while the VM ran
     base_written: int = 0  # nanoseconds since 1970: when BASE was last written to; 0 if that cannot be told
+    data_written: int = 0  # the same of its external data file; 0 if it has none
+
+
+class Sample(t.NamedTuple):
+    """Guest data that the image above BASE holds itself, bytes."""
+
+    in_base: int = 0  # is in BASE at the same place
+    compared: int = 0
+
+    @property
+    def is_in_base(self) -> bool:
+        """Whether more of it is there than a guest writes again."""
+        return 2 * self.in_base > self.compared
 
 
 class SameData(t.NamedTuple):
-    """Guest data that the image above BASE holds itself, bytes."""
+    """What the image above BASE holds itself, against BASE."""
 
-    in_base: int  # is in BASE at the same place
-    compared: int
-    has_none: bool  # nor zeroes
+    first: Sample = Sample()  # on the disk
+    spread: Sample = Sample()  # over all that it holds
+    holds_any: bool = True  # or zeroes
+    has_tables: bool = True  # in which it could hold some
+    written: int = 0  # nanoseconds since 1970: when it was last written to; 0 if that cannot be told
 
 
 class Retired(t.NamedTuple):
@@ -181,37 +196,55 @@ def is_leaving(image: Image | None) -> bool:
 def was_written(seen: Observed) -> bool:
     """Whether BASE was written to since the snapshot was made, as far as its time tells and the image above it.
 
-    To remove a checkpoint or to heal one writes to it, too.
+    To remove a checkpoint or to heal one writes to it, too. What is written to an external data file can leave the time
+    of the image itself as it is.
     """
-    recorded = _recorded(seen)
-    return recorded != 0 and seen.base_written > recorded
+    history = _history(seen)
+    return history.base_written != 0 and (
+        seen.base_written > history.base_written or seen.data_written > max(history.made, history.base_written)
+    )
 
 
-def _recorded(seen: Observed) -> int:
-    """Return when BASE was last written to before the snapshot; 0 if that is not known."""
+def _history(seen: Observed) -> History:
+    """Return what the image above BASE tells of its life."""
     lowest = seen.going[-1].layer.image
-    return lowest.history.base_written if lowest is not None else 0
+    return lowest.history if lowest is not None else History()
 
 
 def with_base(verdict: RevertVerdict, seen: Observed, same: SameData) -> RevertVerdict:
     """Refuse if BASE is not what it was at the snapshot; `same` is what BASE and the image above it have in common."""
     base, above = verdict.request.backing_file, seen.going[-1].path
-    is_late = was_written(seen) and seen.base_written > _recorded(seen) + UNTIL_SWITCHED
-    why = ""
-    if 2 * same.in_base > same.compared:
+    why = way_out = ""
+    if same.first.is_in_base or same.spread.is_in_base:
         why = (
             f"was written to since {above} was made, and holds data of that already, as after a merge by other tools "
             "that was not brought to its end ('virsh blockcommit', 'qemu-img commit')"
         )
-    elif same.has_none and is_late:
+    elif was_written(seen) and _was_emptied(seen, same):
         why = f"was written to since {above} was made, which holds nothing, as 'qemu-img commit' leaves what went in"
+        way_out = " If its guest has written nothing to that disk, name the disks that are meant, without it (disks)."
     if not why:
         return verdict
     remedy = (
         "Merge it down instead (state=committed), or restore a backup. If you know that the image is right, put the VM "
-        "on it ('virsh edit'), and give up the images above by kvmfleet.qcow2.qcow2_overlay, state=reverted."
+        f"on it ('virsh edit'), and give up the images above by kvmfleet.qcow2.qcow2_overlay, state=reverted.{way_out}"
     )
     return verdict.failed(Refusal("base_changed", base, f"is not what it was at the snapshot: it {why}", remedy))
+
+
+def _was_emptied(seen: Observed, same: SameData) -> bool:
+    """Whether the image above BASE holds nothing since it went into BASE, as far as can be told.
+
+    'qemu-img commit' leaves empty tables where an image has bitmaps, and no tables where it has none. The overlay of an
+    idle disk has none either. But if it has no bitmaps, nothing has written to it since it was made. BASE is written to
+    until a VM that runs is switched: its bitmaps are stored then.
+    """
+    history, image = _history(seen), seen.going[-1].layer.image
+    switched = max(history.base_written, history.made) + UNTIL_SWITCHED
+    has_bitmaps = image is not None and bool(image.bitmaps)
+    was_never_written = (has_bitmaps and not same.has_tables) or 0 < same.written <= switched
+    is_late = max(seen.base_written, seen.data_written) > switched
+    return is_late and not same.holds_any and not was_never_written
 
 
 def _promise(request: RevertRequest, seen: Observed) -> RevertVerdict:

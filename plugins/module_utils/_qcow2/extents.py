@@ -23,6 +23,7 @@ COPIED = 0x80  # in the first byte of an entry of either table: nobody else refe
 COMPRESSED = 0x40  # in the first byte of an entry of an L2 table
 _OFFSET = 0x00FFFFFFFFFFFE00  # bits 9 to 55 of an entry of the L1 table
 _BATCH = 65536  # bytes of tables that are turned into bits together, where a table is smaller
+_AT_ONCE = 1 << 30  # bytes of a disk of which is asked together whether there is anything; tables are smaller mostly
 _NOT_ZERO = bytes([0]) + b"\1" * 255
 _COMPRESSED = bytes(255 if byte & COMPRESSED else 0 for byte in range(256))
 
@@ -131,6 +132,13 @@ class AllocationMap(TableMap):
         header = read_header(file)
         bits_of = _allocated_subclusters if is_extended(header) else allocated_clusters
         super().__init__(file, header, allocation_unit(header), bits_of)
+
+
+def holds_any(file: OpenImage) -> bool:
+    """Whether the image holds data or zeroes itself: it can have tables in which there is nothing."""
+    held, size = AllocationMap(file), read_header(file).virtual_size
+    at_once = max(held.span, _AT_ONCE)
+    return any(any(held.stored(start, at_once)) for start in range(0, size, at_once))
 
 
 def is_extended(header: Header) -> bool:

@@ -22,7 +22,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import build,
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import retire as retiring
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import CommitRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.merge import MergeLayers
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay import OverlayRequest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.overlay import Creation, OverlayRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.revert import GoBack
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.revert_rules import RevertRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
@@ -761,11 +761,12 @@ MARK = Mark("uuid", "vda", "mon")
 def fixture_snapshot(tmp_path):
     """Return how to make an overlay of a VM, with data of the guest in it and below; the image below stays as it is."""
 
-    def make(name, below, backing_format="qcow2"):
+    def make(name, below, backing_format="qcow2", data="write -P 9 1M 2M", **more):
         path = str(tmp_path / name)
-        wanted = OverlayRequest(path, str(below), backing_format, vm="uuid", mark=MARK)
+        wanted = OverlayRequest(path, str(below), backing_format, vm="uuid", mark=MARK, **more)
         assert states(make_overlays([wanted], SETTINGS)) == ["created"]
-        subprocess.run(["qemu-io", "-c", "write -P 9 1M 2M", path], check=True, stdout=subprocess.DEVNULL)
+        if data is not None:
+            subprocess.run(["qemu-io", "-c", data, path], check=True, stdout=subprocess.DEVNULL)
         return path
 
     return make
@@ -814,16 +815,115 @@ def test_nobody_goes_back_to_an_image_that_others_have_merged_data_into(
     assert states(go_back([wanted._replace(puts_on_base=False, vm=None)])) == ["reverted"]  # who names the images
 
 
-def test_nobody_goes_back_once_the_overlay_was_emptied(tmp_path, snapshot):
+def written_after(path, since, seconds):
+    """Have a file written to last so many seconds after a time in nanoseconds."""
+    os.utime(path, ns=(since, since + seconds * 10**9))
+
+
+@pytest.mark.parametrize("has_bitmaps", [False, True])
+@pytest.mark.parametrize("extended_l2", [False, True])
+def test_nobody_goes_back_once_the_overlay_was_emptied(tmp_path, snapshot, has_bitmaps, extended_l2):
     base = qemu.create(tmp_path / "disk", "16M")
-    path = snapshot("top", base)
+    path = snapshot("top", base, creation=Creation(extended_l2=extended_l2))
+    if has_bitmaps:
+        qemu.add_bitmaps(path, [Bitmap("monday", 65536, True, False)])
     qemu.qemu_img("commit", "-q", path)
-    made = qemu.read(path).history.base_written
+    history = qemu.read(path).history
+    since = max(history.base_written, history.made)
+    written_after(path, since, 61)
     for seconds, expected in ((59, []), (61, ["base_changed"])):
-        os.utime(base, ns=(made, made + seconds * 10**9))  # a VM that runs writes on until it is switched
-        assert codes_of(go_back([back_to(base, path)], CHECK)) == expected
+        written_after(base, since, seconds)  # a VM that runs writes on until it is switched
+        outcome = go_back([back_to(base, path)], CHECK)
+        assert codes_of(outcome) == expected
+        assert all("(disks)" in one.remedy for one in outcome.failures)
     subprocess.run(["qemu-io", "-c", "write -P 5 1M 64k", path], check=True, stdout=subprocess.DEVNULL)
     assert codes_of(go_back([back_to(base, path)], CHECK)) == []
+
+
+@pytest.mark.parametrize("has_bitmaps", [False, True])
+@pytest.mark.parametrize("knows_when", [False, True])
+def test_an_idle_disk_goes_back_although_checkpoints_are_removed_below(
+    tmp_path, snapshot, monkeypatch, has_bitmaps, knows_when
+):
+    """What QEMU stores at its end writes to an overlay that has bitmaps, and the switch to the image below."""
+    if not knows_when:
+        history = build.History
+        monkeypatch.setattr(build, "History", lambda **fields: history(**{**fields, "made": 0}))
+    base = qemu.create(tmp_path / "disk", "16M")
+    if has_bitmaps:
+        qemu.add_bitmaps(base, [Bitmap("monday", 65536, True, False)])
+    path = snapshot("top", base, data=None)
+    assert (qemu.read(path).history.made > 0, bool(qemu.read(path).bitmaps)) == (knows_when, has_bitmaps)
+    for file in [base, path] if has_bitmaps else [base]:
+        written_after(file, time.time_ns(), 3600)
+    assert codes_of(go_back([back_to(base, path)], CHECK)) == []
+    refuse = {"uuid": Vm(lambda: fail(Refusal("libvirt", "web", "said no")), base)}
+    if has_bitmaps:
+        written_after(path, time.time_ns(), -7200)
+    else:
+        written_after(path, os.stat(path).st_mtime_ns, -1)
+    before = os.stat(path).st_mtime_ns
+    assert codes_of(go_back([back_to(base, path)], vms=refuse)) == ["libvirt"]
+    assert (leaves(path), os.stat(path).st_mtime_ns) == (True, before)  # its guest has not written to it
+    assert codes_of(go_back([back_to(base, path)])) == []
+
+
+def test_the_live_switch_stores_bitmaps_below_long_after_the_last_write_there(tmp_path, snapshot):
+    base = qemu.create(tmp_path / "disk", "16M")
+    written_after(base, time.time_ns(), -3600)
+    path = snapshot("top", base, data=None)
+    made = qemu.read(path).history.made
+    written_after(path, made, 61)
+    for seconds, expected in ((59, []), (61, ["base_changed"])):
+        written_after(base, made, seconds)
+        assert codes_of(go_back([back_to(base, path)], CHECK)) == expected
+
+
+def test_subclusters_are_compared_too(tmp_path, snapshot):
+    base = qemu.create(tmp_path / "disk", "16M", "-o", "extended_l2=on")
+    path = snapshot("top", base, creation=Creation(extended_l2=True), data="write -P 9 1M 4k")
+    qemu.qemu_img("commit", "-q", "-d", path)
+    assert codes_of(go_back([back_to(base, path)], CHECK)) == ["base_changed"]
+
+
+@pytest.mark.parametrize("is_raw", ["on", "off"])
+def test_an_external_data_file_is_compared_too_whatever_the_time_of_its_image(tmp_path, snapshot, is_raw):
+    data = tmp_path / "data"
+    base = qemu.create(tmp_path / "disk", "16M", "-o", f"data_file={data},data_file_raw={is_raw}")
+    subprocess.run(["qemu-io", "-c", "write -P 1 0 16M", base], check=True, stdout=subprocess.DEVNULL)
+    path = snapshot("top", base)
+    assert codes_of(go_back([back_to(base, path)], CHECK)) == []
+    before = os.stat(base).st_mtime_ns
+    qemu.qemu_img("commit", "-q", "-d", path)
+    os.utime(base, ns=(before, before))
+    assert codes_of(go_back([back_to(base, path)], CHECK)) == ["base_changed"]
+    qemu.qemu_img("commit", "-q", path)
+    history = qemu.read(path).history
+    os.utime(base, ns=(before, before))
+    for file in (data, path):
+        written_after(file, history.made, 61)
+    assert codes_of(go_back([back_to(base, path)], CHECK)) == ["base_changed"]
+
+
+def test_a_guest_that_goes_on_hides_a_merge_only_where_it_writes(tmp_path, snapshot):
+    """A merge that was given up has got far, and what is written most lies at the start of the disk."""
+    base = qemu.create(tmp_path / "disk", "64M")
+    path = snapshot("top", base, data="write -P 9 0 32M")
+    qemu.qemu_img("commit", "-q", "-d", path)
+    subprocess.run(["qemu-io", "-c", "write -P 7 0 10M", path], check=True, stdout=subprocess.DEVNULL)
+    assert codes_of(go_back([back_to(base, path)], CHECK)) == ["base_changed"]
+    subprocess.run(["qemu-io", "-c", "write -P 7 0 17M", path], check=True, stdout=subprocess.DEVNULL)
+    assert codes_of(go_back([back_to(base, path)], CHECK)) == []
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 2048, 2049, 5000, 100_000])
+def test_what_is_chosen_is_spread_evenly_however_far_one_comes(count):
+    chosen = list(revert._spread(range(count)))
+    assert min(count, 1024) <= len(chosen) == len(set(chosen)) <= 2048
+    for some in (4, 32, 128, 1024):
+        first = sorted(chosen[:some])
+        gaps = [after - before for before, after in zip(first, [*first[1:], count])]
+        assert max(gaps, default=0) <= max(4096 // some, 1) * max(count, 1) / 1024 + 1
 
 
 def test_to_remove_a_checkpoint_from_an_image_below_is_in_nobodys_way(tmp_path, base, snapshot):

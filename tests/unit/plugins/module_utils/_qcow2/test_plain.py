@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
@@ -25,52 +26,77 @@ def write(path, *commands, image_format="qcow2"):
     subprocess.run(["qemu-io", "-f", image_format, *words, str(path)], check=True, stdout=subprocess.DEVNULL)
 
 
-def clusters_of(path):
-    with open_image(str(path)) as file:
-        return dict(PlainData(file).clusters())
+@contextlib.contextmanager
+def opened(path, data_file=None):
+    with contextlib.ExitStack() as files:
+        file, data = (one and files.enter_context(open_image(str(one))) for one in (path, data_file))
+        yield PlainData(file, data)
 
 
-def read(path, start, length):
-    with open_image(str(path)) as file:
-        return PlainData(file).read(start, length)
+def pieces_of(path, data_file=None):
+    with opened(path, data_file) as plain:
+        return {piece.start: plain.data_of(piece) for piece in plain.pieces()}
 
 
-@pytest.mark.parametrize("cluster_size", [512, 4096, 65536, 2 * MIB])
-def test_it_is_what_qemu_says_lies_there_as_data(tmp_path, cluster_size):
+def read(path, start, length, data_file=None):
+    with opened(path, data_file) as plain:
+        return plain.read(start, length)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "cluster_size=512",
+        "cluster_size=4096",
+        "cluster_size=65536",
+        "cluster_size=2M",
+        "cluster_size=16k,extended_l2=on",
+        "cluster_size=64k,extended_l2=on",
+        "cluster_size=2M,extended_l2=on",
+    ],
+)
+@pytest.mark.parametrize("data_file", [None, "data_file_raw=off", "data_file_raw=on"])
+def test_it_is_what_qemu_says_lies_there_as_data(tmp_path, layout, data_file):
     base = qemu.create(tmp_path / "base", "64M")
     write(base, "write -P 1 0 64M")
-    path = qemu.create(tmp_path / "top", "64M", "-b", base, "-F", "qcow2", "-o", f"cluster_size={cluster_size}")
-    write(path, "write -P 5 3M 100k", "write -P 6 63M 512", "write -z 4M 4M", "write -P 7 33M 1M")
+    below, data = ("-b", base, "-F", "qcow2"), None
+    if data_file is not None:
+        data, layout = tmp_path / "data", f"{layout},data_file={tmp_path / 'data'},{data_file}"
+        below = below if data_file == "data_file_raw=off" else ()  # or it could have none
+    path = qemu.create(tmp_path / "top", "64M", *below, "-o", layout)
+    write(path, "write -P 5 3M 100k", "write -P 6 63M 512", "write -z 4M 4M", "write -P 7 33M 1M", "write -P 8 0 512")
     raw = tmp_path / "raw"
     qemu.qemu_img("convert", "-O", "raw", path, str(raw))
     said = set()
     for one in json.loads(qemu.qemu_img("map", "--output=json", path)):
         if one["depth"] == 0 and one["data"]:
-            said |= set(range(one["start"], one["start"] + one["length"], cluster_size))
-    found = clusters_of(path)
-    assert said == set(found)
-    for start, data in found.items():
-        assert data == read(raw, start, cluster_size) == read(path, start, cluster_size)
-    assert read(path, 33 * MIB + 1000, 5000) == b"\7" * 5000
-    assert read(path, 31 * MIB, 4 * MIB) is None  # some of it is below
-    assert read(path, 4 * MIB, 512) is None  # zeroes
-    assert read(path, 1 << 50, 512) is None
+            said |= set(range(one["start"], one["start"] + one["length"], 512))
+    found = pieces_of(path, data)
+    assert said == {at for start, held in found.items() for at in range(start, start + len(held), 512)}
+    for start, held in found.items():
+        assert held == read(raw, start, len(held)) == read(path, start, len(held), data)
+    assert read(path, 33 * MIB + 1000, 5000, data) == b"\7" * 5000
+    assert read(path, 4 * MIB, 512, data) in (None, bytes(512))  # zeroes
+    if below:
+        assert read(path, 31 * MIB, 4 * MIB, data) is None  # some of it is below
+    assert read(path, 1 << 50, 512, data) is None
 
 
 def test_what_lies_otherwise_is_not_found(tmp_path):
     raw = tmp_path / "raw"
     raw.write_bytes(os.urandom(MIB) * 2)
     write(raw, f"write -P 3 0 {MIB}", image_format="raw")
-    compressed, extended = str(tmp_path / "compressed"), qemu.create(tmp_path / "ext", "2M", "-o", "extended_l2=on")
-    qemu.qemu_img("convert", "-c", "-f", "raw", "-O", "qcow2", str(raw), compressed)
-    write(extended, "write -P 3 0 1M")
+    compressed = [str(tmp_path / "compressed"), str(tmp_path / "ext")]
+    for path, layout in zip(compressed, ("cluster_size=64k", "extended_l2=on")):
+        qemu.qemu_img("convert", "-c", "-f", "raw", "-O", "qcow2", "-o", layout, str(raw), path)
     data_file = qemu.create(tmp_path / "over", "2M", "-o", f"data_file={tmp_path / 'data'}")
     write(data_file, "write -P 3 0 1M")
-    for path in (compressed, extended, data_file):
-        assert (clusters_of(path) == {}) is (path != compressed)
+    for path in (*compressed, data_file):
+        assert (pieces_of(path) == {}) is (path == data_file)  # that was not given
         assert read(path, 0, 65536) is None
-    assert all(start >= MIB for start in clusters_of(compressed))  # random data is not compressed
-    assert (clusters_of(raw), read(raw, 5, 3)) == ({}, b"\3\3\3")
+    for path in compressed:
+        assert all(start >= MIB for start in pieces_of(path))  # random data is not compressed
+    assert (pieces_of(raw), read(raw, 5, 3)) == ({}, b"\3\3\3")
 
 
 def test_tables_that_lie_outside_the_file_hold_nothing(tmp_path):
@@ -81,5 +107,5 @@ def test_tables_that_lie_outside_the_file_hold_nothing(tmp_path):
     with open(path, "r+b") as file:
         file.seek(l1_offset)
         file.write(struct.pack(">Q", 1 << 63 | 1 << 40))
-    assert clusters_of(path) == {}
+    assert pieces_of(path) == {}
     assert read(path, 0, 65536) is None
