@@ -15,7 +15,7 @@ from .._base.errors import Refusal, printable
 from .._base.files import Identity
 from .._qcow2.chain import Layer, relative_data_file, why_unusable
 from .._qcow2.image import Image
-from .._qcow2.mark import UNTIL_SWITCHED, History
+from .._qcow2.mark import History
 from .._qemu.locks import in_use
 from .bitmap_rules import carries_over, names_of
 from .overlay import name_problems
@@ -240,10 +240,9 @@ def _was_emptied(seen: Observed, same: SameData) -> bool:
     until a VM that runs is switched: its bitmaps are stored then.
     """
     history, image = _history(seen), seen.going[-1].layer.image
-    switched = max(history.base_written, history.made) + UNTIL_SWITCHED
     has_bitmaps = image is not None and bool(image.bitmaps)
-    was_never_written = (has_bitmaps and not same.has_tables) or 0 < same.written <= switched
-    is_late = max(seen.base_written, seen.data_written) > switched
+    was_never_written = (has_bitmaps and not same.has_tables) or 0 < same.written <= history.settled
+    is_late = max(seen.base_written, seen.data_written) > history.settled
     return is_late and not same.holds_any and not was_never_written
 
 

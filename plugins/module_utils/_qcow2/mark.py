@@ -29,7 +29,7 @@ from .header import (
 )
 
 EXT_MARK = 0x6B766D66  # "kvmf"
-UNTIL_SWITCHED = 60_000_000_000  # nanoseconds in which a VM that runs still writes to the image below
+_UNTIL_SWITCHED = 60_000_000_000  # nanoseconds in which a VM that runs still writes to the image below
 # The lines behind those of the mark. Their length never changes, so that they are changed in place.
 _HISTORY = re.compile("base_written=([0-9]{20})\nbase_inode=([0-9]{20})\nmade=([0-9]{20})\nleaving=([01])")
 
@@ -56,7 +56,7 @@ class History(t.NamedTuple):
 
         What runs has its bitmaps stored there as it is switched to the overlay. 0 if that is not known.
         """
-        return max(self.base_written, self.made) + UNTIL_SWITCHED if self.base_written else 0
+        return max(self.base_written, self.made) + _UNTIL_SWITCHED if self.base_written else 0
 
 
 _NEW = History()
