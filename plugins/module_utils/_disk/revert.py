@@ -50,6 +50,7 @@ from .verdict import ABSENT, DELETE, FAILED, KEEP, How
 
 _MOST_COMPARED = 1 << 23  # bytes; of clusters of 2 MiB these are four
 _MOST_LOOKED_AT = 1 << 26  # bytes, with those that are zero
+_MOST_TABLES = 128  # that are read to choose among; of clusters of 64 KiB these are of 64 GiB
 _MOST_PIECES = 2048  # of which those are chosen that are spread over the disk; a power of two
 
 Placed = tuple[str, Layer]  # a layer, and where it is: a killed run can have renamed it
@@ -129,7 +130,7 @@ def _compare(request: RevertRequest, seen: Observed, held: Held) -> SameData:
     base = PlainData(held.image(request.backing_file), _data_file(seen.base, held))
     return SameData(
         first=_sample(above.pieces(), above, base),
-        spread=_sample(_spread(above.pieces()), above, base),
+        spread=_sample(_spread(above.pieces(_MOST_TABLES)), above, base),
         holds_any=holds_any(file),
         has_tables=has_allocated_extents(file),
         written=file.written(),

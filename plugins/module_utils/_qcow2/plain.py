@@ -60,13 +60,18 @@ class PlainData:
         if not header.crypt_method:
             self._l1 = [entry & _OFFSET for entry in _words(read_l1(self._file, header))]
 
-    def pieces(self) -> t.Iterator[Piece]:
-        """Yield what a qcow2 image holds itself, in the order of the disk. No data is read."""
+    def pieces(self, most_tables: int | None = None) -> t.Iterator[Piece]:
+        """Yield what a qcow2 image holds itself, in the order of the disk. No data is read.
+
+        `most_tables`: of how many L2 tables at most; they are spread evenly over the disk. None: of all.
+        """
         if self._header is None:
             return
         size, marks, foreign = self._header.cluster_size, self._marks, self._foreign
         per_table = size // ENTRY_SIZE // self._words
-        for number, table in enumerate(self._l1):
+        tables = [(number, table) for number, table in enumerate(self._l1) if table]
+        step = -(-len(tables) // most_tables) if most_tables and tables else 1
+        for number, table in tables[::step]:
             entries = self._entries(table)
             for index, entry in enumerate(entries[:: self._words]):
                 if entry & marks and not entry & foreign:

@@ -847,8 +847,8 @@ def test_an_idle_disk_goes_back_although_checkpoints_are_removed_below(
 ):
     """What QEMU stores at its end writes to an overlay that has bitmaps, and the switch to the image below."""
     if not knows_when:
-        history = build.History
-        monkeypatch.setattr(build, "History", lambda **fields: history(**{**fields, "made": 0}))
+        new_history = build.new_history
+        monkeypatch.setattr(build, "new_history", lambda base: new_history(base)._replace(made=0))
     base = qemu.create(tmp_path / "disk", "16M")
     if has_bitmaps:
         qemu.add_bitmaps(base, [Bitmap("monday", 65536, True, False)])

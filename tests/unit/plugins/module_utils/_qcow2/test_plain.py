@@ -109,3 +109,17 @@ def test_tables_that_lie_outside_the_file_hold_nothing(tmp_path):
         file.write(struct.pack(">Q", 1 << 63 | 1 << 40))
     assert pieces_of(path) == {}
     assert read(path, 0, 65536) is None
+
+
+def test_of_many_tables_some_are_read_that_are_spread_over_the_disk(tmp_path):
+    """A table of clusters of 4 KiB is of 2 MiB."""
+    path = qemu.create(tmp_path / "image.qcow2", "64M", "-o", "cluster_size=4096")
+    write(path, *(f"write -P 7 {2 * number}M 4k" for number in range(32)))
+    with open_image(path) as file:
+        plain = PlainData(file)
+        every = [piece.start for piece in plain.pieces()]
+        assert every == [number << 21 for number in range(32)]
+        assert [piece.start for piece in plain.pieces(8)] == every[::4]
+        assert [piece.start for piece in plain.pieces(9)] == every[::4]
+        assert [piece.start for piece in plain.pieces(32)] == every
+        assert [piece.start for piece in plain.pieces(99)] == every
