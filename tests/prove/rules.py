@@ -619,6 +619,13 @@ RULES = (
         ("test_running",),
     ),
     Rule(
+        "what is not stored is told until it is",
+        "running",
+        "return verdict if problem is None else verdict.failed(problem)",
+        "return verdict",
+        ("test_running",),
+    ),
+    Rule(
         "an image whose bitmaps are not stored below is not retired",
         "running",
         "self._check_base(request, verdict.bitmaps, held)",

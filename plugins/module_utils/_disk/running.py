@@ -21,6 +21,7 @@ from .._base.files import OpenImage, identity_of, is_there
 from .._base.signals import GoesOn, Interrupted
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer, resolve_name
+from .._qcow2.formats import QCOW2
 from .._qcow2.growth import most_growth
 from .._qcow2.image import read_image
 from .._qemu.settled import Settled, read_settled
@@ -158,7 +159,7 @@ class MakeForRunning(MakeOverlays):
             why = "was given to its VM meanwhile, most likely by another run"
             return self.refused(request, [Refusal("changed_meanwhile", request.path, why, "Run this again.")])
         if verdict.state == PRESENT and not request.must_be_fresh:
-            return self._foretold(verdict, held)
+            return _still_stored(self._foretold(verdict, held), held)
         if verdict.state != FAILED:
             file = held.image(request.backing_file)
             layers = observe_chain(file, request.backing_format, relative=False).layers
@@ -213,11 +214,32 @@ def _stored(verdict: OverlayVerdict, held: Held) -> OverlayVerdict:
     """Return the verdict, failed if ACTIVE, which its VM has just left, does not store the bitmaps that go on."""
     request = verdict.request
     try:
-        done = f"The snapshot is taken: the VM runs on {request.path}"
-        _check_stored(held.image(request.backing_file), verdict.bitmaps, done)
+        _check_stored(held.image(request.backing_file), verdict.bitmaps, _is_taken(request))
     except (Refusal, OSError) as exc:  # the VM is on the overlay all the same
         return failed_by(verdict, exc)
     return verdict
+
+
+def _still_stored(verdict: OverlayVerdict, held: Held) -> OverlayVerdict:
+    """Return the verdict on an overlay that its VM has, failed as long as ACTIVE lacks bitmaps that began before it.
+
+    Of one whose header does not tell when it was made nothing is said.
+    """
+    request = verdict.request
+    if request.backing_format != QCOW2:
+        return verdict
+    image = read_image(held.image(request.path), with_bitmaps=False)
+    top, created = LayerBitmaps(request.path, image.virtual_size, {}, made=image.made), dict(request.created)
+    older = [bitmap for bitmap in verdict.bitmaps if top.was_made_after(created.get(bitmap.name))]
+    if not older:
+        return verdict
+    file = held.image(request.backing_file)
+    problem = _why_not_stored(file.path, older, read_settled(file), _is_taken(request))
+    return verdict if problem is None else verdict.failed(problem)
+
+
+def _is_taken(request: OverlayRequest) -> str:
+    return f"The snapshot is taken: the VM runs on {request.path}"
 
 
 def _check_stored(file: OpenImage, bitmaps: t.Sequence[Bitmap], done: str) -> None:

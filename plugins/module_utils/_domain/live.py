@@ -102,7 +102,7 @@ class PutRunningOn(_OfRunning, PutOnOverlays):
         """Return what is to become of a domain, as far as that can be said without its images' bitmaps."""
         live = self._live
         if live is None:
-            return plan_domain(domain, facts, self._request, kept)
+            return with_times(plan_domain(domain, facts, self._request, kept), kept)
 
         def not_ready(domain: Domain, disks: t.Sequence[DiskPlan]) -> list[Refusal]:
             if not any(disk.source for disk in disks):
@@ -110,7 +110,8 @@ class PutRunningOn(_OfRunning, PutOnOverlays):
             volumes = _volumes_left(domain, disks, live)
             return [*not_live(domain, live), *volumes, *(not_quiescent(domain) if live.quiesce else ())]
 
-        return plan_domain(domain, [as_it_runs(domain, one) for one in facts], self._request, kept, not_ready)
+        as_run = [as_it_runs(domain, one) for one in facts]
+        return with_times(plan_domain(domain, as_run, self._request, kept, not_ready), kept)
 
     def chain_after(self, disk: DomainDisk, verdict: OverlayVerdict | None) -> Chain:
         """Return the chain that the overlay comes on top of: what libvirt does not look at is further down."""

@@ -43,7 +43,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.running impor
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.session import Vm
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.verdict import DELETE
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import Mark, write_mark
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import Mark, new_history, write_mark
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu.locks import LIVE_TURN, take_turn
 
 from .. import qemu
@@ -275,6 +275,27 @@ def test_what_the_disk_that_the_vm_has_left_does_not_store_in_order_is_told(tmp_
     (problem,) = snapshot(tmp_path, disk, lambda: None, left).failures
     assert (problem.code, "'sunday'" in problem.why, "'new'" in problem.why) == ("not_stored", False, True)
     assert "told nowhere once" in problem.remedy
+
+
+@pytest.mark.parametrize("settings", [CHECK, SETTINGS])
+def test_what_the_image_below_still_does_not_store_is_told_again(tmp_path, disk, settings):
+    path = overlay(tmp_path / "disk.mon.qcow2", disk, mark=None)
+    with open_image(disk) as below, OpenImage(path, os.open(path, os.O_RDWR)) as file:
+        write_mark(file, OF_WEB, new_history(below))
+    made = qemu.read(path).made
+    operation = MakeForRunning(AttributeOptions(), Hypervisor(Known(("sunday", "new"))))
+    request = OverlayRequest(path, disk, vm="web", created=(("sunday", made - 1000), ("new", made - 1000)))
+    outcome = run(operation, [request], settings)
+    (problem,) = outcome.failures
+    assert (problem.code, problem.subject, outcome.as_result("x")["changed"]) == ("not_stored", disk, False)
+    assert ("'sunday'" in problem.why, "'new'" in problem.why) == (False, True)
+    for created in (made - 1, made + 1000):  # too close for the clocks, or made on the overlay
+        later = request._replace(created=(("sunday", made - 1000), ("new", created)))
+        assert states(run(operation, [later], settings)) == ["present"]
+    gone = MakeForRunning(AttributeOptions(), Hypervisor(Known(("sunday",))))  # the checkpoint is
+    assert states(run(gone, [request], settings)) == ["present"]
+    qemu.add_bitmaps(disk, [SUNDAY._replace(name="new")])
+    assert states(run(operation, [request], settings)) == ["present"]
 
 
 def test_a_disk_whose_bitmaps_are_stored_is_done_whatever_another_is(tmp_path, disk):
