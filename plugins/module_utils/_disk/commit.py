@@ -429,7 +429,7 @@ def _newer_below(seen: Seen, stage: Stage, request: CommitRequest) -> list[Refus
     """
     newer = [path for path, changed in seen.below_changed.items() if changed > seen.top_changed]
     is_told = not (request.is_of_vm or seen.chain[0].is_device or seen.open_for_writing)
-    if not is_told or stage.name != WHOLE or not newer:
+    if not is_told or not (stage.name == WHOLE or stage.by_names) or not newer:
         return []
     why = (
         f"was last written to at {_shown(seen.top_changed)}, and {newer[0]} below it after that, at "

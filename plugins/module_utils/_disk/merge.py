@@ -26,7 +26,7 @@ from .carry import Place, Wanted, bring, wrong_bitmaps
 from .commit import CommitRequest, CommitVerdict, Work
 from .observe import observe_chain, why_not_opened
 from .progress import telling
-from .publish import StagedFile, check_owner, publish_at_once
+from .publish import StagedFile, check_owner, publish_at_once, publish_over
 from .retire import KEPT_AS, remove_dangling_link, retire, stands, why_not_retired
 from .revert_rules import Retired
 from .session import Held, Images, failed_by
@@ -34,6 +34,7 @@ from .stages import Seen
 from .survey import (
     content_of,
     judge_gone,
+    kept_of_copy,
     layers_of,
     own_bitmaps,
     promise,
@@ -46,6 +47,7 @@ from .survey import (
 from .unfinished import why_not_merged
 from .vault import (
     MARK,
+    Content,
     Vault,
     find_vault,
     holds,
@@ -152,16 +154,13 @@ class MergeLayers:
         elif vault is not None:
             if work.stage.not_given:
                 take_back(vault.path)
+            elif work.stage.name == stages.REBUILT and not work.seen.is_top_of_vault:
+                # A kill while QEMU opens the copy takes away what tells that it is one.
+                publish_over(_staged_vault(kept_of_copy(vault, work, held), work, held))
             else:
                 sync_folder_of(vault.path)
             return verdict
-        content = content_of(work, held)
-        staged = held.enter(StagedFile(work.vault_place, os.path.dirname(work.vault_place)))
-        write_vault(staged.file.fd, content)
-        os.fsync(staged.file.fd)
-        if not holds(read_vault(staged.file), content):
-            raise Refusal("not_verified", work.vault_place, "the vault is not what was written")
-        publish_at_once(staged)
+        publish_at_once(_staged_vault(content_of(work, held), work, held))
         return verdict
 
     def carry(self, verdict: CommitVerdict, work: Work, held: Held) -> CommitVerdict:
@@ -290,6 +289,16 @@ def _held_back(
     finally:
         sound = {bitmap.name for bitmap in read_image(top).bitmaps if not bitmap.inconsistent}
         set_in_use(above, [name for name in names if name in sound], in_use=False)
+
+
+def _staged_vault(content: Content, work: Work, held: Held) -> StagedFile:
+    """Return a vault that is on stable storage and read back, and has no name yet."""
+    staged = held.enter(StagedFile(work.vault_place, os.path.dirname(work.vault_place)))
+    write_vault(staged.file.fd, content)
+    os.fsync(staged.file.fd)
+    if not holds(read_vault(staged.file), content):
+        raise Refusal("not_verified", work.vault_place, "the vault is not what was written")
+    return staged
 
 
 def _base_place(seen: Seen, held: Held) -> Place:

@@ -29,6 +29,7 @@ The vault goes last: one that says GIVEN is in nobody's way.
 
 from __future__ import annotations
 
+import os
 import typing as t
 
 from .._base.errors import Refusal
@@ -140,6 +141,7 @@ class Stage(t.NamedTuple):
     name: str
     stale_vault: bool = False  # the vault there is of other work that is done, or was never begun
     not_given: bool = False  # the vault says GIVEN, but TOP was written to since
+    by_names: bool = False  # TOP is a copy of the image that the vault is of, as far as names of bitmaps tell
 
 
 def stage_of(seen: Seen) -> Stage | Refusal:
@@ -156,12 +158,11 @@ def stage_of(seen: Seen) -> Stage | Refusal:
     if seen.mark is not None:
         return _stage_when_marked(seen, seen.mark, seen.vault)
     is_same = seen.is_top_of_vault
-    if is_same and _has_lost_bitmaps(seen, seen.vault):
-        if seen.base_is_as_kept or _is_stripped(seen):
-            return Stage(REBUILT)
-    elif seen.base_is_as_kept or (is_same and seen.top.version == 2 and _is_stripped(seen)):
+    if _has_lost_bitmaps(seen, seen.vault) and (is_same or _may_be_copy(seen, seen.vault)):
+        return _stage_when_lost(seen, seen.vault)
+    if seen.base_is_as_kept or (is_same and seen.top.version == 2 and _is_stripped(seen)):
         return Stage(VAULTED if is_same else WHOLE, stale_vault=not is_same)
-    elif is_same and seen.top.version == 3 and seen.base_lacks_removed:
+    if is_same and seen.top.version == 3 and seen.base_lacks_removed:
         # The VM went on with TOP, and a backup tool has deleted checkpoints meanwhile. No bit was carried yet.
         return Stage(WHOLE, stale_vault=True)
     return _excluded(seen)
@@ -175,6 +176,39 @@ def _stage_when_marked(seen: Seen, mark: Bitmap, vault: Vault) -> Stage | Refusa
         return Stage(REBUILT)
     # BASE is as it was, or stripped, or has got some of TOP's bitmaps already.
     return Stage(CARRIED) if seen.base_is_as_kept or seen.top_has_all else _excluded(seen)
+
+
+def _stage_when_lost(seen: Seen, vault: Vault) -> Stage | Refusal:
+    """Return the stage where TOP has no mark and has lost bitmaps, and the vault says that work is unfinished.
+
+    A copy of the image that the vault is of is told by the names that are left in it. A bitmap that BASE has in order
+    takes in all that an overlay on it holds, and is right. So is one that had begun in TOP when the copy was made. Of
+    any other one nothing tells whether TOP is a copy of an earlier state, or another overlay, in which it never was:
+    what the disk was when the checkpoint was made can be in no image then, and no bit of the vault tells of that.
+    """
+    left = {bitmap.name for bitmap in seen.top.bitmaps} | (seen.top.lost_names or frozenset())
+    is_marked = MARK + vault.token in left
+    if not seen.base_is_as_kept and not ((seen.is_top_of_vault or is_marked) and _is_stripped(seen)):
+        return _excluded(seen)
+    unknown = sorted(vault.above.keys() - vault.below.keys() - left)
+    if seen.is_top_of_vault or is_marked or not unknown:
+        return Stage(REBUILT, by_names=not (seen.is_top_of_vault or is_marked))
+    names = ", ".join(map(repr, unknown))
+    return _unfinished(
+        seen,
+        f"it lacks bitmaps that the vault {vault.path} has ({names}), which is of another file of this name",
+        f"Put back the file that the vault is of, and run this again. If there is none any more, as where this is a "
+        f"copy of it, or if this overlay was made since, remove {vault.path} and run this again. Of a copy {names} "
+        "will be lost then: remove the checkpoint of each, and make a full backup with a new one.",
+    )
+
+
+def _may_be_copy(seen: Seen, vault: Vault) -> bool:
+    """Whether TOP, another file than the vault is of, can be a copy of that one: it has its name, and was made then."""
+    name = os.path.basename(vault.top_path) if vault.top_path is not None else None
+    made = seen.top.history.made
+    is_other = bool(vault.top_made and made) and vault.top_made != made
+    return not is_other and name in (None, os.path.basename(seen.chain[0].path))
 
 
 def _excluded(seen: Seen) -> Refusal:

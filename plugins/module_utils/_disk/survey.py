@@ -290,4 +290,16 @@ def content_of(work: Work, held: Held) -> Content:
         above=[(b, [tops[b.name]]) for b in above if b.recording and fates[b.name].skipped != DISABLED],
         dead={name: fate.skipped for name, fate in fates.items() if fate.bitmap is None and fate.skipped in REASONS},
         virtual_size=seen.chain[0].virtual_size,
+        top_made=seen.top.history.made,
+    )
+
+
+def kept_of_copy(vault: Vault, work: Work, held: Held) -> Content:
+    """Return what a vault keeps, as that of the files that are there: copies of those that it was made for."""
+    return content_of(work, held)._replace(
+        token=vault.token,
+        below=[(one.bitmap, [one.bits]) for one in vault.below.values()],
+        above=[(one.bitmap, [one.bits]) for one in vault.above.values()],
+        dead=vault.dead,
+        top_changed=vault.top_changed,
     )

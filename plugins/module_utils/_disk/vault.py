@@ -15,6 +15,7 @@ bitmaps, and is never opened for writing once it is there::
     i/DEV:INO the topmost image's file
     p/PATH    its path, as it was asked for
     m/TIME    when it was last written to, in ns since 1970
+    n/TIME    when it was made, in ns since 1970, if it says so itself
     l/DEV:INO:PATH  an image between the two
     g/DEV:INO:GEN   the generation of one of these files, since another one can have its number when it is gone
     h/held    of a healing, what the image held itself
@@ -75,6 +76,7 @@ class Vault(t.NamedTuple):
     given_at: int  # ns since 1970; when it was renamed last
     held: DirtyMap | None = None  # what the topmost image held; commits and older releases do not keep it
     backing_file: str | None = None  # that it recorded; None if that is not known
+    top_made: int = 0  # ns since 1970, as the topmost image says itself; 0 if that is not known
 
     def is_of(self, identity: Identity, path: str, generation: int | None) -> bool:
         """Whether this file is the topmost image that takes part; by its number alone if its generation is unknown."""
@@ -168,7 +170,7 @@ def read_vault(file: OpenImage) -> Vault:
     try:
         token = next(iter(named["t/"]))
         top = _identity(*next(iter(named["i/"])).split(":"))
-        top_changed = next(map(int, named["m/"]), None)
+        top_changed, top_made = next(map(int, named["m/"]), None), next(map(int, named["n/"]), 0)
         others = [_named_file(*word.split(":", 2)) for word in named["l/"]]
         generations = {one: int(number) for one, number in (_named_file(*w.split(":", 2)) for w in named["g/"])}
     except (StopIteration, ValueError, TypeError) as exc:
@@ -190,6 +192,7 @@ def read_vault(file: OpenImage) -> Vault:
         given_at=file.status().st_ctime_ns,
         held=maps.get(_HELD),
         backing_file=next(iter(named["f/"]), None),
+        top_made=top_made,
     )
 
 
@@ -219,7 +222,7 @@ def _no_vault(path: str) -> Refusal:
     return Refusal("unfinished", path, why, remedy)
 
 
-_KINDS = ("b/", "o/", "t/", "i/", "p/", "m/", "l/", "g/", "f/", *_DEAD.values())
+_KINDS = ("b/", "o/", "t/", "i/", "p/", "m/", "n/", "l/", "g/", "f/", *_DEAD.values())
 _HELD = "h/held"
 
 
@@ -248,6 +251,7 @@ class Content(t.NamedTuple):
     held: DirtyBits | None = None  # what the topmost image holds
     backing_file: str | None = None  # that it records
     top_changed: int | None = None  # ns since 1970, of the topmost image; None is as its file tells
+    top_made: int = 0  # ns since 1970; 0 if that is not known
 
     @property
     def generations(self) -> dict[Identity, int]:
@@ -261,7 +265,7 @@ def write_vault(fd: int, content: Content) -> None:
     size = content.virtual_size
     words = [f"t/{content.token}", "i/{}:{}".format(*content.top.identity), f"p/{content.top.path}"]
     changed = content.top.status().st_mtime_ns if content.top_changed is None else content.top_changed
-    words.append(f"m/{changed}")
+    words += [f"m/{changed}", *([f"n/{content.top_made}"] if content.top_made else [])]
     words += ["l/{}:{}:{}".format(*file.identity, file.path) for file in content.others]
     words += ["g/{}:{}:{}".format(*identity, number) for identity, number in content.generations.items()]
     words += [f"f/{content.backing_file}"] if content.backing_file is not None else []

@@ -23,11 +23,15 @@ import typing as t
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import QemuError
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import OpenImage
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import carry, retire
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import CommitRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.merge import MergeLayers
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.vault import open_vault, read_vault
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.in_use import disown_bitmaps
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import History, Mark, write_mark
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu.monitor import Monitor
 
 from .. import chains, disks, qemu
@@ -508,6 +512,151 @@ def test_what_a_killed_run_has_left_is_on_stable_storage_before_the_next_step(tm
         monkeypatch.undo()
         monkeypatch.setattr(os, "fsync", lambda fd: (order.append(os.readlink(f"/proc/self/fd/{fd}")), real(fd)))
         assert needed in order, phase
+
+
+def copied(disk: Disk, how: str = "-a") -> None:
+    """Have a copy of the whole folder, by cp with this option, in its place: all files have other numbers."""
+    before = {one.name: one.inode() for one in os.scandir(disk.folder)}
+    away = f"{disk.folder}.away"
+    os.rename(disk.folder, away)
+    subprocess.run(["cp", how, away, disk.folder], check=True)
+    assert {one.name for one in os.scandir(disk.folder) if one.inode() != before[one.name]} == before.keys()
+    shutil.rmtree(away)
+    if how != "-a":  # all is new then, in any order, as somebody says who was told that it is not
+        os.utime(disk.path)
+
+
+def loses(disk: Disk) -> None:
+    """QEMU is killed while it opens TOP, which loses all bitmaps with their names."""
+    disks.lose_bitmaps(disk.path)
+
+
+def breaks(disk: Disk) -> None:
+    """QEMU is killed once it has TOP open."""
+    disk.crash(disk.path, writes=0)
+
+
+def stopped_at_carry(tmp_path: t.Any, scene: Scene, *events: Event, phase: str = "carry") -> Disk:
+    """Return a disk in a folder of its own whose commit was killed, to which these things have happened since."""
+    (tmp_path / "images").mkdir()
+    return played(tmp_path / "images", scene, phase, *events)
+
+
+@pytest.mark.parametrize("how", ["-a", "-r"])
+@pytest.mark.parametrize("harm", [loses, breaks])
+@pytest.mark.parametrize("scene", [disks.plain, disks.two, disks.below, disks.bare])
+def test_a_copy_of_what_a_killed_run_has_left_goes_on_as_the_original_does(tmp_path, scene, harm, how):
+    """The vault alone has the bits of the bitmaps that began in TOP."""
+    disk = stopped_at_carry(tmp_path, scene)
+    with open_vault(disk.vault) as file:
+        vault = read_vault(file)
+    names = set(vault.above) | set(vault.below)
+    harm(disk)
+    copied(disk, how)
+    (outcome,) = run(MergeLayers(), [request(disk)], SETTINGS._replace(check_mode=True)).verdicts
+    assert names - {"disabled"} <= {one.name for one in outcome.bitmaps}
+    assert completed(disk).exact is False
+    assert names <= {name for name, *_rest in qemu.bitmaps_of(disk.base)}
+
+
+@pytest.mark.parametrize("phase", ["carry", "strip"])
+def test_a_copy_of_what_a_killed_run_has_left_is_the_one_that_is_kept_then(tmp_path, phase):
+    """The next kill takes away what tells that it is a copy, and a VM that runs then the last trace of it."""
+    disk = stopped_at_carry(tmp_path, disks.two, loses)
+    copied(disk)
+    assert merge(disk, phase) is None
+    for event in (loses, disks.vm_runs):
+        event(disk)
+        assert not wrong_with(disk, with_base=False)
+    completed(disk)
+    assert {"a", "b", "new", "top"} <= chains.usable(disk.base).keys()
+
+
+def test_a_copy_whose_mark_is_lost_while_base_is_stripped_goes_on(tmp_path):
+    disk = stopped_at_carry(tmp_path, disks.plain, disks.vm_dies_at_start, phase="move")
+    copied(disk)
+    completed(disk)
+    assert {"a", "coarse", "new"} <= chains.usable(disk.base).keys()
+
+
+def refused_for_the_vault(disk: Disk) -> None:
+    """The commit must be refused, for what the vault alone has, and change nothing; its advice leads out."""
+    before, vault = qemu.bitmaps_of(disk.base), disk.vault
+    for check_mode in (True, False):
+        (failure,) = run(MergeLayers(), [request(disk)], SETTINGS._replace(check_mode=check_mode)).failures
+        assert (failure.code, failure.subject) == ("unfinished", disk.path)
+        assert f"lacks bitmaps that the vault {vault} has ('new'), which is of another file" in failure.why
+        assert f"remove {vault} and run this again" in failure.remedy
+    assert (qemu.bitmaps_of(disk.base), disk.vault) == (before, vault)
+    os.unlink(vault)
+    completed(disk)
+    assert "new" not in chains.usable(disk.base)
+    assert "a" in chains.usable(disk.base)
+
+
+def test_a_copy_in_which_no_name_is_left_is_not_told_from_another_overlay(tmp_path):
+    disk = stopped_at_carry(tmp_path, disks.plain, loses)
+    copied(disk)
+    disk.write(3)  # QEMU forgets what was lost
+    refused_for_the_vault(disk)
+
+
+def anew(disk: Disk, bitmaps: t.Sequence[Bitmap], made: int = 0) -> None:
+    """Give TOP up, and put another overlay onto BASE, by the same name."""
+    os.rename(disk.path, f"{disk.folder}/../gone")  # so that its number is not given away again
+    disk.images.remove(disk.path)
+    disk.checkpoints.pop("new")
+    disk.path = disk.add("top", SIZE, bitmaps)
+    made_at(disk.path, made)
+    os.unlink(f"{disk.folder}/../gone")
+
+
+def made_at(path: str, made: int) -> None:
+    """Have an overlay tell when it was made."""
+    if made:
+        with OpenImage(path, os.open(path, os.O_RDWR)) as file:
+            write_mark(file, Mark("uuid", "vda", "s"), History(made=made))
+
+
+def test_another_overlay_of_the_same_name_that_is_in_order_is_not_the_one_of_the_vault(tmp_path):
+    disk = stopped_at_carry(tmp_path, disks.plain)
+    anew(disk, recording("a"))
+    completed(disk)
+    assert set(chains.usable(disk.base)) == {"a", "coarse"}
+
+
+@pytest.mark.parametrize("harm", [disks.nothing, loses, breaks])
+def test_another_overlay_of_the_same_name_does_not_get_what_began_in_the_one_before_it(tmp_path, harm):
+    """What the disk was when that checkpoint was made is in no image any more."""
+    disk = stopped_at_carry(tmp_path, disks.plain)
+    anew(disk, [] if harm is disks.nothing else recording("a"))
+    harm(disk)
+    refused_for_the_vault(disk)
+
+
+@pytest.mark.parametrize("harm", [disks.nothing, loses, breaks])
+def test_another_overlay_of_the_same_name_that_says_when_it_was_made_is_not_refused(tmp_path, harm):
+    def scene(disk):
+        disk.base = disk.add("base", SIZE, recording("a"))
+        disk.path = disk.add("top", SIZE, recording("a", "new"))
+        made_at(disk.path, 10**18)
+
+    disk = stopped_at_carry(tmp_path, scene)
+    anew(disk, [] if harm is disks.nothing else recording("a"), made=2 * 10**18)
+    harm(disk)
+    completed(disk)
+    assert set(chains.usable(disk.base)) == {"a"}
+
+
+def test_a_copy_that_is_older_than_base_may_have_gone_in(tmp_path):
+    """Names alone do not tell whether its VM has gone on with BASE."""
+    disk = stopped_at_carry(tmp_path, disks.plain, loses)
+    copied(disk)
+    os.utime(disk.path, ns=(0, os.stat(disk.base).st_mtime_ns - 1))
+    ended = merge(disk)
+    assert ended is not None
+    assert ended.codes == ["unfinished"]
+    assert "it may have gone in already" in ended.failures[0]
 
 
 @pytest.mark.parametrize("scene", disks.SCENES)
