@@ -129,7 +129,20 @@ def vm_dies_and_killed_again(disk: Disk) -> None:
     killed_again(disk)
 
 
-EVENTS = (*disks.EVENTS, killed_again, vm_dies_and_killed_again)
+def copied(disk: Disk, how: str = "-a") -> None:
+    """Have a copy of the whole folder, by cp with this option, in its place: all files have other numbers."""
+    before = {one.name: one.inode() for one in os.scandir(disk.folder)}
+    away = f"{disk.folder}.away"
+    os.rename(disk.folder, away)
+    subprocess.run(["cp", how, away, disk.folder], check=True)
+    assert {one.name for one in os.scandir(disk.folder) if one.inode() != before[one.name]} == before.keys()
+    shutil.rmtree(away)
+    if how != "-a":  # all is new then, in any order, as somebody says who was told that it is not
+        os.utime(disk.path)
+
+
+EVENTS = (*disks.EVENTS, killed_again, vm_dies_and_killed_again, copied)
+MAY_REFUSE = (*disks.MAY_REFUSE, copied)  # a copy tells less than the very file
 MOST = int(os.environ.get("MERGE_KILLS", qemu.examples(2)))
 
 
@@ -195,7 +208,7 @@ class Stage:
         wrong += [f"after the event: {problem}" for problem in wrong_with(disk, with_base=event is disks.nothing)]
         again = merge(disk)
         assert again is not None
-        if event in disks.MAY_REFUSE and again.codes == ["unfinished"]:
+        if event in MAY_REFUSE and again.codes == ["unfinished"]:
             return f"{outcome}, refused", wrong + [f"refused: {problem}" for problem in wrong_with(disk)]
         wrong += [f"in the end: {problem}" for problem in self.wrong_in_the_end(again, event)]
         if not wrong and event is disks.nothing:
@@ -514,18 +527,6 @@ def test_what_a_killed_run_has_left_is_on_stable_storage_before_the_next_step(tm
         assert needed in order, phase
 
 
-def copied(disk: Disk, how: str = "-a") -> None:
-    """Have a copy of the whole folder, by cp with this option, in its place: all files have other numbers."""
-    before = {one.name: one.inode() for one in os.scandir(disk.folder)}
-    away = f"{disk.folder}.away"
-    os.rename(disk.folder, away)
-    subprocess.run(["cp", how, away, disk.folder], check=True)
-    assert {one.name for one in os.scandir(disk.folder) if one.inode() != before[one.name]} == before.keys()
-    shutil.rmtree(away)
-    if how != "-a":  # all is new then, in any order, as somebody says who was told that it is not
-        os.utime(disk.path)
-
-
 def loses(disk: Disk) -> None:
     """QEMU is killed while it opens TOP, which loses all bitmaps with their names."""
     disks.lose_bitmaps(disk.path)
@@ -570,6 +571,27 @@ def test_a_copy_of_what_a_killed_run_has_left_is_the_one_that_is_kept_then(tmp_p
         assert not wrong_with(disk, with_base=False)
     completed(disk)
     assert {"a", "b", "new", "top"} <= chains.usable(disk.base).keys()
+
+
+def test_a_copy_elsewhere_goes_on_and_leaves_the_original_alone(tmp_path):
+    def scene(disk):
+        disks.plain(disk)
+        qemu.qemu_img("rebase", "-u", "-f", "qcow2", "-b", "base", "-F", "qcow2", disk.path)
+
+    disk = stopped_at_carry(tmp_path, scene, loses)
+    original = Disk(tmp_path / "images")
+    original.base, original.path, original.images = disk.base, disk.path, list(disk.images)
+    original.checkpoints, original.now = disk.checkpoints, disk.now
+    subprocess.run(["cp", "-a", disk.folder, tmp_path / "copy"], check=True)
+    disk.folder = str(tmp_path / "copy")
+    disk.base, disk.path = f"{disk.folder}/base", f"{disk.folder}/top"
+    disk.images = [disk.path, disk.base]
+    before = {one.name: one.stat().st_mtime_ns for one in os.scandir(original.folder)}
+    for one in (disk, original):
+        completed(one)
+        assert {"a", "coarse", "new"} <= chains.usable(one.base).keys()
+        if one is disk:
+            assert {two.name: two.stat().st_mtime_ns for two in os.scandir(original.folder)} == before
 
 
 def test_a_copy_whose_mark_is_lost_while_base_is_stripped_goes_on(tmp_path):
