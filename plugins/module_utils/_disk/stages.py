@@ -197,9 +197,10 @@ def _stage_when_lost(seen: Seen, vault: Vault) -> Stage | Refusal:
     return _unfinished(
         seen,
         f"it lacks bitmaps that the vault {vault.path} has ({names}), which is of another file of this name",
-        f"Put back the file that the vault is of, and run this again. If there is none any more, as where this is a "
-        f"copy of it, or if this overlay was made since, remove {vault.path} and run this again. Of a copy {names} "
-        "will be lost then: remove the checkpoint of each, and make a full backup with a new one.",
+        "If that file is still there, and no VM has run on this one since, put it back and run this again. If there is "
+        f"none any more, as where this is a copy of it, or if this overlay was made since, remove {vault.path} and run "
+        "this again. Of a copy these bitmaps are lost then: remove their checkpoints, and make a full backup with a "
+        "new one.",
     )
 
 
