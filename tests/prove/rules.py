@@ -717,6 +717,14 @@ RULES = (
         ("test_bitmap_rules",),
     ),
     Rule(
+        "what is being given up is not taken for merged",
+        "wayback",
+        "    if not left:\n        return None\n    why =",
+        "    if True:\n        return None\n    why =",
+        ("test_live",),
+        "_domain",
+    ),
+    Rule(
         "nobody goes back to below an image that was taken into the snapshot",
         "wayback",
         "is_pulled = one.identity[-1] == inode and",

@@ -43,6 +43,7 @@ from .wayback import (
     WHY_SAVED,
     WayBack,
     flat_disk,
+    given_up_disk,
     half_committed_disk,
     left_over,
     only_stated_disk,
@@ -259,7 +260,9 @@ def _left_over(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark) -
     left = left_over(facts, facts.own, request, mark)
     if left is None:
         return None
-    needed = why_not_aside(facts, left)
+    given_up, needed = given_up_disk(domain, facts, request, mark), why_not_aside(facts, left)
+    if given_up is not None:
+        return given_up
     if needed is not None:
         return unreadable_disk(domain, needed, mark)
     image_format = left.below.format_found

@@ -198,22 +198,35 @@ def _commit_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark)
         flat_disk(domain, facts, mark)
         or half_committed_disk(domain, facts, request, mark)
         or only_stated_disk(domain, facts, mark)
-        or _merged_while_running(domain, facts, request, mark)
+        or _left_behind(domain, facts, request, mark)
     )
 
 
-def _merged_while_running(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark) -> DiskPlan | None:
-    """Return the plan for a disk whose snapshot went in while its VM ran, but was not retired; None if it is none."""
+def _left_behind(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark) -> DiskPlan | None:
+    """Return the plan for a disk whose snapshot a killed run has left; None if it is none.
+
+    It went in while its VM ran, and was not retired; or it was being given up.
+    """
     left = left_over(facts, facts.own, request, mark)
     if left is None:
         return None
     with open_image(left.path) as file:
         sign = find_sign(file)
     if sign is None:
-        return None
+        return given_up_disk(domain, facts, request, mark)
     why = f"is in no disk of {domain.name} any more, but {sign} tells that its merge was begun while that ran"
     remedy = "Start the domain and run this again with running=live, which keeps the overlay aside."
     problem = why_not_aside(facts, left) or Refusal("unfinished", left.path, why, remedy)
+    return unreadable_disk(domain, problem, mark)
+
+
+def given_up_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark) -> DiskPlan | None:
+    """Return the plan for a disk whose snapshot a killed run was giving up; None if it is no such disk."""
+    left = _left_by_revert(facts, request, mark)
+    if not left:
+        return None
+    why = f"is in no disk of {domain.name} any more, and is to go: it was given up by a run that was killed meanwhile"
+    problem = Refusal("unfinished", left[0], why, "Complete that: run state=reverted with the same options.")
     return unreadable_disk(domain, problem, mark)
 
 

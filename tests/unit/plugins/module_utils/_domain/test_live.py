@@ -48,6 +48,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import Definition, Place, Volume
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.pools import Pools
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import write_leaving
 
 from .. import qemu
 from .hosts import SETTINGS, Host
@@ -306,6 +307,12 @@ def test_an_overlay_that_no_disk_has_any_more_is_found_by_its_mark(host):
     assert host.merge("web", "tue").disks == ()
     assert plan_commit(host.domains["web"], host.facts("web"), WayBack("mon")).disks == ()
     with open_image(disk.request.path) as file:
+        write_leaving(file, leaving=True)
+    for plan in (host.merge("web", "mon"), plan_commit(host.domains["web"], host.facts("web"), WayBack("mon"))):
+        assert codes(plan)[0] == "unfinished"
+        assert "run state=reverted" in plan.problems[0].remedy
+    with open_image(disk.request.path) as file:
+        write_leaving(file, leaving=False)
         leave_sign(file)
     # While the domain is shut off nobody has told libvirt's merge from a definition that somebody has changed.
     shut_off = host.domains["web"]._replace(state=None, running_definition=None)
@@ -478,6 +485,17 @@ def test_a_merge_knows_when_the_checkpoints_were_made(host, runs):
     if runs:
         host.start("web")
     aim = MergeRunningDown(WayBack("mon"), LIVE) if runs else MergeDown(WayBack("mon"))
+    plan = aim.plan(host.domains["web"], host.facts("web"), kept)
+    assert [disk.request.created for disk in plan.disks] == [(("b", 50_000),)]
+
+
+@pytest.mark.parametrize("live", [LIVE, None])
+def test_a_call_for_what_runs_on_its_snapshot_knows_when_the_checkpoints_were_made(host, live):
+    """By that it tells what the image below still does not store."""
+    host.snapshot("web", "mon")
+    host.start("web")
+    kept = Kept((KnownCheckpoint("one", {"vda": "b"}, created=50_000),))
+    aim = PutRunningOn(SnapshotRequest("mon", None, None, False, Creation()), AttributeOptions(), live)
     plan = aim.plan(host.domains["web"], host.facts("web"), kept)
     assert [disk.request.created for disk in plan.disks] == [(("b", 50_000),)]
 
