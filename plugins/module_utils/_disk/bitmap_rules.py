@@ -48,7 +48,7 @@ EMPTIED = "emptied"
 MAX_BITMAPS_CARRIED = 4096  # of one ACTIVE; QEMU's time grows with the square of them
 MAX_ALL_BITMAP_DATA = 4 * 1024 * 1024 * 1024  # bytes of memory that QEMU needs to have all bitmaps of ACTIVE open
 _CLOCKS = 3600  # seconds by which the clocks of a host and of its storage may differ
-_CLOCKS_OF_HOSTS = 300  # seconds by which those of two hosts may that have had the domain
+_CLOCKS_OF_HOSTS = 10  # seconds by which those of two hosts may that have had the domain
 _SHOWN = 5  # bitmaps that a message names
 
 _FULL = (
