@@ -105,7 +105,8 @@ class Page:
         return self.browser.find_element("css selector", selector)
 
     def names(self):
-        """Return the names of the VMs that are listed."""
+        """Return the names of the VMs that are listed, once the page has done what it has put off."""
+        self.browser.execute_async_script("setTimeout(arguments[0])")  # after those that the page has set
         return [element.text for element in self.all("#rows th[scope=row] button")]
 
     def complaints(self):
