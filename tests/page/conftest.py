@@ -17,8 +17,10 @@ import fleet
 import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.support.ui import WebDriverWait
 
 HERE = pathlib.Path(__file__).parent
+_PATIENCE = 10  # seconds
 
 
 @pytest.fixture(scope="session")
@@ -95,6 +97,10 @@ class Page:
     def run(self, script, *arguments):
         """Return what a script returns."""
         return self.browser.execute_script(script, *arguments)
+
+    def wait_for(self, script):
+        """Wait until a script returns true; TimeoutException if it does not."""
+        WebDriverWait(self.browser, _PATIENCE, poll_frequency=0.05).until(lambda _browser: self.run(script))
 
     def all(self, selector):
         """Return the elements of a selector."""

@@ -93,7 +93,7 @@ def test_the_remedy_can_be_copied(page):
     assert words[:-1] == ["ansible", "hv1.example.com", "-b", "-m", "kvmfleet.qcow2.domain_checkpoint", "-a"]
     assert json.loads(words[-1]) == wanted
     shown.one("#needs li.full .command button").click()
-    assert shown.run("return document.getElementById('said').textContent") == "Copied."
+    shown.wait_for("return document.getElementById('said').textContent == 'Copied.'")
     shown.one("#search").send_keys(Keys.CONTROL, "v")
     assert shown.one("#search").get_attribute("value") == code.text
 
