@@ -61,7 +61,7 @@ RULES = (
         (COMMIT, ODD, KILLS),
     ),
     Rule(
-        "BASE is as the vault says", "stages", "elif seen.base_is_as_kept or (", "elif True or (", (COMMIT, ODD, KILLS)
+        "BASE is as the vault says", "stages", "if seen.base_is_as_kept or (is_same and", "if True or (is_same and", (COMMIT, ODD, KILLS)
     ),
     Rule(
         "an image that is only kept goes in no more",
@@ -459,10 +459,11 @@ RULES = (
     ),
     Rule(
         "a VM that is switched while it runs writes below until then",
-        "revert_rules",
-        "switched = max(history.base_written, history.made)",
-        "switched = history.base_written",
-        ("test_revert",),
+        "mark",
+        "max(self.base_written, self.made) + _UNTIL_SWITCHED",
+        "self.base_written + _UNTIL_SWITCHED",
+        ("../_disk/test_revert",),
+        "_qcow2",
     ),
     Rule(
         "a guest does not hide a merge by what it writes at the start",
