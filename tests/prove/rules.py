@@ -61,7 +61,11 @@ RULES = (
         (COMMIT, ODD, KILLS),
     ),
     Rule(
-        "BASE is as the vault says", "stages", "if seen.base_is_as_kept or (is_same and", "if True or (is_same and", (COMMIT, ODD, KILLS)
+        "BASE is as the vault says",
+        "stages",
+        "if seen.base_is_as_kept or (is_same and",
+        "if True or (is_same and",
+        (COMMIT, ODD, KILLS),
     ),
     Rule(
         "an image that is only kept goes in no more",
