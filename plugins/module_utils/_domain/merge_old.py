@@ -9,14 +9,11 @@ They are picked once, since each merge writes to the image from whose last write
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import typing as t
 
 from .._base.errors import Refusal, printable
-from .._base.files import open_image
-from .._disk.begun import find_sign
 from .._disk.session import Settings
 from .._disk.verdict import COMMITTED, FAILED
 from .._libvirt.connection import Domain, Libvirt
@@ -25,7 +22,7 @@ from .inventory import DiskFacts, Inventory
 from .plan import DomainOutcome
 from .retention import OwnImage, Picked, Retention, Step, pick, steps
 from .run import Aim, Call
-from .wayback import WayBack, begun_merge, signed_leftovers
+from .wayback import WayBack, begun_merge, has_sign, signed_leftovers
 
 _BLOCK = 512  # bytes, of st_blocks
 MakeAims = t.Callable[[WayBack], t.Sequence[Aim]]
@@ -178,11 +175,8 @@ def _without_sign(uuid: str, facts: DiskFacts) -> t.Iterator[str]:
     """Yield the snapshots that a disk is on, and of whose images no merge was begun while the VM ran."""
     for layer in facts.layers:
         snapshot = _snapshot_of(layer, uuid, facts)
-        if snapshot is None:
-            continue
-        with contextlib.suppress(Refusal, OSError), open_image(layer.path) as file:
-            if find_sign(file) is None:
-                yield snapshot
+        if snapshot is not None and not has_sign(layer.path):
+            yield snapshot
 
 
 def _begun(uuid: str, facts: DiskFacts) -> t.Iterator[str]:

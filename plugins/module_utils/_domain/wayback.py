@@ -401,9 +401,11 @@ def _taken_in(facts: DiskFacts, request: WayBack, found: Found) -> list[Refusal]
     'virsh blockpull --base' leaves it there. What a merge of ours has left bears the sign of that.
     """
     inode, used = _history_of(found.overlay).base_inode, {layer.identity for layer in facts.layers}
+    if inode in (0, found.below.identity[-1]):  # as mostly; then no folder is looked through
+        return []
     for one in _overlays_beside(facts, request):
         is_pulled = one.identity[-1] == inode and one.identity not in used and not is_kept(one.path)
-        if is_pulled and one.backing_identity == found.below.identity and not _has_sign(one.path):
+        if is_pulled and one.backing_identity == found.below.identity and not has_sign(one.path):
             why = (
                 f"is not what {found.overlay.path} was made on: that was {one.path}, as its inode tells, which was "
                 "taken into the snapshot, as by 'virsh blockpull'. What is in it the image below lacks"
@@ -416,7 +418,7 @@ def _taken_in(facts: DiskFacts, request: WayBack, found: Found) -> list[Refusal]
     return []
 
 
-def _has_sign(path: str) -> bool:
+def has_sign(path: str) -> bool:
     """Whether the merge of an image was begun while its VM ran; so, too, if it cannot be told."""
     with contextlib.suppress(Refusal, OSError), open_image(path) as file:
         return find_sign(file) is not None
