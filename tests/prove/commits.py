@@ -40,6 +40,8 @@ SCENES: dict[kinds.Kind, tuple[disks.Scene, ...]] = {
     for scenes in ((disks.plain,), (disks.unlike,), (disks.two,), (disks.below,), (disks.faulty, disks.bare))
 }
 IS_DONE = ("committed", "absent")
+# By these codes a disk may be refused when what is needed may be in no image any more.
+BY_LOSS = {"unfinished", "lost_bitmaps", "closes_gap", runs.LEFT_OUT}
 QUOTAS = 66  # nodes of btrfs: more than a run takes
 
 
@@ -126,12 +128,8 @@ class Committed(OfStacks["Stack"]):
         run = self._ground.run()
         wrong = [f"second run: {what}" for what in self.images_wrong()]
         if self._ground.may_refuse and run.status == 1:
-            codes = {overlay.get("code") for overlay in (run.result or {}).get("overlays", ())}
-            return (
-                wrong
-                if codes <= {"unfinished", "lost_bitmaps", runs.LEFT_OUT}
-                else [*wrong, f"second run: {run.message}"]
-            )
+            codes = {overlay["code"] for overlay in (run.result or {}).get("overlays", ()) if "code" in overlay}
+            return wrong if codes and codes <= BY_LOSS else [*wrong, f"second run: {run.message}"]
         wrong += [f"second run: {what}" for what in self._ground.cleared_wrong(run, leftovers)]
         if run.status != 0 or not all(self.done()):
             return [*wrong, f"second run: exit {run.status}, {run.states}, {self.done()}: {run.message} {run.stderr}"]
