@@ -26,7 +26,7 @@ from .._qcow2.extents import has_allocated_extents, holds_any
 from .._qcow2.formats import QCOW2
 from .._qcow2.header import is_qcow2
 from .._qcow2.image import Image
-from .._qcow2.mark import write_leaving
+from .._qcow2.mark import History, write_leaving
 from .._qcow2.plain import Piece, PlainData
 from .._qemu import locks
 from .._qemu.settled import is_open_for_writing, read_settled
@@ -42,7 +42,17 @@ from .retire import (
     stands,
     why_not_retired,
 )
-from .revert_rules import Going, Observed, Retired, RevertRequest, RevertVerdict, SameData, Sample
+from .revert_rules import (
+    Common,
+    Going,
+    Lowest,
+    Observed,
+    Retired,
+    RevertRequest,
+    RevertVerdict,
+    Sample,
+    Staying,
+)
 from .session import Held, Images
 from .siblings import all_standing_on, folders_beside, standing_on
 from .unfinished import COMMIT, HEALING, why_in_the_way
@@ -81,8 +91,11 @@ class GoBack:
         """Look at the chain and at who else uses it, and decide."""
         seen = _observe(request, held)
         verdict = revert_rules.decide(request, seen)
+        if verdict.changed and request.puts_on_base:
+            verdict = revert_rules.with_common(verdict, _compare(request, seen, held))
+        # Of what a killed run has left the VM has BASE already, and writes to it.
         if verdict.changed and request.puts_on_base and not request.is_left:
-            verdict = revert_rules.with_base(verdict, seen, _compare(request, seen, held))
+            verdict = revert_rules.with_lowest(verdict, seen, _lowest(held.image(seen.going[-1].path)))
         if verdict.changed:
             for one in seen.going:
                 held.unwritten(one.path)
@@ -116,36 +129,37 @@ class GoBack:
         return [_retire_all(verdict, held) if verdict.changed else verdict for verdict in verdicts]
 
 
-def _compare(request: RevertRequest, seen: Observed, held: Held) -> SameData:
-    """Return how much of what the image above BASE holds BASE itself holds, too; nothing if it was not written since.
+def _compare(request: RevertRequest, seen: Observed, held: Held) -> t.Iterator[Common]:
+    """Yield how much each image that goes has in common with each one that stays and may have been written to.
 
     A merge goes from the start of the disk to its end. So look at the first clusters that are not empty. But a disk is
-    written to there most, also once the merge was given up. So look at some of all, too.
+    written to there most, also once the merge was given up. So look at some of all, too. By default 'virsh blockcommit'
+    merges the topmost image into the lowest one, whatever is between.
     """
-    if seen.base is None or not revert_rules.was_written(seen):
-        return SameData()
-    lowest = seen.going[-1]
-    file = held.image(lowest.path)
-    above = PlainData(file, _data_file(lowest.layer, held))
-    base = PlainData(held.image(request.backing_file), _data_file(seen.base, held))
-    return SameData(
-        first=_sample(above.pieces(), above, base),
-        spread=_sample(_spread(above.pieces(_MOST_TABLES)), above, base),
-        holds_any=holds_any(file),
-        has_tables=has_allocated_extents(file),
-        written=file.written(),
-    )
+    for depth, one in enumerate(seen.staying):
+        if not one.may_be_written:
+            continue
+        path = one.layer.real_path if depth else request.backing_file
+        staying = PlainData(held.image(path), _data_file(one.layer, held))
+        for goes in seen.going:
+            going = PlainData(held.image(goes.path), _data_file(goes.layer, held))
+            first = _sample(going.pieces(), going, staying)
+            yield Common(goes.path, path, first, _sample(_spread(going.pieces(_MOST_TABLES)), going, staying))
 
 
-def _sample(pieces: t.Iterable[Piece], above: PlainData, base: PlainData) -> Sample:
-    """Return how much of these pieces BASE holds, too, until that is enough."""
+def _lowest(file: OpenImage) -> Lowest:
+    return Lowest(holds_any(file), has_allocated_extents(file), file.written())
+
+
+def _sample(pieces: t.Iterable[Piece], going: PlainData, staying: PlainData) -> Sample:
+    """Return how much of these pieces the image that stays holds, too, until that is enough."""
     same = compared = looked_at = 0
     for piece in pieces:
-        data = above.data_of(piece)
+        data = going.data_of(piece)
         looked_at += piece.length
         if any(data):  # a disk is full of others
             compared += len(data)
-            same += len(data) if base.read(piece.start, len(data)) == data else 0
+            same += len(data) if staying.read(piece.start, len(data)) == data else 0
         if compared >= _MOST_COMPARED or looked_at >= _MOST_LOOKED_AT:
             break
     return Sample(same, compared)
@@ -271,7 +285,6 @@ def _observe_overlay(request: RevertRequest, held: Held) -> Observed:
     healing = why_in_the_way(layers, (), (HEALING,))
     if healing is not None:
         raise healing
-    data_file = None if depth is None else _data_file(layers[depth], held)
     return Observed(
         going=tuple(_going(going, request, held)),
         base=None if depth is None else layers[depth],
@@ -281,9 +294,16 @@ def _observe_overlay(request: RevertRequest, held: Held) -> Observed:
         commit=why_in_the_way(layers, (), (COMMIT,)),
         others=() if depth is None else tuple(_others_on(layers[depth], request, layers)),
         begun=tuple(filter(None, (find_sign(held.image(place)) for place, _layer in going))),
-        base_written=below.written(),
-        data_written=data_file.written() if data_file is not None else 0,
+        staying=() if depth is None else tuple(_staying(layers, depth, held)),
     )
+
+
+def _staying(layers: t.Sequence[Layer], depth: int, held: Held) -> t.Iterator[Staying]:
+    """Yield BASE, which is so deep in the chain, and the images below it."""
+    for over, layer in zip(layers[depth - 1 :], layers[depth:]):
+        history = over.image.history if over.image is not None else History()
+        data_file = _data_file(layer, held)
+        yield Staying(layer, history, layer.written(), None if data_file is None else data_file.written())
 
 
 def _is_link_left(path: str) -> bool:

@@ -60,30 +60,58 @@ class Observed(t.NamedTuple):
     commit: Refusal | None  # why a commit of the chain has to be completed first, as its vault tells
     others: tuple[str, ...] = ()  # paths of further images that stand on BASE, without those that are only kept
     begun: tuple[str, ...] = ()  # paths of the signs that merges of images that go were begun while the VM ran
-    base_written: int = 0  # nanoseconds since 1970: when BASE was last written to; 0 if that cannot be told
-    data_written: int = 0  # the same of its external data file; 0 if it has none
+    staying: tuple[Staying, ...] = ()  # BASE and all below, topmost first; none if BASE is None
+
+
+class Staying(t.NamedTuple):
+    """BASE, or an image below it. Times are in nanoseconds since 1970; 0 if that cannot be told."""
+
+    layer: Layer
+    history: History  # of the image above it
+    written: int  # when it was last written to; 0 for a block device
+    data_written: int | None = None  # the same of its external data file; None if it has none
+
+    @property
+    def may_be_written(self) -> bool:
+        """Whether it may have been written to since the image above it was made, as far as that image records it.
+
+        To remove a checkpoint or to heal one writes to it, too. What is written to an external data file can leave the
+        time of the image itself as it is.
+        """
+        recorded = max(self.history.made, self.history.base_written)
+        if 0 in (self.written, self.data_written):
+            return recorded != 0
+        was_written = self.history.base_written != 0 and self.written > self.history.base_written
+        return was_written or (recorded != 0 and self.data_written is not None and self.data_written > recorded)
 
 
 class Sample(t.NamedTuple):
-    """Guest data that the image above BASE holds itself, bytes."""
+    """Guest data that an image that goes holds itself, bytes."""
 
-    in_base: int = 0  # is in BASE at the same place
+    same: int = 0  # is in an image that stays at the same place
     compared: int = 0
 
     @property
-    def is_in_base(self) -> bool:
-        """Whether more of it is there than a guest writes again."""
-        return 2 * self.in_base > self.compared
+    def was_merged(self) -> bool:
+        """Whether more of it is there than a guest writes again, even if the merge was given up early."""
+        return 8 * self.same > self.compared
 
 
-class SameData(t.NamedTuple):
-    """What the image above BASE holds itself, against BASE."""
+class Common(t.NamedTuple):
+    """What an image that goes and one that stays have in common."""
 
-    first: Sample = Sample()  # on the disk
-    spread: Sample = Sample()  # over all that it holds
-    holds_any: bool = True  # or zeroes
-    has_tables: bool = True  # in which it could hold some
-    written: int = 0  # nanoseconds since 1970: when it was last written to; 0 if that cannot be told
+    going: str  # path
+    staying: str  # path
+    first: Sample  # on the disk
+    spread: Sample  # over all that it holds
+
+
+class Lowest(t.NamedTuple):
+    """What the image above BASE holds itself."""
+
+    holds_any: bool  # data or zeroes
+    has_tables: bool  # in which it could hold some
+    written: int  # nanoseconds since 1970: when it was last written to; 0 if that cannot be told
 
 
 class Retired(t.NamedTuple):
@@ -193,57 +221,53 @@ def is_leaving(image: Image | None) -> bool:
     return image is not None and image.history.leaving
 
 
-def was_written(seen: Observed) -> bool:
-    """Whether BASE was written to since the snapshot was made, as far as its time tells and the image above it.
-
-    To remove a checkpoint or to heal one writes to it, too. What is written to an external data file can leave the time
-    of the image itself as it is.
-    """
-    history = _history(seen)
-    return history.base_written != 0 and (
-        seen.base_written > history.base_written or seen.data_written > max(history.made, history.base_written)
-    )
-
-
-def _history(seen: Observed) -> History:
-    """Return what the image above BASE tells of its life."""
-    lowest = seen.going[-1].layer.image
-    return lowest.history if lowest is not None else History()
-
-
-def with_base(verdict: RevertVerdict, seen: Observed, same: SameData) -> RevertVerdict:
-    """Refuse if BASE is not what it was at the snapshot; `same` is what BASE and the image above it have in common."""
-    base, above = verdict.request.backing_file, seen.going[-1].path
-    why = way_out = ""
-    if same.first.is_in_base or same.spread.is_in_base:
-        why = (
-            f"was written to since {above} was made, and holds data of that already, as after a merge by other tools "
-            "that was not brought to its end ('virsh blockcommit', 'qemu-img commit')"
-        )
-    elif was_written(seen) and _was_emptied(seen, same):
-        why = f"was written to since {above} was made, which holds nothing, as 'qemu-img commit' leaves what went in"
-        way_out = " If its guest has written nothing to that disk, name the disks that are meant, without it (disks)."
-    if not why:
+def with_common(verdict: RevertVerdict, found: t.Iterable[Common]) -> RevertVerdict:
+    """Refuse if what the VM would read is not what it was at the snapshot, since other tools have merged into it."""
+    one = next((one for one in found if one.first.was_merged or one.spread.was_merged), None)
+    if one is None:
         return verdict
-    remedy = (
-        "Merge it down instead (state=committed), or restore a backup. If you know that the image is right, put the VM "
-        f"on it ('virsh edit'), and give up the images above by kvmfleet.qcow2.qcow2_overlay, state=reverted.{way_out}"
+    base = verdict.request.backing_file
+    why = (
+        f"{'it' if one.staying == base else one.staying} holds data of {one.going} already, as after a merge by other "
+        "tools that was not brought to its end ('virsh blockcommit', 'qemu-img commit')"
     )
-    return verdict.failed(Refusal("base_changed", base, f"is not what it was at the snapshot: it {why}", remedy))
+    return verdict.failed(_base_changed(verdict.request, why))
 
 
-def _was_emptied(seen: Observed, same: SameData) -> bool:
+def with_lowest(verdict: RevertVerdict, seen: Observed, lowest: Lowest) -> RevertVerdict:
+    """Refuse if the image above BASE was emptied, as after a merge by other tools."""
+    above = seen.going[-1].path
+    if not _was_emptied(seen, lowest):
+        return verdict
+    why = f"it was written to since {above} was made, which holds nothing, as 'qemu-img commit' leaves what went in"
+    way_out = " If its guest has written nothing to that disk, name the disks that are meant, without it (disks)."
+    return verdict.failed(_base_changed(verdict.request, why, way_out))
+
+
+def _base_changed(request: RevertRequest, why: str, way_out: str = "") -> Refusal:
+    by_hand = f"give up the images above by kvmfleet.qcow2.qcow2_overlay, state=reverted.{way_out}"
+    if request.is_left:
+        remedy = f"If it went into that, so that the VM needs it no more, move {request.path} away. Or else {by_hand}"
+    else:
+        remedy = (
+            "Merge it down instead (state=committed), or restore a backup. If you know that the image is right, put "
+            f"the VM on it ('virsh edit'), and {by_hand}"
+        )
+    return Refusal("base_changed", request.backing_file, f"is not what it was at the snapshot: {why}", remedy)
+
+
+def _was_emptied(seen: Observed, lowest: Lowest) -> bool:
     """Whether the image above BASE holds nothing since it went into BASE, as far as can be told.
 
     'qemu-img commit' leaves empty tables where an image has bitmaps, and no tables where it has none. The overlay of an
     idle disk has none either. But if it has no bitmaps, nothing has written to it since it was made. BASE is written to
     until a VM that runs is switched: its bitmaps are stored then.
     """
-    history, image = _history(seen), seen.going[-1].layer.image
+    base, image = seen.staying[0], seen.going[-1].layer.image
     has_bitmaps = image is not None and bool(image.bitmaps)
-    was_never_written = (has_bitmaps and not same.has_tables) or 0 < same.written <= history.settled
-    is_late = max(seen.base_written, seen.data_written) > history.settled
-    return is_late and not same.holds_any and not was_never_written
+    was_never_written = (has_bitmaps and not lowest.has_tables) or 0 < lowest.written <= base.history.settled
+    is_late = max(base.written, base.data_written or 0) > base.history.settled > 0
+    return is_late and not lowest.holds_any and not was_never_written
 
 
 def _promise(request: RevertRequest, seen: Observed) -> RevertVerdict:

@@ -29,6 +29,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import ru
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.session import Vm
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2 import mark as marks
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.chain import Layer
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.header import extension_bytes
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import EXT_MARK, Mark, write_mark
 
@@ -910,10 +911,72 @@ def test_a_guest_that_goes_on_hides_a_merge_only_where_it_writes(tmp_path, snaps
     base = qemu.create(tmp_path / "disk", "64M")
     path = snapshot("top", base, data="write -P 9 0 32M")
     qemu.qemu_img("commit", "-q", "-d", path)
-    subprocess.run(["qemu-io", "-c", "write -P 7 0 10M", path], check=True, stdout=subprocess.DEVNULL)
+    for written, expected in (("10M", ["base_changed"]), ("26M", ["base_changed"]), ("29M", [])):
+        subprocess.run(["qemu-io", "-c", f"write -P 7 0 {written}", path], check=True, stdout=subprocess.DEVNULL)
+        assert codes_of(go_back([back_to(base, path)], CHECK)) == expected
+
+
+def test_a_merge_that_was_given_up_early_is_seen(tmp_path, snapshot):
+    base = qemu.create(tmp_path / "disk", "64M")
+    path = snapshot("top", base, data="write -P 9 0 64M")
+    for command in ("write -P 9 0 16M", "write -P 7 0 7M"):  # what went in; what the guest has written again since
+        file = base if "9" in command else path
+        subprocess.run(["qemu-io", "-c", command, file], check=True, stdout=subprocess.DEVNULL)
     assert codes_of(go_back([back_to(base, path)], CHECK)) == ["base_changed"]
-    subprocess.run(["qemu-io", "-c", "write -P 7 0 17M", path], check=True, stdout=subprocess.DEVNULL)
-    assert codes_of(go_back([back_to(base, path)], CHECK)) == []
+
+
+@pytest.fixture(name="two")
+def fixture_two(tmp_path, snapshot):
+    """Return BASE, and two snapshots on it, of which the guest has written to the second alone."""
+    base = qemu.create(tmp_path / "disk", "16M")
+    subprocess.run(["qemu-io", "-c", "write -P 1 0 16M", base], check=True, stdout=subprocess.DEVNULL)
+    lower = snapshot("s1", base, data=None)
+    return base, lower, snapshot("s2", lower)
+
+
+def commit_to_the_lowest(base, top):
+    """Merge as 'virsh blockcommit' does by default: what is topmost into what is lowest, and give that up."""
+    qemu.qemu_img("commit", "-q", "-b", base, "-d", top)
+
+
+@pytest.mark.parametrize("goes_to", ["lowest", "lower"])
+def test_what_went_into_the_lowest_image_is_seen_from_each_snapshot(tmp_path, two, goes_to):
+    base, lower, top = two
+    to = base if goes_to == "lowest" else lower
+    assert codes_of(go_back([back_to(to, top)], CHECK)) == []
+    qemu.qemu_img("bitmap", "--add", base, "later")  # which is no merge
+    assert codes_of(go_back([back_to(to, top)], CHECK)) == []
+    commit_to_the_lowest(base, top)
+    outcome = go_back([back_to(to, top)], CHECK)
+    assert codes_of(outcome) == ["base_changed"]
+    assert f"{'it' if to == base else base} holds data of {top} already" in str(outcome.failures[0])
+
+
+@pytest.mark.parametrize("image_format", ["qcow2", "raw"])
+def test_data_tells_of_a_merge_where_times_do_not(tmp_path, snapshot, monkeypatch, image_format):
+    """That of a block device is never told."""
+    base, new_history = str(tmp_path / "disk"), build.new_history
+    qemu.qemu_img("create", "-q", "-f", image_format, base, "16M")
+    monkeypatch.setattr(build, "new_history", lambda file: new_history(file)._replace(base_written=0, base_inode=0))
+    monkeypatch.setattr(Layer, "written", lambda _layer: 0)
+    path = snapshot("top", base, image_format)
+    wanted = back_to(base, path, backing_format=image_format)
+    assert codes_of(go_back([wanted], CHECK)) == []
+    qemu.qemu_img("commit", "-q", "-d", path)
+    assert codes_of(go_back([wanted], CHECK)) == ["base_changed"]
+
+
+def test_what_a_killed_run_has_left_may_have_been_merged_since(tmp_path, snapshot):
+    """It was killed before the switch, so the VM has gone on with the overlay; then others have merged that."""
+    base = qemu.create(tmp_path / "disk", "16M")
+    path = snapshot("top", base)
+    left = back_to(base, path, is_left=True)
+    os.utime(base)
+    assert codes_of(go_back([left], CHECK)) == []
+    qemu.qemu_img("commit", "-q", "-d", path)
+    outcome = go_back([left], CHECK)
+    assert codes_of(outcome) == ["base_changed"]
+    assert f"move {path} away" in outcome.failures[0].remedy
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 2048, 2049, 5000, 100_000])
