@@ -16,6 +16,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import typing as t
@@ -170,7 +171,7 @@ class Mended(commits.OfStacks["Chain"]):
         needed = () if ground.may_refuse else ground.wish.asked
         # A vault of an image that is gone stays, as that refusal says: somebody may put the image back.
         is_of_another = ground.may_refuse and _codes(run) == {"unfinished"}
-        undone = [] if is_of_another else [self._undone(disk, needed) for disk in ground.stacks]
+        undone = [] if is_of_another else [self._undone(disk, needed) - _told_as_gone(run) for disk in ground.stacks]
         wrong += [f"second run: {sorted(names)} are left" for names in undone if names]
         if run.status and not (ground.may_refuse and _codes(run) <= set(BY_WORD)):
             wrong.append(f"second run: exit {run.status}: {run.message} {run.stderr}")
@@ -194,6 +195,12 @@ class Mended(commits.OfStacks["Chain"]):
         """Return what is wrong after a run into which a VM came, or tried to."""
         wrong = ["the VM had the image open, and its bitmaps were written"] if run.status == 0 and too_early else []
         return wrong if runs_on else wrong + self.images_wrong()
+
+
+def _told_as_gone(run: runs.Run) -> set[str]:
+    """Return the bitmaps that are told of, and are not put back, as a checkpoint was made since QEMU has lost them."""
+    told = re.findall("has kept its bitmap (.*?), which it lacks now", str((run.result or {}).get("warnings")))
+    return {name for names in told for name in re.findall("'([^']*)'", names)}
 
 
 def _codes(run: runs.Run) -> set[str]:

@@ -96,12 +96,14 @@ def _look(layer: Layer, above: t.Sequence[Layer], held: Held, missed: t.Abstract
             raise _of_another_file(file, vault, "lacks bitmaps that the vault {} has")
         fault = fault or _of_another_file(file, vault, "is beside the vault {}")  # no other could be there
         vault = None
-    restored = {name: vault.below[name].bitmap for name in put_back} if vault is not None else {}
+    kept = vault.below if vault is not None and not vault.is_given else {}
+    restored = {name: kept[name].bitmap for name in put_back & kept.keys()}
     standing = Standing(
         path=layer.path,
         virtual_size=layer.virtual_size,
         bitmaps={**named, **restored},
         put_back=put_back,
+        gone=tuple(one.bitmap for name, one in sorted(kept.items()) if name not in {**named, **restored}),
         lost_bitmaps=image.lost_bitmaps,
         lost_names=image.lost_names,
         lost_by_kill=bool(image.lost_bitmaps) and vault is not None and _is_of_its_run(file, vault),

@@ -90,7 +90,8 @@ class Standing(t.NamedTuple):
     virtual_size: int  # bytes
     bitmaps: Named  # those that are put back are told as the vault has them
     put_back: frozenset[str] = frozenset()  # that a killed run has lost, and that its vault has
-    doubtful: t.Mapping[str, Refusal] = {}  # of those, the ones that may lack changes, and why
+    gone: tuple[Bitmap, ...] = ()  # that its vault has and it lacks, and that are not put back
+    doubtful: t.Mapping[str, Refusal] = {}  # of those put back, the ones that may lack changes, and why
     lost_bitmaps: int = 0
     lost_names: frozenset[str] | None = None  # of these; None if that cannot be told
     lost_by_kill: bool = False  # a killed run has lost these, and its vault has those that were to stay

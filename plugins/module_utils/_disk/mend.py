@@ -26,6 +26,7 @@ from .._base.files import OpenImage, is_there
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.extents import AllocationMap
 from . import heal
+from .bitmap_rules import names_of
 from .carry import Place, Wanted, bring
 from .cumulative import most_bytes
 from .diagnose import Bits, Patient, bits_to_be, changed_bitmaps, counted, look_at_chain, vault_problems, with_others
@@ -337,12 +338,24 @@ def _promise(request: HealRequest, work: _Work) -> HealVerdict:
     return HealVerdict(
         request=request,
         items=tuple(_items(request, work)),
+        warnings=tuple(_not_put_back(request, work)),
         checkpoints=tuple(_checkpoints(work)),
         chain=tuple(one.layer.path for one in work.patients),
         written=tuple(sorted(work.changed)),
         vaults=tuple(one.vault.path for one in work.patients if one.vault is not None),
         need=_need(work),
     )
+
+
+def _not_put_back(request: HealRequest, work: _Work) -> t.Iterator[str]:
+    """Yield a warning for each image that lacks bitmaps of its vault, unless libvirt knows which there are to be."""
+    for one in work.patients if request.domain is None and request.state == heal.VALID else ():
+        if one.standing.gone:
+            yield (
+                f"{one.layer.path}: a run that was killed has kept its bitmap {names_of(one.standing.gone)}, which it "
+                "lacks now. As those that it has are in order, it counts as removed since, and is not put back. If "
+                "nobody has removed it, QEMU has lost it: make a full backup."
+            )
 
 
 def _items(request: HealRequest, work: _Work) -> t.Iterator[Item]:

@@ -346,6 +346,10 @@ def test_a_bitmap_that_is_counted_on_is_lost_though_a_newer_one_is_in_order(tmp_
     then = content(path)
     guest_writes(path, random.Random(9))
     qemu.add_bitmaps(path, [WEDNESDAY])
+    outcome = run(MendBitmaps(), [HealRequest(path, **wish)], SETTINGS._replace(check_mode=True))
+    assert [f"{path}: a run that was killed has kept its bitmap 'monday'" in one for one in outcome.warnings] == (
+        [] if is_back else [True]  # nothing is lost without a word
+    )
     mend(path, **wish)
     assert checkpoints(path) == ({"monday", "wednesday"} if is_back else {"wednesday"})
     assert not is_back or not changed_bits(then, content(path)) & ~bits_of([path], "monday")
@@ -357,6 +361,8 @@ def test_a_bitmap_that_is_counted_on_is_lost_though_a_newer_one_is_in_order(tmp_
 def test_a_bitmap_that_is_counted_on_can_be_removed(tmp_path, wish):
     path = lost_to_a_kill(tmp_path)
     qemu.add_bitmaps(path, [WEDNESDAY])
+    request = HealRequest(path, **{"names": ("monday",), **wish})
+    assert not run(MendBitmaps(), [request], SETTINGS._replace(check_mode=True)).warnings
     mend(path, **{"names": ("monday",), **wish})
     assert checkpoints(path) == {"wednesday"}
 
