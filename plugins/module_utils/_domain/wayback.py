@@ -377,7 +377,7 @@ def _other_base(part: t.Sequence[Layer], *, goes_back: bool) -> list[Refusal]:
     written = base.written()
     lost = next(lost for unit, lost in _LOST_DIGITS if written % unit == 0)
     is_older = 0 < written <= recorded - lost
-    if not is_older or (base.identity[-1] == history.base_inode and not goes_back):
+    if not is_older or (base.identity == _made_on(part[-2]) and not goes_back):
         return []
     why = (
         f"is not what {part[-2].path} was made on: it was last written to before that was, as far as {part[-2].path} "
@@ -388,6 +388,14 @@ def _other_base(part: t.Sequence[Layer], *, goes_back: bool) -> list[Refusal]:
         "merged down by other tools, 'touch' it and run this again."
     )
     return [Refusal("base_changed", base.path, why, remedy)]
+
+
+def _made_on(overlay: Layer) -> Identity:
+    """Return which image an overlay was made on, if that is on its own file system; its inode is 0 if it is not known.
+
+    It records the inode alone, and small inodes are alike on all file systems.
+    """
+    return (overlay.identity[0], _history_of(overlay).base_inode)
 
 
 def _history_of(layer: Layer) -> History:
@@ -401,7 +409,7 @@ def _taken_in(facts: DiskFacts, request: WayBack, found: Found) -> list[Refusal]
     'virsh blockpull --base' leaves it there. What a merge of ours has left bears the sign of that.
     """
     inode, used = _history_of(found.overlay).base_inode, {layer.identity for layer in facts.layers}
-    if inode in (0, found.below.identity[-1]):  # as mostly; then no folder is looked through
+    if inode == 0 or found.below.identity == _made_on(found.overlay):  # as mostly; then no folder is looked through
         return []
     for one in _overlays_beside(facts, request):
         is_pulled = one.identity[-1] == inode and one.identity not in used and not is_kept(one.path)

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import re
 import shlex
 import subprocess
+import tempfile
 import time
 import unittest.mock
 
@@ -459,6 +461,43 @@ def test_what_has_an_older_time_since_is_the_image_all_the_same_for_who_merges(h
         os.utime(host.folder / f"web-{disk}.tue.qcow2", (1, 1))
     assert [one.code for one in host.plan_back(plan_revert, "web", "wed").problems] == ["base_changed"] * 2
     assert host.commit("web", "wed")[0] == ["committed"] * 2
+
+
+@pytest.fixture(name="elsewhere")
+def fixture_elsewhere(tmp_path):
+    """Return a folder on another file system than that of the images."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        if os.stat(folder).st_dev == os.stat(tmp_path).st_dev:
+            pytest.skip("there is one file system alone")
+        yield pathlib.Path(folder)
+
+
+def record_base(overlay, base):
+    """Have an overlay record that it was made on an image, of which it records the inode alone."""
+    with open_image(str(overlay)) as file, open_image(str(base)) as below:
+        write_base(file, below)
+
+
+def stand_on(base, *overlays):
+    """Have overlays stand on an image, with all that is between in them, as 'virsh blockpull --base' does."""
+    for overlay in overlays:
+        qemu.qemu_img("rebase", "-q", "-b", str(base), "-F", "qcow2", str(overlay))
+
+
+def test_an_inode_of_another_file_system_does_not_tell_that_it_is_the_image(host, elsewhere):
+    """A template there can have it: small inodes are alike. It would be merged into."""
+    template, wed = elsewhere / "template.qcow2", host.folder / "web-a.wed.qcow2"
+    qemu.create(template, "1M")
+    stand_on(template, wed)
+    record_base(wed, template)
+    assert qemu.read(wed).history.base_inode == os.stat(template).st_ino
+    os.utime(template, (1, 1))
+    for plan in (plan_commit, plan_revert):
+        (problem,) = host.plan_back(plan, "web", "wed").problems
+        assert (problem.code, problem.subject) == ("base_changed", str(template))
+    os.utime(template)
+    for plan in (plan_commit, plan_revert):
+        assert host.plan_back(plan, "web", "wed").problems == ()
 
 
 @pytest.mark.parametrize("data", ["", "write -P 7 0 1M"])
