@@ -411,19 +411,43 @@ def _taken_in(facts: DiskFacts, request: WayBack, found: Found) -> list[Refusal]
     inode, used = _history_of(found.overlay).base_inode, {layer.identity for layer in facts.layers}
     if inode == 0 or found.below.identity == _made_on(found.overlay):  # as mostly; then no folder is looked through
         return []
-    for one in _overlays_beside(facts, request):
+    overlays = _overlays_beside(facts, request)
+    for one in overlays:
         is_pulled = one.identity[-1] == inode and one.identity not in used and not is_kept(one.path)
-        if is_pulled and one.backing_identity == found.below.identity and not has_sign(one.path):
-            why = (
-                f"is not what {found.overlay.path} was made on: that was {one.path}, as its inode tells, which was "
-                "taken into the snapshot, as by 'virsh blockpull'. What is in it the image below lacks"
-            )
-            remedy = (
-                f"To go back to the moment of the snapshot, put the VM on {one.path} ('virsh edit'). To keep all, "
-                "merge the snapshot down (state=committed)."
-            )
-            return [Refusal("base_changed", found.below.path, why, remedy)]
+        # It is on another file system if the overlay was made in another directory.
+        if is_pulled and _stood_on(one, found, used, overlays) and not has_sign(one.path):
+            return [_not_made_on(found, one)]
     return []
+
+
+def _not_made_on(found: Found, made_on: Above) -> Refusal:
+    """Return the refusal to go back to below the image that a snapshot was made on."""
+    why = (
+        f"is not what {found.overlay.path} was made on: that was {made_on.path}, as its inode tells, which was taken "
+        "into the snapshot, as by 'virsh blockpull'. What is in it the image below lacks"
+    )
+    remedy = (
+        f"To go back to the moment of the snapshot, put the VM on {made_on.path} ('virsh edit'), with all that it "
+        "stands on where it was. To keep all, merge the snapshot down (state=committed)."
+    )
+    return Refusal("base_changed", found.below.path, why, remedy)
+
+
+def _stood_on(one: Above, found: Found, used: t.Collection[Identity], overlays: t.Sequence[Above]) -> bool:
+    """Whether an image that no disk has was between the snapshot and the image below it, alone or with others.
+
+    An inode can have been given anew since, as to an overlay of the snapshot itself; that stands on another one. Where
+    its chain cannot be followed, as once an image of it was moved away, its mark tells whether it is of the same disk.
+    """
+    known = {other.identity: other for other in overlays if other.identity not in used}
+    place, seen = one.backing_identity, set[Identity]()
+    while place is not None and place in known and place not in seen:  # or else they stand on each other
+        seen.add(place)
+        place = known[place].backing_identity
+    if place in used:
+        return place == found.below.identity
+    mark, own = _mark_of(one.path), found.overlay.image and found.overlay.image.mark
+    return mark is not None and own is not None and mark[:2] == own[:2]
 
 
 def has_sign(path: str) -> bool:

@@ -567,6 +567,70 @@ def test_the_image_that_was_taken_into_the_snapshot_is_where_to_go_back_to(host)
     assert host.commit("web", "wed")[0] == ["committed"] * 2
 
 
+def taken_in(host, name, snapshot, **wanted):
+    """Return which image the first disk was on at a snapshot, of those that are not in its chain any more."""
+    problems = [
+        one for one in host.plan_back(plan_revert, name, snapshot, **wanted).problems if "was made on" in one.why
+    ]
+    return [os.path.basename(re.search("put the VM on ([^ ]+) ", one.remedy)[1]) for one in problems]
+
+
+def test_the_topmost_of_several_images_that_were_taken_in_is_where_to_go_back_to(host):
+    """Also where one further down was moved away, since it stands on the image that the VM would write to."""
+    base, mon = host.folder / "web-a.qcow2", host.folder / "web-a.mon.qcow2"
+    stand_on(base, host.folder / "web-a.wed.qcow2")
+    os.utime(base)
+    assert taken_in(host, "web", "wed") == ["web-a.tue.qcow2"]
+    os.rename(mon, host.folder / "away")
+    (host.folder / "elsewhere").mkdir()
+    os.rename(host.folder / "away", host.folder / "elsewhere" / "web-a.mon.qcow2")
+    assert taken_in(host, "web", "wed") == ["web-a.tue.qcow2"]
+    assert host.revert("web", "wed") == ["base_changed"]
+
+
+def test_what_was_never_below_the_snapshot_was_not_taken_in(host):
+    """An inode is given anew once an image is gone, as when the one below was put back from a copy."""
+    wed, tue = host.folder / "web-a.wed.qcow2", host.folder / "web-a.tue.qcow2"
+    host.image("gone.qcow2")
+    host.image("other.qcow2", below="gone.qcow2")
+    os.unlink(host.folder / "gone.qcow2")
+    host.image("above.qcow2", below="web-a.wed.qcow2")
+    host.image("one.qcow2")
+    host.image("two.qcow2", below="one.qcow2")
+    qemu.qemu_img("rebase", "-u", "-b", str(host.folder / "two.qcow2"), "-F", "qcow2", str(host.folder / "one.qcow2"))
+    os.utime(tue)
+    for name in ("other", "above", "one", "web-b.mon"):
+        record_base(wed, host.folder / f"{name}.qcow2")
+        assert taken_in(host, "web", "wed") == []
+    host.image("beside.qcow2", below="web-a.tue.qcow2")
+    record_base(wed, host.folder / "beside.qcow2")
+    assert taken_in(host, "web", "wed") == ["beside.qcow2"]
+
+
+def test_an_image_that_was_taken_in_is_found_wherever_the_overlay_was_made(host, elsewhere):
+    host.image("plain.qcow2")
+    host.define("plain", "plain.qcow2")
+    assert host.snapshot("plain", "mon")
+    assert host.snapshot("plain", "tue", elsewhere)
+    os.utime(host.folder / "plain.mon.qcow2")
+    assert taken_in(host, "plain", "tue", directory=str(elsewhere)) == []
+    stand_on(host.folder / "plain.qcow2", elsewhere / "plain.vda.tue.qcow2")
+    os.utime(host.folder / "plain.qcow2")
+    assert taken_in(host, "plain", "tue", directory=str(elsewhere)) == ["plain.mon.qcow2"]
+
+
+def test_an_image_below_that_has_its_inode_elsewhere_does_not_hide_what_was_taken_in(host):
+    stand_on(host.folder / "web-a.qcow2", host.folder / "web-a.wed.qcow2")
+    tue, domain = os.stat(host.folder / "web-a.tue.qcow2"), host.domains["web"]
+    facts = [Inventory(host.domains).facts(domain, disk) for disk in domain.definition.disks]
+    top, below, *more = facts[0].layers
+    for device, expected in ((tue.st_dev + 1, ["base_changed"]), (tue.st_dev, [])):
+        layers = (top, below._replace(identity=(device, tue.st_ino)), *more)
+        os.utime(below.path)
+        changed = facts[0]._replace(layers=layers, own=layers)
+        assert [one.code for one in plan_revert(domain, [changed, *facts[1:]], WayBack("wed")).problems] == expected
+
+
 def test_an_overlay_that_is_taken_again_is_as_new_as_the_snapshot(host):
     """As after a run that was killed: the VM has written to the image below since."""
     host.image("plain.qcow2")
