@@ -221,9 +221,12 @@ def _left_behind(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark)
 
 
 def given_up_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark) -> DiskPlan | None:
-    """Return the plan for a disk whose snapshot a killed run was giving up; None if it is no such disk."""
+    """Return the plan for a disk whose snapshot a killed run was giving up; None if it is no such disk.
+
+    Nor if a merge was begun: who gives up an image refuses one of which that is so, so the merge is the later one.
+    """
     left = _left_by_revert(facts, request, mark)
-    if not left:
+    if not left or any(map(has_sign, left)):
         return None
     why = f"is in no disk of {domain.name} any more, and is to go: it was given up by a run that was killed meanwhile"
     problem = Refusal("unfinished", left[0], why, "Complete that: run state=reverted with the same options.")
