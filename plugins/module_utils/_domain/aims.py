@@ -154,7 +154,10 @@ class GoBackTo(OfShutOff):
         return {}
 
     def chain_after(self, disk: DomainDisk, verdict: RevertVerdict | None) -> Chain:
-        """Return the chain of a disk after the run, which begins with the image below the snapshot."""
-        if verdict is None:
+        """Return the chain of a disk after the run, which begins with the image below the snapshot.
+
+        Or with what the domain has got since, if it was put on that by a run that was killed.
+        """
+        if verdict is None or verdict.request.is_left:
             return chain_of(disk.source, disk.format)
         return chain_of(verdict.request.backing_file, verdict.request.backing_format)

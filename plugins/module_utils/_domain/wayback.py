@@ -75,6 +75,13 @@ class Left(t.NamedTuple):
     below: Layer  # that it stands on
 
 
+class GivenUp(t.NamedTuple):
+    """Snapshots that a killed run has put the VM off, but not retired."""
+
+    paths: list[str]  # topmost first; the lowest one bears the mark
+    below: Layer  # that it stands on
+
+
 PlanDisk = t.Callable[[Domain, DiskFacts, WayBack, Mark], t.Optional[DiskPlan]]
 
 
@@ -226,10 +233,10 @@ def given_up_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark
     Nor if a merge was begun: who gives up an image refuses one of which that is so, so the merge is the later one.
     """
     left = _left_by_revert(facts, request, mark)
-    if not left or any(map(has_sign, left)):
+    if left is None or any(map(has_sign, left.paths)):
         return None
     why = f"is in no disk of {domain.name} any more, and is to go: it was given up by a run that was killed meanwhile"
-    problem = Refusal("unfinished", left[0], why, "Complete that: run state=reverted with the same options.")
+    problem = Refusal("unfinished", left.paths[0], why, "Complete that: run state=reverted with the same options.")
     return unreadable_disk(domain, problem, mark)
 
 
@@ -306,14 +313,10 @@ def _revert_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark)
         if stated is not None:
             return stated
         left = _left_by_revert(facts, request, mark)
-        if not left:
+        if left is None:
             return None
-        base, image_format = facts.disk.source or "", facts.disk.format
-        finish = RevertRequest(left[0], base, image_format, domain.uuid, retire, puts_on_base=True, is_left=True)
-        lowest = _head_of(left[-1])
-        finish = finish._replace(made=lowest.history.made if lowest is not None else 0)
-        problems = [problem for path in left for problem in taken_over(domain, facts, path, mark)]
-        return DiskPlan(mark.target, finish, None, tuple(problems))
+        problems = [problem for path in left.paths for problem in taken_over(domain, facts, path, mark)]
+        return DiskPlan(mark.target, _end_of_revert(domain, facts, left, retire), None, tuple(problems))
     back = RevertRequest(
         path=facts.layers[0].path,
         backing_file=found.below.path,
@@ -325,6 +328,22 @@ def _revert_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark)
     )
     problems = _chain_problems(domain, facts, request, found, mark, goes_back=True)
     return DiskPlan(mark.target, back, _source(found.below), tuple(problems))
+
+
+def _end_of_revert(domain: Domain, facts: DiskFacts, left: GivenUp, retire: How) -> RevertRequest:
+    """Return what retires the images that a killed run has left. A VM that has got an overlay since stays on that."""
+    is_top = left.below.identity == facts.layers[0].identity
+    lowest = _head_of(left.paths[-1])
+    return RevertRequest(
+        path=left.paths[0],
+        backing_file=(facts.disk.source or "") if is_top else left.below.path,
+        backing_format=facts.disk.format if is_top else left.below.format_found,
+        vm=domain.uuid,
+        retire=retire,
+        puts_on_base=is_top,
+        is_left=True,
+        made=lowest.history.made if lowest is not None else 0,
+    )
 
 
 def _source(layer: Layer) -> Source:
@@ -581,18 +600,22 @@ def _recording(path: str) -> list[Bitmap]:
         return [bitmap for bitmap in read_image(file).bitmaps if bitmap.recording]
 
 
-def _left_by_revert(facts: DiskFacts, request: WayBack, mark: Mark) -> list[str]:
-    """Return the paths of the snapshots, topmost first, that a killed run has left above the image of a disk.
+def _left_by_revert(facts: DiskFacts, request: WayBack, mark: Mark) -> GivenUp | None:
+    """Return the snapshots that a killed run has left above an image of a disk; None if there are none.
 
     The lowest one bears the mark. Those above it were to go with it. The topmost one says that it is to go: or else the
     domain has it, on another host or in another definition.
     """
     overlays = _overlays_beside(facts, request)
-    known = {one.identity: one for one in overlays}
     used = {layer.identity for layer in facts.layers}
+    known = {one.identity: one for one in overlays if one.identity not in used}
     tops = [one for one in overlays if one.identity not in used and not is_kept(one.path)]
-    ways = [_way_down(one, facts.layers[0].identity, known, mark) for one in tops if _was_left(one.path, mark)]
-    return max(ways, key=len, default=[])
+    tops = [one for one in tops if _was_left(one.path, mark)]
+    for base in facts.own:  # the VM can have got an overlay since
+        paths = max((_way_down(one, base.identity, known, mark) for one in tops), key=len, default=[])
+        if paths:
+            return GivenUp(paths, base)
+    return None
 
 
 def _way_down(top: Above, base: Identity, known: t.Mapping[Identity, Above], mark: Mark) -> list[str]:
@@ -665,6 +688,7 @@ def lost_checkpoints(plan: DomainPlan, kept: Kept) -> tuple[str, ...]:
     bases = {
         target: layer
         for target, request in requests.items()
+        if isinstance(request, RevertRequest) and request.puts_on_base
         for layer in chain_of(request.backing_file, request.backing_format).layers[:1]
     }
     return tuple(

@@ -327,6 +327,18 @@ def test_an_overlay_that_no_disk_has_any_more_is_found_by_its_mark(host):
     assert host.merge("web", "mon").disks == ()
 
 
+def test_what_was_given_up_is_not_put_aside_as_merged_below_a_snapshot_that_was_made_since(host):
+    host.snapshot("web", "mon")
+    with open_image(str(host.folder / "web.mon.qcow2")) as file:
+        write_leaving(file, leaving=True)
+    host.define("web", "web.qcow2")
+    host.snapshot("web", "tue")
+    host.start("web")
+    (problem,) = host.merge("web", "mon").problems
+    assert problem.code == "unfinished"
+    assert "run state=reverted" in problem.remedy
+
+
 @pytest.mark.parametrize(
     "changed, code",
     [

@@ -21,6 +21,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import merge
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.begun import leave_sign
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.merge import MergeLayers
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.revert import GoBack
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.revert_rules import RevertVerdict
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.session import Vm
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.aims import GoBackTo
@@ -222,6 +223,29 @@ def test_what_its_vm_has_written_since_does_not_keep_it_from_being_completed(hos
     for disk in "ab":
         subprocess.run(["qemu-io", "-c", "write -P 7 0 64k", host.folder / f"web-{disk}.tue.qcow2"], check=True)
     assert host.revert("web", "wed")[0] == ["reverted"] * 2
+
+
+def test_a_run_that_dies_so_is_completed_also_below_a_snapshot_that_was_made_since(host):
+    """The VM stays on that, with all that was written to it and with its checkpoints."""
+    assert host.revert("web", "tue", dies=True)[0] == ["failed"] * 2
+    assert len(host.snapshot("web", "thu")) == 2
+    new = ["web-a.thu.qcow2", "web-b.thu.qcow2"]
+    for name in new:
+        qemu.add_bitmaps(host.folder / name, [Bitmap("late", 65536, True, False)])
+    before = {name: (host.folder / name).read_bytes() for name in (*new, "web-a.mon.qcow2", "web-b.mon.qcow2")}
+    assert host.commit("web", "tue") == ["unfinished"] * 2
+    plan = host.plan_back(plan_revert, "web", "tue")
+    kept = Kept((KnownCheckpoint("late", {"vda": "late", "vdb": "late"}, created=int(time.time())),))
+    assert lost_checkpoints(plan, kept) == ()
+    (disk, _other), aim = host.domains["web"].definition.disks, GoBackTo(WayBack("tue"))
+    chain = aim.chain_after(disk, RevertVerdict(plan.disks[0].request, "reverted"))
+    assert os.path.basename(chain.layers[0].path) == "web-a.thu.qcow2"
+    assert host.revert("web", "tue") == (["reverted"] * 2, new)
+    assert {name: (host.folder / name).read_bytes() for name in before} == before
+    kept_as = [f"web-{disk}.{day}.qcow2.reverted" for disk in "ab" for day in ("tue", "wed")]
+    assert [name for name in host.files() if name.endswith(".reverted")] == kept_as
+    for way in (host.commit, host.revert):
+        assert way("web", "tue") == ([], new)
 
 
 def test_a_run_that_dies_so_when_it_goes_back_over_several_snapshots_is_completed(host):
