@@ -424,12 +424,12 @@ def _begun_problems(seen: Seen, request: CommitRequest) -> list[Refusal]:
 def _newer_below(seen: Seen, stage: Stage, request: CommitRequest) -> list[Refusal]:
     """Return that an image below was written to after TOP, as after 'virsh blockcommit --pivot', or by a VM on it.
 
-    No overlay stays behind like that while its VM runs. A commit that was begun has written to BASE itself. One below
-    BASE counts, too: BASE would look new after the merge, and could be left over as well.
+    No overlay stays behind like that while its VM runs. A commit writes to BASE itself once TOP has its mark. An image
+    below BASE counts, too: BASE would look new after the merge, and could be left over as well.
     """
     newer = [path for path, changed in seen.below_changed.items() if changed > seen.top_changed]
     is_told = not (request.is_of_vm or seen.chain[0].is_device or seen.open_for_writing)
-    if not is_told or not (stage.name == WHOLE or stage.by_names) or not newer:
+    if not is_told or not (stage.name == WHOLE or stage.is_before_base) or not newer:
         return []
     why = (
         f"was last written to at {_shown(seen.top_changed)}, and {newer[0]} below it after that, at "
@@ -440,6 +440,8 @@ def _newer_below(seen: Seen, stage: Stage, request: CommitRequest) -> list[Refus
         "If no VM has run on that one since, as where only 'qemu-img check -r all' or 'qemu-img bitmap' has written to "
         f"it, 'touch {request.path}' says so: then run this again. Else leave {request.path} as it is. {IS_NO_DISK}"
     )
+    if seen.vault is not None:  # or else every other call would refer to this one
+        remedy += f" And remove the vault of its commit, {seen.vault.path}: that has written nothing to BASE yet."
     return [Refusal("unfinished", request.path, why, remedy)]
 
 

@@ -141,7 +141,7 @@ class Stage(t.NamedTuple):
     name: str
     stale_vault: bool = False  # the vault there is of other work that is done, or was never begun
     not_given: bool = False  # the vault says GIVEN, but TOP was written to since
-    by_names: bool = False  # TOP is a copy of the image that the vault is of, as far as names of bitmaps tell
+    is_before_base: bool = False  # of one that was begun: no run has written to BASE yet, as TOP gets its mark first
 
 
 def stage_of(seen: Seen) -> Stage | Refusal:
@@ -161,7 +161,8 @@ def stage_of(seen: Seen) -> Stage | Refusal:
     if _has_lost_bitmaps(seen, seen.vault) and (is_same or _may_be_copy(seen, seen.vault)):
         return _stage_when_lost(seen, seen.vault)
     if seen.base_is_as_kept or (is_same and seen.top.version == 2 and _is_stripped(seen)):
-        return Stage(VAULTED if is_same else WHOLE, stale_vault=not is_same)
+        is_before_base = seen.top.version == 3 or bool(seen.vault.below and seen.base_is_as_kept)
+        return Stage(VAULTED if is_same else WHOLE, stale_vault=not is_same, is_before_base=is_before_base)
     if is_same and seen.top.version == 3 and seen.base_lacks_removed:
         # The VM went on with TOP, and a backup tool has deleted checkpoints meanwhile. No bit was carried yet.
         return Stage(WHOLE, stale_vault=True)
@@ -192,7 +193,7 @@ def _stage_when_lost(seen: Seen, vault: Vault) -> Stage | Refusal:
         return _excluded(seen)
     unknown = sorted(vault.above.keys() - vault.below.keys() - left)
     if seen.is_top_of_vault or is_marked or not unknown:
-        return Stage(REBUILT, by_names=not (seen.is_top_of_vault or is_marked))
+        return Stage(REBUILT, is_before_base=not is_marked)
     names = ", ".join(map(repr, unknown))
     return _unfinished(
         seen,

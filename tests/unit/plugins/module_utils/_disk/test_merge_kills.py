@@ -681,6 +681,39 @@ def test_a_copy_that_is_older_than_base_may_have_gone_in(tmp_path):
     assert "it may have gone in already" in ended.failures[0]
 
 
+@pytest.mark.parametrize("harm", [disks.nothing, breaks, loses])
+@pytest.mark.parametrize("scene", [disks.plain, disks.bare])
+def test_what_was_begun_is_stale_where_base_was_written_to_before_top_had_its_mark(tmp_path, scene, harm):
+    """As by 'virsh blockcommit --pivot', after which the VM goes on with BASE; other calls advise to complete this."""
+    disk = stopped_at_carry(tmp_path, scene, harm)
+    os.utime(disk.path, ns=(0, os.stat(disk.base).st_mtime_ns - 1))
+    before, vault = chains.content(disk.base), disk.vault
+    ended = merge(disk)
+    assert ended is not None
+    assert ended.codes == ["unfinished"]
+    assert "it may have gone in already" in ended.failures[0]
+    assert f"remove the vault of its commit, {vault}" in ended.failures[0]
+    assert (chains.content(disk.base), disk.vault) == (before, vault)
+    os.utime(disk.path)  # by the word of the user
+    completed(disk)
+
+
+@pytest.mark.parametrize("phase", ["carry", "move"])
+def test_of_an_overlay_of_version_2_bitmaps_of_base_alone_tell_whether_that_was_written_to(tmp_path, phase):
+    def scene(disk):
+        disk.base = disk.add("base", SIZE, recording("a"))
+        disk.path = disk.add("top", SIZE, [], "-o", "compat=0.10")
+
+    disk = stopped_at_carry(tmp_path, scene, phase=phase)
+    os.utime(disk.path, ns=(0, os.stat(disk.base).st_mtime_ns - 1))
+    if phase == "carry":
+        ended = merge(disk)
+        assert ended is not None
+        assert ended.codes == ["unfinished"]
+        os.utime(disk.path)
+    completed(disk)
+
+
 @pytest.mark.parametrize("scene", disks.SCENES)
 def test_killed_at_any_step(tmp_path, scene):
     stage = Stage(tmp_path, scene)
