@@ -355,12 +355,12 @@ def _put_onto_base(verdict: CommitVerdict, held: Held) -> None:
     base, above = held.image(request.backing_file), held.image(request.above)
     # After a kill nobody can tell when a VM wrote. Of what a VM has the times do not count.
     are_known = work.stage.name == stages.WHOLE and not request.is_of_vm
-    if not work.seen.top_is_as_recorded:
-        base.touch()  # who wrote to TOP may have put into it what is above; nothing is to tell that it is right
+    if not work.seen.part_is_as_recorded:
+        base.touch()  # who wrote to it or to TOP may have put in what is above; nothing is to tell that it is right
     if are_known:
         _put_time_back(base, _newest(work.seen))
     change_backing_file(above, name_for_above(request, work.seen), request.backing_format)
-    if work.seen.top_is_as_recorded:
+    if work.seen.part_is_as_recorded:
         write_base(above, base)  # or else what has gone in looked as if others had written it
     if are_known:
         _put_time_back(above, work.seen.above_changed)
@@ -369,7 +369,9 @@ def _put_onto_base(verdict: CommitVerdict, held: Held) -> None:
 def _newest(seen: Seen) -> int:
     """Return when what is in BASE now was last written to, in nanoseconds since 1970."""
     below = [changed for layer in seen.part if (changed := seen.below_changed.get(layer.path)) is not None]
-    return max(seen.top_changed, *below)
+    recorded = seen.above.image.history.base_written if seen.above is not None and seen.above.image is not None else 0
+    # Where it may hold what is above, it must be newer than what the image above records, for who goes back.
+    return max(seen.top_changed, *below, *([] if seen.part_is_as_recorded else [recorded + 1]))
 
 
 def _put_time_back(file: OpenImage, written: int) -> None:

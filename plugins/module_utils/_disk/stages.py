@@ -77,12 +77,19 @@ class Seen(t.NamedTuple):
         return t.cast("Image", self.chain[0].image)
 
     @property
-    def top_is_as_recorded(self) -> bool:
-        """Whether nobody has written to TOP since the image above was made, as far as that one tells."""
+    def part_is_as_recorded(self) -> bool:
+        """Whether nobody has written to the images that take part since those on top of them were made, as these tell.
+
+        Whoever did may have put into them what is above. After a kill, and of a block device, nothing tells that. What
+        was written to one further down before the image above was made was below that already.
+        """
         above = self.above.image if self.above is not None else None
-        kept = self.vault.top_changed if self.vault is not None and self.is_top_of_vault else None
-        settled = above.history.settled if above is not None else 0
-        return (self.top_changed if kept is None else kept) <= settled
+        if above is None or self.vault is not None:
+            return False
+        between = [layer.image.history for layer in self.part[:-1] if layer.image is not None]
+        recorded = [above.history.settled, *(max(one.base_written, above.history.made) for one in between)]
+        changed = [self.top_changed, *(self.below_changed.get(layer.path) for layer in self.part[1:])]
+        return all(time is not None and time <= settled for time, settled in zip(changed, recorded))
 
     @property
     def part(self) -> tuple[Layer, ...]:

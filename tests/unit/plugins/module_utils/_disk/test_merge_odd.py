@@ -32,7 +32,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.vault import 
     read_vault,
 )
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import Mark, write_mark
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import History, Mark, write_mark
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu import locks
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu.monitor import Monitor
 
@@ -566,3 +566,62 @@ def test_a_folder_is_looked_through_once_for_all_images_of_a_chain(tmp_path, mon
 
 def tell_to_end(_done: int, _total: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+LONG_AGO = 1_600_000_000 * 10**9
+
+
+def made_on(below: str, path: t.Any, made: int) -> str:
+    """Make an overlay that says that it was made then, on the image below as that is; nobody has written to it."""
+    commits.overlay(path, below)
+    with OpenImage(str(path), os.open(path, os.O_RDWR)) as file:
+        write_mark(file, Mark("uuid", "vda", path.name), History(os.stat(below).st_mtime_ns, 0, made))
+    os.utime(path, ns=(made, made))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("written", "is_of_vm"),
+    [(None, False), (None, True), ("base", True), ("s1", True), ("s2", True), ("s2", False)],
+)
+def test_a_merge_does_not_hide_that_what_takes_part_was_not_what_it_was(tmp_path, written, is_of_vm):
+    """As after 'virsh blockcommit' of what is above into one of them, which was given up."""
+    images = [qemu.create(tmp_path / "base", 16 << 20)]
+    os.utime(images[0], ns=(LONG_AGO, LONG_AGO))
+    for number in (1, 2, 3):
+        images.append(made_on(images[-1], tmp_path / f"s{number}", LONG_AGO + number * 600 * 10**9))
+    for path in (str(tmp_path / written), images[-1]) if written else ():
+        commits.write(path, "write -P 7 0 1M")
+    base, _s1, s2, s3 = images
+    assert commits.merged(s2, base, above=s3, is_of_vm=is_of_vm)["state"] == "committed"
+    codes = [one.code for one in run(GoBack(), [RevertRequest(s3, base, puts_on_base=True)], SETTINGS).failures]
+    assert codes == (["base_changed"] if written else [])
+
+
+@pytest.mark.parametrize("step", ["carry", "give", "publish"])
+def test_after_a_kill_nothing_tells_whether_what_takes_part_is_what_it_was(tmp_path, monkeypatch, step):
+    base = qemu.create(tmp_path / "base", 16 << 20)
+    os.utime(base, ns=(LONG_AGO, LONG_AGO))
+    top = made_on(base, tmp_path / "s1", LONG_AGO + 600 * 10**9)
+    above = made_on(top, tmp_path / "s2", LONG_AGO + 1200 * 10**9)
+    with monkeypatch.context() as patch:
+        patch.setattr(MergeLayers, step, unittest.mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            commits.merge(top, base, above=above)
+    for path in (top, above):
+        commits.write(path, "write -P 7 0 1M")
+    assert commits.merged(top, base, above=above)["state"] == "committed"
+    assert [one.code for one in run(GoBack(), [RevertRequest(above, base, puts_on_base=True)], SETTINGS).failures] == [
+        "base_changed"
+    ]
+
+
+def test_what_was_written_before_the_image_above_was_made_is_what_goes_back(tmp_path):
+    """As where the lowest one that goes in was made by others, or bitmaps of the one below it were worked on since."""
+    base = qemu.create(tmp_path / "base", 16 << 20)
+    top = commits.overlay(tmp_path / "s1", base)
+    above = made_on(top, tmp_path / "s2", os.stat(top).st_mtime_ns + 10**9)
+    for path in (top, above):
+        commits.write(path, "write -P 7 0 1M")
+    assert commits.merged(top, base, above=above, is_of_vm=True)["state"] == "committed"
+    assert run(GoBack(), [RevertRequest(above, base, puts_on_base=True)], SETTINGS).failures == []
