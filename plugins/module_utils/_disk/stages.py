@@ -70,6 +70,9 @@ class Seen(t.NamedTuple):
     written: t.Mapping[str, int] = {}  # when images that take part were last, s since 1970; not those of devices
     further: tuple[tuple[LayerBitmaps, ...], ...] = ()  # what stands on `above`, topmost first, in each way up
     above_changed: int = 0  # ns since 1970; 0 if there is none, or it is a block device
+    holds_what_it_held: bool = (
+        True  # whether what goes in holds all that it held when the vault was made, if that tells
+    )
 
     @property
     def top(self) -> Image:
@@ -153,6 +156,26 @@ class Stage(t.NamedTuple):
 
 def stage_of(seen: Seen) -> Stage | Refusal:
     """Return how far the commit is; a Refusal if that cannot be told, or if somebody has come between."""
+    stage = _found_stage(seen)
+    is_rebuilt = isinstance(stage, Stage) and stage.name == REBUILT
+    return _emptied(seen) if is_rebuilt and not seen.holds_what_it_held else stage
+
+
+def _emptied(seen: Seen) -> Refusal:
+    """Return the refusal of what no longer tells what was written, where only that is to make bitmaps again."""
+    vault = seen.vault.path if seen.vault is not None else "the vault"
+    return _unfinished(
+        seen,
+        f"it has lost bitmaps, and holds less than when the vault {vault} was made, or may have: it was emptied, as by "
+        "'qemu-img commit', or is an older copy. So nothing tells what changed since the checkpoints of these bitmaps",
+        "If another file was put in its place, put back the one that was there. Else remove the checkpoints of the "
+        "domain ('virsh checkpoint-delete DOMAIN NAME --metadata'), all bitmaps of the images below, then those of this "
+        f"one, '{MARK}…' too ('qemu-img bitmap --remove'), and {vault}. Run this again then, and make a full backup.",
+    )
+
+
+def _found_stage(seen: Seen) -> Stage | Refusal:
+    """Return how far the commit is, as bitmaps, times and the vault tell, whatever the images hold."""
     copied = _why_copied(seen)
     if copied is not None:
         return copied

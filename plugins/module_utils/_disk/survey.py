@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import secrets
 import stat
@@ -15,8 +16,8 @@ import typing as t
 from .._base.errors import Refusal
 from .._base.files import OpenImage, open_image
 from .._qcow2.chain import Layer, read_head
-from .._qcow2.dirty import DirtyBits, dirty_bytes, is_union, maps_of
-from .._qcow2.extents import AllocationMap
+from .._qcow2.dirty import DirtyBits, dirty_bytes, is_union, maps_of, united
+from .._qcow2.extents import AllocationMap, has_allocated_extents, holds_any
 from .._qcow2.image import Image, read_image
 from .._qemu import locks
 from .._qemu.settled import is_open_for_writing
@@ -132,7 +133,35 @@ def see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, above: Lay
         written=last_written([*([above] if above is not None else []), *chain], held),
         further=read_further(request, above),
         above_changed=held.image(above.path).written() if above is not None else 0,
+        holds_what_it_held=vault is None
+        or vault.held is None
+        or _holds(files[:-1], vault.held, chain[0].virtual_size)
+        or _was_never_written(files[0], part, vault, None if base.is_device else _changed(base, files[depth])),
     )
+
+
+def _holds(files: t.Sequence[OpenImage], kept: DirtyBits, size: int) -> bool:
+    """Whether images together hold all that is kept in mind; or anything, if that is nothing."""
+    if is_union(kept, (), size):
+        return any(map(holds_any, files))
+    maps: list[DirtyBits] = [*map(AllocationMap, files)]
+    finest, coarsest = (which(one.granularity for one in (*maps, kept)) for which in (min, max))
+    now, together = (united(one, finest, size, coarsest * 8) for one in (maps, [*maps, kept]))
+    return all(one == other for one, other in itertools.zip_longest(now, together))
+
+
+def _was_never_written(file: OpenImage, part: t.Sequence[Layer], vault: Vault, base_changed: int | None) -> bool:
+    """Whether TOP, and all between, that held nothing when the vault was made, has got nothing since that is gone.
+
+    Where it goes, BASE is written to. Once TOP has its mark a killed run can have done that. But 'qemu-img commit'
+    leaves empty tables where an image has bitmaps, as TOP has since then.
+    """
+    top = part[0]
+    if vault.held is None or not is_union(vault.held, (), top.virtual_size):
+        return False
+    if any(bitmap.name == MARK + vault.token for bitmap in (top.image.bitmaps if top.image else ())):
+        return not has_allocated_extents(file)
+    return base_changed is not None and base_changed <= vault.written_at
 
 
 def last_written(layers: t.Sequence[Layer], held: Held) -> dict[str, int]:
@@ -290,6 +319,8 @@ def content_of(work: Work, held: Held) -> Content:
         above=[(b, [tops[b.name]]) for b in above if b.recording and fates[b.name].skipped != DISABLED],
         dead={name: fate.skipped for name, fate in fates.items() if fate.bitmap is None and fate.skipped in REASONS},
         virtual_size=seen.chain[0].virtual_size,
+        held=AllocationMap(held.image(seen.chain[0].path)),
+        held_between=[AllocationMap(held.image(one.path)) for one in seen.chain[1 : seen.depth]],
         top_made=seen.top.history.made,
     )
 

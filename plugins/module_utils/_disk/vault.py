@@ -18,7 +18,7 @@ bitmaps, and is never opened for writing once it is there::
     n/TIME    when it was made, in ns since 1970, if it says so itself
     l/DEV:INO:PATH  an image between the two
     g/DEV:INO:GEN   the generation of one of these files, since another one can have its number when it is gone
-    h/held    of a healing, what the image held itself
+    h/held    what the image of a healing held itself; of a commit what all images held together that go in
     f/NAME    of a healing, the backing file that the image recorded; empty if it had none
 
 The vault of a commit lies beside the image that all goes into. That of a healing has another name, and lies beside the
@@ -74,9 +74,10 @@ class Vault(t.NamedTuple):
     dead: t.Mapping[str, str]  # by name, why a bitmap must not become usable
     is_given: bool  # whether all work on the bitmaps is done
     given_at: int  # ns since 1970; when it was renamed last
-    held: DirtyMap | None = None  # what the topmost image held; commits and older releases do not keep it
-    backing_file: str | None = None  # that it recorded; None if that is not known
+    held: DirtyMap | None = None  # what the topmost image held, and those between; older releases do not keep it
+    backing_file: str | None = None  # that the topmost one recorded; None if that is not known
     top_made: int = 0  # ns since 1970, as the topmost image says itself; 0 if that is not known
+    written_at: int = 0  # ns since 1970; when it was written, as a copy says, too
 
     def is_of(self, identity: Identity, path: str, generation: int | None) -> bool:
         """Whether this file is the topmost image that takes part; by its number alone if its generation is unknown."""
@@ -193,6 +194,7 @@ def read_vault(file: OpenImage) -> Vault:
         held=maps.get(_HELD),
         backing_file=next(iter(named["f/"]), None),
         top_made=top_made,
+        written_at=file.status().st_mtime_ns,
     )
 
 
@@ -249,6 +251,7 @@ class Content(t.NamedTuple):
     dead: t.Mapping[str, str]
     virtual_size: int  # bytes; of the larger one of the two images
     held: DirtyBits | None = None  # what the topmost image holds
+    held_between: t.Sequence[DirtyBits] = ()  # what the images between the two hold
     backing_file: str | None = None  # that it records
     top_changed: int | None = None  # ns since 1970, of the topmost image; None is as its file tells
     top_made: int = 0  # ns since 1970; 0 if that is not known
@@ -258,6 +261,11 @@ class Content(t.NamedTuple):
         """The generations of the files, as far as their file systems say."""
         found = {file.identity: file.generation for file in (self.top, *self.others)}
         return {identity: number for identity, number in found.items() if number is not None}
+
+    @property
+    def held_by_all(self) -> list[DirtyBits]:
+        """What the images that go in hold; nothing if that is not kept."""
+        return [] if self.held is None else [self.held, *self.held_between]
 
 
 def write_vault(fd: int, content: Content) -> None:
@@ -276,9 +284,9 @@ def write_vault(fd: int, content: Content) -> None:
         for kind, bitmaps in (("b/", content.below), ("o/", content.above))
         for bitmap, maps in bitmaps
     ]
-    if content.held is not None:
-        bitmap = _FLAT._replace(name=_HELD, granularity=content.held.granularity)
-        with_bits.append((bitmap, united([content.held], bitmap.granularity, size)))
+    if content.held_by_all:
+        bitmap = _FLAT._replace(name=_HELD, granularity=min(one.granularity for one in content.held_by_all))
+        with_bits.append((bitmap, united(content.held_by_all, bitmap.granularity, size)))
     write_scratch(fd, size, [*with_bits, *((_FLAT._replace(name=word), ()) for word in words)])
 
 
@@ -296,7 +304,7 @@ def holds(vault: Vault, content: Content) -> bool:
         (vault.token, vault.top, dict(vault.dead)) == (content.token, content.top.identity, dict(content.dead))
         and vault.generations == content.generations
         and (vault.held is None) == (content.held is None)
-        and (vault.held is None or content.held is None or is_union(vault.held, [content.held], content.virtual_size))
+        and (vault.held is None or is_union(vault.held, content.held_by_all, content.virtual_size))
         and _are(vault.above, content.above, content.virtual_size)
         and _are(vault.below, content.below, content.virtual_size)
     )

@@ -714,6 +714,93 @@ def test_of_an_overlay_of_version_2_bitmaps_of_base_alone_tell_whether_that_was_
     completed(disk)
 
 
+def emptied(disk: Disk) -> None:
+    """Somebody merges TOP by other tools, which leaves it there."""
+    qemu.qemu_img("commit", "-q", disk.path)
+
+
+def put_back_empty(disk: Disk) -> None:
+    """Another file is in the place of TOP, as it was once, with the mark that it has."""
+    marks = [one for one in qemu.read(disk.path).bitmaps if one.name.startswith("kvmfleet")]
+    with open(disk.path, "r+b") as file:  # keep the number
+        file.truncate(0)
+        qemu.qemu_img("create", "-q", "-f", "qcow2", "-b", disk.base, "-F", "qcow2", f"{disk.path}.new")
+        qemu.add_bitmaps(f"{disk.path}.new", marks)
+        with open(f"{disk.path}.new", "rb") as other:
+            shutil.copyfileobj(other, file)
+    os.unlink(f"{disk.path}.new")
+    disk.now = chains.content(disk.path)
+
+
+@pytest.mark.parametrize("writes", [0, 2])
+@pytest.mark.parametrize("emptying", [emptied, put_back_empty])
+@pytest.mark.parametrize(("phase", "harm"), [("carry", loses), ("carry", breaks), ("strip", breaks), ("give", breaks)])
+def test_bitmaps_are_not_made_again_from_what_holds_less_than_it_held(tmp_path, phase, harm, emptying, writes):
+    disk = stopped_at_carry(tmp_path, disks.plain, harm, phase=phase)
+    emptying(disk)
+    disk.write(writes)
+    before = chains.content(disk.top)
+    ended = merge(disk)
+    assert ended is not None
+    assert ended.codes == ["unfinished"]
+    if phase != "carry" or emptying is put_back_empty:  # or else BASE's bitmaps tell that it was written to
+        assert f"holds less than when the vault {disk.vault} was made" in ended.failures[0]
+    # The way out.
+    disk.checkpoints.clear()
+    for path in (disk.base, disk.path):
+        for name, *_rest in qemu.bitmaps_of(path):
+            qemu.qemu_img("bitmap", "--remove", path, name)
+    os.unlink(disk.vault)
+    if not qemu.bitmaps_of(disk.path):
+        os.utime(disk.path)  # as the next refusal says, where nothing was to be removed
+    completed(disk)
+    assert chains.content(disk.base) == before
+
+
+@pytest.mark.parametrize(("phase", "harm"), [("carry", loses), ("carry", breaks), ("strip", breaks), ("give", breaks)])
+@pytest.mark.parametrize("writes", [0, 2])
+def test_an_overlay_that_held_nothing_goes_on(tmp_path, phase, harm, writes):
+    def idle(disk):
+        disk.base = disk.add("base", SIZE, recording("a"))
+        disk.path = disk.add("top", SIZE, [])
+        qemu.qemu_img("create", "-q", "-f", "qcow2", "-b", disk.base, "-F", "qcow2", disk.path)
+        qemu.add_bitmaps(disk.path, recording("a", "new"))
+        disk.now = chains.content(disk.path)
+        disk.checkpoints["new"] = disk.now
+
+    disk = stopped_at_carry(tmp_path, idle, harm, phase=phase)
+    disk.write(writes)
+    completed(disk)
+    assert {"a", "new"} <= chains.usable(disk.base).keys()
+
+
+@pytest.mark.parametrize("phase", ["carry", "strip"])
+def test_an_overlay_that_held_nothing_and_was_emptied_since_does_not_go_on(tmp_path, phase):
+    def idle(disk):
+        disk.base = disk.add("base", SIZE, recording("a"))
+        disk.path = disk.add("top", SIZE, [])
+        qemu.qemu_img("create", "-q", "-f", "qcow2", "-b", disk.base, "-F", "qcow2", disk.path)
+        qemu.add_bitmaps(disk.path, recording("a", "new"))
+        disk.now = chains.content(disk.path)
+
+    disk = stopped_at_carry(tmp_path, idle, disks.nothing, phase=phase)
+    breaks(disk)
+    disk.write(3)
+    emptied(disk)
+    os.utime(disk.path)
+    ended = merge(disk)
+    assert ended is not None
+    assert ended.codes == ["unfinished"]
+
+
+def test_the_vault_knows_what_all_images_together_held(tmp_path):
+    """Work of other tools can have put what TOP held into the image between."""
+    disk = stopped_at_carry(tmp_path, disks.two, breaks)
+    emptied(disk)
+    os.utime(disk.path)  # by the word of the user
+    completed(disk)
+
+
 @pytest.mark.parametrize("scene", disks.SCENES)
 def test_killed_at_any_step(tmp_path, scene):
     stage = Stage(tmp_path, scene)
