@@ -287,8 +287,9 @@ def problems_of(seen: Seen, stage: Stage, request: CommitRequest, outcome: Outco
     problems += closed_gaps(seen, all_above(seen), *_below_above(seen, stage))
     if seen.top.version == 2 and not request.accept_lost_bitmaps:
         problems += _lost_by_version(seen)
-    if stage.name == WHOLE:  # what was begun was looked at then, and has broken bitmaps on its way
-        problems += hidden_ages(seen, dict(request.created))
+    created = dict(request.created)
+    # What was begun was looked at then, and has broken bitmaps on its way.
+    problems += hidden_ages(seen, created) if stage.name == WHOLE else _put_back(seen, stage, outcome, created)
     return [*problems, *_lost_problems(seen, stage, request, outcome), *_name_problems(seen, outcome)]
 
 
@@ -343,13 +344,36 @@ def hidden_ages(seen: Seen, created: t.Mapping[str, int], *, is_running: bool = 
     return [_hides_age(path, list(names)) for path, names in hidden.items()]
 
 
-def _hides_age(path: str, names: t.Sequence[str]) -> Refusal:
+def _put_back(seen: Seen, stage: Stage, outcome: Outcome, created: t.Mapping[str, int]) -> list[Refusal]:
+    """Return that the topmost image tells by its age that what was begun was put back from a copy, vault and all.
+
+    Only that one counts, as its bitmaps are to be valid. Where all is given and it goes, BASE tells the same by its own
+    age, since nothing is written to it any more.
+    """
+    is_topmost = not all(seen.further or ((),))  # in one of the ways up
+    if not is_topmost or (stage.name == GIVEN and seen.above is None):
+        return []
+    topmost = _for_rules(seen.above or seen.chain[0], seen)
+    names = [bitmap.name for bitmap in outcome.usable if topmost.is_older_than(created.get(bitmap.name))]
+    if not names:
+        return []
+    remedy = (
+        f"Have libvirt forget that checkpoint ('virsh checkpoint-delete DOMAIN {names[0]} --metadata'; nothing else "
+        "removes it while a merge is unfinished) and run this again. Then remove its bitmap "
+        "(kvmfleet.qcow2.domain_checkpoint with orphans=remove), and make a full backup with a new checkpoint."
+    )
+    return [_hides_age(topmost.path, names, remedy)]
+
+
+_REMOVE_FIRST = (
+    "Remove that checkpoint first (kvmfleet.qcow2.domain_checkpoint with unusable=remove), and make a full backup "
+    "with a new one."
+)
+
+
+def _hides_age(path: str, names: t.Sequence[str], remedy: str = _REMOVE_FIRST) -> Refusal:
     shown = ", ".join(map(repr, names))
     why = f"is older than the checkpoint of {shown}, as one put back from a copy, which nothing would tell any more"
-    remedy = (
-        "Remove that checkpoint first (kvmfleet.qcow2.domain_checkpoint with unusable=remove), and make a full backup "
-        "with a new one."
-    )
     return Refusal("closes_gap", path, why, remedy)
 
 

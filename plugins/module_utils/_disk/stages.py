@@ -169,8 +169,9 @@ def _emptied(seen: Seen) -> Refusal:
         f"it has lost bitmaps, and holds less than when the vault {vault} was made, or may have: it was emptied, as by "
         "'qemu-img commit', or is an older copy. So nothing tells what changed since the checkpoints of these bitmaps",
         "If another file was put in its place, put back the one that was there. Else remove the checkpoints of the "
-        "domain ('virsh checkpoint-delete DOMAIN NAME --metadata'), all bitmaps of the images below, then those of this "
-        f"one, '{MARK}…' too ('qemu-img bitmap --remove'), and {vault}. Run this again then, and make a full backup.",
+        "domain ('virsh checkpoint-delete DOMAIN NAME --metadata'), all bitmaps of the images below, then those of "
+        f"this one, '{MARK}…' too ('qemu-img bitmap --remove'), and {vault}. Then run this again, and make a full "
+        "backup.",
     )
 
 

@@ -311,9 +311,9 @@ class Stopped(MergeLayers):
         raise Refusal("storage", "the storage", "has failed")
 
 
-def stop_before(step: str, top: str, base: str) -> str:
+def stop_before(step: str, top: str, base: str, **options: t.Any) -> str:
     """Have a commit end before a step; return the path of its vault."""
-    outcome = run(Stopped(step), [CommitRequest(top, base)], SETTINGS)
+    outcome = run(Stopped(step), [CommitRequest(top, base, **options)], SETTINGS)
     assert [one.code for one in outcome.failures] == ["storage"]
     folder = os.path.dirname(base)
     (vault,) = [name for name in os.listdir(folder) if "kvmfleet-vault" in name]
@@ -714,6 +714,37 @@ def test_an_image_above_does_not_get_younger_when_it_is_put_on_another_one(chain
     os.utime(chain.middle, (10_000, 10_000))
     done = commits.merged(chain.middle, chain.base, above=chain.top, is_of_vm=True, created=EARLIER)
     assert done["state"] == "committed"  # by the topmost image it is the checkpoint's
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("is_topmost", [True, False])
+def test_a_folder_that_was_put_back_after_a_kill_tells_that_by_its_age(chain, step, is_topmost):
+    """Vault and all, and the checkpoint was made anew since, by the same name."""
+    top, above = (chain.top, None) if is_topmost else (chain.middle, chain.top)
+    stop_before(step, top, chain.base, above=above)
+    for path in chain:
+        os.utime(path, (10_000, 10_000))
+    options = {"above": above, "is_of_vm": True}
+    if is_topmost and step == "publish":
+        commits.merged(top, chain.base, created=EARLIER, **options)
+        assert os.stat(chain.base).st_mtime == 10_000  # it tells
+        return
+    with untouched(*chain):
+        told = commits.refusal(top, chain.base, created=EARLIER, **options)
+    assert (told.code, told.subject) == ("closes_gap", chain.top)
+    assert "is older than the checkpoint of 'x'" in told.why
+    assert "'virsh checkpoint-delete DOMAIN x --metadata'" in told.remedy
+    assert commits.merged(top, chain.base, created=(("x", 10_000),), **options)["state"] == "committed"
+
+
+def test_only_the_topmost_image_tells_that_a_folder_was_put_back(chain, tmp_path):
+    """Its bitmaps count, and it stays as it is."""
+    further = commits.overlay(tmp_path / "further", chain.top)
+    stop_before("strip", chain.middle, chain.base, above=chain.top, further=(further,), is_of_vm=True)
+    for path in chain:
+        os.utime(path, (10_000, 10_000))
+    options = {"above": chain.top, "further": (further,), "is_of_vm": True, "created": EARLIER}
+    assert commits.merged(chain.middle, chain.base, **options)["state"] == "committed"
 
 
 @pytest.mark.parametrize("is_topmost", [True, False])
