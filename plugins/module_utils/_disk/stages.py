@@ -317,6 +317,14 @@ def _stage_when_given(seen: Seen, vault: Vault) -> Stage | Refusal:
             "it went into BASE already, together with the overlay on top of it",
             f"Run that commit again, with path={vault.top_path}. If this overlay was made since, remove {vault.path}.",
         )
+    if seen.top.version == 2 and not seen.is_top_of_vault and _may_be_copy(seen, vault):
+        return _unfinished(  # it can bear no mark, so nothing tells
+            seen,
+            f"it may be a copy of what went into BASE, of which the vault {vault.path} is",
+            f"If it was made since, or if no VM has run on BASE since, remove {vault.path} and run this again. If it "
+            "is a copy, as where the whole folder was copied, and a VM has run on BASE, remove this overlay instead "
+            "and run this again: BASE has all that went in.",
+        )
     is_marked = seen.mark is not None and seen.mark.name == MARK + vault.token
     if not is_marked and (not seen.is_top_of_vault or (seen.top.bitmaps and _is_sound(seen))):
         return Stage(WHOLE, stale_vault=True)  # of an overlay that went in and is gone; its number may be given anew

@@ -801,6 +801,38 @@ def test_the_vault_knows_what_all_images_together_held(tmp_path):
     completed(disk)
 
 
+@pytest.mark.parametrize("is_copy", [True, False])
+def test_an_overlay_of_version_2_may_be_a_copy_of_what_went_in(tmp_path, is_copy):
+    """It bears no mark, and whatever it holds could be older than what a VM has written to BASE since."""
+
+    def scene(disk):
+        disk.base = disk.add("base", SIZE, [])
+        disk.path = disk.add("top", SIZE, [], "-o", "compat=0.10")
+
+    disk = stopped_at_carry(tmp_path, scene, phase="publish")
+    if is_copy:
+        disk.images = [disk.base]
+        disk.write(3)  # its VM is on BASE
+        copied(disk, "-r")
+    else:
+        disk.images = [disk.base]
+        os.rename(disk.path, f"{disk.folder}/../gone")
+        disk.path = disk.add("top", SIZE, [], "-o", "compat=0.10")
+    before, vault = chains.content(disk.base), disk.vault
+    ended = merge(disk)
+    assert ended is not None
+    assert ended.codes == ["unfinished"]
+    assert f"remove {vault} and run this again" in ended.failures[0]
+    assert chains.content(disk.base) == before
+    if is_copy:
+        os.unlink(disk.path)
+        completed(disk)
+        assert chains.content(disk.base) == before
+    else:
+        os.unlink(vault)
+        completed(disk)
+
+
 @pytest.mark.parametrize("scene", disks.SCENES)
 def test_killed_at_any_step(tmp_path, scene):
     stage = Stage(tmp_path, scene)
