@@ -592,7 +592,7 @@ RULES = (
     Rule(
         "a copy that is older than BASE may have gone in",
         "commit",
-        "(stage.name == WHOLE or stage.by_names)",
+        "(stage.name == WHOLE or stage.is_before_base)",
         "stage.name == WHOLE",
         (KILLS,),
     ),
@@ -766,8 +766,8 @@ RULES = (
     Rule(
         "what is being given up is not taken for merged",
         "wayback",
-        "    if not left:\n        return None\n    why =",
-        "    if True:\n        return None\n    why =",
+        "if left is None or any(map(has_sign, left.paths)):",
+        "if True:",
         ("test_live",),
         "_domain",
     ),
