@@ -70,9 +70,7 @@ class Seen(t.NamedTuple):
     written: t.Mapping[str, int] = {}  # when images that take part were last, s since 1970; not those of devices
     further: tuple[tuple[LayerBitmaps, ...], ...] = ()  # what stands on `above`, topmost first, in each way up
     above_changed: int = 0  # ns since 1970; 0 if there is none, or it is a block device
-    holds_what_it_held: bool = (
-        True  # whether what goes in holds all that it held when the vault was made, if that tells
-    )
+    holds_what_it_held: bool = True  # whether what goes in holds all that it held when the vault was made
 
     @property
     def top(self) -> Image:
