@@ -462,7 +462,8 @@ def _stood_on(one: Above, found: Found, used: t.Collection[Identity], overlays: 
     its chain cannot be followed, as once an image of it was moved away, its mark tells whether it is of the same disk.
     """
     known = {other.identity: other for other in overlays if other.identity not in used}
-    place, seen = one.backing_identity, set[Identity]()
+    seen: set[Identity] = set()
+    place = one.backing_identity
     while place is not None and place in known and place not in seen:  # or else they stand on each other
         seen.add(place)
         place = known[place].backing_identity
