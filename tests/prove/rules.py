@@ -464,8 +464,8 @@ RULES = (
     Rule(
         "a merge that was given up early is seen",
         "revert_rules",
-        "8 * self.same > self.compared",
-        "2 * self.same > self.compared",
+        "_IF_GIVEN_UP = 8",
+        "_IF_GIVEN_UP = 2",
         ("test_revert",),
     ),
     Rule(
@@ -514,7 +514,7 @@ RULES = (
     Rule(
         "a guest does not hide a merge by what it writes at the start",
         "revert_rules",
-        " or one.spread.was_merged)",
+        " or one.spread.exceeds(parts))",
         ")",
         ("test_revert",),
     ),
@@ -535,8 +535,8 @@ RULES = (
     Rule(
         "the data of BASE can lie in an external data file",
         "revert",
-        "held.image(request.backing_file), _data_file(seen.base, held))",
-        "held.image(request.backing_file))",
+        "staying = PlainData(held.image(path), _data_file(one.layer, held))",
+        "staying = PlainData(held.image(path))",
         ("test_revert",),
     ),
     Rule(

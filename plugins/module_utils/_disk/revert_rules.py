@@ -23,6 +23,11 @@ from .siblings import IS_NO_DISK
 from .vault import MARK
 from .verdict import ABSENT, FAILED, KEEP, REVERTED, How, problem_fields
 
+# More than one part in so many is more than a guest writes again, if a merge may have been given up early. A VM that is
+# below already may do again what it has discarded; but if it is there since a merge, that was brought to its end.
+_IF_GIVEN_UP = 8
+_IF_ENDED = 2
+
 
 class RevertRequest(t.NamedTuple):
     """One disk that is to go back to an image below."""
@@ -91,10 +96,9 @@ class Sample(t.NamedTuple):
     same: int = 0  # is in an image that stays at the same place
     compared: int = 0
 
-    @property
-    def was_merged(self) -> bool:
-        """Whether more of it is there than a guest writes again, even if the merge was given up early."""
-        return 8 * self.same > self.compared
+    def exceeds(self, parts: int) -> bool:
+        """Whether more than one in so many parts of what was compared is the same."""
+        return parts * self.same > self.compared
 
 
 class Common(t.NamedTuple):
@@ -223,7 +227,8 @@ def is_leaving(image: Image | None) -> bool:
 
 def with_common(verdict: RevertVerdict, found: t.Iterable[Common]) -> RevertVerdict:
     """Refuse if what the VM would read is not what it was at the snapshot, since other tools have merged into it."""
-    one = next((one for one in found if one.first.was_merged or one.spread.was_merged), None)
+    parts = _IF_ENDED if verdict.request.is_left else _IF_GIVEN_UP
+    one = next((one for one in found if one.first.exceeds(parts) or one.spread.exceeds(parts)), None)
     if one is None:
         return verdict
     base = verdict.request.backing_file
