@@ -14,7 +14,7 @@ from .._base.errors import Refusal
 from .._base.files import OpenImage
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer, relative_data_file, why_unusable
-from .._qcow2.dirty import DirtyBits, DirtyMap, counting_cost, dirty_bytes, is_union, maps_of, united
+from .._qcow2.dirty import DirtyBits, DirtyMap, counting_cost, covers, dirty_bytes, is_union, maps_of, united
 from .._qcow2.extents import AllocationMap
 from .._qcow2.image import Image, read_image
 from .._qcow2.scratch import write_scratch
@@ -97,13 +97,13 @@ def _look(layer: Layer, above: t.Sequence[Layer], held: Held, missed: t.Abstract
         fault = fault or _of_another_file(file, vault, "is beside the vault {}")  # no other could be there
         vault = None
     kept = vault.below if vault is not None and not vault.is_given else {}
-    restored = {name: kept[name].bitmap for name in put_back & kept.keys()}
+    bitmaps = {**named, **{name: kept[name].bitmap for name in put_back & kept.keys()}}
     standing = Standing(
         path=layer.path,
         virtual_size=layer.virtual_size,
-        bitmaps={**named, **restored},
+        bitmaps=bitmaps,
         put_back=put_back,
-        gone=tuple(one.bitmap for name, one in sorted(kept.items()) if name not in {**named, **restored}),
+        gone=tuple(one.bitmap for name, one in sorted(kept.items()) if name not in bitmaps),
         lost_bitmaps=image.lost_bitmaps,
         lost_names=image.lost_names,
         lost_by_kill=bool(image.lost_bitmaps) and vault is not None and _is_of_its_run(file, vault),
@@ -172,8 +172,7 @@ def _may_be_emptied(patient: Patient, vault: Vault) -> bool:
         return True
     if backing_file and is_union(vault.held, (), size):
         return True  # all that came since may have gone, too
-    now = AllocationMap(patient.file)
-    return not is_union(now, [now, vault.held], size)
+    return not covers([AllocationMap(patient.file)], vault.held, size)
 
 
 def _of_another_file(file: OpenImage, vault: Vault, what: str) -> Refusal:

@@ -94,7 +94,8 @@ class GoBack:
         if verdict.changed and request.puts_on_base:
             verdict = revert_rules.with_common(verdict, _compare(request, seen, held))
         # Of what a killed run has left the VM has BASE already, and writes to it.
-        if verdict.changed and request.puts_on_base and not request.is_left:
+        goes_now = request.puts_on_base and not request.is_left
+        if verdict.changed and goes_now and seen.staying[0].may_be_written:  # else nothing went in
             verdict = revert_rules.with_lowest(verdict, seen, _lowest(held.image(seen.going[-1].path)))
         if verdict.changed:
             for one in seen.going:

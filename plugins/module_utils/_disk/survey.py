@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import secrets
 import stat
@@ -16,7 +15,7 @@ import typing as t
 from .._base.errors import Refusal
 from .._base.files import OpenImage, open_image
 from .._qcow2.chain import Layer, read_head
-from .._qcow2.dirty import DirtyBits, dirty_bytes, is_union, maps_of, united
+from .._qcow2.dirty import DirtyBits, covers, dirty_bytes, is_union, maps_of
 from .._qcow2.extents import AllocationMap, has_allocated_extents, holds_any
 from .._qcow2.image import Image, read_image
 from .._qemu import locks
@@ -144,10 +143,7 @@ def _holds(files: t.Sequence[OpenImage], kept: DirtyBits, size: int) -> bool:
     """Whether images together hold all that is kept in mind; or anything, if that is nothing."""
     if is_union(kept, (), size):
         return any(map(holds_any, files))
-    maps: list[DirtyBits] = [*map(AllocationMap, files)]
-    finest, coarsest = (which(one.granularity for one in (*maps, kept)) for which in (min, max))
-    now, together = (united(one, finest, size, coarsest * 8) for one in (maps, [*maps, kept]))
-    return all(one == other for one, other in itertools.zip_longest(now, together))
+    return covers([AllocationMap(file) for file in files], kept, size)
 
 
 def _was_never_written(file: OpenImage, part: t.Sequence[Layer], vault: Vault, base_changed: int | None) -> bool:
@@ -226,7 +222,7 @@ def _bits_below(vault: Vault | None, file: OpenImage, base: Layer) -> list[tuple
 def _has_all(file: OpenImage, image: Image, below: list[tuple[str, DirtyBits]], size: int) -> bool:
     """Whether the bitmaps of an image mark all these bits, as far as it has bitmaps of these names."""
     own = maps_of(file, image)
-    return all(is_union(own[name], [own[name], bits], size) for name, bits in below if name in own)
+    return all(covers([own[name]], bits, size) for name, bits in below if name in own)
 
 
 def token_of(seen: Seen) -> str:

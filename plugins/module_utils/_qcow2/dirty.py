@@ -210,6 +210,13 @@ def is_union(found: DirtyBits, maps: t.Sequence[DirtyBits], virtual_size: int) -
     return all(one == other for one, other in itertools.zip_longest(wanted, there))
 
 
+def covers(maps: t.Sequence[DirtyBits], kept: DirtyBits, virtual_size: int) -> bool:
+    """Whether all that `kept` marks is dirty in any of `maps`, in the finest granules of all."""
+    finest, coarsest = (which(one.granularity for one in (*maps, kept)) for which in (min, max))
+    now, together = (united(some, finest, virtual_size, coarsest * 8) for some in (maps, [*maps, kept]))
+    return all(one == other for one, other in itertools.zip_longest(now, together))
+
+
 def counting_cost(maps: t.Sequence[DirtyBits]) -> int:
     """Return how many bits dirty_bytes() looks at for these maps."""
     finest = min(one.granularity for one in maps)
