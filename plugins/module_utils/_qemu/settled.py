@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import stat
 import time
@@ -17,7 +18,8 @@ from .._base.files import OpenImage
 from .._qcow2.image import Image, read_image
 from . import locks
 
-_LOOKS = 20  # at an image whose header is being changed
+_LOOKS = 20  # at an image that somebody is opening or closing, as it seems
+_PATIENCE = 5.0  # seconds for one whose header is being changed: QEMU waits for the storage in between
 _PAUSE = 0.01  # seconds between two looks
 
 
@@ -62,6 +64,11 @@ class _Look(t.NamedTuple):
         is_still = self.open_before == self.open_after and not self.is_ours
         return is_still and bitmaps_fit and not self.image.lost_bitmaps
 
+    @property
+    def may_be_amid_a_change(self) -> bool:
+        """Whether the bitmaps may be declared worthless for a moment only."""
+        return self.open_after and self.image.lost_bitmaps > 0
+
 
 def _look(file: OpenImage) -> _Look:
     """Read the image between two questions for its locks."""
@@ -83,11 +90,13 @@ def read_settled(file: OpenImage) -> Settled:
     """Return the image and who has it open for writing, from a moment when nothing changes in it.
 
     While a QEMU opens or closes an image it declares the bitmaps worthless for a moment, and then writes them anew. So
-    look up to _LOOKS times, with a pause between, until two looks agree or nothing hints at such a moment.
+    look up to _LOOKS times, with a pause between, until two looks agree or nothing hints at such a moment. A slow
+    storage can make the moment long, so go on for _PATIENCE while that is what the looks show.
     """
     seen: _Look | None = None
     error: Refusal | None = None
-    for _number in range(_LOOKS):
+    deadline = time.monotonic() + _PATIENCE
+    for number in itertools.count(1):
         previous = seen
         try:
             seen, error = _look(file), None
@@ -96,6 +105,9 @@ def read_settled(file: OpenImage) -> Settled:
             if not locks.is_locked(file, locks.WRITE):
                 raise
         if seen is not None and (seen.is_plain or (seen == previous and not seen.open_after)):
+            break
+        is_amid = seen is None or seen.may_be_amid_a_change
+        if number >= _LOOKS and (not is_amid or time.monotonic() > deadline):
             break
         time.sleep(_PAUSE)
     if seen is None:
