@@ -73,8 +73,9 @@ def test_it_is_what_qemu_says_lies_there_as_data(tmp_path, layout, data_file):
             said |= set(range(one["start"], one["start"] + one["length"], 512))
     found = pieces_of(path, data)
     assert said == {at for start, held in found.items() for at in range(start, start + len(held), 512)}
-    for start, held in found.items():
-        assert held == read(raw, start, len(held)) == read(path, start, len(held), data)
+    with opened(raw) as whole, opened(path, data) as plain:
+        for start, held in found.items():
+            assert held == whole.read(start, len(held)) == plain.read(start, len(held))
     assert read(path, 33 * MIB + 1000, 5000, data) == b"\7" * 5000
     assert read(path, 4 * MIB, 512, data) in (None, bytes(512))  # zeroes
     if below:
