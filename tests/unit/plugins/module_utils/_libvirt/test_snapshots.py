@@ -59,13 +59,14 @@ def test_a_signal_does_not_end_the_wait_for_a_daemon_but_the_run_after_it(daemon
             stop_here_if_asked()
 
 
-def test_a_daemon_that_does_not_come_is_waited_for_once(daemon):
+def test_a_daemon_that_does_not_come_is_waited_for_once(daemon, monkeypatch):
+    monkeypatch.setattr(snapshots, "RESTART", 2)  # seconds, so that a busy machine does not take as long for nothing
     daemon._uri = "test:///nowhere"
-    for seconds in (0.5, 0.0):
+    for is_waited_for in (True, False):
         begun = time.monotonic()
         with pytest.raises(Refusal, match="went away"):
             snapshots.defined_now(daemon, DOMAIN)
-        assert seconds <= time.monotonic() - begun < seconds + 0.4
+        assert (time.monotonic() - begun >= 2) is is_waited_for
     daemon._uri = "test:///default"
     assert snapshots.defined_now(daemon, DOMAIN).tops == {"vda": IMAGE}
 
