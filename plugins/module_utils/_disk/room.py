@@ -9,7 +9,7 @@
     BASE        the data, unless its extents can be shared; its tables; the bitmaps once more, when they are given
     data file   the data, if BASE has one
     TOP         the bitmaps that it carries, and the mark
-    the vault   the bits of BASE's bitmaps
+    the vault   the bits of BASE's bitmaps and of TOP's, and what the images hold that go in
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import typing as t
 
 from .._base.errors import Refusal
 from .._base.files import OpenImage
+from .._qcow2.bitmaps import Bitmap
 from .._qcow2.dirty import DirtyBits, count_bits, united
 from .._qcow2.extents import AllocationMap, has_compressed_clusters
 from .._qcow2.growth import most_growth, most_growth_raw, used_bytes
@@ -59,8 +60,9 @@ def need_of(seen: Seen, held: Held, wanted: t.Sequence[Wanted], *, shares_data: 
         _add(needs, base, _growth(base, seen, layers, wanted, shares_data=shares_data))
     if seen.top.version == 3:
         _add(needs, top, (_bitmap_clusters(wanted, seen.top.cluster_size, seen) + 2) * seen.top.cluster_size)
-    vault = (_bitmap_clusters(wanted, CLUSTER, seen) + 2 * len(wanted) + _NAMES_ONLY) * CLUSTER
-    _add(needs, top if base.is_device else base, vault)
+    vault = 2 * (_bitmap_clusters(wanted, CLUSTER, seen) + len(wanted))
+    vault += _bitmap_clusters([_what_is_held(layers)], CLUSTER, seen) + _NAMES_ONLY
+    _add(needs, top if base.is_device else base, vault * CLUSTER)
     if seen.base.image is not None and seen.base.image.data_file:
         data_file = held.image(seen.base.image.data_file)
         if not data_file.is_device:
@@ -71,6 +73,12 @@ def need_of(seen: Seen, held: Held, wanted: t.Sequence[Wanted], *, shares_data: 
             why = f"needs {need.bytes} bytes in {need.folder}, where {need.free} are left"
             raise Refusal("no_space", seen.chain[0].path, why, "Make room there, then run this again.")
     return of_base
+
+
+def _what_is_held(layers: t.Sequence[OpenImage]) -> Wanted:
+    """Return the bitmap by which a vault tells what the images hold that go in."""
+    maps = [AllocationMap(layer) for layer in layers]
+    return Wanted(Bitmap("", min(one.granularity for one in maps), recording=False, inconsistent=False), maps)
 
 
 def _check_device(base: OpenImage, seen: Seen, layers: t.Sequence[OpenImage], wanted: t.Sequence[Wanted]) -> None:

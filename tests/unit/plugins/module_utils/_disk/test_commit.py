@@ -320,6 +320,16 @@ def stop_before(step: str, top: str, base: str, **options: t.Any) -> str:
     return os.path.join(folder, vault)
 
 
+def test_room_is_asked_for_what_the_vault_tells_of_what_the_image_holds(tmp_path):
+    """A few clusters all over a large disk: each takes a cluster of the vault, and little in BASE."""
+    base = qemu.create(tmp_path / "base", "1T", "-o", "cluster_size=4k")
+    top = qemu.create(tmp_path / "top", "1T", "-b", base, "-F", "qcow2", "-o", "cluster_size=4k")
+    commits.write(top, *(f"write -z {place * 4}G 4k" for place in range(256)))
+    (planned,) = run(MergeLayers(), [CommitRequest(top, base)], CHECK).verdicts
+    taken = os.stat(stop_before("carry", top, base)).st_blocks * 512
+    assert 256 * 65536 < taken < planned.need.bytes
+
+
 STEPS = ["carry", "strip", "move", "give", "publish"]
 
 
