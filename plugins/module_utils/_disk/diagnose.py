@@ -14,7 +14,17 @@ from .._base.errors import Refusal
 from .._base.files import OpenImage
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer, relative_data_file, why_unusable
-from .._qcow2.dirty import DirtyBits, DirtyMap, counting_cost, covers, dirty_bytes, is_union, maps_of, united
+from .._qcow2.dirty import (
+    DirtyBits,
+    DirtyMap,
+    counting_cost,
+    covers,
+    dirty_bytes,
+    is_union,
+    maps_of,
+    stored_maps,
+    united,
+)
 from .._qcow2.extents import AllocationMap
 from .._qcow2.image import Image, read_image
 from .._qcow2.scratch import write_scratch
@@ -54,6 +64,8 @@ class Patient(t.NamedTuple):
         maps: list[DirtyBits] = []
         if want.own and self.vault is not None and name in self.standing.put_back:
             maps.append(self.vault.below[name].bits)
+            # A VM that has run since wrote that, perhaps before the image was emptied.
+            maps += filter(None, [stored_maps(self.file, self.image).get(name)])
         elif want.own and name in self.own:
             maps.append(self.own[name])
         return [*maps, AllocationMap(self.file)] if want.held else maps

@@ -204,8 +204,22 @@ def _stage_when_marked(seen: Seen, mark: Bitmap, vault: Vault) -> Stage | Refusa
         return _unfinished(seen, "the vault beside BASE is of another commit", "Finish that one first.")
     if not _is_sound(seen):
         return Stage(REBUILT)
+    # Before a commit writes to BASE it empties the mark. So it was a VM on TOP, and then something else on BASE.
+    if not seen.mark_is_empty and seen.base_changed is not None and seen.base_changed > seen.top_changed:
+        return _written_by_others(seen, vault)
     # BASE is as it was, or stripped, or has got some of TOP's bitmaps already.
     return Stage(CARRIED) if seen.base_is_as_kept or seen.top_has_all else _excluded(seen)
+
+
+def _written_by_others(seen: Seen, vault: Vault) -> Refusal:
+    return _unfinished(
+        seen,
+        "a VM has run on it since, and after that something else has written to BASE, such as 'qemu-img commit', or a "
+        "VM that was put on BASE. With this overlay old data would go over newer data",
+        f"If BASE has all by now, move this overlay and {vault.path} away, or remove both, and make a full backup. If "
+        "no VM has run on BASE since and nothing was merged into it, as where only 'qemu-img check' has written to it, "
+        f"'touch {seen.chain[0].path}' says so: then run this again.",
+    )
 
 
 def _stage_when_lost(seen: Seen, vault: Vault) -> Stage | Refusal:
@@ -256,8 +270,16 @@ def _why_copied(seen: Seen) -> Refusal | None:
 
     A snapshot, or 'virsh blockcommit', copies bitmaps to another image, the mark among them.
     """
+    also = f" and {seen.vault.path}" if seen.vault else ""
     for layer in seen.part[1:]:
         marks = [bitmap.name for bitmap in (layer.image.bitmaps if layer.image else ()) if _is_mark(bitmap)]
+        if layer is seen.base and seen.is_the_one_kept and seen.mark is not None and seen.mark.name in marks:
+            return _unfinished(
+                seen,
+                "BASE has its mark, too, as after 'virsh blockcommit': then it has gone in, and what BASE has is newer",
+                f"Move this overlay{also} away, or remove both. Then remove the mark of BASE, the bitmap "
+                f"{seen.mark.name!r}, with 'qemu-img bitmap --remove', and make a full backup.",
+            )
         if marks:
             return _unfinished(
                 seen,
@@ -268,7 +290,7 @@ def _why_copied(seen: Seen) -> Refusal | None:
             )
     if seen.mark is None or seen.is_the_one_kept or seen.top_has_all:
         return None
-    again = f", and {seen.vault.path}, make a full backup," if seen.vault else ""
+    again = f",{also}, make a full backup," if also else ""
     return _unfinished(
         seen,
         "it has a mark, but not all that the bitmaps below it mark. So a snapshot has copied the mark from an image "

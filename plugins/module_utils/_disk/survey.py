@@ -15,7 +15,7 @@ import typing as t
 from .._base.errors import Refusal
 from .._base.files import OpenImage, open_image
 from .._qcow2.chain import Layer, read_head
-from .._qcow2.dirty import DirtyBits, covers, dirty_bytes, is_union, maps_of
+from .._qcow2.dirty import DirtyBits, covers, dirty_bytes, is_union, maps_of, stored_maps
 from .._qcow2.extents import AllocationMap, has_allocated_extents, holds_any
 from .._qcow2.image import Image, read_image
 from .._qemu import locks
@@ -267,8 +267,10 @@ def wanted_by(work: Work, held: Held) -> list[Wanted]:
     if not seen.carries_bitmaps:
         return []
     maps = [_maps(layer, held) for layer in seen.chain[: seen.depth + 1]]
+    stored: t.Mapping[str, DirtyBits] = {}
     if seen.vault is not None and work.stage.name == stages.REBUILT:
         maps[seen.depth] = {name: kept.bits for name, kept in seen.vault.below.items()}
+        stored = stored_maps(held.image(seen.chain[0].path), seen.top)
     are_alike = len({layer.virtual_size for layer in seen.chain[: seen.depth + 1]}) == 1
     all_wanted = []
     for name, fate in work.outcome.fates.items():
@@ -278,6 +280,8 @@ def wanted_by(work: Work, held: Held) -> list[Wanted]:
         if seen.vault is not None and work.stage.name == stages.REBUILT and name in seen.vault.above:
             # TOP can have marked more than it holds: all of a cumulative bitmap, or what it held before it was emptied.
             own.append(seen.vault.above[name].bits)
+        if name in stored:  # a VM that has run since wrote that before TOP was emptied
+            own.append(stored[name])
         held_all = [AllocationMap(held.image(seen.chain[place].path)) for place in fate.held]
         # QEMU merges no bitmaps of different sizes, and knows nothing of vaults and of what images hold.
         by_qemu = are_alike and not fate.held and work.stage.name != stages.REBUILT

@@ -158,7 +158,9 @@ def _mark(path: str, name: str) -> Unfinished:
     what = f"its commit is unfinished: it has the mark {name!r}"
     remedy = (
         "Complete it with the same call again (kvmfleet.qcow2.qcow2_overlay or kvmfleet.qcow2.domain_overlay with "
-        "state=committed). If it was committed before and is only kept, nothing is to be done with it."
+        "state=committed). If that finds nothing to complete, other tools have copied the mark: remove it, with "
+        f"'qemu-img bitmap --remove {path} {name}'. If the image was committed before and is only kept, nothing is to "
+        "be done with it."
     )
     return Unfinished(COMMIT, path, what, remedy)
 
@@ -189,6 +191,11 @@ def _commit(layer: Layer, path: str, vault: Vault | Refusal, chain: t.Sequence[L
         call += f" If {top} is only a copy, which no VM uses, move it away instead."
     if not vault.is_given:
         what = f"the commit of {top} into it is unfinished (vault {path})"
+        if place is None and layer is chain[0]:
+            call += (
+                f" But if a VM has run on {layer.path} since, that and what {top} holds exclude each other. To keep "
+                f"what is in {layer.path}, remove {top} and the vault instead, and make a full backup."
+            )
         return Unfinished(COMMIT, layer.path, what, call, mark=mark)
     what = f"of the commit of {top} into it only the end is missing: what went in is to be retired (vault {path})"
     return Unfinished(COMMIT, layer.path, what, call, is_in_the_way=place is not None, mark=mark)

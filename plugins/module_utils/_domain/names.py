@@ -181,13 +181,16 @@ def ambiguous(domain: str, found: Found, mark: Mark) -> Refusal:
     return Refusal("ambiguous", domain, why, remedy)
 
 
-def flattened(domain: str, image: Layer, mark: Mark) -> Refusal:
-    """Return the refusal of a disk whose snapshot has no image below any more."""
+def flattened(domain: str, image: Layer, mark: Mark, *, is_new: bool) -> Refusal:
+    """Return the refusal of a disk whose snapshot, which may be wanted as a new one, has no image below any more."""
     why = (
         f"{image.path} was the overlay of the snapshot {mark.snapshot} of its disk {mark.target}, and has no image "
         "below any more, as 'virsh blockpull' leaves it. What the disk was like at that snapshot is not in its chain"
     )
-    return Refusal("flattened", domain, why, "Choose another name for the snapshot.")
+    left = (
+        "Nothing of it is left to merge down or to go back to. Name the other disks (disks), or leave the domain out."
+    )
+    return Refusal("flattened", domain, why, "Choose another name for the snapshot." if is_new else left)
 
 
 def same_names(plans: t.Sequence[DomainPlan]) -> dict[str, list[Refusal]]:

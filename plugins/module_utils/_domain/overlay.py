@@ -139,7 +139,9 @@ def _plan_disk(domain: Domain, facts: DiskFacts, request: SnapshotRequest, kept:
     if base is not None:
         # Whatever the name of a new overlay would be: two images would bear one mark.
         there = OverlayRequest(base.path, source, disk.format, vm=domain.uuid)
-        return DiskPlan(disk.target, there, None, (*problems, flattened(domain.name, base, mark)), is_done=True)
+        return DiskPlan(
+            disk.target, there, None, (*problems, flattened(domain.name, base, mark, is_new=True)), is_done=True
+        )
     if facts.writers:
         why = (
             f"its disk {disk.target} is a disk of {', '.join(facts.writers)} too, which would go on writing below the "

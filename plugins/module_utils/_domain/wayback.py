@@ -204,6 +204,7 @@ def _commit_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark)
     return (
         flat_disk(domain, facts, mark)
         or half_committed_disk(domain, facts, request, mark)
+        or begun_disk(facts, domain, mark)
         or only_stated_disk(domain, facts, mark)
         or _left_behind(domain, facts, request, mark)
     )
@@ -264,7 +265,7 @@ def flat_disk(domain: Domain, facts: DiskFacts, mark: Mark) -> DiskPlan | None:
     if flat is None:
         return None
     gone = CommitRequest(flat.path, flat.path, vm=domain.uuid)
-    return DiskPlan(mark.target, gone, None, (flattened(domain.name, flat, mark),))
+    return DiskPlan(mark.target, gone, None, (flattened(domain.name, flat, mark, is_new=False),))
 
 
 def half_committed_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark) -> DiskPlan | None:
@@ -273,6 +274,28 @@ def half_committed_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark
     if finish is None:
         return None
     return DiskPlan(mark.target, finish, None, tuple(taken_over(domain, facts, finish.path, mark)))
+
+
+def begun_disk(facts: DiskFacts, domain: Domain, mark: Mark) -> DiskPlan | None:
+    """Return the plan for a disk that somebody put on BASE while the merge into that was under way; None if none."""
+    for base in facts.layers:
+        vault = _vault_beside(base) if base in facts.own else None
+        if vault is not None and not vault.is_given and vault.top_path and _mark_of(vault.top_path, vault) == mark:
+            return unreadable_disk(domain, _put_on_base(base, domain, vault, vault.top_path), mark)
+    return None
+
+
+def _put_on_base(base: Layer, domain: Domain, vault: Vault, top_path: str) -> Refusal:
+    why = (
+        f"is in a disk of {domain.name} without {top_path}, whose merge into it was begun by a run that was killed, "
+        "and not brought to its end"
+    )
+    remedy = (
+        f"If the domain has not run since, put it on {top_path} again ('virsh edit') and run state=committed. If it "
+        f"has, what it wrote and what that holds exclude each other: to keep what the domain has, remove {top_path} "
+        f"and {vault.path}, and make a full backup."
+    )
+    return Refusal("unfinished", base.path, why, remedy)
 
 
 def plan_merge(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark, found: Found) -> DiskPlan:
@@ -308,10 +331,10 @@ def _revert_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark)
         flat = flattened_one(facts, mark)
         if flat is not None:
             gone = RevertRequest(flat.path, flat.path, vm=domain.uuid)
-            return DiskPlan(mark.target, gone, None, (flattened(domain.name, flat, mark),))
-        stated = only_stated_disk(domain, facts, mark)
-        if stated is not None:
-            return stated
+            return DiskPlan(mark.target, gone, None, (flattened(domain.name, flat, mark, is_new=False),))
+        other = begun_disk(facts, domain, mark) or only_stated_disk(domain, facts, mark)
+        if other is not None:
+            return other
         left = _left_by_revert(facts, request, mark)
         if left is None:
             return None
@@ -520,14 +543,9 @@ def _half_committed(facts: DiskFacts, request: WayBack, domain: Domain, mark: Ma
 
 def _left_by_commit(base: Layer, mark: Mark) -> str | None:
     """Return the path of the snapshot that has gone into this image, if the vault of that is still there."""
-    # Of a block device the vault is beside the overlay, which nobody knows any more; it is in nobody's way there.
-    path = None if base.is_device else find_vault(place_of(base.real_path, base.is_device, ""))
-    if path is None:
-        return None
-    with open_vault(path) as file:
-        vault = read_vault(file)
-    top = vault.top_path
-    if top is None or not vault.is_given:
+    vault = _vault_beside(base)
+    top = vault.top_path if vault is not None and vault.is_given else None
+    if vault is None or top is None:
         return None
     is_it = _mark_of(top, vault) == mark if is_there(top) else top.endswith(f".{mark.snapshot}.qcow2")
     return top if is_it else None
@@ -535,12 +553,20 @@ def _left_by_commit(base: Layer, mark: Mark) -> str | None:
 
 def begun_merge(base: Layer) -> Mark | None:
     """Return the mark of the snapshot of which a killed run has begun the merge into this image, if there is one."""
+    vault = _vault_beside(base)
+    return None if vault is None or vault.top_path is None else _mark_of(vault.top_path, vault)
+
+
+def _vault_beside(base: Layer) -> Vault | None:
+    """Return the vault of the merge into an image; None if there is none.
+
+    Of a block device it is beside the overlay, which nobody knows any more; it is in nobody's way there.
+    """
     path = None if base.is_device else find_vault(place_of(base.real_path, base.is_device, ""))
     if path is None:
         return None
     with open_vault(path) as file:
-        vault = read_vault(file)
-    return None if vault.top_path is None else _mark_of(vault.top_path, vault)
+        return read_vault(file)
 
 
 def bears(path: str, mark: Mark) -> bool:

@@ -10,10 +10,12 @@ Look at a piece of the disk at a time, so that memory is bounded however large t
 from __future__ import annotations
 
 import array
+import contextlib
 import itertools
 import sys
 import typing as t
 
+from .._base.errors import Refusal
 from .._base.files import OpenImage
 from .bitmaps import ENTRY_ALL_ONES, TABLE_ENTRY_SIZE, Bitmap, BitmapTable
 from .header import damaged
@@ -69,6 +71,11 @@ class DirtyMap:
     def most_dirty_bits(self) -> int:
         """An upper bound of the bits that are set, without a look at them."""
         return min(self._dirty_clusters * self._cluster_size * 8, -(-self._virtual_size // self.granularity))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all data that the table names is in the file."""
+        return max(entry & _ENTRY_OFFSET for entry in (*self._entries, 0)) + self._cluster_size <= self._file.length()
 
     def _check(self, entry: int, bitmap: Bitmap) -> None:
         """Refuse what QEMU too refuses about an entry of the table (qcow2 spec, Bitmap table)."""
@@ -131,6 +138,21 @@ def maps_of(file: OpenImage, image: Image) -> dict[str, DirtyMap]:
         for bitmap, table in zip(image.bitmaps, image.bitmap_tables)
         if not bitmap.inconsistent
     }
+
+
+def stored_maps(file: OpenImage, image: Image) -> dict[str, DirtyMap]:
+    """Return the map of each inconsistent bitmap of an open image as it was stored last, by name.
+
+    What was marked since is lost, so it is of no use alone. One whose table or data is damaged is left out.
+    """
+    found = {}
+    for bitmap, table in zip(image.bitmaps, image.bitmap_tables):
+        if bitmap.inconsistent:
+            with contextlib.suppress(Refusal):
+                stored = DirtyMap(file, image, bitmap, table)
+                if stored.is_whole:
+                    found[bitmap.name] = stored
+    return found
 
 
 def dirty_bytes(maps: t.Sequence[DirtyBits], virtual_size: int) -> int:

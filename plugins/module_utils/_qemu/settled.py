@@ -106,7 +106,7 @@ def read_settled(file: OpenImage) -> Settled:
                 raise
         if seen is not None and (seen.is_plain or (seen == previous and not seen.open_after)):
             break
-        is_amid = seen is None or seen.may_be_amid_a_change
+        is_amid = seen is not None and seen.may_be_amid_a_change
         if number >= _LOOKS and (not is_amid or time.monotonic() > deadline):
             break
         time.sleep(_PAUSE)

@@ -757,17 +757,19 @@ def test_bitmaps_are_not_made_again_from_what_holds_less_than_it_held(tmp_path, 
     assert chains.content(disk.base) == before
 
 
+def idle(disk: Disk) -> None:
+    """The overlay holds nothing."""
+    disk.base = disk.add("base", SIZE, recording("a"))
+    disk.path = disk.add("top", SIZE, [])
+    qemu.qemu_img("create", "-q", "-f", "qcow2", "-b", disk.base, "-F", "qcow2", disk.path)
+    qemu.add_bitmaps(disk.path, recording("a", "new"))
+    disk.now = chains.content(disk.path)
+    disk.checkpoints["new"] = disk.now
+
+
 @pytest.mark.parametrize(("phase", "harm"), [("carry", loses), ("carry", breaks), ("strip", breaks), ("give", breaks)])
 @pytest.mark.parametrize("writes", [0, 2])
 def test_an_overlay_that_held_nothing_goes_on(tmp_path, phase, harm, writes):
-    def idle(disk):
-        disk.base = disk.add("base", SIZE, recording("a"))
-        disk.path = disk.add("top", SIZE, [])
-        qemu.qemu_img("create", "-q", "-f", "qcow2", "-b", disk.base, "-F", "qcow2", disk.path)
-        qemu.add_bitmaps(disk.path, recording("a", "new"))
-        disk.now = chains.content(disk.path)
-        disk.checkpoints["new"] = disk.now
-
     disk = stopped_at_carry(tmp_path, idle, harm, phase=phase)
     disk.write(writes)
     completed(disk)
@@ -791,6 +793,51 @@ def test_an_overlay_that_held_nothing_and_was_emptied_since_does_not_go_on(tmp_p
     ended = merge(disk)
     assert ended is not None
     assert ended.codes == ["unfinished"]
+
+
+@pytest.mark.parametrize("phase", ["strip", "give"])
+def test_what_a_vm_wrote_before_the_overlay_was_emptied_is_in_bitmaps_that_are_made_again(tmp_path, phase):
+    """The overlay held nothing when the vault was made, and holds something now, which is not all that was written."""
+    disk = stopped_at_carry(tmp_path, idle, phase=phase)
+    disk.write(3)
+    emptied(disk)
+    disk.crash(writes=2)
+    completed(disk)
+    assert {"a", "new"} <= chains.usable(disk.base).keys()
+
+
+def without_bitmaps(disk: Disk) -> None:
+    """There is nothing that would tell who wrote to BASE, and what."""
+    disk.base = disk.add("base", SIZE, [])
+    disk.path = disk.add("top", SIZE, [])
+
+
+def test_what_others_wrote_to_base_after_a_vm_ran_on_the_overlay_is_not_overwritten(tmp_path):
+    """As the VM does that 'qemu-img commit -d' and 'virsh edit' have put on BASE."""
+    disk = stopped_at_carry(tmp_path, without_bitmaps, disks.vm_runs, phase="strip")
+    disk.write(2, path=disk.base)
+    before = chains.content(disk.base)
+    ended = merge(disk)
+    assert ended is not None
+    assert ended.codes == ["unfinished"]
+    assert "after that something else has written to BASE" in ended.failures[0]
+    assert f"move this overlay and {disk.vault} away" in ended.failures[0]
+    assert chains.content(disk.base) == before
+    os.utime(disk.path)  # by the word of the user
+    disk.now = chains.content(disk.top)
+    completed(disk)
+
+
+def test_an_overlay_whose_mark_base_has_got_has_gone_in(tmp_path):
+    """'virsh blockcommit' merges bitmaps, too."""
+    disk = stopped_at_carry(tmp_path, without_bitmaps, disks.vm_runs, phase="strip")
+    (mark,) = qemu.read(disk.path).bitmaps
+    qemu.add_bitmaps(disk.base, [mark])
+    ended = merge(disk)
+    assert ended is not None
+    assert ended.codes == ["unfinished"]
+    assert "BASE has its mark, too" in ended.failures[0]
+    assert f"Move this overlay and {disk.vault} away, or remove both. Then remove the mark" in ended.failures[0]
 
 
 def test_the_vault_knows_what_all_images_together_held(tmp_path):

@@ -200,6 +200,7 @@ def test_an_image_that_is_no_overlay_any_more_is_no_snapshot(host, tmp_path):
     assert host.snapshot("web", "s") == host.snapshot("web", "s", tmp_path) == ["flattened"]
     (problem,) = host.plan("web", "s").problems
     assert "web.s.qcow2 was the overlay of the snapshot s of its disk vda, and has no image below any" in problem.why
+    assert problem.remedy == "Choose another name for the snapshot."
     running = host.domains["web"]
     host.domains["web"] = running._replace(state="running", running_definition=running.definition)
     assert host.snapshot("web", "s") == ["flattened"]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import re
@@ -15,7 +16,7 @@ import time
 import unittest.mock
 
 import pytest
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import UnknownOutcomeError
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal, UnknownOutcomeError
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import merge
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.begun import leave_sign
@@ -189,6 +190,28 @@ def test_a_run_that_dies_between_switch_and_end_of_a_merge_is_completed(host):
     assert host.commit("web", "wed")[0] == ["committed"] * 2
     assert not [name for name in host.files() if "vault" in name or "wed" in name]
     assert host.commit("web", "wed")[0] == []
+
+
+@pytest.mark.parametrize("above", [None, "other"])
+@pytest.mark.parametrize("way", ["commit", "revert"])
+def test_a_domain_that_was_put_on_base_while_the_merge_was_under_way_is_told(host, monkeypatch, way, above):
+    """What it writes there, and what the snapshot holds, exclude each other."""
+    with monkeypatch.context() as patch:
+        patch.setattr(MergeLayers, "move", unittest.mock.Mock(side_effect=Refusal("storage", "it", "fails")))
+        assert host.commit("web", "wed")[0] == ["failed"] * 2
+    host.define("web", "web-a.tue.qcow2", "web-b.tue.qcow2")
+    if above is not None:
+        host.image("other.qcow2", "web-a.tue.qcow2")
+        host.define("web", "other.qcow2", "web-b.tue.qcow2")
+    assert getattr(host, way)("web", "wed") == ["unfinished"] * 2
+    (problem, _of_b) = host.plan_back(plan_commit, "web", "wed").problems
+    vault = host.folder / ".web-a.tue.qcow2.kvmfleet-vault"
+    assert f"remove {host.folder / 'web-a.wed.qcow2'} and {vault}" in problem.remedy
+    # A way out.
+    host.define("web", "web-a.wed.qcow2", "web-b.wed.qcow2")
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(host.folder / "other.qcow2")
+    assert host.commit("web", "wed")[0] == ["committed"] * 2
 
 
 def test_a_run_that_dies_when_the_image_above_is_on_base_is_completed(host, monkeypatch):
