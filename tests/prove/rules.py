@@ -893,6 +893,50 @@ RULES = (
         ("test_retention",),
         "_domain",
     ),
+    Rule(
+        "what a VM wrote before the overlay was emptied is in the bitmaps",
+        "survey",
+        "if name in stored:",
+        "if False:",
+        (KILLS,),
+    ),
+    Rule(
+        "what others wrote to BASE after a VM ran on the overlay stays",
+        "stages",
+        "if not seen.mark_is_empty and seen.base_changed is not None and",
+        "if False and",
+        (KILLS,),
+    ),
+    Rule(
+        "an overlay whose mark BASE has got has gone in",
+        "stages",
+        "if layer is seen.base and seen.is_the_one_kept and",
+        "if False and",
+        (KILLS,),
+    ),
+    Rule(
+        "a domain that was put on BASE meanwhile is told",
+        "wayback",
+        "if vault is not None and not vault.is_given and vault.top_path and",
+        "if False and vault and vault.top_path and",
+        ("../_domain/test_wayback",),
+        "_domain",
+    ),
+    Rule(
+        "room is asked for what the vault tells of what is held",
+        "room",
+        "vault += _bitmap_clusters([_what_is_held(layers)], CLUSTER, seen) + _NAMES_ONLY",
+        "vault += _NAMES_ONLY",
+        (COMMIT,),
+    ),
+    Rule(
+        "an image whose header is being changed is waited for",
+        "settled",
+        "return self.open_after and self.image.lost_bitmaps > 0",
+        "return False",
+        ("../_qemu/test_settled",),
+        "_qemu",
+    ),
 )
 
 

@@ -440,6 +440,20 @@ def test_a_vm_that_died_in_an_image_that_was_emptied_has_no_valid_bitmaps(tmp_pa
     assert not checkpoints(path)
 
 
+def test_what_a_vm_wrote_before_an_image_was_emptied_and_filled_again_is_in_its_bitmap(tmp_path):
+    """It holds all again that it held when the vault was made. What was stored last tells of the rest."""
+    path = overlay(tmp_path / "top.qcow2", qemu.create(tmp_path / "base.qcow2", SIZE))
+    guest_writes(path, random.Random(8))
+    then = content(path)
+    killed_at_removal(path, loses=lambda path: guest_writes(path, random.Random(9)))
+    merged_by_hand(path)
+    guest_writes(path, random.Random(8))
+    crash(path)
+    mend(path)
+    assert "monday" in checkpoints(path)
+    assert not changed_bits(then, content(path)) & ~bits_of([path], "monday")
+
+
 def test_what_cannot_be_put_back_names_the_way_out(case):
     """An overlay that somebody has made meanwhile keeps the image below from being written."""
     kill_after_top_was_written(case)
