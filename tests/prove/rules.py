@@ -469,6 +469,27 @@ RULES = (
         ("test_revert",),
     ),
     Rule(
+        "a merge that was given up at its very start is seen",
+        "revert_rules",
+        "return is_begun or ",
+        "return ",
+        ("test_revert",),
+    ),
+    Rule(
+        "what is the same after the first that differs is no beginning of a merge",
+        "revert",
+        "if same == compared:",
+        "if same:",
+        ("test_revert",),
+    ),
+    Rule(
+        "a VM that is below already may do again what comes first",
+        "revert_rules",
+        "one.first.begins_alike and not is_left",
+        "one.first.begins_alike",
+        ("test_revert",),
+    ),
+    Rule(
         "data tells of a merge where times do not",
         "revert_rules",
         "return recorded != 0\n",
@@ -565,8 +586,8 @@ RULES = (
     Rule(
         "a guest does not hide a merge by what it writes at the start",
         "revert_rules",
-        " or one.spread.exceeds(parts))",
-        ")",
+        " or one.spread.exceeds(parts)",
+        "",
         ("test_revert",),
     ),
     Rule(

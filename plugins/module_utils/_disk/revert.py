@@ -133,9 +133,10 @@ class GoBack:
 def _compare(request: RevertRequest, seen: Observed, held: Held) -> t.Iterator[Common]:
     """Yield how much each image that goes has in common with each one that stays and may have been written to.
 
-    A merge goes from the start of the disk to its end. So look at the first clusters that are not empty. But a disk is
-    written to there most, also once the merge was given up. So look at some of all, too. By default 'virsh blockcommit'
-    merges the topmost image into the lowest one, whatever is between.
+    A merge goes from the start of the disk to its end. So look at the first clusters that are not empty, and how many
+    are the same before the first that differs. But a disk is written to there most, also once the merge was given up.
+    So look at some of all, too. By default 'virsh blockcommit' merges the topmost image into the lowest one, whatever
+    is between.
     """
     for depth, one in enumerate(seen.staying):
         if not one.may_be_written:
@@ -154,16 +155,18 @@ def _lowest(file: OpenImage) -> Lowest:
 
 def _sample(pieces: t.Iterable[Piece], going: PlainData, staying: PlainData) -> Sample:
     """Return how much of these pieces the image that stays holds, too, until that is enough."""
-    same = compared = looked_at = 0
+    same = compared = looked_at = begun = begun_pieces = 0
     for piece in pieces:
         data = going.data_of(piece)
         looked_at += piece.length
         if any(data):  # a disk is full of others
             compared += len(data)
             same += len(data) if staying.read(piece.start, len(data)) == data else 0
+            if same == compared:  # so far nothing differs
+                begun, begun_pieces = same, begun_pieces + 1
         if compared >= _MOST_COMPARED or looked_at >= _MOST_LOOKED_AT:
             break
-    return Sample(same, compared)
+    return Sample(same, compared, begun, begun_pieces)
 
 
 def _spread(pieces: t.Iterable[Piece]) -> t.Iterator[Piece]:

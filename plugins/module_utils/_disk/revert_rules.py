@@ -27,6 +27,11 @@ from .verdict import ABSENT, FAILED, KEEP, REVERTED, How, problem_fields
 # below already may do again what it has discarded; but if it is there since a merge, that was brought to its end.
 _IF_GIVEN_UP = 8
 _IF_ENDED = 2
+# A merge goes in order. If it was given up early, what an overlay holds first is the same, and nothing after that. A
+# guest may write again what is there already: a boot sector, a superblock. It hardly does so with all that comes first,
+# for four clusters of the usual size. Of large clusters one may be a single write, so that two have to be the same.
+_BEGUN_BYTES = 1 << 18
+_BEGUN_PIECES = 2
 
 
 class RevertRequest(t.NamedTuple):
@@ -95,6 +100,13 @@ class Sample(t.NamedTuple):
 
     same: int = 0  # is in an image that stays at the same place
     compared: int = 0
+    begun: int = 0  # is the same before the first that differs
+    begun_pieces: int = 0  # in so many pieces
+
+    @property
+    def begins_alike(self) -> bool:
+        """Whether so much is the same from the very start on as after a merge that was given up early."""
+        return self.begun >= _BEGUN_BYTES and self.begun_pieces >= _BEGUN_PIECES
 
     def exceeds(self, parts: int) -> bool:
         """Whether more than one in so many parts of what was compared is the same."""
@@ -227,8 +239,8 @@ def is_leaving(image: Image | None) -> bool:
 
 def with_common(verdict: RevertVerdict, found: t.Iterable[Common]) -> RevertVerdict:
     """Refuse if what the VM would read is not what it was at the snapshot, since other tools have merged into it."""
-    parts = _IF_ENDED if verdict.request.is_left else _IF_GIVEN_UP
-    one = next((one for one in found if one.first.exceeds(parts) or one.spread.exceeds(parts)), None)
+    is_left = verdict.request.is_left
+    one = next((one for one in found if _is_merged(one, is_left=is_left)), None)
     if one is None:
         return verdict
     base = verdict.request.backing_file
@@ -237,6 +249,13 @@ def with_common(verdict: RevertVerdict, found: t.Iterable[Common]) -> RevertVerd
         "tools that was not brought to its end ('virsh blockcommit', 'qemu-img commit')"
     )
     return verdict.failed(_base_changed(verdict.request, why))
+
+
+def _is_merged(one: Common, *, is_left: bool) -> bool:
+    """Whether an image that goes has so much in common with one that stays as after a merge by other tools."""
+    parts = _IF_ENDED if is_left else _IF_GIVEN_UP
+    is_begun = one.first.begins_alike and not is_left
+    return is_begun or one.first.exceeds(parts) or one.spread.exceeds(parts)
 
 
 def with_lowest(verdict: RevertVerdict, seen: Observed, lowest: Lowest) -> RevertVerdict:

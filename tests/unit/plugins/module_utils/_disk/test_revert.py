@@ -925,6 +925,50 @@ def test_a_merge_that_was_given_up_early_is_seen(tmp_path, snapshot):
     assert codes_of(go_back([back_to(base, path)], CHECK)) == ["base_changed"]
 
 
+def write_scattered(path, numbers):
+    """Write so many clusters of 64 KiB, each with data of its own, and an empty one after the second."""
+    commands = [f"write -P {1 + number % 250} {number * 192}k 64k" for number in numbers]
+    options = [option for one in [*commands, "write -P 0 320k 64k"] for option in ("-c", one)]
+    subprocess.run(["qemu-io", *options, path], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(
+    ("merged", "written_since", "expected"),
+    [
+        (range(3), None, []),
+        (range(4), None, ["base_changed"]),
+        (range(16), None, ["base_changed"]),
+        (range(16), 0, []),  # the guest has written to the first again
+        (range(16), 3, []),
+        (range(16), 4, ["base_changed"]),
+        (range(1, 16), None, []),  # what is the same by chance does not begin at the start
+        ([*range(3), *range(4, 16)], None, []),
+    ],
+)
+def test_a_merge_that_was_given_up_at_its_very_start_is_seen(tmp_path, snapshot, merged, written_since, expected):
+    """Of all that the overlay holds a few clusters went in, which are the first ones."""
+    base = qemu.create(tmp_path / "disk", "64M")
+    subprocess.run(["qemu-io", "-c", "write -P 251 0 4M", base], check=True, stdout=subprocess.DEVNULL)
+    path = snapshot("top", base, data=None)
+    write_scattered(path, range(300))
+    qemu.qemu_img("bitmap", "--add", base, "other")  # which is no merge
+    assert codes_of(go_back([back_to(base, path)], CHECK)) == []
+    write_scattered(base, merged)
+    if written_since is not None:
+        command = f"write -P 251 {written_since * 192}k 4k"
+        subprocess.run(["qemu-io", "-c", command, path], check=True, stdout=subprocess.DEVNULL)
+    assert codes_of(go_back([back_to(base, path)], CHECK)) == expected
+    assert codes_of(go_back([back_to(base, path, is_left=True)], CHECK)) == []
+
+
+@pytest.mark.parametrize(("merged", "expected"), [("512k", []), ("1M", ["base_changed"])])
+def test_one_large_cluster_that_is_the_same_is_no_merge(tmp_path, snapshot, merged, expected):
+    base = qemu.create(tmp_path / "disk", "64M", "-o", "cluster_size=512k")
+    path = snapshot("top", base, creation=Creation(cluster_size=1 << 19), data="write -P 9 0 32M")
+    subprocess.run(["qemu-io", "-c", f"write -P 9 0 {merged}", base], check=True, stdout=subprocess.DEVNULL)
+    assert codes_of(go_back([back_to(base, path)], CHECK)) == expected
+
+
 @pytest.fixture(name="two")
 def fixture_two(tmp_path, snapshot):
     """Return BASE, and two snapshots on it, of which the guest has written to the second alone."""
