@@ -469,6 +469,13 @@ RULES = (
         ("test_revert",),
     ),
     Rule(
+        "an image of other tools does not hide what went in below it",
+        "revert_rules",
+        "if own.made or own.base_written:",
+        "if True:",
+        ("test_revert",),
+    ),
+    Rule(
         "a merge that was given up at its very start is seen",
         "revert_rules",
         "return is_begun or ",

@@ -26,7 +26,7 @@ from .._qcow2.extents import has_allocated_extents, holds_any
 from .._qcow2.formats import QCOW2
 from .._qcow2.header import is_qcow2
 from .._qcow2.image import Image
-from .._qcow2.mark import History, write_leaving
+from .._qcow2.mark import write_leaving
 from .._qcow2.plain import Piece, PlainData
 from .._qemu import locks
 from .._qemu.settled import is_open_for_writing, read_settled
@@ -305,7 +305,7 @@ def _observe_overlay(request: RevertRequest, held: Held) -> Observed:
 def _staying(layers: t.Sequence[Layer], depth: int, held: Held) -> t.Iterator[Staying]:
     """Yield BASE, which is so deep in the chain, and the images below it."""
     for over, layer in zip(layers[depth - 1 :], layers[depth:]):
-        history = over.image.history if over.image is not None else History()
+        history = revert_rules.what_counts(over, layers[depth - 1])
         data_file = _data_file(layer, held)
         yield Staying(layer, history, layer.written(), None if data_file is None else data_file.written())
 

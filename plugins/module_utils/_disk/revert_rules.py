@@ -77,7 +77,7 @@ class Staying(t.NamedTuple):
     """BASE, or an image below it. Times are in nanoseconds since 1970; 0 if that cannot be told."""
 
     layer: Layer
-    history: History  # of the image above it
+    history: History  # of the image above it, or what stands in for it
     written: int  # when it was last written to; 0 for a block device
     data_written: int | None = None  # the same of its external data file; None if it has none
 
@@ -230,6 +230,19 @@ def decide(request: RevertRequest, seen: Observed) -> RevertVerdict:
     for one in seen.going:
         problems += _going_problems(one)
     return verdict.failed(*problems) if problems else verdict
+
+
+def what_counts(over: Layer, lowest: Layer) -> History:
+    """Return from when on the image below `over` may have been written to: what `over` records, if it does.
+
+    What other tools have made records nothing ('virsh snapshot-create-as'). By default 'virsh blockcommit' goes into
+    what is below that all the same. What was written there before the lowest image that goes was made has not come from
+    what goes. Of that image's own storage the last write to BASE tells, which was before: the clocks can differ.
+    """
+    own, since = (one.image.history if one.image is not None else History() for one in (over, lowest))
+    if own.made or own.base_written:
+        return own
+    return History(base_written=since.base_written or since.made, made=since.made)
 
 
 def is_leaving(image: Image | None) -> bool:

@@ -996,6 +996,38 @@ def test_what_went_into_the_lowest_image_is_seen_from_each_snapshot(tmp_path, tw
     assert f"{'it' if to == base else base} holds data of {top} already" in str(outcome.failures[0])
 
 
+@pytest.mark.parametrize("between", [1, 2])
+@pytest.mark.parametrize("is_device", [False, True])
+def test_an_image_of_other_tools_does_not_hide_what_went_in_below_it(
+    tmp_path, snapshot, monkeypatch, between, is_device
+):
+    """It records nothing, as after 'virsh snapshot-create-as'. BASE may be a block device, which tells no time."""
+    base = qemu.create(tmp_path / "disk", "16M")
+    subprocess.run(["qemu-io", "-c", "write -P 1 0 16M", base], check=True, stdout=subprocess.DEVNULL)
+    below = base
+    for number in range(between):
+        below = qemu.create(tmp_path / f"x{number}", "16M", "-b", below, "-F", "qcow2")
+    if is_device:
+        new_history = build.new_history
+        monkeypatch.setattr(build, "new_history", lambda file: new_history(file)._replace(base_written=0, base_inode=0))
+    subprocess.run(["qemu-io", "-c", "write -P 9 1M 2M", base], check=True, stdout=subprocess.DEVNULL)
+    os.utime(below)
+    path = snapshot("top", below)
+    assert codes_of(go_back([back_to(below, path)], CHECK)) == []  # what was written before is no merge of this one
+    qemu.qemu_img("bitmap", "--add", base, "later")
+    subprocess.run(["qemu-io", "-c", "write -P 1 1M 2M", base], check=True, stdout=subprocess.DEVNULL)
+    assert codes_of(go_back([back_to(below, path)], CHECK)) == []
+    commit_to_the_lowest(base, path)
+    outcome = go_back([back_to(below, path)], CHECK)
+    assert codes_of(outcome) == ["base_changed"]
+    assert f"{base} holds data of {path} already" in str(outcome.failures[0])
+    history = qemu.read(path).history  # the clock of the storage can go behind that of the host, which tells `made`
+    since = history.base_written or history.made
+    for later, expected in ((1, ["base_changed"]), (0, [])):
+        os.utime(base, ns=(since, since + later))
+        assert codes_of(go_back([back_to(below, path)], CHECK)) == expected
+
+
 @pytest.mark.parametrize("image_format", ["qcow2", "raw"])
 def test_data_tells_of_a_merge_where_times_do_not(tmp_path, snapshot, monkeypatch, image_format):
     """That of a block device is never told."""
