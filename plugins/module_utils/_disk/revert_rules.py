@@ -45,6 +45,7 @@ class RevertRequest(t.NamedTuple):
     puts_on_base: bool = False  # whether the VM is put on BASE, and is going to write to it
     is_left: bool = False  # whether it is on BASE already, as a run that was killed has left it
     made: int = 0  # nanoseconds since 1970: when the image above BASE was; 0 if that is not known
+    left_at: int = 0  # the same: when the topmost image was left, at the latest; 0 if it is not left, or not known
 
 
 class Going(t.NamedTuple):

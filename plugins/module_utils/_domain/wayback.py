@@ -366,7 +366,21 @@ def _end_of_revert(domain: Domain, facts: DiskFacts, left: GivenUp, retire: How)
         puts_on_base=is_top,
         is_left=True,
         made=lowest.history.made if lowest is not None else 0,
+        left_at=_changed_at(left.paths[0]),
     )
+
+
+def _changed_at(path: str) -> int:
+    """Return when an image was changed last, in nanoseconds since 1970; 0 if that cannot be told.
+
+    That is at least the last write of its VM. Whoever gives it up records so in it before the VM is switched, and puts
+    back the time of the last write; but nobody can put back that of the last change. After a crash a checkpoint can be
+    younger than the last write to the image that it was made on.
+    """
+    with contextlib.suppress(Refusal, OSError), open_image(path) as file:
+        status = file.status()
+        return 0 if file.is_device else max(status.st_mtime_ns, status.st_ctime_ns)
+    return 0
 
 
 def _source(layer: Layer) -> Source:
@@ -709,7 +723,8 @@ def lost_checkpoints(plan: DomainPlan, kept: Kept) -> tuple[str, ...]:
     """Return the names of the checkpoints whose bitmaps the images lack that the domain goes back to.
 
     What an image has that is older than the checkpoint is an earlier bitmap of this name. So is what it has of one that
-    was made on the snapshot, however often it was written to since.
+    was made on the snapshot, however often it was written to since. What was made once a killed run had left that was
+    made on the image below, and stays.
     """
     requests = {disk.target: disk.request for disk in plan.disks}
     bases = {
@@ -732,6 +747,9 @@ def lost_checkpoints(plan: DomainPlan, kept: Kept) -> tuple[str, ...]:
 
 
 def _is_made_after(created: int, request: RevertRequest) -> bool:
-    """Whether a checkpoint was made, then, on the snapshot that a disk goes back from, as far as that tells."""
-    made = request.made // 10**9
-    return 0 < made < created
+    """Whether a checkpoint was made, then, on the snapshot that a disk goes back from, as far as that tells.
+
+    That it was made on it is taken for true within the second in which it was left.
+    """
+    made, left_at = request.made // 10**9, request.left_at // 10**9
+    return 0 < made < created and not 0 < left_at < created

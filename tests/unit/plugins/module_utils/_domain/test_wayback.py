@@ -433,7 +433,36 @@ def test_a_checkpoint_is_lost_that_was_made_on_the_snapshot(host):
         assert lost_checkpoints(host.plan_back(plan_revert, "web", "wed"), kept) == lost
         assert host.revert("web", "nosuch")[0] == []
     assert host.revert("web", "wed", dies=True)[0] == ["failed"] * 2
+    os.utime(host.folder / "web-b.wed.qcow2", (made + 1, made + 1))
     assert lost_checkpoints(host.plan_back(plan_revert, "web", "wed"), kept) == ("sunday",)
+
+
+def lost_if_made(host, snapshot, created, name="sunday"):
+    kept = Kept((KnownCheckpoint(name, {"vdb": name}, created=created),))
+    return lost_checkpoints(host.plan_back(plan_revert, "web", snapshot), kept) == (name,)
+
+
+@pytest.mark.parametrize("snapshot", ["wed", "tue"])
+def test_a_checkpoint_that_was_made_since_a_killed_run_has_left_the_snapshot_stays(host, snapshot):
+    """The VM has gone on below. Of several images that are left the topmost one tells when that was."""
+    base = host.plan_back(plan_revert, "web", snapshot).disks[1].request.backing_file
+    top, lowest = (host.folder / f"web-b.{name}.qcow2" for name in ("wed", snapshot))
+    assert host.revert("web", snapshot, dies=True)[0] == ["failed"] * 2
+    os.utime(lowest, (time.time() + 900, time.time() + 900))
+    made, written = qemu.read(lowest).history.made // 10**9, int(time.time()) + 500
+    os.utime(top, (written, written))
+    found = [lost_if_made(host, snapshot, created) for created in (made, made + 1, written, written + 1)]
+    assert found == [False, True, True, False]
+    assert lost_if_made(host, snapshot, written + 1, "later")  # of which the image below has no bitmap
+    os.utime(base, (10_000, 10_000))
+    assert lost_if_made(host, snapshot, written + 1)  # it has one, but that is older
+    os.utime(base)
+    time.sleep(1.1)  # so that it changes in another second than that in which it was made
+    os.utime(top, (10_000, 10_000))  # after a crash the last write can be older than a checkpoint
+    changed = os.stat(top).st_ctime_ns
+    assert [lost_if_made(host, snapshot, changed // 10**9 + later) for later in (0, 1)] == [True, False]
+    assert host.revert("web", snapshot, dies=True)[0] == ["failed"] * 2
+    assert os.stat(top).st_ctime_ns == changed
 
 
 def test_disks_of_two_moments_and_bitmaps_that_stay_are_warned_of(host):
