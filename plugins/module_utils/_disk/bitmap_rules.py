@@ -159,11 +159,11 @@ def judge(
         return fault
     missing: LayerBitmaps | None = None  # the uppermost image that lacks the bitmap
     unknown: LayerBitmaps | None = None
-    above: LayerBitmaps | None = None  # the image with the bitmap just above
+    above: LayerBitmaps | None = None  # the image just above, if it has the bitmap or may have it
     for layer in chain:
         bitmap = layer.bitmaps.get(name)
         if layer.is_open_for_writing:
-            unknown = unknown or layer
+            unknown, above = unknown or layer, layer  # its size is known
         elif bitmap is None:
             missing = missing or layer
         elif missing is not None:  # rule 2
@@ -278,7 +278,7 @@ def _fault(bitmap: Bitmap, layer: LayerBitmaps, above: LayerBitmaps | None, way_
         problem = DIFFERENT_SIZE
         why = (
             f"The image has {layer.virtual_size} bytes and the one above it {above.virtual_size}; QEMU cannot merge "
-            "bitmaps of different sizes."
+            "bitmaps of different sizes. It is valid again once the overlays are merged down (state=committed)."
         )
     if problem is None:
         return None

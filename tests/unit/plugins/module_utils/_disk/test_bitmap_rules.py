@@ -93,6 +93,8 @@ TABLE = [
     ("Ig-g", False, "gap", 2),
     ("_-g", False, "gap", 1),
     ("Id", False, "not_recording", 1),
+    ("Gs", False, "different_size", 1),
+    ("_ss", False, "different_size", 1),
     ("_i", False, "inconsistent", 1),
     # An image further down is open: the VM's topmost image is another one.
     ("gIg", None, "in_use", 1),
