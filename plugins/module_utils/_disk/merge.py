@@ -353,11 +353,11 @@ def _put_onto_base(verdict: CommitVerdict, held: Held) -> None:
     if request.above is None or work is None:
         return
     base, above = held.image(request.backing_file), held.image(request.above)
-    # After a kill nobody can tell when a VM wrote. Of what a VM has the times do not count.
-    are_known = work.stage.name == stages.WHOLE and not request.is_of_vm
+    # After a kill nobody can tell when a VM wrote. For whoever merges what a VM has, the time of BASE does not count.
+    are_known = work.stage.name == stages.WHOLE
     if not work.seen.part_is_as_recorded:
         base.touch()  # who wrote to it or to TOP may have put in what is above; nothing is to tell that it is right
-    if are_known:
+    if are_known and not request.is_of_vm:
         _put_time_back(base, _newest(work.seen))
     change_backing_file(above, name_for_above(request, work.seen), request.backing_format)
     if work.seen.part_is_as_recorded:

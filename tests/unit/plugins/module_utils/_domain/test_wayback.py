@@ -36,6 +36,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.wayback imp
 )
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.connection import Kept, KnownCheckpoint
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._libvirt.definition import Definition
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2 import mark
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import write_base, write_leaving
 
@@ -593,6 +594,18 @@ def test_what_a_merge_in_between_writes_is_in_nobodys_way(host, data):
     history = qemu.read(host.folder / "plain.wed.qcow2").history
     assert (history.base_written, history.base_inode) == (below.st_mtime_ns, below.st_ino)
     assert host.revert("plain", "wed")[0] == ["reverted"]
+
+
+def test_merges_one_after_the_other_are_in_nobodys_way(host, monkeypatch):
+    """Of an idle disk, whose overlay holds nothing, as if its data had gone into the image below."""
+    monkeypatch.setattr(mark, "_UNTIL_SWITCHED", 0)  # as long after the snapshots
+    host.image("plain.qcow2")
+    host.define("plain", "plain.qcow2")
+    for snapshot in ("mon", "tue", "wed", "thu"):
+        assert host.snapshot("plain", snapshot)
+    for snapshot in ("tue", "wed"):
+        assert host.commit("plain", snapshot)[0] == ["committed"]
+    assert host.revert("plain", "thu")[0] == ["reverted"]
 
 
 def test_a_merge_does_not_hide_that_the_image_in_between_was_not_what_it_was(host):
