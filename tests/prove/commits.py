@@ -41,7 +41,7 @@ SCENES: dict[kinds.Kind, tuple[disks.Scene, ...]] = {
 }
 IS_DONE = ("committed", "absent")
 # By these codes a disk may be refused when what is needed may be in no image any more.
-BY_LOSS = {"unfinished", "lost_bitmaps", "closes_gap", runs.LEFT_OUT}
+BY_LOSS = {*disks.BY_LOSS, runs.LEFT_OUT}
 QUOTAS = 66  # nodes of btrfs: more than a run takes
 
 

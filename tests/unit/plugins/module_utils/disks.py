@@ -248,6 +248,7 @@ EVENTS: tuple[Event, ...] = (
 )
 # After these, what TOP carried may be in no image any more.
 MAY_REFUSE = (vault_goes, vault_goes_and_vm_dies, vm_dies_at_start, vm_runs_after_it_died_at_start)
+BY_LOSS = {"unfinished", "lost_bitmaps", "closes_gap"}  # the codes by which that is refused
 
 
 def wrong_with(disk: Disk, *, with_base: bool = True) -> list[str]:

@@ -208,7 +208,7 @@ class Stage:
         wrong += [f"after the event: {problem}" for problem in wrong_with(disk, with_base=event is disks.nothing)]
         again = merge(disk)
         assert again is not None
-        if event in MAY_REFUSE and again.codes == ["unfinished"]:
+        if event in MAY_REFUSE and again.codes and set(again.codes) <= disks.BY_LOSS:
             return f"{outcome}, refused", wrong + [f"refused: {problem}" for problem in wrong_with(disk)]
         wrong += [f"in the end: {problem}" for problem in self.wrong_in_the_end(again, event)]
         if not wrong and event is disks.nothing:
