@@ -27,11 +27,11 @@ from .._qcow2.formats import QCOW2
 from .._qcow2.header import is_qcow2
 from .._qcow2.image import Image
 from .._qcow2.mark import write_leaving
-from .._qcow2.plain import Piece, PlainData
 from .._qemu import locks
 from .._qemu.settled import is_open_for_writing, read_settled
 from . import revert_rules
 from .begun import find_sign
+from .common_data import Common, Lower, Placed, in_common, lower_of
 from .retire import (
     REVERTED_AS,
     all_kept,
@@ -43,27 +43,17 @@ from .retire import (
     why_not_retired,
 )
 from .revert_rules import (
-    Common,
     Going,
     Lowest,
     Observed,
     Retired,
     RevertRequest,
     RevertVerdict,
-    Sample,
-    Staying,
 )
 from .session import Held, Images
 from .siblings import all_standing_on, folders_beside, standing_on
 from .unfinished import COMMIT, HEALING, why_in_the_way
 from .verdict import ABSENT, DELETE, FAILED, KEEP, How
-
-_MOST_COMPARED = 1 << 23  # bytes; of clusters of 2 MiB these are four
-_MOST_LOOKED_AT = 1 << 26  # bytes, with those that are zero
-_MOST_TABLES = 128  # that are read to choose among; of clusters of 64 KiB these are of 64 GiB
-_MOST_PIECES = 2048  # of which those are chosen that are spread over the disk; a power of two
-
-Placed = tuple[str, Layer]  # a layer, and where it is: a killed run can have renamed it
 
 
 class GoBack:
@@ -133,62 +123,18 @@ class GoBack:
 def _compare(request: RevertRequest, seen: Observed, held: Held) -> t.Iterator[Common]:
     """Yield how much each image that goes has in common with each one that stays and may have been written to.
 
-    A merge goes from the start of the disk to its end. So look at the first clusters that are not empty, and how many
-    are the same before the first that differs. But a disk is written to there most, also once the merge was given up.
-    So look at some of all, too. By default 'virsh blockcommit' merges the topmost image into the lowest one, whatever
-    is between.
+    By default 'virsh blockcommit' merges the topmost image into the lowest one, whatever is between.
     """
     for depth, one in enumerate(seen.staying):
         if not one.may_be_written:
             continue
         path = one.layer.real_path if depth else request.backing_file
-        staying = PlainData(held.image(path), _data_file(one.layer, held))
         for goes in seen.going:
-            going = PlainData(held.image(goes.path), _data_file(goes.layer, held))
-            first = _sample(going.pieces(), going, staying)
-            yield Common(goes.path, path, first, _sample(_spread(going.pieces(_MOST_TABLES)), going, staying))
+            yield in_common((goes.path, goes.layer), (path, one.layer), held)
 
 
 def _lowest(file: OpenImage) -> Lowest:
     return Lowest(holds_any(file), has_allocated_extents(file), file.written())
-
-
-def _sample(pieces: t.Iterable[Piece], going: PlainData, staying: PlainData) -> Sample:
-    """Return how much of these pieces the image that stays holds, too, until that is enough."""
-    same = compared = looked_at = begun = begun_pieces = 0
-    for piece in pieces:
-        data = going.data_of(piece)
-        looked_at += piece.length
-        if any(data):  # a disk is full of others
-            compared += len(data)
-            same += len(data) if staying.read(piece.start, len(data)) == data else 0
-            if same == compared:  # so far nothing differs
-                begun, begun_pieces = same, begun_pieces + 1
-        if compared >= _MOST_COMPARED or looked_at >= _MOST_LOOKED_AT:
-            break
-    return Sample(same, compared, begun, begun_pieces)
-
-
-def _spread(pieces: t.Iterable[Piece]) -> t.Iterator[Piece]:
-    """Yield some of the pieces, however many they are: as far as one comes, they are spread evenly over all."""
-    kept: list[Piece] = []
-    step = 1
-    for number, piece in enumerate(pieces):
-        if number % step == 0:
-            kept.append(piece)
-            if len(kept) > _MOST_PIECES:
-                kept, step = kept[::2], 2 * step
-    step = _MOST_PIECES
-    yield from kept[::step]
-    while step > 1:  # those in the middle between them
-        yield from kept[step // 2 :: step]
-        step //= 2
-
-
-def _data_file(layer: Layer, held: Held) -> OpenImage | None:
-    """Return the file that has the data of an image, if it names one that can be found."""
-    name = layer.image.data_file if layer.image is not None else None
-    return held.image(name) if name is not None and os.path.isabs(name) else None
 
 
 def _switch(tops: t.Sequence[OpenImage], switch: t.Callable[[], None]) -> None:
@@ -302,12 +248,11 @@ def _observe_overlay(request: RevertRequest, held: Held) -> Observed:
     )
 
 
-def _staying(layers: t.Sequence[Layer], depth: int, held: Held) -> t.Iterator[Staying]:
+def _staying(layers: t.Sequence[Layer], depth: int, held: Held) -> t.Iterator[Lower]:
     """Yield BASE, which is so deep in the chain, and the images below it."""
     for over, layer in zip(layers[depth - 1 :], layers[depth:]):
         history = revert_rules.what_counts(over, layers[depth - 1])
-        data_file = _data_file(layer, held)
-        yield Staying(layer, history, layer.written(), None if data_file is None else data_file.written())
+        yield lower_of(layer, history, held)
 
 
 def _is_link_left(path: str) -> bool:

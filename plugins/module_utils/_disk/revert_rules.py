@@ -18,20 +18,11 @@ from .._qcow2.image import Image
 from .._qcow2.mark import History
 from .._qemu.locks import in_use
 from .bitmap_rules import carries_over, names_of
+from .common_data import Common, Lower
 from .overlay import name_problems
 from .siblings import IS_NO_DISK
 from .vault import MARK
 from .verdict import ABSENT, FAILED, KEEP, REVERTED, How, problem_fields
-
-# More than one part in so many is more than a guest writes again, if a merge may have been given up early. A VM that is
-# below already may do again what it has discarded; but if it is there since a merge, that was brought to its end.
-_IF_GIVEN_UP = 8
-_IF_ENDED = 2
-# A merge goes in order. If it was given up early, what an overlay holds first is the same, and nothing after that. A
-# guest may write again what is there already: a boot sector, a superblock. It hardly does so with all that comes first,
-# for four clusters of the usual size. Of large clusters one may be a single write, so that two have to be the same.
-_BEGUN_BYTES = 1 << 18
-_BEGUN_PIECES = 2
 
 
 class RevertRequest(t.NamedTuple):
@@ -71,56 +62,7 @@ class Observed(t.NamedTuple):
     commit: Refusal | None  # why a commit of the chain has to be completed first, as its vault tells
     others: tuple[str, ...] = ()  # paths of further images that stand on BASE, without those that are only kept
     begun: tuple[str, ...] = ()  # paths of the signs that merges of images that go were begun while the VM ran
-    staying: tuple[Staying, ...] = ()  # BASE and all below, topmost first; none if BASE is None
-
-
-class Staying(t.NamedTuple):
-    """BASE, or an image below it. Times are in nanoseconds since 1970; 0 if that cannot be told."""
-
-    layer: Layer
-    history: History  # of the image above it, or what stands in for it
-    written: int  # when it was last written to; 0 for a block device
-    data_written: int | None = None  # the same of its external data file; None if it has none
-
-    @property
-    def may_be_written(self) -> bool:
-        """Whether it may have been written to since the image above it was made, as far as that image records it.
-
-        To remove a checkpoint or to heal one writes to it, too. What is written to an external data file can leave the
-        time of the image itself as it is.
-        """
-        recorded = max(self.history.made, self.history.base_written)
-        if 0 in (self.written, self.data_written):
-            return recorded != 0
-        was_written = self.history.base_written != 0 and self.written > self.history.base_written
-        return was_written or (recorded != 0 and self.data_written is not None and self.data_written > recorded)
-
-
-class Sample(t.NamedTuple):
-    """Guest data that an image that goes holds itself, bytes."""
-
-    same: int = 0  # is in an image that stays at the same place
-    compared: int = 0
-    begun: int = 0  # is the same before the first that differs
-    begun_pieces: int = 0  # in so many pieces
-
-    @property
-    def begins_alike(self) -> bool:
-        """Whether so much is the same from the very start on as after a merge that was given up early."""
-        return self.begun >= _BEGUN_BYTES and self.begun_pieces >= _BEGUN_PIECES
-
-    def exceeds(self, parts: int) -> bool:
-        """Whether more than one in so many parts of what was compared is the same."""
-        return parts * self.same > self.compared
-
-
-class Common(t.NamedTuple):
-    """What an image that goes and one that stays have in common."""
-
-    going: str  # path
-    staying: str  # path
-    first: Sample  # on the disk
-    spread: Sample  # over all that it holds
+    staying: tuple[Lower, ...] = ()  # BASE and all below, topmost first; none if BASE is None
 
 
 class Lowest(t.NamedTuple):
@@ -254,22 +196,15 @@ def is_leaving(image: Image | None) -> bool:
 def with_common(verdict: RevertVerdict, found: t.Iterable[Common]) -> RevertVerdict:
     """Refuse if what the VM would read is not what it was at the snapshot, since other tools have merged into it."""
     is_left = verdict.request.is_left
-    one = next((one for one in found if _is_merged(one, is_left=is_left)), None)
+    one = next((one for one in found if one.is_merged(is_left=is_left)), None)
     if one is None:
         return verdict
     base = verdict.request.backing_file
     why = (
-        f"{'it' if one.staying == base else one.staying} holds data of {one.going} already, as after a merge by other "
+        f"{'it' if one.lower == base else one.lower} holds data of {one.upper} already, as after a merge by other "
         "tools that was not brought to its end ('virsh blockcommit', 'qemu-img commit')"
     )
     return verdict.failed(_base_changed(verdict.request, why))
-
-
-def _is_merged(one: Common, *, is_left: bool) -> bool:
-    """Whether an image that goes has so much in common with one that stays as after a merge by other tools."""
-    parts = _IF_ENDED if is_left else _IF_GIVEN_UP
-    is_begun = one.first.begins_alike and not is_left
-    return is_begun or one.first.exceeds(parts) or one.spread.exceeds(parts)
 
 
 def with_lowest(verdict: RevertVerdict, seen: Observed, lowest: Lowest) -> RevertVerdict:

@@ -70,6 +70,7 @@ class Seen(t.NamedTuple):
     written: t.Mapping[str, int] = {}  # when images that take part were last, s since 1970; not those of devices
     further: tuple[tuple[LayerBitmaps, ...], ...] = ()  # what stands on `above`, topmost first, in each way up
     above_changed: int = 0  # ns since 1970; 0 if there is none, or it is a block device
+    above_is_begun: bool = False  # whether others have merged some of it into TOP, as far as its data tells
     holds_what_it_held: bool = True  # whether what goes in holds all that it held when the vault was made
 
     @property
@@ -82,10 +83,11 @@ class Seen(t.NamedTuple):
         """Whether nobody has written to the images that take part since those on top of them were made, as these tell.
 
         Whoever did may have put into them what is above. After a kill, and of a block device, nothing tells that. What
-        was written to one further down before the image above was made was below that already.
+        was written to one further down before the image above was made was below that already. To TOP a VM that runs
+        writes for a while longer, so its data tells.
         """
         above = self.above.image if self.above is not None else None
-        if above is None or self.vault is not None:
+        if above is None or self.above_is_begun or self.vault is not None:
             return False
         between = [layer.image.history for layer in self.part[:-1] if layer.image is not None]
         recorded = [above.history.settled, *(max(one.base_written, above.history.made) for one in between)]

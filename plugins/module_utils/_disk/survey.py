@@ -18,6 +18,7 @@ from .._qcow2.chain import Layer, read_head
 from .._qcow2.dirty import DirtyBits, covers, dirty_bytes, is_union, maps_of, stored_maps
 from .._qcow2.extents import AllocationMap, has_allocated_extents, holds_any
 from .._qcow2.image import Image, read_image
+from .._qcow2.mark import History
 from .._qemu import locks
 from .._qemu.settled import is_open_for_writing
 from . import commit, stages
@@ -25,6 +26,7 @@ from .begun import find_sign
 from .bitmap_rules import LayerBitmaps, carries_over
 from .carry import Wanted
 from .commit import CommitRequest, CommitVerdict, Work
+from .common_data import in_common, lower_of
 from .fates import DISABLED, REASONS
 from .observe import observe_chain
 from .retire import KEPT_AS, is_kept, kept_path
@@ -132,6 +134,7 @@ def see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, above: Lay
         written=last_written([*([above] if above is not None else []), *chain], held),
         further=read_further(request, above),
         above_changed=held.image(above.path).written() if above is not None else 0,
+        above_is_begun=above is not None and _is_begun(above, part[0], held),
         holds_what_it_held=vault is None
         or vault.held is None
         or _holds(files[:-1], vault.held, chain[0].virtual_size)
@@ -174,6 +177,14 @@ def _changed(layer: Layer, file: OpenImage) -> int:
         status = os.stat(data_file or "")
         return max(found, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else found
     return found
+
+
+def _is_begun(above: Layer, top: Layer, held: Held) -> bool:
+    """Whether TOP holds data of the image above, as after a merge by others that was given up."""
+    history = above.image.history if above.image is not None else History()
+    if not lower_of(top, history, held).may_be_written:
+        return False
+    return in_common((above.path, above), (top.path, top), held).is_merged()
 
 
 def _has_gone_in(path: str, vault: Vault | None) -> bool:

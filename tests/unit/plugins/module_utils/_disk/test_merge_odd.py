@@ -620,8 +620,10 @@ def test_what_was_written_before_the_image_above_was_made_is_what_goes_back(tmp_
     """As where the lowest one that goes in was made by others, or bitmaps of the one below it were worked on since."""
     base = qemu.create(tmp_path / "base", 16 << 20)
     top = commits.overlay(tmp_path / "s1", base)
-    above = made_on(top, tmp_path / "s2", os.stat(top).st_mtime_ns + 10**9)
+    recorded = os.stat(top).st_mtime_ns
+    above = made_on(top, tmp_path / "s2", recorded + 10**9)
     for path in (top, above):
         commits.write(path, "write -P 7 0 1M")
+    os.utime(top, ns=(0, recorded))
     assert commits.merged(top, base, above=above, is_of_vm=True)["state"] == "committed"
     assert run(GoBack(), [RevertRequest(above, base, puts_on_base=True)], SETTINGS).failures == []

@@ -18,7 +18,7 @@ import time
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal, UnknownOutcomeError
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import build, merge, revert
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import build, common_data, merge, revert
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import retire as retiring
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import CommitRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.merge import MergeLayers
@@ -1057,7 +1057,7 @@ def test_what_a_killed_run_has_left_may_have_been_merged_since(tmp_path, snapsho
 
 @pytest.mark.parametrize("count", [0, 1, 5, 2048, 2049, 5000, 100_000])
 def test_what_is_chosen_is_spread_evenly_however_far_one_comes(count):
-    chosen = list(revert._spread(range(count)))
+    chosen = list(common_data._spread(range(count)))
     assert min(count, 1024) <= len(chosen) == len(set(chosen)) <= 2048
     for some in (4, 32, 128, 1024):
         first = sorted(chosen[:some])

@@ -588,6 +588,8 @@ def test_what_a_merge_in_between_writes_is_in_nobodys_way(host, data):
         for snapshot in ("tue", "wed"):
             command = ["qemu-io", "-f", "qcow2", "-c", data, str(host.folder / f"plain.{snapshot}.qcow2")]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    recorded = qemu.read(host.folder / "plain.wed.qcow2").history.base_written
+    os.utime(host.folder / "plain.tue.qcow2", ns=(0, recorded))
     os.utime(host.folder / "plain.mon.qcow2", (1, 1))
     assert host.commit("plain", "tue")[0] == ["committed"]
     below = os.stat(host.folder / "plain.mon.qcow2")
@@ -608,17 +610,19 @@ def test_merges_one_after_the_other_are_in_nobodys_way(host, monkeypatch):
     assert host.revert("plain", "thu")[0] == ["reverted"]
 
 
-def test_a_merge_does_not_hide_that_the_image_in_between_was_not_what_it_was(host):
-    """As after a merge by other tools that was given up, which has put into it what is above."""
+@pytest.mark.parametrize("later", [0.5, 600])
+@pytest.mark.parametrize("size", ["256k", "1M"])  # all of it is the same, or so much as a merge has come to
+def test_a_merge_does_not_hide_that_the_image_in_between_was_not_what_it_was(host, later, size):
+    """As after a merge by other tools that was given up, which has put into it what is above; soon, or late."""
     host.image("plain.qcow2")
     host.define("plain", "plain.qcow2")
     for snapshot in ("mon", "tue", "wed"):
         assert host.snapshot("plain", snapshot)
-    for snapshot in ("wed", "tue"):
-        command = ["qemu-io", "-f", "qcow2", "-c", "write -P 7 0 1M", str(host.folder / f"plain.{snapshot}.qcow2")]
+    for snapshot, length in (("wed", "1M"), ("tue", size)):
+        command = ["qemu-io", "-f", "qcow2", "-c", f"write -P 7 0 {length}", f"{host.folder}/plain.{snapshot}.qcow2"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     recorded = qemu.read(host.folder / "plain.wed.qcow2").history.base_written
-    os.utime(host.folder / "plain.tue.qcow2", ns=(0, recorded + 600 * 10**9))
+    os.utime(host.folder / "plain.tue.qcow2", ns=(0, recorded + int(later * 10**9)))
     assert host.commit("plain", "tue")[0] == ["committed"]
     assert host.revert("plain", "wed")[0] == ["failed"]
 
