@@ -999,7 +999,7 @@ RULES = (
     Rule(
         "what a VM wrote before an image was emptied and filled again is in its bitmap",
         "diagnose",
-        "maps += filter(None, [stored_maps(self.file, self.image).get(name)])",
+        "maps += [self.stored[name]] if name in self.stored else []",
         "pass",
         (KILLED,),
     ),

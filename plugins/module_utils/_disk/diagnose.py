@@ -51,6 +51,7 @@ class Patient(t.NamedTuple):
     layer: Layer
     file: OpenImage
     own: t.Mapping[str, DirtyMap]  # its consistent bitmaps
+    stored: t.Mapping[str, DirtyMap]  # the others, as they were stored last
     vault: Vault | None  # that a killed run has left
     standing: Standing
 
@@ -65,7 +66,7 @@ class Patient(t.NamedTuple):
         if want.own and self.vault is not None and name in self.standing.put_back:
             maps.append(self.vault.below[name].bits)
             # A VM that has run since wrote that, perhaps before the image was emptied.
-            maps += filter(None, [stored_maps(self.file, self.image).get(name)])
+            maps += [self.stored[name]] if name in self.stored else []
         elif want.own and name in self.own:
             maps.append(self.own[name])
         return [*maps, AllocationMap(self.file)] if want.held else maps
@@ -96,7 +97,7 @@ def _look(layer: Layer, above: t.Sequence[Layer], held: Held, missed: t.Abstract
     if file.identity != layer.identity:
         raise Refusal("changed_meanwhile", layer.path, "was moved or replaced meanwhile", "Run this again.")
     if layer.image is None:
-        return Patient(layer, file, {}, None, Standing(layer.path, layer.virtual_size, {}))
+        return Patient(layer, file, {}, {}, None, Standing(layer.path, layer.virtual_size, {}))
     image = read_image(file)  # what was read before it was kept from writers may be of yesterday
     layer = layer._replace(image=image)
     vault = _find_vault(layer, above, held)
@@ -123,7 +124,7 @@ def _look(layer: Layer, above: t.Sequence[Layer], held: Held, missed: t.Abstract
         made=image.made,
         fault=fault,
     )
-    return Patient(layer, file, maps_of(file, image), vault, standing)
+    return Patient(layer, file, maps_of(file, image), stored_maps(file, image), vault, standing)
 
 
 def _find_vault(layer: Layer, above: t.Sequence[Layer], held: Held) -> Vault | None:

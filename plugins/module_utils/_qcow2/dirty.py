@@ -75,7 +75,8 @@ class DirtyMap:
     @property
     def is_whole(self) -> bool:
         """Whether all data that the table names is in the file."""
-        return max(entry & _ENTRY_OFFSET for entry in (*self._entries, 0)) + self._cluster_size <= self._file.length()
+        last = max((entry & _ENTRY_OFFSET for entry in self._entries), default=0)
+        return last + self._cluster_size <= self._file.length()
 
     def _check(self, entry: int, bitmap: Bitmap) -> None:
         """Refuse what QEMU too refuses about an entry of the table (qcow2 spec, Bitmap table)."""

@@ -246,9 +246,14 @@ EVENTS: tuple[Event, ...] = (
     vault_goes_and_vm_dies,
     switched,
 )
-# After these, what TOP carried may be in no image any more.
-MAY_REFUSE = (vault_goes, vault_goes_and_vm_dies, vm_dies_at_start, vm_runs_after_it_died_at_start)
-BY_LOSS = {"unfinished", "lost_bitmaps", "closes_gap"}  # the codes by which that is refused
+BY_LOSS = {"unfinished", "lost_bitmaps", "closes_gap"}
+# After these, what TOP carried may be in no image any more; with the codes by which that is refused.
+MAY_REFUSE: dict[Event, set[str]] = {
+    vault_goes: BY_LOSS,
+    vault_goes_and_vm_dies: BY_LOSS,
+    vm_dies_at_start: {"unfinished"},
+    vm_runs_after_it_died_at_start: {"unfinished"},
+}
 
 
 def wrong_with(disk: Disk, *, with_base: bool = True) -> list[str]:

@@ -138,12 +138,11 @@ def test_an_overlay_is_present_also_while_a_vm_opens_and_closes_it(tmp_path, dis
     try:
         end = time.monotonic() + 4
         looks = []
-        while time.monotonic() < end:
+        while time.monotonic() < end or len(looks) < 100:
             looks.append(tuple(map(str, make_overlays(wanted, SETTINGS).failures)))
     finally:
         os.killpg(vm.pid, signal.SIGKILL)
         vm.wait()
-    assert len(looks) > 10
     assert set(looks) == {()}
 
 

@@ -142,7 +142,7 @@ def copied(disk: Disk, how: str = "-a") -> None:
 
 
 EVENTS = (*disks.EVENTS, killed_again, vm_dies_and_killed_again, copied)
-MAY_REFUSE = (*disks.MAY_REFUSE, copied)  # a copy tells less than the very file
+MAY_REFUSE = {**disks.MAY_REFUSE, copied: {"unfinished"}}  # a copy tells less than the very file
 MOST = int(os.environ.get("MERGE_KILLS", qemu.examples(2)))
 
 
@@ -208,7 +208,7 @@ class Stage:
         wrong += [f"after the event: {problem}" for problem in wrong_with(disk, with_base=event is disks.nothing)]
         again = merge(disk)
         assert again is not None
-        if event in MAY_REFUSE and again.codes and set(again.codes) <= disks.BY_LOSS:
+        if again.codes and set(again.codes) <= MAY_REFUSE.get(event, set()):
             return f"{outcome}, refused", wrong + [f"refused: {problem}" for problem in wrong_with(disk)]
         wrong += [f"in the end: {problem}" for problem in self.wrong_in_the_end(again, event)]
         if not wrong and event is disks.nothing:
