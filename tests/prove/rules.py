@@ -962,7 +962,7 @@ RULES = (
     Rule(
         "what others wrote to BASE after a VM ran on the overlay stays",
         "stages",
-        "if not seen.mark_is_empty and seen.base_changed is not None and",
+        "if not is_as_left and seen.base_changed is not None and",
         "if False and",
         (KILLS,),
     ),
@@ -1002,6 +1002,41 @@ RULES = (
         "maps += [self.stored[name]] if name in self.stored else []",
         "pass",
         (KILLED,),
+    ),
+    Rule(
+        "a VM that died has run, too",
+        "stages",
+        "is_as_left = _is_sound(seen) and seen.mark_is_empty",
+        "is_as_left = not _is_sound(seen) or seen.mark_is_empty",
+        (KILLS,),
+    ),
+    Rule(
+        "a merge does not hide what others have merged into what records nothing",
+        "revert_rules",
+        "min(known, default=0)",
+        "max(known, default=0)",
+        ("test_merge_odd",),
+    ),
+    Rule(
+        "a merge does not hide what others have merged from further up",
+        "survey",
+        "for one in (above, *further))",
+        "for one in (above,))",
+        ("test_merge_odd",),
+    ),
+    Rule(
+        "the clock of a storage that is behind does not hide a merge of others",
+        "stages",
+        "made = min(above.history.made, above.history.base_written)",
+        "made = above.history.made",
+        ("test_merge_odd",),
+    ),
+    Rule(
+        "a live merge below the topmost image loses no bitmap that an old QEMU cannot add",
+        "running",
+        "if own and request.above is not None else None",
+        "if False else None",
+        ("test_running",),
     ),
 )
 

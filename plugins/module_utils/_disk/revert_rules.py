@@ -185,7 +185,8 @@ def what_counts(over: Layer, lowest: Layer) -> History:
     own, since = (one.image.history if one.image is not None else History() for one in (over, lowest))
     if own.made or own.base_written:
         return own
-    return History(base_written=since.base_written or since.made, made=since.made)
+    known = [time for time in (since.base_written, since.made) if time]  # a merge of ours has raised the first
+    return History(base_written=min(known, default=0), made=since.made)
 
 
 def is_leaving(image: Image | None) -> bool:

@@ -108,6 +108,9 @@ class Hypervisor(t.Protocol):
     def has(self, request: CommitRequest | OverlayRequest) -> bool:
         """Return whether the VM has the image at `path` in the chain of a disk, or is defined with it."""
 
+    def why_none_below(self) -> tuple[str, str] | None:
+        """Return why a merge adds no bitmap to an image below the topmost one, and the way out; None if it does."""
+
     def check_for_snapshot(self, request: OverlayRequest) -> None:
         """Refuse a disk on which a job of somebody else goes on that keeps it from a snapshot."""
 
@@ -325,6 +328,7 @@ class MergeRunning(MergeLayers):
             return self.refused(request, [other])
         problems = [*commit.image_problems(seen), *commit.size_problems(seen), *_problems(request, seen, known, held)]
         if not is_left_over:
+            problems += _not_added(request, seen, known, self._hypervisor)
             unusable = {name: made for name, made in request.created if name not in known.usable}
             problems += commit.hidden_ages(seen, unusable, is_running=True)
         if problems:
@@ -580,6 +584,17 @@ def _problems(request: CommitRequest, seen: Seen, known: Known, held: Held) -> t
     problem = None if file.is_device else why_not_retired(request.path, file, request.retire, KEPT_AS)
     if problem is not None:
         yield problem
+
+
+def _not_added(request: CommitRequest, seen: Seen, known: Known, hypervisor: Hypervisor) -> list[Refusal]:
+    """Return which bitmaps BASE would lack after the merge, since it has none of these names."""
+    in_base = {bitmap.name for bitmap in seen.base_bitmaps if carries_over(bitmap)}
+    own = [b for b in seen.top.bitmaps if carries_over(b) and b.name in known.usable and b.name not in in_base]
+    why_none = hypervisor.why_none_below() if own and request.above is not None else None
+    if why_none is None:
+        return []
+    why = f"lacks the bitmaps {names_of(own)} of {request.path}, which a merge now would lose: {why_none[0]}"
+    return [Refusal("old_libvirt", request.backing_file, why, why_none[1])]
 
 
 def _as_in_memory(seen: Seen) -> list[list[LayerBitmaps]]:

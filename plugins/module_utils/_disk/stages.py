@@ -90,7 +90,8 @@ class Seen(t.NamedTuple):
         if above is None or self.above_is_begun or self.vault is not None:
             return False
         between = [layer.image.history for layer in self.part[:-1] if layer.image is not None]
-        recorded = [above.history.settled, *(max(one.base_written, above.history.made) for one in between)]
+        made = min(above.history.made, above.history.base_written)  # by the clock of the storage, too
+        recorded = [above.history.settled, *(max(one.base_written, made) for one in between)]
         changed = [self.top_changed, *(self.below_changed.get(layer.path) for layer in self.part[1:])]
         return all(time is not None and time <= settled for time, settled in zip(changed, recorded))
 
@@ -204,11 +205,12 @@ def _stage_when_marked(seen: Seen, mark: Bitmap, vault: Vault) -> Stage | Refusa
     """Return the stage where TOP has a mark, and the vault says that work is unfinished."""
     if mark.name != MARK + vault.token:
         return _unfinished(seen, "the vault beside BASE is of another commit", "Finish that one first.")
+    is_as_left = _is_sound(seen) and seen.mark_is_empty
+    # Before a commit writes to BASE it empties the mark. So it was a VM on TOP, and then something else on BASE.
+    if not is_as_left and seen.base_changed is not None and seen.base_changed > seen.top_changed:
+        return _written_by_others(seen, vault)
     if not _is_sound(seen):
         return Stage(REBUILT)
-    # Before a commit writes to BASE it empties the mark. So it was a VM on TOP, and then something else on BASE.
-    if not seen.mark_is_empty and seen.base_changed is not None and seen.base_changed > seen.top_changed:
-        return _written_by_others(seen, vault)
     # BASE is as it was, or stripped, or has got some of TOP's bitmaps already.
     return Stage(CARRIED) if seen.base_is_as_kept or seen.top_has_all else _excluded(seen)
 
@@ -218,7 +220,8 @@ def _written_by_others(seen: Seen, vault: Vault) -> Refusal:
         seen,
         "a VM has run on it since, and after that something else has written to BASE, such as 'qemu-img commit', or a "
         "VM that was put on BASE. With this overlay old data would go over newer data",
-        f"If BASE has all by now, move this overlay and {vault.path} away, or remove both, and make a full backup. If "
+        f"If BASE has all by now, put the VM on it ('virsh edit'), move this overlay and {vault.path} away, or remove "
+        "both, and make a full backup. If "
         "no VM has run on BASE since and nothing was merged into it, as where only 'qemu-img check' has written to it, "
         f"'touch {seen.chain[0].path}' says so: then run this again.",
     )

@@ -134,7 +134,7 @@ def see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, above: Lay
         written=last_written([*([above] if above is not None else []), *chain], held),
         further=read_further(request, above),
         above_changed=held.image(above.path).written() if above is not None else 0,
-        above_is_begun=above is not None and _is_begun(above, part[0], held),
+        above_is_begun=above is not None and _is_begun(above, part[0], request, held),
         holds_what_it_held=vault is None
         or vault.held is None
         or _holds(files[:-1], vault.held, chain[0].virtual_size)
@@ -179,12 +179,13 @@ def _changed(layer: Layer, file: OpenImage) -> int:
     return found
 
 
-def _is_begun(above: Layer, top: Layer, held: Held) -> bool:
-    """Whether TOP holds data of the image above, as after a merge by others that was given up."""
+def _is_begun(above: Layer, top: Layer, request: CommitRequest, held: Held) -> bool:
+    """Whether TOP holds data of the image above, or of one on that, as after a merge by others that was given up."""
     history = above.image.history if above.image is not None else History()
     if not lower_of(top, history, held).may_be_written:
         return False
-    return in_common((above.path, above), (top.path, top), held).is_merged()
+    further = [observe_chain(held.image(path), "qcow2", relative=False).layers[0] for path in request.further]
+    return any(in_common((one.path, one), (top.path, top), held).is_merged() for one in (above, *further))
 
 
 def _has_gone_in(path: str, vault: Vault | None) -> bool:

@@ -18,12 +18,9 @@ from .._disk.heal import ABSENT, VALID
 from .._libvirt.checkpoints import delete_live
 from .._libvirt.connection import Domain, Libvirt
 from .healing import CheckpointRequest, Fate, no_such_checkpoint, without_disks
-from .live import OLDEST, shown
+from .live import OLDEST, WRITES_BELOW, shown
 from .look import DomainLook
 from .verdicts import DomainCheckpoint
-
-# The oldest QEMU that can open an image below the topmost one for writing later (blockdev-reopen).
-_WRITES_BELOW = (6, 1, 0)
 
 _SHUT_OFF_HEALS = (
     "Shut it down and run this again, which makes it valid if that is provable. Or have it deleted at once with "
@@ -79,7 +76,7 @@ def why_left_below(version: tuple[int, int, int], look: DomainLook, fate: Fate) 
     It must not be asked to: before it fails, it takes the bitmap out of the topmost image, on disk, and if it is killed
     then, the checkpoint is broken.
     """
-    if version >= _WRITES_BELOW:
+    if version >= WRITES_BELOW:
         return None
     for disk in look.disks:
         below = disk.chain.layers[1:] if disk.chain is not None else ()
@@ -89,7 +86,7 @@ def why_left_below(version: tuple[int, int, int], look: DomainLook, fate: Fate) 
                 f"{image} has a bitmap of its checkpoint {fate.name!r}, and QEMU {shown(version)} lets libvirt write "
                 "only to the topmost image while it runs"
             )
-            remedy = f"Shut it down and run this again. Or update QEMU: {shown(_WRITES_BELOW)} can."
+            remedy = f"Shut it down and run this again. Or update QEMU: {shown(WRITES_BELOW)} can."
             return Refusal("old_libvirt", look.domain.name, why, remedy)
     return None
 

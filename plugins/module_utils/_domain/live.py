@@ -56,6 +56,8 @@ from .wayback import (
 )
 
 OLDEST = (6, 6, 0)  # of libvirt that has bitmaps go on over live snapshots and merges
+# The oldest QEMU that can open an image below the topmost one for writing later (blockdev-reopen).
+WRITES_BELOW = (6, 1, 0)
 
 _KNOWS_VOLUMES = (9, 0, 0)  # the oldest that was seen to put a domain off its volume for the next start, too; not 7.0
 
@@ -329,6 +331,14 @@ class RunningDomains:
         """Refuse a disk on which a job goes on that keeps it from a snapshot."""
         if request.mark is not None:
             check_no_job(self._daemon, self._domains[request.vm or ""], request.mark.target)
+
+    def why_none_below(self) -> tuple[str, str] | None:
+        """Return why a merge adds no bitmap to an image below the topmost one, and the way out; None if it does."""
+        version = self._daemon.qemu_version
+        if version >= WRITES_BELOW:
+            return None
+        why = f"QEMU {shown(version)} lets libvirt write only to the topmost image while the VM runs"
+        return why, f"Shut it down and run this again. Or update QEMU: {shown(WRITES_BELOW)} can."
 
     def check_for_merge(self, request: CommitRequest, *, resumes: bool) -> None:
         """Refuse an image if a job is in the way of its merge."""

@@ -812,16 +812,17 @@ def without_bitmaps(disk: Disk) -> None:
     disk.path = disk.add("top", SIZE, [])
 
 
-def test_what_others_wrote_to_base_after_a_vm_ran_on_the_overlay_is_not_overwritten(tmp_path):
+@pytest.mark.parametrize("runs", [disks.vm_runs, disks.vm_dies])
+def test_what_others_wrote_to_base_after_a_vm_ran_on_the_overlay_is_not_overwritten(tmp_path, runs):
     """As the VM does that 'qemu-img commit -d' and 'virsh edit' have put on BASE."""
-    disk = stopped_at_carry(tmp_path, without_bitmaps, disks.vm_runs, phase="strip")
+    disk = stopped_at_carry(tmp_path, without_bitmaps, runs, phase="strip")
     disk.write(2, path=disk.base)
     before = chains.content(disk.base)
     ended = merge(disk)
     assert ended is not None
     assert ended.codes == ["unfinished"]
     assert "after that something else has written to BASE" in ended.failures[0]
-    assert f"move this overlay and {disk.vault} away" in ended.failures[0]
+    assert f"put the VM on it ('virsh edit'), move this overlay and {disk.vault} away" in ended.failures[0]
     assert chains.content(disk.base) == before
     os.utime(disk.path)  # by the word of the user
     disk.now = chains.content(disk.top)

@@ -598,6 +598,56 @@ def test_a_merge_does_not_hide_that_what_takes_part_was_not_what_it_was(tmp_path
     assert codes == (["base_changed"] if written else [])
 
 
+def codes_of_going_back(path: t.Any, backing_file: t.Any) -> list[str]:
+    """Return why a VM cannot be put on an image below."""
+    request = RevertRequest(str(path), str(backing_file), puts_on_base=True)
+    return [one.code for one in run(GoBack(), [request], SETTINGS).failures]
+
+
+def test_the_clock_of_a_storage_that_is_behind_does_not_hide_it(tmp_path):
+    """Then what was written there after the image above was made looks older than that."""
+    base = qemu.create(tmp_path / "base", 16 << 20)
+    os.utime(base, ns=(LONG_AGO, LONG_AGO))
+    top = made_on(base, tmp_path / "s1", LONG_AGO + 600 * 10**9)
+    above = made_on(top, tmp_path / "s2", LONG_AGO + 1200 * 10**9)
+    for path in (base, above):
+        commits.write(path, "write -P 7 0 1M")
+    os.utime(base, ns=(0, LONG_AGO + 900 * 10**9))
+    assert commits.merged(top, base, above=above, is_of_vm=True)["state"] == "committed"
+    assert codes_of_going_back(above, base) == ["base_changed"]
+
+
+def test_a_merge_does_not_hide_what_others_have_merged_into_an_image_that_records_nothing(tmp_path):
+    """As 'virsh blockcommit' goes into the template below a disk by default."""
+    template = qemu.create(tmp_path / "template", 16 << 20)
+    base = commits.overlay(tmp_path / "disk", template)
+    for path in (template, base):
+        os.utime(path, ns=(LONG_AGO, LONG_AGO))
+    top = made_on(base, tmp_path / "s1", LONG_AGO + 600 * 10**9)
+    commits.write(top, "write -P 3 4M 64k")
+    os.utime(top, ns=(0, LONG_AGO + 600 * 10**9))
+    above = made_on(top, tmp_path / "s2", LONG_AGO + 1200 * 10**9)
+    for path in (template, above):
+        commits.write(path, "write -P 7 0 1M")
+    os.utime(template, ns=(0, LONG_AGO + 1800 * 10**9))
+    assert commits.merged(top, base, above=above, is_of_vm=True)["state"] == "committed"
+    assert codes_of_going_back(above, base) == ["base_changed"]
+
+
+def test_a_merge_does_not_hide_what_others_have_merged_from_further_up(tmp_path):
+    """As 'virsh blockcommit' of what is topmost, into the lower of two snapshots, soon after both."""
+    images = [qemu.create(tmp_path / "base", 16 << 20)]
+    os.utime(images[0], ns=(LONG_AGO, LONG_AGO))
+    for number in (1, 2, 3):
+        images.append(made_on(images[-1], tmp_path / f"s{number}", LONG_AGO + number * 10**9))
+    base, top, above, topmost = images
+    for path in (top, topmost):
+        commits.write(path, "write -P 7 0 1M")
+    os.utime(top, ns=(0, LONG_AGO + 10 * 10**9))
+    assert commits.merged(top, base, above=above, further=(topmost,), is_of_vm=True)["state"] == "committed"
+    assert codes_of_going_back(topmost, above) == ["base_changed"]
+
+
 @pytest.mark.parametrize("step", ["carry", "give", "publish"])
 def test_after_a_kill_nothing_tells_whether_what_takes_part_is_what_it_was(tmp_path, monkeypatch, step):
     base = qemu.create(tmp_path / "base", 16 << 20)

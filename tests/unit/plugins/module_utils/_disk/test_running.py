@@ -79,6 +79,7 @@ class Hypervisor:
         self.signals = ()  # paths of images in whose merge a signal comes
         self.is_full = False  # where it keeps definitions
         self.busy = set()  # paths of images, or of new ones, on whose disk somebody else's job goes on
+        self.none_below = None  # why it adds no bitmap to an image below the topmost one
 
     def known(self, _vm, _paths):
         return self._known
@@ -87,6 +88,9 @@ class Hypervisor:
         if self.is_lost:
             raise Refusal("libvirt_unreachable", "uri", "went away")
         return request.path in self.keeps or request.path not in self.gone | self.lost
+
+    def why_none_below(self):
+        return self.none_below
 
     def check_for_snapshot(self, request):
         if request.path in self.busy:
@@ -319,6 +323,23 @@ def test_an_image_stays_if_the_one_below_has_not_got_its_bitmaps(tmp_path, disk,
     outcome = merge([request], Hypervisor(Known(("sunday", "new", "began_above"))))
     assert [(one.code, one.subject) for one in outcome.failures] == ([] if is_stored else [("not_stored", disk)])
     assert os.path.exists(middle) is not is_stored
+
+
+@pytest.mark.parametrize(("names", "codes"), [(("sunday",), []), (("sunday", "new"), ["old_libvirt"])])
+@pytest.mark.parametrize("is_between", [True, False])
+def test_a_merge_that_would_lose_a_bitmap_is_not_begun(tmp_path, disk, names, codes, is_between):
+    """A QEMU before 6.1 stores none in an image below the topmost one that this has not."""
+    middle = overlay(tmp_path / "disk.mon.qcow2", disk)
+    qemu.add_bitmaps(middle, [Bitmap(name, 65536, True, False) for name in names])
+    above = overlay(tmp_path / "disk.tue.qcow2", middle) if is_between else None
+    hypervisor = Hypervisor(Known(names))
+    hypervisor.none_below = ("QEMU 5.2.0 does not", "Update QEMU.")
+    outcome = merge([CommitRequest(middle, disk, vm="web", above=above)], hypervisor)
+    assert [(one.code, one.subject) for one in outcome.failures] == (
+        [(code, disk) for code in codes] if is_between else []
+    )
+    assert all("'new'" in one.why and "'sunday'" not in one.why for one in outcome.failures)
+    assert os.path.exists(middle) is bool(outcome.failures)
 
 
 def test_the_hypervisor_can_open_the_new_overlay(tmp_path, disk):

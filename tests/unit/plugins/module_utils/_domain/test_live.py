@@ -583,6 +583,15 @@ def test_a_call_tells_of_a_loss_below_the_disks_that_a_domain_runs_with(host, ru
     assert (told["problem"], told["verified"]) == (("lost", False) if runs_on_it else (None, True))
 
 
+def test_a_qemu_before_6_1_adds_no_bitmap_below_the_topmost_image(host):
+    daemon = Daemon(host)
+    for version, words in (((6, 0, 9), "QEMU 6.0.9 lets libvirt write only to the topmost image"), ((6, 1, 0), None)):
+        daemon.qemu_version = version
+        told = live.RunningDomains(daemon, []).why_none_below()
+        assert (told is None) is (words is None)
+        assert told is None or (words in told[0] and "6.1.0 can" in told[1])
+
+
 class Left:
     """A hypervisor whose VMs have left their disks, and which knows the bitmap b of them. A Hypervisor."""
 
