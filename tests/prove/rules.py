@@ -1038,6 +1038,14 @@ RULES = (
         "if False else None",
         ("test_running",),
     ),
+    Rule(
+        "a merge does not hide that an image was taken out above",
+        "wayback",
+        "if place and not problems:",
+        "if False:",
+        ("test_wayback",),
+        "_domain",
+    ),
 )
 
 

@@ -318,6 +318,8 @@ def plan_merge(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark, f
     )
     source = _source(found.below) if above is None else _unstated(facts)
     problems = _chain_problems(domain, facts, request, found, mark, goes_back=False)
+    if place and not problems:
+        problems = _hidden_by_merge(facts.layers[: place + 1])
     return DiskPlan(mark.target, merge, source, tuple(problems))
 
 
@@ -447,6 +449,19 @@ def _other_base(part: t.Sequence[Layer], *, goes_back: bool) -> list[Refusal]:
         "merged down by other tools, 'touch' it and run this again."
     )
     return [Refusal("base_changed", base.path, why, remedy)]
+
+
+def _hidden_by_merge(part: t.Sequence[Layer]) -> list[Refusal]:
+    """Return that the lowest one of these images, which is to go in, is not what the one above it was made on.
+
+    That is right for who merges. But once it has gone in, nothing keeps anybody from going back to below the one above.
+    """
+    above = part[-2].path
+    remedy = (
+        f"If it is a template, leave it alone. Else nobody should go back to below {above} any more, and after the "
+        "merge nothing would say so. If nobody will, 'touch' it and run this again."
+    )
+    return [Refusal(one.code, one.subject, one.why, remedy) for one in _other_base(part, goes_back=True)]
 
 
 def _made_on(overlay: Layer) -> Identity:

@@ -627,6 +627,28 @@ def test_a_merge_does_not_hide_that_the_image_in_between_was_not_what_it_was(hos
     assert host.revert("plain", "wed")[0] == ["failed"]
 
 
+@pytest.mark.parametrize("is_copy", [False, True])
+def test_a_merge_does_not_hide_that_an_image_was_taken_out_above(host, is_copy):
+    """As by 'virsh blockpull --base', or because it was put back from a copy."""
+    host.image("plain.qcow2")
+    host.define("plain", "plain.qcow2")
+    for snapshot in ("mon", "tue", "wed"):
+        assert host.snapshot("plain", snapshot)
+    mon, tue, wed = (host.folder / f"plain.{snapshot}.qcow2" for snapshot in ("mon", "tue", "wed"))
+    goes_in = tue if is_copy else mon
+    if not is_copy:
+        stand_on(mon, wed)
+        os.unlink(tue)
+    os.utime(goes_in, (1, 1))
+    if is_copy:
+        os.utime(mon, (1, 1))
+    (problem,) = host.plan_back(plan_commit, "plain", goes_in.name.split(".")[1]).problems
+    assert (problem.code, problem.subject) == ("base_changed", str(goes_in))
+    assert f"nobody should go back to below {wed} any more" in problem.remedy
+    os.utime(goes_in)  # by the word of the user
+    assert host.commit("plain", goes_in.name.split(".")[1])[0] == ["committed"]
+
+
 def test_a_time_that_is_ahead_of_the_clock_is_in_nobodys_way(host):
     """As of a storage whose clock was wrong for a while."""
     for disk in "ab":
