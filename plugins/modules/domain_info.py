@@ -326,7 +326,8 @@ domains:
             - V(not_in_top), V(gap), V(not_recording), V(inconsistent), V(different_size), V(lost) or V(older) if it
               is not valid.
             - V(in_use) if it cannot be told because a process, most likely the running VM, has the image open for
-              writing. V(incomplete) if it cannot be told because not the whole chain was read.
+              writing. V(incomplete) if it cannot be told because not the whole chain was read, or because an image that
+              a killed run was merging down is not in it any more.
             - Null if it is valid.
             - V(broken) if it is not valid by the word of libvirt, which does not say why, since the domain runs.
             - V(in_use) of a running domain if its QEMU has an image below the topmost one open for writing, for a block

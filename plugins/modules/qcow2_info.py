@@ -271,7 +271,8 @@ disks:
             - V(not_in_top), V(gap), V(not_recording), V(inconsistent), V(different_size), V(lost) or V(older) if it
               is not valid.
             - V(in_use) if it cannot be told because a process, most likely the running VM, has the image open for
-              writing. V(incomplete) if it cannot be told because not the whole chain was read.
+              writing. V(incomplete) if it cannot be told because not the whole chain was read, or because an image that
+              a killed run was merging down is not in it any more.
             - Null if it is valid.
           type: str
           sample: null

@@ -1046,6 +1046,13 @@ RULES = (
         ("test_wayback",),
         "_domain",
     ),
+    Rule(
+        "what a killed run has left in a vault alone is not called valid",
+        "unfinished",
+        "doubtful = frozenset((*vault.above, *vault.below)) if place is None else",
+        "doubtful = frozenset[str]() if place is None else",
+        (KILLS,),
+    ),
 )
 
 

@@ -22,7 +22,7 @@ from .._qemu import locks
 from .._qemu.settled import is_open_for_writing, read_settled
 from .bitmap_rules import INCOMPLETE, Checkpoint, LayerBitmaps, judge_all
 from .chain_size import ChainSize
-from .unfinished import unfinished_work
+from .unfinished import Unfinished, in_doubt, unfinished_work
 
 MAX_COUNTED_BITS = 1 << 33  # of one chain; looking at more takes minutes
 _ATTEMPTS = 3  # at a chain that changes while its dirty bytes are counted
@@ -170,6 +170,7 @@ def examine_chain(
         attempts -= 1
         with _Examination(path, created or {}) as examination:
             examination.read(follow=follow, image_format=image_format)
+            examination.doubt()
             if count:
                 examination.count()
             # A VM that starts and stops meanwhile moves its bitmaps, and the figures would be of nothing.
@@ -233,6 +234,7 @@ class _Examination:
         self._dirty: dict[str, int] = {}  # bytes by the name of the checkpoint
         self._problem: Refusal | None = None
         self._warnings: list[str] = []
+        self._unfinished: list[Unfinished] = []
 
     def __enter__(self) -> _Examination:
         return self
@@ -284,6 +286,14 @@ class _Examination:
         except OSError as exc:
             self._problem = self._problem or system_refusal(exc, self._path, "its chain cannot be read")
 
+    def doubt(self) -> None:
+        """Look for what is unfinished, and take back the verdict on what it leaves in doubt."""
+        top = self._layers[0].image if self._layers else None
+        layers = [one.layer for one in self._layers]
+        with self._problem_told():
+            self._unfinished = unfinished_work(layers, top.bitmaps if top else ()) if layers else []
+        self._checkpoints = [in_doubt(one.name, self._unfinished) or one for one in self._checkpoints]
+
     def count(self) -> None:
         """Count the dirty bytes of each bitmap, and of each valid checkpoint, unless that would take too long."""
         together = [self._maps_of(checkpoint.name) for checkpoint in self._checkpoints]
@@ -319,9 +329,6 @@ class _Examination:
 
     def result(self, *, with_figures: bool) -> ExaminedChain:
         """Return what was found, without the figures if they are of different moments."""
-        unfinished: tuple[str, ...] = ()
-        with self._problem_told():
-            unfinished = tuple(self._unfinished())
         layers = [one.layer for one in self._layers]
         changing = f"{self._path}: is being changed again and again, so dirty bytes are not counted."
         return ExaminedChain(
@@ -337,16 +344,13 @@ class _Examination:
                 *corrupt_below(self._path, layers),
                 *([] if with_figures else [changing]),
             ),
-            unfinished=unfinished,
+            unfinished=tuple(self._unfinished_work()),
         )
 
-    def _unfinished(self) -> t.Iterator[str]:
+    def _unfinished_work(self) -> t.Iterator[str]:
         """Yield what is unfinished on the images that were read."""
-        top = self._layers[0].image if self._layers else None
-        layers = [one.layer for one in self._layers]
-        found = unfinished_work(layers, top.bitmaps if top else ()) if layers else []
-        yield from map(str, found)
-        if found and any(locks.is_locked(one.file, locks.OUR_TURN) for one in self._layers):
+        yield from map(str, self._unfinished)
+        if self._unfinished and any(locks.is_locked(one.file, locks.OUR_TURN) for one in self._layers):
             yield "But a run of this collection is working on the chain just now. Wait for its end."
 
 

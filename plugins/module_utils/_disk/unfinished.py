@@ -18,6 +18,7 @@ from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer
 from .._qcow2.image import read_image
 from .._qcow2.mark import Mark
+from .bitmap_rules import INCOMPLETE, Checkpoint
 from .vault import MARK, Vault, find_vault, healing_place, open_vault, place_of, read_vault, top_stands
 
 COMMIT = "commit"
@@ -33,6 +34,7 @@ class Unfinished(t.NamedTuple):
     remedy: str
     is_in_the_way: bool = True  # of other work on the chain
     mark: Mark | None = None  # of the overlay that is merged down
+    doubtful: frozenset[str] = frozenset()  # bitmaps of which nothing tells whether the images have all of them
 
     def __str__(self) -> str:
         return f"{self.path}: {self.what}. {self.remedy}"
@@ -40,6 +42,12 @@ class Unfinished(t.NamedTuple):
     def as_refusal(self) -> Refusal:
         """Return the refusal of other work on the chain."""
         return Refusal("unfinished", self.path, self.what, self.remedy)
+
+
+def in_doubt(name: str, unfinished: t.Iterable[Unfinished]) -> Checkpoint | None:
+    """Return the verdict on a checkpoint of which a killed run has left a part in its vault alone; None if not so."""
+    left = next((one for one in unfinished if name in one.doubtful), None)
+    return None if left is None else Checkpoint(name, None, INCOMPLETE, left.path, str(left))
 
 
 def unfinished_work(chain: t.Sequence[Layer], top_bitmaps: t.Iterable[Bitmap]) -> list[Unfinished]:
@@ -194,9 +202,12 @@ def _commit(layer: Layer, path: str, vault: Vault | Refusal, chain: t.Sequence[L
         if place is None and layer is chain[0]:
             call += (
                 f" But if a VM has run on {layer.path} since, that and what {top} holds exclude each other. To keep "
-                f"what is in {layer.path}, remove {top} and the vault instead, and make a full backup."
+                f"what is in {layer.path}, remove {top} and the vault instead, then all checkpoints, and make a full "
+                "backup with a new one."
             )
-        return Unfinished(COMMIT, layer.path, what, call, mark=mark)
+        # Another tool may have merged it into an image above, whose bitmaps lack what only the vault has.
+        doubtful = frozenset((*vault.above, *vault.below)) if place is None else frozenset[str]()
+        return Unfinished(COMMIT, layer.path, what, call, mark=mark, doubtful=doubtful)
     what = f"of the commit of {top} into it only the end is missing: what went in is to be retired (vault {path})"
     return Unfinished(COMMIT, layer.path, what, call, is_in_the_way=place is not None, mark=mark)
 

@@ -293,7 +293,8 @@ def _put_on_base(base: Layer, domain: Domain, vault: Vault, top_path: str) -> Re
     remedy = (
         f"If the domain has not run since, put it on {top_path} again ('virsh edit') and run state=committed. If it "
         f"has, what it wrote and what that holds exclude each other: to keep what the domain has, remove {top_path} "
-        f"and {vault.path}, and make a full backup."
+        f"and {vault.path}, then all checkpoints (kvmfleet.qcow2.domain_checkpoint with state=absent), of which "
+        "changes may be missing, and make a full backup with a new one."
     )
     return Refusal("unfinished", base.path, why, remedy)
 

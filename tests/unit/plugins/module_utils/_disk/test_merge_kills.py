@@ -26,6 +26,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import OpenImage
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import carry, retire
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import CommitRequest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.examine import examine_chain
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.merge import MergeLayers
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.vault import open_vault, read_vault
@@ -804,6 +805,21 @@ def test_what_a_vm_wrote_before_the_overlay_was_emptied_is_in_bitmaps_that_are_m
     disk.crash(writes=2)
     completed(disk)
     assert {"a", "new"} <= chains.usable(disk.base).keys()
+
+
+def test_what_only_a_vault_has_is_in_doubt_once_others_have_merged_the_overlay_up(tmp_path):
+    """As by 'virsh blockpull': then no gap tells what a killed run has lost."""
+    disk = stopped_at_carry(tmp_path, disks.below, loses)
+    qemu.qemu_img("rebase", "-q", "-b", disk.base, "-F", "qcow2", disk.above)
+
+    def told() -> dict[str, t.Any]:
+        found = examine_chain(disk.above, follow=True, count=True)
+        return {one.name: (one.valid, one.problem, one.name in found.dirty) for one in found.checkpoints}
+
+    doubt, known = (None, "incomplete", False), (True, None, True)
+    assert told() == {"a": doubt, "new": doubt, "newest": known}
+    os.unlink(disk.vault)
+    assert told() == dict.fromkeys(("a", "new", "newest"), known)
 
 
 def without_bitmaps(disk: Disk) -> None:

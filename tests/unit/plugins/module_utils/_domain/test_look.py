@@ -131,6 +131,20 @@ def test_a_merge_that_was_killed_tells_which_snapshot_it_was(define, chain):
     assert (left["target"], left["image"], left["kind"], left["snapshot"]) == ("vda", chain[1], "commit", "monday")
 
 
+@pytest.mark.parametrize("name", ["one", "other"])
+def test_what_the_vault_of_an_image_that_is_not_in_the_chain_may_have_alone_is_in_doubt(define, chain, tmp_path, name):
+    """As once 'virsh blockpull' has taken that one in."""
+    gone = qemu.create(tmp_path / "gone.qcow2", "1M")
+    below = [(Bitmap(name, 65536, True, False), [])]
+    with open_image(gone) as file, open(place_of(chain[1], False, ""), "wb") as vault:
+        write_vault(vault.fileno(), Content("0123", file, [], below, [], {}, 1 << 20))
+    define("web", element("vda", chain[0]), checkpoint="one")
+    result = looked()
+    (checkpoint,) = result["checkpoints"]
+    told = (checkpoint["valid"], checkpoint["problem"], checkpoint["image"], result["next_backup"])
+    assert told == ((None, "incomplete", chain[1], "unknown") if name == "one" else (True, None, None, "incremental"))
+
+
 @pytest.mark.parametrize("mark", [Mark("other", "vda", "monday"), Mark(UUID, "vdb", "monday")])
 def test_the_snapshot_of_another_domain_or_disk_is_none_of_this_one(define, chain, mark):
     plain = qemu.create(chain[1] + ".plain", "1M", "-b", chain[1], "-F", "qcow2")
