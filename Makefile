@@ -5,7 +5,7 @@ demo:
 	tests/demo.sh
 
 test:
-	LIMIT=2400 PROVE="$${PROVE:---rounds 1 --at-most 40 --seed 1}" tests/run.sh build galaxy lint sanity page quick units integration fleet prove
+	LIMIT=2400 PROVE="$${PROVE:---rounds 1 --at-most 20 --seed 1}" tests/run.sh build galaxy lint sanity page quick units integration fleet prove
 
 test-between:
 	tests/run.sh between

@@ -33,11 +33,12 @@ declare -A only_with=(
   [domain_overlay/healed]=2.18 [domain_overlay/tools]=2.18 [domain_overlay/refused]=2.21 [domain_overlay/failures]=2.18
   [domain_overlay/started]=2.18 [domain_overlay/restarted]=2.18 [domain_overlay/retention]=2.21 [domain_overlay/health]=2.18
   [domain_overlay/kinds]=2.21 [domain_overlay/names]=2.21 [domain_overlay/volumes]=2.21 [domain_overlay/info]=2.21
-  [domain_overlay/quiesced]=2.21 [domain_overlay/live]=2.18 [domain_overlay/wayback]=2.18
+  [domain_overlay/quiesced]=2.21 [domain_overlay/live]=2.18 [domain_overlay/wayback]=2.18 [domain_overlay/proof]=2.21
   [qcow2_overlay/bitmaps]=2.18 [qcow2_overlay/committed]=2.18 [qcow2_overlay/reverted]=2.21
   [qcow2_overlay/refused_target]=2.18 [qcow2_overlay/in_use]=2.18 [qcow2_overlay/full_disk]=2.18 [qcow2_overlay/no_links]=2.18
   [qcow2_overlay/refused_active]=2.21 [qcow2_overlay/names]=2.21 [qcow2_overlay/layouts]=2.21 [qcow2_overlay/devices]=2.21
-  [qcow2_overlay/killed]=2.21 [overlay_role/states]=2.18 [overlay_role/playbooks]=2.21)
+  [qcow2_overlay/killed]=2.21 [qcow2_overlay/engines]=2.18 [qcow2_overlay/ownership]=2.21
+  [overlay_role/states]=2.18 [overlay_role/playbooks]=2.21)
 system_core=2.19  # for a machine with one Python only, such as a fresh Debian
 
 # Put before a command: processes, mounts and loopback of its own. Two libvirt daemons would now and then choose the same
@@ -456,12 +457,11 @@ as_root() (  # as_root STEP: by sudo, if we are not root
   exit "$status"
 )
 
-each_leg() {  # each_leg STEP: all of the matrix, side by side, but units, which use all processors, one after the other
+each_leg() {  # each_leg STEP: all of the matrix, side by side
   local leg core controller host
   for leg in "${usable[@]}"; do
     read -r core controller host <<< "$leg"
     begin "$1-$core" "$1, ansible-core $core" "$1" "$core" "$controller" "$host"
-    [ "$1" != units ] || await
   done
 }
 

@@ -188,7 +188,8 @@ notes:
     of it that is ended by a signal, or makes no progress for O(timeout) seconds, is given up, and the domain goes on
     with its overlay; one that goes on after a run was killed is followed by the next run. A libvirt daemon that is
     started anew is waited for, and the merge goes on meanwhile. A block job that no run has begun is left alone. An
-    overlay that a killed run has left, and that no disk has any more, is renamed and never deleted.
+    overlay that a killed run has left, and that no disk has any more, is renamed and never deleted. With QEMU before
+    6.1, an overlay in the middle whose bitmaps the image below lacks can be merged only while the domain is shut off.
   - Once a merge of a running domain is begun, no disk of the domain can go back from that snapshot, even if the merge
     is given up. A file C(.NAME.INODE.kvmfleet-merging) beside each overlay tells so until the overlay is retired. Do
     not remove it. Complete the merge by the same call.
@@ -205,7 +206,8 @@ notes:
     inconsistent.
   - A domain goes back only to what it was at the snapshot. If other tools have merged data into the image below since,
     as C(virsh blockcommit) that was given up, or have put another image there, it is refused (V(base_changed)), as far
-    as the time of that image and the data of both tell. Overlays that versions before 1.1.0 have made do not tell.
+    as the time of that image and the data of both tell. Overlays that versions before 1.1.0 have made do not tell. So
+    an image is not merged down either, unless it is what the one above it was made on, as far as its time tells.
   - After going back, increments that were made since the snapshot belong to what was discarded. Apply none of them, nor
     any later one, on each other. Make the next increment since a checkpoint that is left, and apply it on the backup
     that ended there; else make a full backup. A backup tool that asks for a checkpoint that is gone gets a refusal.

@@ -22,7 +22,7 @@ from .._qemu import locks
 from .._qemu.settled import is_open_for_writing, read_settled
 from .bitmap_rules import INCOMPLETE, Checkpoint, LayerBitmaps, judge_all
 from .chain_size import ChainSize
-from .unfinished import Unfinished, in_doubt, unfinished_work
+from .unfinished import Unfinished, left_in_vault, unfinished_work
 
 MAX_COUNTED_BITS = 1 << 33  # of one chain; looking at more takes minutes
 _ATTEMPTS = 3  # at a chain that changes while its dirty bytes are counted
@@ -292,7 +292,7 @@ class _Examination:
         layers = [one.layer for one in self._layers]
         with self._problem_told():
             self._unfinished = unfinished_work(layers, top.bitmaps if top else ()) if layers else []
-        self._checkpoints = [in_doubt(one.name, self._unfinished) or one for one in self._checkpoints]
+        self._checkpoints = [left_in_vault(one.name, self._unfinished) or one for one in self._checkpoints]
 
     def count(self) -> None:
         """Count the dirty bytes of each bitmap, and of each valid checkpoint, unless that would take too long."""

@@ -44,7 +44,7 @@ class Unfinished(t.NamedTuple):
         return Refusal("unfinished", self.path, self.what, self.remedy)
 
 
-def in_doubt(name: str, unfinished: t.Iterable[Unfinished]) -> Checkpoint | None:
+def left_in_vault(name: str, unfinished: t.Iterable[Unfinished]) -> Checkpoint | None:
     """Return the verdict on a checkpoint of which a killed run has left a part in its vault alone; None if not so."""
     left = next((one for one in unfinished if name in one.doubtful), None)
     return None if left is None else Checkpoint(name, None, INCOMPLETE, left.path, str(left))

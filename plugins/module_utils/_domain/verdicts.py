@@ -16,7 +16,7 @@ import typing as t
 from .._base.errors import Refusal, printable
 from .._disk.bitmap_rules import IN_USE, INCOMPLETE, Checkpoint, judge
 from .._disk.examine import ExaminedChain
-from .._disk.unfinished import Unfinished, in_doubt
+from .._disk.unfinished import Unfinished, left_in_vault
 from .._disk.vault import MARK
 from .._libvirt.connection import KnownCheckpoint
 from .._libvirt.definition import DomainDisk
@@ -139,7 +139,7 @@ def _judge_disk(look: DiskLook, bitmap: str, known: KnownCheckpoint) -> Checkpoi
     # libvirt tells of the files that QEMU has open, which are not there.
     if look.problem is not None and look.problem.code == "other_disks":
         return Checkpoint(bitmap, None, INCOMPLETE, look.problem.subject, str(look.problem))
-    swapped = judge_swapped(known, look.disk, look.real_paths) or in_doubt(bitmap, look.unfinished)
+    swapped = judge_swapped(known, look.disk, look.real_paths) or left_in_vault(bitmap, look.unfinished)
     stored = _judge_stored(look, bitmap, known.created)
     open_below = left_open(look.chain.bitmaps()) if look.chain is not None else None
     return swapped or judge_live(bitmap, look.disk, known.live, stored, open_below)

@@ -35,7 +35,7 @@ ODD_NAMES = (
     "$HOME",
     "a=b",
 )
-COMBINATIONS = qemu.examples(300)
+COMBINATIONS = qemu.examples(200)
 
 
 def random_options(dice: random.Random) -> dict[str, str]:
