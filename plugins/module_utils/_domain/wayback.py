@@ -462,7 +462,7 @@ def _hidden_by_merge(part: t.Sequence[Layer]) -> list[Refusal]:
         f"If it is a template, leave it alone. Else nobody should go back to below {above} any more, and after the "
         "merge nothing would say so. If nobody will, 'touch' it and run this again."
     )
-    return [Refusal(one.code, one.subject, one.why, remedy) for one in _other_base(part, goes_back=True)]
+    return [Refusal(one.code, one.subject, one.why, remedy) for one in _other_base(part, goes_back=False)]
 
 
 def _made_on(overlay: Layer) -> Identity:

@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 import tempfile
 import time
@@ -639,9 +640,12 @@ def test_a_merge_does_not_hide_that_an_image_was_taken_out_above(host, is_copy):
     if not is_copy:
         stand_on(mon, wed)
         os.unlink(tue)
+    os.utime(mon, (1, 1))
     os.utime(goes_in, (1, 1))
-    if is_copy:
-        os.utime(mon, (1, 1))
+    if is_copy:  # the very file with another time is what it was
+        assert host.plan_back(plan_commit, "plain", "tue").problems == ()
+        shutil.copy2(tue, host.folder / "copy")
+        os.rename(host.folder / "copy", tue)
     (problem,) = host.plan_back(plan_commit, "plain", goes_in.name.split(".")[1]).problems
     assert (problem.code, problem.subject) == ("base_changed", str(goes_in))
     assert f"nobody should go back to below {wed} any more" in problem.remedy
