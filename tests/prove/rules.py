@@ -450,15 +450,15 @@ RULES = (
     Rule(
         "data of each image that goes is looked for",
         "revert",
-        "for goes in seen.going:",
-        "for goes in seen.going[-1:]:",
+        "for goes in seen.going], (path",
+        "for goes in seen.going[-1:]], (path",
         ("test_revert",),
     ),
     Rule(
         "a merge soon after a snapshot does not hide what others have merged till then",
         "survey",
-        "return any(in_common(",
-        "return False and any(in_common(",
+        "return any(one.is_merged() for one in found)",
+        "return False",
         ("../_domain/test_wayback",),
     ),
     Rule(
@@ -1020,8 +1020,8 @@ RULES = (
     Rule(
         "a merge does not hide what others have merged from further up",
         "survey",
-        "for one in (above, *further))",
-        "for one in (above,))",
+        "topmost = next(iter(request.further), above.path)",
+        "topmost = above.path",
         ("test_merge_odd",),
     ),
     Rule(

@@ -101,16 +101,23 @@ def lower_of(layer: Layer, history: History, held: Held) -> Lower:
     return Lower(layer, history, layer.written(), None if data_file is None else data_file.written())
 
 
-def in_common(upper: Placed, lower: Placed, held: Held) -> Common:
-    """Return what two images have in common.
+def in_common(uppers: t.Iterable[Placed], lower: Placed, held: Held) -> t.Iterator[Common]:
+    """Yield what each of the upper images has in common with the lower one.
 
     A merge goes from the start of the disk to its end. So look at the first clusters that are not empty, and how many
     are the same before the first that differs. But a disk is written to there most, also once the merge was given up.
     So look at some of all, too.
     """
-    above, below = (PlainData(held.image(place), _data_file(layer, held)) for place, layer in (upper, lower))
-    first = _sample(above.pieces(), above, below)
-    return Common(upper[0], lower[0], first, _sample(_spread(above.pieces(_MOST_TABLES)), above, below))
+    below = _plain(lower, held)
+    for upper in uppers:
+        above = _plain(upper, held)
+        first = _sample(above.pieces(), above, below)
+        yield Common(upper[0], lower[0], first, _sample(_spread(above.pieces(_MOST_TABLES)), above, below))
+
+
+def _plain(placed: Placed, held: Held) -> PlainData:
+    place, layer = placed
+    return PlainData(held.image(place), _data_file(layer, held))
 
 
 def _sample(pieces: t.Iterable[Piece], upper: PlainData, lower: PlainData) -> Sample:

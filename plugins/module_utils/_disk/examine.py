@@ -100,7 +100,8 @@ class ExaminedChain(t.NamedTuple):
     dirty_top: t.Mapping[str, int]  # of these what the topmost image's bitmap alone says
     problem: Refusal | None  # why not everything could be read
     warnings: tuple[str, ...]
-    unfinished: tuple[str, ...] = ()  # work of killed runs on its images, and which call completes it
+    unfinished: tuple[Unfinished, ...] = ()  # work of killed runs on its images
+    is_in_work: bool = False  # whether a run of this collection is at that just now
 
     def bitmaps(self) -> list[LayerBitmaps]:
         """Return what the rules about checkpoints need, top to base."""
@@ -138,6 +139,12 @@ class ExaminedChain(t.NamedTuple):
         whole, top = self.dirty.get(name), self.dirty_top.get(name)
         return {"dirty_bytes": whole, "dirty_bytes_top": top, "top_alone": None if whole is None else whole == top}
 
+    def _told_unfinished(self) -> t.Iterator[str]:
+        """Yield what is unfinished, and which call completes it."""
+        yield from map(str, self.unfinished)
+        if self.is_in_work:
+            yield "But a run of this collection is working on the chain just now. Wait for its end."
+
     def as_result(self) -> dict[str, t.Any]:
         """Return the chain in the form in which qcow2_info returns a disk."""
         return {
@@ -145,7 +152,7 @@ class ExaminedChain(t.NamedTuple):
             "in_use": self.layers[0].is_open_for_writing if self.layers else None,
             "images": [layer.as_result() for layer in self.layers],
             "checkpoints": [{**one.as_result(), **self._figures(one.name)} for one in self.checkpoints],
-            "unfinished": printable(" ".join(self.unfinished)) or None,
+            "unfinished": printable(" ".join(self._told_unfinished())) or None,
             **({"msg": str(self.problem), "code": self.problem.code} if self.problem else {}),
         }
 
@@ -344,14 +351,10 @@ class _Examination:
                 *corrupt_below(self._path, layers),
                 *([] if with_figures else [changing]),
             ),
-            unfinished=tuple(self._unfinished_work()),
+            unfinished=tuple(self._unfinished),
+            is_in_work=bool(self._unfinished)
+            and any(locks.is_locked(one.file, locks.OUR_TURN) for one in self._layers),
         )
-
-    def _unfinished_work(self) -> t.Iterator[str]:
-        """Yield what is unfinished on the images that were read."""
-        yield from map(str, self._unfinished)
-        if self._unfinished and any(locks.is_locked(one.file, locks.OUR_TURN) for one in self._layers):
-            yield "But a run of this collection is working on the chain just now. Wait for its end."
 
 
 def _why_not_valid(one: Checkpoint) -> str:

@@ -129,8 +129,7 @@ def _compare(request: RevertRequest, seen: Observed, held: Held) -> t.Iterator[C
         if not one.may_be_written:
             continue
         path = one.layer.real_path if depth else request.backing_file
-        for goes in seen.going:
-            yield in_common((goes.path, goes.layer), (path, one.layer), held)
+        yield from in_common([(goes.path, goes.layer) for goes in seen.going], (path, one.layer), held)
 
 
 def _lowest(file: OpenImage) -> Lowest:

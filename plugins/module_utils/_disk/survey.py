@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import secrets
 import stat
@@ -184,8 +185,11 @@ def _is_begun(above: Layer, top: Layer, request: CommitRequest, held: Held) -> b
     history = above.image.history if above.image is not None else History()
     if not lower_of(top, history, held).may_be_written:
         return False
-    further = [observe_chain(held.image(path), "qcow2", relative=False).layers[0] for path in request.further]
-    return any(in_common((one.path, one), (top.path, top), held).is_merged() for one in (above, *further))
+    topmost = next(iter(request.further), above.path)
+    layers = observe_chain(held.image(topmost), "qcow2", relative=False).layers
+    uppers = itertools.takewhile(lambda one: one.identity != top.identity, layers)
+    found = in_common([(one.path, one) for one in uppers], (top.path, top), held)
+    return any(one.is_merged() for one in found)
 
 
 def _has_gone_in(path: str, vault: Vault | None) -> bool:

@@ -18,7 +18,7 @@ from .._disk.heal import ABSENT, VALID
 from .._libvirt.checkpoints import delete_live
 from .._libvirt.connection import Domain, Libvirt
 from .healing import CheckpointRequest, Fate, no_such_checkpoint, without_disks
-from .live import OLDEST, WRITES_BELOW, shown
+from .live import OLDEST, shown, why_not_written_below
 from .look import DomainLook
 from .verdicts import DomainCheckpoint
 
@@ -76,18 +76,15 @@ def why_left_below(version: tuple[int, int, int], look: DomainLook, fate: Fate) 
     It must not be asked to: before it fails, it takes the bitmap out of the topmost image, on disk, and if it is killed
     then, the checkpoint is broken.
     """
-    if version >= WRITES_BELOW:
+    too_old = why_not_written_below(version)
+    if too_old is None:
         return None
     for disk in look.disks:
         below = disk.chain.layers[1:] if disk.chain is not None else ()
         bitmap = fate.bitmaps.get(disk.disk.target)
         for image in (one.layer.path for one in below if bitmap in one.bitmaps().bitmaps):
-            why = (
-                f"{image} has a bitmap of its checkpoint {fate.name!r}, and QEMU {shown(version)} lets libvirt write "
-                "only to the topmost image while it runs"
-            )
-            remedy = f"Shut it down and run this again. Or update QEMU: {shown(WRITES_BELOW)} can."
-            return Refusal("old_libvirt", look.domain.name, why, remedy)
+            why = f"{image} has a bitmap of its checkpoint {fate.name!r}, and {too_old[0]}"
+            return Refusal("old_libvirt", look.domain.name, why, too_old[1])
     return None
 
 

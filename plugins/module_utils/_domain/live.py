@@ -57,7 +57,7 @@ from .wayback import (
 
 OLDEST = (6, 6, 0)  # of libvirt that has bitmaps go on over live snapshots and merges
 # The oldest QEMU that can open an image below the topmost one for writing later (blockdev-reopen).
-WRITES_BELOW = (6, 1, 0)
+_WRITES_BELOW = (6, 1, 0)
 
 _KNOWS_VOLUMES = (9, 0, 0)  # the oldest that was seen to put a domain off its volume for the next start, too; not 7.0
 
@@ -172,6 +172,14 @@ class MergeRunningDown(_OfRunning, MergeDown):
 def shown(version: tuple[int, int, int]) -> str:
     """Return a version as it is written."""
     return ".".join(map(str, version))
+
+
+def why_not_written_below(version: tuple[int, int, int]) -> tuple[str, str] | None:
+    """Return why this QEMU writes no bitmap to an image below the topmost one, and the way out; None if it does."""
+    if version >= _WRITES_BELOW:
+        return None
+    why = f"QEMU {shown(version)} lets libvirt write only to the topmost image while it runs"
+    return why, f"Shut it down and run this again. Or update QEMU: {shown(_WRITES_BELOW)} can."
 
 
 def as_it_runs(domain: Domain, facts: DiskFacts) -> DiskFacts:
@@ -334,11 +342,7 @@ class RunningDomains:
 
     def why_none_below(self) -> tuple[str, str] | None:
         """Return why a merge adds no bitmap to an image below the topmost one, and the way out; None if it does."""
-        version = self._daemon.qemu_version
-        if version >= WRITES_BELOW:
-            return None
-        why = f"QEMU {shown(version)} lets libvirt write only to the topmost image while the VM runs"
-        return why, f"Shut it down and run this again. Or update QEMU: {shown(WRITES_BELOW)} can."
+        return why_not_written_below(self._daemon.qemu_version)
 
     def check_for_merge(self, request: CommitRequest, *, resumes: bool) -> None:
         """Refuse an image if a job is in the way of its merge."""

@@ -13,7 +13,7 @@ from .._base.errors import Refusal, printable
 from .._base.files import open_image
 from .._disk.examine import ExaminedLayer, examine_chain
 from .._disk.observe import why_not_open
-from .._disk.unfinished import Unfinished, unfinished_work
+from .._disk.unfinished import Unfinished
 from .._disk.verdict import problem_fields
 from .._libvirt import quiesced
 from .._libvirt.connection import Domain, Kept, Libvirt, Unreadable
@@ -70,7 +70,7 @@ class DomainLook(t.NamedTuple):
             "unfinished": [
                 _unfinished_as_result(left, self.domain.uuid, one.disk.target)
                 for one in self.disks
-                for left in one.unfinished
+                for left in (one.chain.unfinished if one.chain else ())
             ]
             + ([_FROZEN] if self.may_be_frozen else []),
             "next_backup": self.next_backup.kind,
@@ -127,12 +127,7 @@ def _look_at_disk(daemon: Libvirt, domain: Domain, disk: DomainDisk, kept: Kept,
     chain = examine_chain(disk.source, follow=True, count=counts, image_format=disk.format, created=created)
     layers = [one.layer for one in chain.layers]
     problem = chain.problem or _start_problem(domain, disk, layers) or _other_file(daemon, domain, disk, layers)
-    marks = chain.layers[0].image.bitmaps if chain.layers and chain.layers[0].image else ()
-    try:
-        unfinished = tuple(unfinished_work(layers, marks)) if layers else ()
-    except Refusal as exc:  # of a vault that cannot be looked at
-        return DiskLook(disk, unfit, chain, problem or exc)
-    return DiskLook(disk, unfit, chain, problem, unfinished)
+    return DiskLook(disk, unfit, chain, problem)
 
 
 def _start_problem(domain: Domain, disk: DomainDisk, layers: t.Sequence[Layer]) -> Refusal | None:

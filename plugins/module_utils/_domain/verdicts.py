@@ -16,7 +16,7 @@ import typing as t
 from .._base.errors import Refusal, printable
 from .._disk.bitmap_rules import IN_USE, INCOMPLETE, Checkpoint, judge
 from .._disk.examine import ExaminedChain
-from .._disk.unfinished import Unfinished, left_in_vault
+from .._disk.unfinished import left_in_vault
 from .._disk.vault import MARK
 from .._libvirt.connection import KnownCheckpoint
 from .._libvirt.definition import DomainDisk
@@ -42,7 +42,6 @@ class DiskLook(t.NamedTuple):
     unfit: str | None  # why it could take no part in a snapshot
     chain: ExaminedChain | None  # None if it has no image that could be read here
     problem: Refusal | None = None  # why the chain tells nothing about the disk
-    unfinished: tuple[Unfinished, ...] = ()
 
     @property
     def is_backed_up(self) -> bool:
@@ -139,10 +138,11 @@ def _judge_disk(look: DiskLook, bitmap: str, known: KnownCheckpoint) -> Checkpoi
     # libvirt tells of the files that QEMU has open, which are not there.
     if look.problem is not None and look.problem.code == "other_disks":
         return Checkpoint(bitmap, None, INCOMPLETE, look.problem.subject, str(look.problem))
-    swapped = judge_swapped(known, look.disk, look.real_paths) or left_in_vault(bitmap, look.unfinished)
+    swapped = judge_swapped(known, look.disk, look.real_paths)
     stored = _judge_stored(look, bitmap, known.created)
     open_below = left_open(look.chain.bitmaps()) if look.chain is not None else None
-    return swapped or judge_live(bitmap, look.disk, known.live, stored, open_below)
+    doubt = left_in_vault(bitmap, look.chain.unfinished) if look.chain is not None else None
+    return swapped or doubt or judge_live(bitmap, look.disk, known.live, stored, open_below)
 
 
 def _judge_stored(look: DiskLook, bitmap: str, created: int) -> Checkpoint:
