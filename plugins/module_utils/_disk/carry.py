@@ -19,6 +19,7 @@ from .._qcow2.bitmaps import Bitmap
 from .._qcow2.dirty import DirtyBits, is_union, maps_of, united
 from .._qcow2.image import Image, read_image
 from .._qcow2.in_use import disown_bitmaps, set_in_use
+from .._qcow2.lend import bits_to_lend, lend, take_back
 from .._qcow2.scratch import write_scratch
 from .._qemu.monitor import Monitor
 from .._qemu.nodes import SCRATCH
@@ -46,6 +47,7 @@ class Place(t.NamedTuple):
     file: OpenImage
     data_file: OpenImage | None
     virtual_size: int  # bytes; of all images that take part
+    above: OpenImage | None = None  # the image on top of it, if bitmaps there go on with these
 
 
 def bring(place: Place, wanted: t.Sequence[Wanted], held: Held, images: t.Mapping[OpenImage, Image]) -> bool:
@@ -57,7 +59,7 @@ def bring(place: Place, wanted: t.Sequence[Wanted], held: Held, images: t.Mappin
         os.fsync(place.file.fd)  # a run may have been killed before it could see to that
         return False
     # The bits that are wanted come from the image itself, too, which QEMU is about to write anew.
-    with _expected(wanted, place.virtual_size) as (scratch, expected):
+    with _expected(wanted, place.virtual_size) as (scratch, expected), _lending_above(place, expected, held):
         for _number in range(_TRIES):
             try:
                 _rewrite(place, expected, scratch, held.monitor(), images)
@@ -72,9 +74,42 @@ def bring(place: Place, wanted: t.Sequence[Wanted], held: Held, images: t.Mappin
             if not wrong:
                 return True
             _disown_wrong(place, expected)
+        raise _not_verified(place, wrong, held)
+
+
+def _not_verified(place: Place, wrong: t.Sequence[str], held: Held) -> Refusal:
     words = held.monitor().stderr()
     why = f"its bitmaps are not as they should be: {'; '.join(wrong)}" + (f". QEMU says: {words}" if words else "")
-    raise Refusal("not_verified", place.file.path, why, CHECK_STORAGE)
+    return Refusal("not_verified", place.file.path, why, CHECK_STORAGE)
+
+
+@contextlib.contextmanager
+def _lending_above(place: Place, wanted: t.Sequence[Wanted], held: Held) -> t.Iterator[None]:
+    """Have the image above mark for the block all that this one is to mark.
+
+    A kill takes the bitmaps of an image away that QEMU has open for writing, or leaves them inconsistent. Other tools
+    take such an image out of the chain without its bits ('virsh blockpull'), or do not even see that it had any, and
+    what is above it looks right to them. So that must be right. What marks more than it has to is right.
+    """
+    above, own = place.above, place.file
+    if above is None:
+        yield
+        return
+    maps = {name: own for name, _bitmap, own in _parts(wanted)}
+    lent = bits_to_lend(above, read_image(above), maps, place.virtual_size)
+    times = above.written(), own.written()
+    try:
+        lend(above, lent)
+        yield
+    except BaseException:
+        held.stop_qemu()  # it may be about to open the image
+        if own.is_device or own.written() != times[1]:
+            lent = []  # nobody can tell which of its bits it still has
+        raise
+    finally:
+        take_back(above, lent)
+        with contextlib.suppress(OSError):  # another user's stay new
+            above.put_time_back(times[0])
 
 
 def _set_aside_if_broken(file: OpenImage) -> bool:

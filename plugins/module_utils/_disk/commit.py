@@ -510,13 +510,13 @@ def _below_above(seen: Seen, stage: Stage) -> tuple[list[Named], int]:
 
 
 def warnings_of(seen: Seen, outcome: Outcome) -> tuple[str, ...]:
-    """Return which bitmaps the image above has lost, most likely by a kill while TOP was written to."""
+    """Return which bitmaps of the image above no backup can use, although those below it are in order."""
     above = named(seen.above.image) if seen.above is not None else {}
     lost = [bitmap for bitmap in outcome.usable if bitmap.name in above and above[bitmap.name].inconsistent]
     if seen.above is None or not lost:
         return ()
     return (
-        f"{seen.above.path}: its bitmap {names_of(lost)} is inconsistent, as after a run that was killed, so no backup "
+        f"{seen.above.path}: its bitmap {names_of(lost)} is inconsistent, as after a VM that died on it, so no backup "
         "can use it. kvmfleet.qcow2.domain_checkpoint with unusable=remove (without libvirt: "
         "kvmfleet.qcow2.qcow2_bitmap) heals it if that is provable, or else removes it; then make a full backup.",
     )

@@ -17,12 +17,11 @@ from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer, read_head, resolve_name, walk_chain
 from .._qcow2.formats import PLAIN, QCOW2, RAW
 from .._qcow2.image import read_image
-from .._qcow2.in_use import set_in_use
 from .._qcow2.mark import write_base
 from .._qemu import jobs
 from .._qemu.jobs import Opened
 from . import commit, stages
-from .carry import Place, Wanted, bring, wrong_bitmaps
+from .carry import Place, Wanted, bring
 from .commit import CommitRequest, CommitVerdict, Work
 from .observe import observe_chain, why_not_opened
 from .progress import telling
@@ -171,9 +170,9 @@ class MergeLayers:
         wanted = wanted_by(work, held) if work.seen.holds_bitmaps else own_bitmaps(top)
         mark = Wanted(Bitmap(MARK + work.token, _MARK_GRANULARITY, recording=True, inconsistent=False), ())
         images = {held.image(layer.path): layer.image for layer in work.seen.part if layer.image}
-        place = Place(top, None, work.seen.chain[0].virtual_size)
-        with _held_back(verdict.request, work, held, lambda: bool(wrong_bitmaps(place, [*wanted, mark]))):
-            bring(place, [*wanted, mark], held, images)
+        above = verdict.request.above
+        place = Place(top, None, work.seen.chain[0].virtual_size, held.image(above) if above is not None else None)
+        bring(place, [*wanted, mark], held, images)
         return verdict
 
     def strip(self, verdict: CommitVerdict, work: Work, held: Held) -> CommitVerdict:
@@ -264,31 +263,6 @@ def _telling_that_it_goes_on(
 
 
 _GOES_ON = "Until then the VM can go on with its overlay. The same call goes on, and no bitmap gets lost."
-
-
-@contextlib.contextmanager
-def _held_back(
-    request: CommitRequest, work: Work, held: Held, is_to_be_written: t.Callable[[], bool]
-) -> t.Iterator[None]:
-    """Have no backup use what TOP's bitmaps alone protect, while it is open for writing.
-
-    A kill as QEMU opens TOP takes all its bitmaps away, names included. Of a bitmap that only TOP and the image above
-    it have, nothing would tell that the bits of TOP are missing.
-    """
-    names = stages.told_by_top_alone(work.seen)
-    if request.above is None or not names or not is_to_be_written():  # the last one reads all bits
-        yield
-        return
-    above, top = held.image(request.above), held.image(request.path)
-    set_in_use(above, names, in_use=True)
-    try:
-        yield
-    except BaseException:
-        held.stop_qemu()  # it may be about to open TOP, whose bitmaps look sound until then
-        raise
-    finally:
-        sound = {bitmap.name for bitmap in read_image(top).bitmaps if not bitmap.inconsistent}
-        set_in_use(above, [name for name in names if name in sound], in_use=False)
 
 
 def _staged_vault(content: Content, work: Work, held: Held) -> StagedFile:

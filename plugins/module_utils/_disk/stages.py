@@ -36,7 +36,7 @@ from .._base.errors import Refusal
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer
 from .._qcow2.image import Image
-from .bitmap_rules import LayerBitmaps, carries_over
+from .bitmap_rules import LayerBitmaps
 from .fates import Named
 from .retire import KEPT_AS, is_kept
 from .vault import MARK, Vault
@@ -135,15 +135,6 @@ class Seen(t.NamedTuple):
     def carries_bitmaps(self) -> bool:
         """Whether TOP can carry bitmaps for a BASE that can have them."""
         return self.holds_bitmaps and self.top.version == 3
-
-
-def told_by_top_alone(seen: Seen) -> list[str]:
-    """Return the bitmaps of the image above that look right to a backup if TOP loses its bitmaps, and are not."""
-    if seen.above is None or seen.above.image is None:
-        return []
-    deeper = {bitmap.name for layer in seen.chain[1:] if layer.image for bitmap in layer.image.bitmaps}
-    tops = {bitmap.name for bitmap in seen.top.bitmaps} | set(seen.vault.above if seen.vault else ())
-    return [b.name for b in seen.above.image.bitmaps if carries_over(b) and b.name in tops - deeper]
 
 
 class Stage(t.NamedTuple):

@@ -22,7 +22,7 @@ from .header import damaged
 from .image import Image
 
 _PIECE = 1 << 19  # bits of the finest bitmap that are looked at together; a cluster of 64 KiB holds so many
-_ENTRY_OFFSET = 0x00FFFFFFFFFFFE00  # bits 9 to 55
+ENTRY_OFFSET = 0x00FFFFFFFFFFFE00  # bits 9 to 55
 _DIGITS = "01"
 
 
@@ -75,13 +75,13 @@ class DirtyMap:
     @property
     def is_whole(self) -> bool:
         """Whether all data that the table names is in the file."""
-        last = max((entry & _ENTRY_OFFSET for entry in self._entries), default=0)
+        last = max((entry & ENTRY_OFFSET for entry in self._entries), default=0)
         return last + self._cluster_size <= self._file.length()
 
     def _check(self, entry: int, bitmap: Bitmap) -> None:
         """Refuse what QEMU too refuses about an entry of the table (qcow2 spec, Bitmap table)."""
-        offset = entry & _ENTRY_OFFSET
-        if entry & ~_ENTRY_OFFSET & ~ENTRY_ALL_ONES or (offset and (entry & 1 or offset % self._cluster_size)):
+        offset = entry & ENTRY_OFFSET
+        if entry & ~ENTRY_OFFSET & ~ENTRY_ALL_ONES or (offset and (entry & 1 or offset % self._cluster_size)):
             raise damaged(self._file.path, f"an entry of the table of the bitmap {bitmap.name!r} is {entry:#x}")
 
     def bits(self, start: int, length: int) -> int:
@@ -119,11 +119,11 @@ class DirtyMap:
             index, within = divmod(first, self._cluster_size)
             length = min(self._cluster_size - within, end - first)
             entry = self._entries[index]
-            if entry & _ENTRY_OFFSET:
-                piece = self._file.read(length, (entry & _ENTRY_OFFSET) + within)
+            if entry & ENTRY_OFFSET:
+                piece = self._file.read(length, (entry & ENTRY_OFFSET) + within)
                 if len(piece) != length:
                     raise damaged(
-                        self._file.path, f"a bitmap has data at offset {entry & _ENTRY_OFFSET}, outside the file"
+                        self._file.path, f"a bitmap has data at offset {entry & ENTRY_OFFSET}, outside the file"
                     )
             else:
                 piece = (b"\xff" if entry & ENTRY_ALL_ONES else b"\0") * length

@@ -23,7 +23,7 @@ import typing as t
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import QemuError
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import OpenImage
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import OpenImage, open_image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import carry, retire
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.commit import CommitRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.examine import examine_chain
@@ -31,7 +31,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.merge import 
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.vault import open_vault, read_vault
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.in_use import disown_bitmaps
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.in_use import disown_bitmaps, set_in_use
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import History, Mark, write_mark
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu.monitor import Monitor
 
@@ -268,11 +268,9 @@ def test_the_image_on_top_is_judged_by_what_was_below_it_before_the_kill(tmp_pat
     completed(disk)
 
 
-def test_what_top_alone_protects_no_backup_uses_while_top_is_open_for_writing(tmp_path):
-    """A kill as QEMU opens it takes its bitmaps away, names included, and nothing else tells of them."""
-    disk = Disk(tmp_path)
-    disks.below(disk)
-    real, above = Monitor.send, disk.above
+def killed_as_qemu_opens_top(disk: Disk) -> None:
+    """QEMU takes the bitmaps of an image away as it opens it for writing, names included."""
+    real = Monitor.send
 
     def dying(self, name, *args):
         if name == "blockdev-add" and args[0].get("node-name") == "w":
@@ -284,12 +282,107 @@ def test_what_top_alone_protects_no_backup_uses_while_top_is_open_for_writing(tm
         patch.setattr(Monitor, "send", dying)
         assert merge(disk, -1) is None
     assert not qemu.bitmaps_of(disk.path)
-    assert ("new", 65536, True, True) in qemu.bitmaps_of(above)
+
+
+def killed_while_top_is_open(disk: Disk) -> None:
+    """QEMU leaves the bitmaps inconsistent that it has open."""
+    real = Monitor.send
+
+    def dying(self, name, *args):
+        if name == "blockdev-add" and args[0].get("node-name") == "w":
+            with open_image(disk.path) as file:
+                set_in_use(file, [bitmap.name for bitmap in qemu.read(disk.path).bitmaps], in_use=True)
+            os.killpg(0, signal.SIGKILL)
+        return real(self, name, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Monitor, "send", dying)
+        assert merge(disk, -1) is None
+    assert all(inconsistent for *_rest, inconsistent in qemu.bitmaps_of(disk.path))
+
+
+KILLED = [killed_as_qemu_opens_top, killed_while_top_is_open]
+
+
+@pytest.mark.parametrize("killed", KILLED)
+@pytest.mark.parametrize("meanwhile", [disks.nothing, disks.vm_runs, disks.vm_dies])
+def test_a_kill_while_top_is_open_for_writing_costs_no_bitmap_above(tmp_path, killed, meanwhile):
+    """Nothing but the image above tells then of bits that TOP alone had."""
+    disk = Disk(tmp_path)
+    disks.below(disk)
+    killed(disk)
+    assert not wrong_with(disk)
+    assert ("new", 65536, True, False) in qemu.bitmaps_of(disk.above)
+    meanwhile(disk)
     assert not wrong_with(disk)
     ended = completed(disk)
-    assert len(ended.warnings) == 1
-    assert "'new'" in ended.warnings[0]
-    assert {"a", "newest"} == set(chains.usable(above))
+    assert bool(ended.warnings) == (meanwhile is disks.vm_dies)
+    if meanwhile is not disks.vm_dies:
+        assert set(chains.usable(disk.above)) == {"a", "new", "newest"}
+
+
+@pytest.mark.parametrize("killed", KILLED)
+def test_another_tool_takes_top_out_of_the_chain_after_a_kill(tmp_path, killed):
+    """It copies the data into the image above, and of the bits those that are left in TOP: none ('virsh blockpull')."""
+    disk = Disk(tmp_path)
+    disks.below(disk)
+    killed(disk)
+    disk.write(3)
+    qemu.qemu_img("rebase", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(disk.base), str(disk.above))
+    assert {"a"} <= set(chains.usable(disk.above))
+    assert not wrong_with(disk)
+
+
+def test_what_is_lent_to_the_image_above_stays_until_qemu_has_ended(tmp_path, monkeypatch):
+    """A run that is told to end stops QEMU, which can be about to open TOP: until then its bitmaps look sound."""
+    disk = Disk(tmp_path)
+    disks.below(disk)
+    alone = chains.own_bits(disk.path)["new"]
+    before, written = chains.own_bits(disk.above), os.stat(disk.above).st_mtime_ns
+    assert alone & ~before["new"]
+    real, seen = Monitor.send, f"{disk.above}.seen"
+
+    def ending(self, name, *args):
+        if name == "blockdev-add" and args[0].get("node-name") == "w":
+            raise KeyboardInterrupt
+        return real(self, name, *args)
+
+    def ended(self):
+        shutil.copy(disk.above, seen)
+        close(self)
+
+    close = Monitor.close
+    monkeypatch.setattr(Monitor, "send", ending)
+    monkeypatch.setattr(Monitor, "close", ended)
+    with pytest.raises(KeyboardInterrupt):
+        run(MergeLayers(), [request(disk)], SETTINGS)
+    monkeypatch.undo()
+    assert not alone & ~chains.own_bits(seen)["new"]
+    assert chains.own_bits(disk.above) == before
+    assert os.stat(disk.above).st_mtime_ns == written
+
+
+def test_what_is_lent_stays_where_a_failed_qemu_has_written_to_top(tmp_path, monkeypatch):
+    """Nobody can tell which bits TOP still has."""
+    disk = Disk(tmp_path)
+    disks.below(disk)
+    alone = chains.own_bits(disk.path)["new"]
+    real = Monitor.send
+
+    def failing(self, name, *args):
+        if name == "blockdev-add" and args[0].get("node-name") == "w":
+            os.utime(disk.path)
+            self._process.kill()
+        return real(self, name, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Monitor, "send", failing)
+        ended = merge(disk)
+    assert ended is not None
+    assert ended.codes == ["qemu_lost"]
+    assert not alone & ~chains.own_bits(disk.above)["new"]
+    assert not completed(disk).warnings
+    assert not wrong_with(disk)
 
 
 def test_bitmaps_that_break_while_base_still_has_its_own_are_made_again(tmp_path):
@@ -299,31 +392,6 @@ def test_bitmaps_that_break_while_base_still_has_its_own_are_made_again(tmp_path
     assert any(inconsistent for *_rest, inconsistent in qemu.bitmaps_of(disk.path))
     completed(disk)
     assert before <= set(chains.usable(disk.base))
-
-
-def test_what_top_alone_protects_stays_in_use_until_qemu_has_ended(tmp_path, monkeypatch):
-    """A run that is told to end stops QEMU, which can be about to open TOP: until then its bitmaps look sound."""
-    disk = Disk(tmp_path)
-    disks.below(disk)
-    before = chains.usable(disk.above)
-    real, seen = Monitor.send, []
-
-    def ending(self, name, *args):
-        if name == "blockdev-add" and args[0].get("node-name") == "w":
-            raise KeyboardInterrupt
-        return real(self, name, *args)
-
-    def ended(self):
-        seen.extend(bitmap.inconsistent for bitmap in qemu.read(disk.above).bitmaps if bitmap.name == "new")
-        close(self)
-
-    close = Monitor.close
-    monkeypatch.setattr(Monitor, "send", ending)
-    monkeypatch.setattr(Monitor, "close", ended)
-    with pytest.raises(KeyboardInterrupt):
-        run(MergeLayers(), [request(disk)], SETTINGS)
-    assert seen == [True]
-    assert chains.usable(disk.above) == before
 
 
 def test_a_failure_in_the_carry_leaves_the_image_above_as_it_was(tmp_path, monkeypatch):
