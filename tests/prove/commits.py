@@ -279,6 +279,20 @@ def then(ground: Stack, rule: str, event: disks.Event, seed: str) -> rounds.Find
     return rounds.Finding(outcome if run.status < 0 else f"the run went through, {event.__name__}", wrong)
 
 
+def then_pulled(ground: Stack, rule: str) -> rounds.Finding:
+    """Kill a run and its QEMU at a step; another tool takes TOP into the image above; then the call comes again."""
+    run = ground.run(rule)
+    before = ground.promise.outcome()
+    wrong = [f"after the kill: {what}" for what in ground.promise.images_wrong()]
+    for disk in ground.stacks:
+        if disk.above and qemu.info(disk.above)["full-backing-filename"] == disk.path:
+            qemu.pull(disk.above, disk.base)
+    wrong += [f"after the pull: {what}" for what in ground.promise.images_wrong()]
+    again = "+".join(sorted(set(ground.run().states)))
+    wrong += [f"second run: {what}" for what in ground.promise.images_wrong()]
+    return rounds.Finding(f"{before}, then {again}" if run.status < 0 else "the run went through", wrong)
+
+
 def then_jobs(ground: Stack, kind: kinds.Kind, asked: rounds.Choice) -> list[rounds.Job[Stack]]:
     """Return a round for each step that changes something and each thing that can happen before the next run."""
     calls = ground.calls()
@@ -288,7 +302,17 @@ def then_jobs(ground: Stack, kind: kinds.Kind, asked: rounds.Choice) -> list[rou
         for call, number in kills.steps(calls, who, asked.full)
         if call not in ("setlk", "fork", "say", "kill", "ask")
     ]
-    return [
+    pulled = [
+        rounds.Job(
+            f"{kind.name}: killed, then another tool takes TOP out",
+            f"{kind.name}-{rule}-pulled",
+            functools.partial(then_pulled, rule=rule),
+            kind,
+        )
+        for rule in rules
+        if any(disk.above for disk in ground.stacks)
+    ]
+    return pulled + [
         rounds.Job(
             f"{kind.name}: killed, then {'the vault goes' if 'vault' in event.__name__ else 'a VM'}",
             f"{kind.name}-{rule}-{event.__name__}",

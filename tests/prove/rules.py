@@ -231,6 +231,13 @@ RULES = (
         (KILLED,),
     ),
     Rule(
+        "no image beside what goes in gets other data",
+        "commit",
+        "problems += _beside(seen, stage)",
+        "problems += []",
+        (COMMIT,),
+    ),
+    Rule(
         "the image above marks all that is in danger below it",
         "carry",
         "        lend(above, lent)",

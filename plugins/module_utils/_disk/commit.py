@@ -168,12 +168,9 @@ def chain_problems(request: CommitRequest, chain: t.Sequence[Layer], depth: int,
     if recorded != request.backing_format:
         why = f"is recorded as {recorded or 'of no format'} by the image on top of it, not as {request.backing_format}"
         problems.append(Refusal("other_chain", request.backing_file, why, "Find out which is right, and give that."))
-    backing_file = above.image.backing_file if above is not None and above.image is not None else None
-    if above is not None:
-        below = os.path.realpath(resolve_name(above.path, backing_file)) if backing_file else None
-        if below not in (top.real_path, chain[depth].real_path):
-            why = f"does not stand on {request.path} but on {below or 'nothing'}"
-            problems.append(Refusal("other_chain", above.path, why, "Name the image directly on top of it."))
+    if above is not None and _below(above) not in (top.real_path, chain[depth].real_path):
+        why = f"does not stand on {request.path} but on {_below(above) or 'nothing'}"
+        problems.append(Refusal("other_chain", above.path, why, "Name the image directly on top of it."))
     return problems
 
 
@@ -276,6 +273,7 @@ def problems_of(seen: Seen, stage: Stage, request: CommitRequest, outcome: Outco
     stale = _begun_problems(seen, request) or _newer_below(seen, stage, request)
     if stale:  # other advice would have somebody write to that image, and then it looks new
         return [*problems, *stale]
+    problems += _beside(seen, stage)
     problems += [*image_problems(seen), *_size_problems(seen, stage)]
     problems += _unordered(seen)
     lost = [bitmap for bitmap in seen.top.bitmaps if not bitmap.name.startswith(MARK) and not bitmap.inconsistent]
@@ -291,6 +289,26 @@ def problems_of(seen: Seen, stage: Stage, request: CommitRequest, outcome: Outco
     # What was begun was looked at then, and has broken bitmaps on its way.
     problems += hidden_ages(seen, created) if stage.name == WHOLE else _put_back(seen, stage, outcome, created)
     return [*problems, *_lost_problems(seen, stage, request, outcome), *_name_problems(seen, outcome)]
+
+
+def _beside(seen: Seen, stage: Stage) -> list[Refusal]:
+    """Return that the image above stands on BASE, beside TOP, whose data it would have then. In the end it does."""
+    if seen.above is None or stage.name == GIVEN or _below(seen.above) == seen.chain[0].real_path:
+        return []
+    top = seen.chain[0].path
+    why = f"does not stand on {top} but, as that does, on {seen.base.path}, whose data would change"
+    remedy = (
+        f"If it is another overlay of that image, neither can be merged down. If another tool has taken {top} into it, "
+        "as 'virsh blockpull' does, nothing is left to merge: remove that image, and the vault beside the one below if "
+        "there is one."
+    )
+    return [Refusal("other_chain", seen.above.path, why, remedy)]
+
+
+def _below(layer: Layer) -> str | None:
+    """Return the real path of the image that an image records as its backing file; None if it records none."""
+    backing_file = layer.image.backing_file if layer.image is not None else None
+    return os.path.realpath(resolve_name(layer.path, backing_file)) if backing_file else None
 
 
 def _lost_problems(seen: Seen, stage: Stage, request: CommitRequest, outcome: Outcome) -> list[Refusal]:

@@ -111,6 +111,18 @@ def test_an_image_above_that_stands_on_another_one(chain, tmp_path):
     assert (told.code, told.subject) == ("other_chain", above)
 
 
+@pytest.mark.parametrize("step", [None, "carry", "give"])
+def test_an_image_above_that_stands_beside_what_goes_in(chain, tmp_path, step):
+    """It stands on BASE, whose data would change under it. Only once all is given that is the end of the merge."""
+    if step is not None:
+        stop_before(step, chain.top, chain.base)
+    beside = commits.overlay(tmp_path / "beside", chain.base)
+    with untouched(*chain, beside):
+        told = commits.refusal(chain.top, chain.base, above=beside)
+    assert (told.code, told.subject) == ("other_chain", beside)
+    assert f"but, as that does, on {chain.base}" in told.why
+
+
 def test_a_base_that_is_not_in_the_chain(chain, tmp_path):
     stranger = qemu.create(tmp_path / "stranger", SIZE)
     told = commits.refusal(chain.top, stranger)
