@@ -844,8 +844,8 @@ RULES = (
     Rule(
         "a bitmap that is older than its overlay goes on with one below",
         "bitmap_rules",
-        "if lowest >= 0 and below and chain[lowest].was_made_after(created):",
-        "if False:",
+        "        if below:",
+        "        if False:",
         ("test_bitmap_rules",),
     ),
     Rule(
@@ -874,6 +874,13 @@ RULES = (
         "bitmap_rules",
         "return self.lost_names is None or name in self.lost_names",
         "return True",
+        ("test_bitmap_rules",),
+    ),
+    Rule(
+        "an overlay without what was below it may lack its bits",
+        "bitmap_rules",
+        "        if chain[lowest].is_flattened:",
+        "        if False:",
         ("test_bitmap_rules",),
     ),
     Rule(

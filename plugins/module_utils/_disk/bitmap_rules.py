@@ -17,7 +17,8 @@ An incremental backup since a bitmap is possible if
 6) no image below them has lost the bitmap that this one goes on with: what changed there is told nowhere any more. QEMU
    and libvirt do not look. Which bitmaps an image has lost their old directory tells. Where it is gone, all count, and
    so does one of a name that was used before, unless the image is older than the checkpoint. And if the lowest image
-   that has the bitmap is an overlay that was made after the checkpoint, the image below must have it, too, and
+   that has the bitmap is an overlay that was made after the checkpoint, the image below must have it, too. If there is
+   none any more, who has copied the data up may have left the bits behind, and
 7) the topmost image is not older than the checkpoint: else its bitmap is an earlier one of this name. Further down such
    an earlier one, as that of a template, only adds bits.
 """
@@ -80,6 +81,11 @@ _NOT_BELOW = (
     "a copy without bitmaps, or by a program that takes in the one between, as 'virsh blockpull' does. What changed "
     "before the overlay was made is told nowhere."
 )
+_FLATTENED = (
+    "This image has no image below any more, although it is an overlay that was made after the checkpoint, so its "
+    "bitmap goes on with one below. 'virsh blockpull' moves the bits of that, if libvirt was there as it ended; "
+    "'qemu-img rebase' leaves them behind. Nothing tells which of them took in what was below. "
+)
 _OLDER = (
     "This image was last written to before the checkpoint was made, as one that was put back from a copy, so its "
     "bitmap is an earlier one of this name. That of the checkpoint is gone, with what was in its image."
@@ -98,6 +104,7 @@ class LayerBitmaps(t.NamedTuple):
     lost_names: frozenset[str] | None = None  # of these; None if that cannot be told
     modified: int | None = None  # seconds since 1970, of the last write; None if that cannot be told
     made: int = 0  # seconds since 1970, when an overlay was; 0: not known
+    is_flattened: bool = False  # an overlay that records no image below any more
 
     def is_older_than(self, created: int | None) -> bool:
         """Whether it was last written to before a checkpoint was made: a bitmap is stored when its image is closed.
@@ -175,7 +182,8 @@ def judge(
             above = layer
     lost = lost_below(name, chain, created)
     if lost is not None:  # rule 6
-        why = _LOST.format(lost.path) if lost.may_have_lost(name, created) else _NOT_BELOW
+        why = _FLATTENED if name in lost.bitmaps else _NOT_BELOW
+        why = _LOST.format(lost.path) if lost.may_have_lost(name, created) else why
         return Checkpoint(name, False, LOST, lost.path, f"{why} {way_out}")
     if unknown is not None:
         return Checkpoint(name, None, IN_USE, unknown.path, _ASK_LIBVIRT)
@@ -185,11 +193,17 @@ def judge(
 
 
 def lost_below(name: str, chain: t.Sequence[LayerBitmaps], created: int | None) -> LayerBitmaps | None:
-    """Return the image that may have lost the bitmap, or lacks it, below all that have it, or can have it."""
+    """Return the image that may have lost the bitmap, or lacks it, below all that have it, or can have it.
+
+    If it has the bitmap itself, the image that was below it is gone.
+    """
     lowest = max((n for n, one in enumerate(chain) if name in one.bitmaps or one.is_open_for_writing), default=-1)
     below = chain[lowest + 1 :]
-    if lowest >= 0 and below and chain[lowest].was_made_after(created):
-        return below[0]
+    if lowest >= 0 and chain[lowest].was_made_after(created):
+        if below:
+            return below[0]
+        if chain[lowest].is_flattened:
+            return chain[lowest]
     return next((one for one in below if one.may_have_lost(name, created)), None)
 
 

@@ -122,6 +122,7 @@ def _look(layer: Layer, above: t.Sequence[Layer], held: Held, missed: t.Abstract
         lost_by_kill=bool(image.lost_bitmaps) and vault is not None and _is_of_its_run(file, vault),
         modified=None if file.is_device else int(file.status().st_mtime),
         made=image.made,
+        is_flattened=image.is_flattened,
         fault=fault,
     )
     return Patient(layer, file, maps_of(file, image), stored_maps(file, image), vault, standing)

@@ -51,6 +51,7 @@ class ExaminedLayer(t.NamedTuple):
             lost_names=self.image.lost_names if self.image else None,
             modified=self.modified,
             made=self.image.made if self.image else 0,
+            is_flattened=self.image is not None and self.image.is_flattened,
         )
 
     def as_result(self) -> dict[str, t.Any]:

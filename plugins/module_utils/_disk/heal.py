@@ -97,6 +97,7 @@ class Standing(t.NamedTuple):
     lost_by_kill: bool = False  # a killed run has lost these, and its vault has those that were to stay
     modified: int | None = None  # seconds since 1970, of the last write; None if that cannot be told
     made: int = 0  # seconds since 1970, when an overlay was; 0: not known
+    is_flattened: bool = False  # an overlay that records no image below any more
     fault: Refusal | None = None  # why its bitmaps cannot be written
     others: tuple[str, ...] = ()  # paths of the images on top of it that are not in this chain
 
@@ -116,6 +117,7 @@ class Standing(t.NamedTuple):
             lost_names=self.lost_names,
             modified=self.modified,
             made=self.made,
+            is_flattened=self.is_flattened,
         )
 
 

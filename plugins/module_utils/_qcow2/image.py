@@ -61,6 +61,11 @@ class Image(t.NamedTuple):
         """When it was made, in seconds since 1970; 0: not known."""
         return self.history.made // 10**9
 
+    @property
+    def is_flattened(self) -> bool:
+        """Whether it is an overlay that somebody has copied everything below into, and that records no image now."""
+        return self.made > 0 and self.backing_file is None
+
 
 def read_image(file: OpenImage, *, with_bitmaps: bool = True) -> Image:
     """Return what the open image says of itself; Refusal if it is no qcow2 image, or one that QEMU does not open."""

@@ -203,6 +203,19 @@ def test_an_overlay_that_was_made_after_the_checkpoint_goes_on_with_a_bitmap_bel
             assert judge("x", [*above, lowest], complete=False, created=50_000).problem == "incomplete"
 
 
+def test_an_overlay_that_was_flattened_may_lack_what_was_below_it():
+    """Who copies the data up can leave the bits behind."""
+    sound = {"x": Bitmap("x", 512, True, False)}
+    for made, valid in ((0, True), (50_010, True), (50_011, False)):
+        lowest = LayerBitmaps("/lowest", 1, sound, made=made, is_flattened=True)
+        for above in ([], [LayerBitmaps("/top", 1, sound, made=90_000)]):
+            verdict = judge("x", [*above, lowest], created=50_000)
+            assert (verdict.valid, verdict.image) == ((True, None) if valid else (False, "/lowest"))
+            assert valid or ("no image below any more" in verdict.advice and "cannot be made valid" in verdict.advice)
+            assert judge("x", [*above, lowest]).valid is True  # nobody knows when
+            assert judge("x", [*above, lowest._replace(is_flattened=False)], created=50_000).valid is True
+
+
 def test_a_bitmap_that_is_older_than_the_checkpoint_of_its_name_is_another_one():
     """As that of a template, of which a clone has been set back to nothing."""
     template = LayerBitmaps("/base", 1, {"x": Bitmap("x", 512, True, False)}, modified=10_000)
