@@ -375,7 +375,8 @@ _WHY = {
     DIFFERENT_SIZE: "has another virtual size than the image below it with the bitmap {}; QEMU merges no such bitmaps",
     OLDER: "was last written to before the checkpoint of the bitmap {} was made, so its own is another one's. That of "
     "the checkpoint is gone, with what was in its image",
-    LOST: "has lost its bitmaps, because a program that does not know them has written to it, and {} may have been one",
+    LOST: "may lack {}, or what that goes on with: a program that does not know bitmaps has written to it, QEMU could "
+    "not store them, or somebody has put it there, or copied another image into it, without them",
     EMPTIED: "its bitmap {} is inconsistent, and no image below has it. It can be rebuilt from what the image holds, "
     "unless the bitmap is older than the image, or the image was emptied since, neither of which can be seen",
 }

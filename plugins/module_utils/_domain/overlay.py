@@ -251,7 +251,11 @@ def _chain_problems(name: str, disk: DomainDisk, stated: StatedChain, layers: t.
             f"{disk.target}: <backingStore> says {_shown(images)}, the images say {_shown(recorded)}, so the guest may "
             "have been seeing other data than an overlay would show"
         )
-        remedy = "Find out which the guest saw; correct the other one, the images with 'qemu-img rebase -u'."
+        remedy = (
+            "Find out which the guest saw; correct the other one, the images with 'qemu-img rebase -u'. If a job has "
+            "taken an image out of the chain and libvirt has not seen its end, the bits of that image are nowhere: "
+            "make a full backup with a new checkpoint then."
+        )
         return [why_differs(stated, layers) or Refusal("other_chain", name, why, remedy)]
     if unnamed:
         why = (
