@@ -349,8 +349,8 @@ RULES = (
     Rule(
         "what a kill has lost is not held against what is above for ever",
         "heal",
-        "return bool(self.put_back) or self.lost_by_kill",
-        "return bool(self.put_back)",
+        "return bool(self.put_back or self.forgotten) or self.lost_by_kill",
+        "return bool(self.put_back or self.forgotten)",
         (KILLED,),
     ),
     Rule(
@@ -384,6 +384,71 @@ RULES = (
     ),
     Rule(
         "what is counted on is lost, not removed", "diagnose", "return lost & missed", "return frozenset()", (KILLED,)
+    ),
+    Rule(
+        "what libvirt has forgotten since a kill does not come back",
+        "diagnose",
+        "unknown = (standing.put_back & vault.known) - request.referred - request.missed",
+        "unknown = frozenset()",
+        (KILLED, "../_domain/test_healing_run"),
+    ),
+    Rule(
+        "what libvirt never knew it has not forgotten",
+        "diagnose",
+        "(standing.put_back & vault.known) - request.referred",
+        "standing.put_back - request.referred",
+        (KILLED,),
+    ),
+    Rule(
+        "what another disk needs is not forgotten",
+        "diagnose",
+        " - request.referred - request.missed",
+        " - request.missed",
+        (KILLED,),
+    ),
+    Rule(
+        "a domain that was defined anew tells of nothing that it is removed",
+        "diagnose",
+        "if vault is None or not request.referred:",
+        "if vault is None:",
+        (KILLED,),
+    ),
+    Rule(
+        "what another image has was not removed",
+        "diagnose",
+        "if not any(_may_have(one, name) for one in chain)",
+        "",
+        (KILLED,),
+    ),
+    Rule(
+        "what another program has lost was not removed",
+        "diagnose",
+        "return is_lost or (patient.layer.image is not None",
+        "return (patient.layer.image is not None",
+        (KILLED,),
+    ),
+    Rule(
+        "what libvirt knew at the first of several kills counts",
+        "mend",
+        "return then | dict(request.created).keys()",
+        "return frozenset(dict(request.created))",
+        (KILLED,),
+    ),
+    Rule(
+        "the vault of an image that others stand on stays",
+        "mend",
+        "for place in sorted({*work.changed, *losing}):",
+        "for place in work.changed:",
+        (KILLED,),
+    ),
+    Rule("what is forgotten is told", "mend", "yield from _forgotten(one, request)", "pass", (KILLED,)),
+    Rule(
+        "a domain says which bitmaps its checkpoints need",
+        "healing",
+        "referred=self._referred(),",
+        "",
+        ("test_healing_run",),
+        "_domain",
     ),
     Rule(
         "nothing is put back once all was done",

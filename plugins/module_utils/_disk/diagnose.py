@@ -32,7 +32,7 @@ from .._qemu import locks
 from .bitmap_rules import bitmap_problems, names_of
 from .cumulative import MAX_UNITED, memory_image, uniting_cost
 from .examine import MAX_COUNTED_BITS
-from .heal import Plan, Standing, Want, in_doubt
+from .heal import HealRequest, Plan, Standing, Want, in_doubt
 from .observe import observe_chain, why_not_opened, why_not_writable
 from .retire import is_kept
 from .session import Held
@@ -72,13 +72,12 @@ class Patient(t.NamedTuple):
         return [*maps, AllocationMap(self.file)] if want.held else maps
 
 
-def look_at_chain(path: str, held: Held, missed: t.AbstractSet[str], *, is_trusted: bool) -> list[Patient]:
+def look_at_chain(request: HealRequest, held: Held) -> list[Patient]:
     """Return the images of a chain, topmost first; Refusal if one is in use, or if other work on it is unfinished.
 
-    While locks are held, nobody can begin to write to one of them. `missed` are bitmaps that nobody has removed.
-    `is_trusted`: somebody says that no image was emptied.
+    While locks are held, nobody can begin to write to one of them.
     """
-    layers = observe_chain(held.image(path), "qcow2", relative=False).layers
+    layers = observe_chain(held.image(request.path), "qcow2", relative=False).layers
     for layer in layers:
         held.unwritten(layer.path)
     problem = layers[-1].why_no_bottom()
@@ -88,7 +87,9 @@ def look_at_chain(path: str, held: Held, missed: t.AbstractSet[str], *, is_trust
     problem = why_in_the_way(layers, top_bitmaps, (COMMIT,))
     if problem is not None:
         raise problem
-    patients = [_look(layer, layers[:depth], held, missed) for depth, layer in enumerate(layers)]
+    all_there = [_look(layer, layers[:depth], held, request.missed) for depth, layer in enumerate(layers)]
+    patients = [_without_forgotten(one, all_there, request) for one in all_there]
+    is_trusted = request.assume_not_emptied
     return patients if is_trusted else [_doubted(one, patients[place + 1 :]) for place, one in enumerate(patients)]
 
 
@@ -157,6 +158,34 @@ def _is_of_its_run(file: OpenImage, vault: Vault) -> bool:
     Whoever has come since can have lost bitmaps that were made since, of which the vault knows nothing.
     """
     return not vault.is_given and (file.is_device or file.status().st_mtime_ns - vault.given_at < _RUN_NS)
+
+
+def _without_forgotten(patient: Patient, chain: t.Sequence[Patient], request: HealRequest) -> Patient:
+    """Return an image without what only vaults have, and whose checkpoint somebody has removed since a run was killed.
+
+    Libvirt knew it then and does not now. Of what it did not know then it tells nothing, nor if it knows no checkpoint
+    of the domain any more, whose definition can be a new one.
+    """
+    standing, vault = patient.standing, patient.vault
+    if vault is None or not request.referred:
+        return patient
+    unknown = (standing.put_back & vault.known) - request.referred - request.missed
+    forgotten = frozenset(name for name in unknown if not any(_may_have(one, name) for one in chain))
+    standing = standing._replace(
+        bitmaps={name: bitmap for name, bitmap in standing.bitmaps.items() if name not in forgotten},
+        put_back=standing.put_back - forgotten,
+        gone=(*standing.gone, *(vault.below[name].bitmap for name in sorted(forgotten))),
+        forgotten=forgotten,
+    )
+    return patient._replace(standing=standing)
+
+
+def _may_have(patient: Patient, name: str) -> bool:
+    """Whether an image has a bitmap itself, or had it until another program has lost it."""
+    standing = patient.standing
+    is_named = standing.lost_names is None or name in standing.lost_names
+    is_lost = bool(standing.lost_bitmaps) and is_named and not standing.lost_by_kill
+    return is_lost or (patient.layer.image is not None and any(one.name == name for one in patient.image.bitmaps))
 
 
 def _doubted(patient: Patient, below: t.Sequence[Patient]) -> Patient:

@@ -70,6 +70,7 @@ class HealRequest(t.NamedTuple):
     domain: str | None = None  # whose disks are done all or none, each with all that is asked for
     others: tuple[tuple[str, str], ...] = ()  # real path of an image of the chain, and who else has it, as far as known
     created: tuple[tuple[str, int], ...] = ()  # bitmaps of known checkpoints, and when these were made, s since 1970
+    referred: frozenset[str] = frozenset()  # bitmaps that checkpoints of the domain need, of whichever disk
 
     @property
     def missed(self) -> frozenset[str]:
@@ -91,6 +92,7 @@ class Standing(t.NamedTuple):
     bitmaps: Named  # those that are put back are told as the vault has them
     put_back: frozenset[str] = frozenset()  # that a killed run has lost, and that its vault has
     gone: tuple[Bitmap, ...] = ()  # that its vault has and it lacks, and that are not put back
+    forgotten: frozenset[str] = frozenset()  # of these, whose checkpoints libvirt has forgotten since the kill
     doubtful: t.Mapping[str, Refusal] = {}  # of those put back, the ones that may lack changes, and why
     lost_bitmaps: int = 0
     lost_names: frozenset[str] | None = None  # of these; None if that cannot be told
@@ -104,7 +106,7 @@ class Standing(t.NamedTuple):
     @property
     def is_broken_off(self) -> bool:
         """Whether it must be written: by its vault alone it is known which bitmaps it is to have."""
-        return bool(self.put_back) or self.lost_by_kill
+        return bool(self.put_back or self.forgotten) or self.lost_by_kill
 
     @property
     def layer(self) -> LayerBitmaps:

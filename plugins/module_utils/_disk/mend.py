@@ -82,7 +82,7 @@ class MendBitmaps:
 
     def judge(self, request: HealRequest, held: Held) -> HealVerdict:
         """Look at the chain, and decide."""
-        patients = look_at_chain(request.path, held, request.missed, is_trusted=request.assume_not_emptied)
+        patients = look_at_chain(request, held)
         standing = [one.standing for one in patients]
         plan = heal.decide(request, standing)
         if plan.written or request.state == heal.ABSENT:  # to look through whole folders takes its time
@@ -133,7 +133,7 @@ class MendBitmaps:
         """Put the bitmaps that are in order, or were when a killed run began, into vaults."""
         work = self._works[verdict.request.path]
         for place in verdict.written:
-            _keep(place, work, held)
+            _keep(place, work, held, verdict.request)
         return verdict
 
     def write(self, verdict: HealVerdict, held: Held) -> HealVerdict:
@@ -244,8 +244,9 @@ def _put_time_back(file: OpenImage, written: int) -> None:
 
 
 def _barred(work: _Work) -> t.Iterator[Refusal]:
-    """Yield why images that are to be written must not be."""
-    for place in work.changed:
+    """Yield why images that are to be written must not be, or lose a vault that others may count on."""
+    losing = [place for place, one in enumerate(work.patients) if one.standing.forgotten]
+    for place in sorted({*work.changed, *losing}):
         patient, problem = work.patients[place], work.plan.barred.get(place)
         if problem is not None and patient.vault is not None and patient.standing.is_broken_off:
             note = f"Or remove its vault {patient.vault.path}, by which its bitmaps of a killed run are given up."
@@ -282,7 +283,7 @@ def _place_of_vault(patient: Patient, top: Patient) -> str | None:
     return patient.vault.place if patient.vault and is_unfinished else healing_vault(patient.layer, top.layer)
 
 
-def _keep(place: int, work: _Work, held: Held) -> None:
+def _keep(place: int, work: _Work, held: Held, request: HealRequest) -> None:
     """Put a vault beside an image that is to be written, in the place of an older one.
 
     One without bitmaps tells that what a kill loses was not to stay.
@@ -304,6 +305,7 @@ def _keep(place: int, work: _Work, held: Held) -> None:
         held=AllocationMap(patient.file),
         backing_file=patient.image.backing_file or "",
         top_changed=_before_a_kill(patient),
+        known=_known(patient, request) & {bitmap.name for bitmap, _maps in below},
     )
     staged = held.enter(StagedFile(path, os.path.dirname(path)))
     write_vault(staged.file.fd, content)
@@ -311,6 +313,13 @@ def _keep(place: int, work: _Work, held: Held) -> None:
     if not holds(read_vault(staged.file), content):
         raise Refusal("not_verified", path, "the vault is not what was written")
     publish_over(staged)
+
+
+def _known(patient: Patient, request: HealRequest) -> frozenset[str]:
+    """Return the bitmaps whose checkpoints libvirt knows, or knew when the first run of several was killed."""
+    vault = patient.vault
+    then = vault.known if vault is not None and not vault.is_given else frozenset[str]()
+    return then | dict(request.created).keys()
 
 
 def _in_order(patient: Patient) -> t.Iterator[tuple[Bitmap, list[t.Any]]]:
@@ -349,13 +358,25 @@ def _promise(request: HealRequest, work: _Work) -> HealVerdict:
 
 def _not_put_back(request: HealRequest, work: _Work) -> t.Iterator[str]:
     """Yield a warning for each image that lacks bitmaps of its vault, unless libvirt knows which there are to be."""
-    for one in work.patients if request.domain is None and request.state == heal.VALID else ():
-        if one.standing.gone:
+    for one in work.patients:
+        yield from _forgotten(one, request)
+        if one.standing.gone and request.domain is None and request.state == heal.VALID:
             yield (
                 f"{one.layer.path}: a run that was killed has kept its bitmap {names_of(one.standing.gone)}, which it "
                 "lacks now. As those that it has are in order, it counts as removed since, and is not put back. If "
                 "nobody has removed it, QEMU has lost it: make a full backup."
             )
+
+
+def _forgotten(patient: Patient, request: HealRequest) -> t.Iterator[str]:
+    """Yield a warning of what only the vault of an image has, and goes with it unasked."""
+    names = patient.standing.forgotten - frozenset(request.removed)
+    left = [one for one in patient.standing.gone if one.name in names]
+    if left:
+        yield (
+            f"{patient.layer.path}: a run that was killed has kept its bitmap {names_of(left)}. No image has it any "
+            "more, and libvirt knows its checkpoint no more. So it counts as removed since, and is not put back."
+        )
 
 
 def _items(request: HealRequest, work: _Work) -> t.Iterator[Item]:

@@ -20,6 +20,7 @@ bitmaps, and is never opened for writing once it is there::
     g/DEV:INO:GEN   the generation of one of these files, since another one can have its number when it is gone
     h/held    what the image of a healing held itself; of a commit what all images held together that go in
     f/NAME    of a healing, the backing file that the image recorded; empty if it had none
+    k/NAME    of a healing, a bitmap of those with bits whose checkpoint libvirt knew
 
 The vault of a commit lies beside the image that all goes into. That of a healing has another name, and lies beside the
 image whose bitmaps are written anew, which is the topmost one that it knows; the topmost one of the chain is among the
@@ -78,6 +79,7 @@ class Vault(t.NamedTuple):
     backing_file: str | None = None  # that the topmost one recorded; None if that is not known
     top_made: int = 0  # ns since 1970, as the topmost image says itself; 0 if that is not known
     written_at: int = 0  # ns since 1970; when it was written, as a copy says, too
+    known: frozenset[str] = frozenset()  # of `below`, whose checkpoints libvirt knew; older releases do not keep it
 
     def is_of(self, identity: Identity, path: str, generation: int | None) -> bool:
         """Whether this file is the topmost image that takes part; by its number alone if its generation is unknown."""
@@ -195,6 +197,7 @@ def read_vault(file: OpenImage) -> Vault:
         backing_file=next(iter(named["f/"]), None),
         top_made=top_made,
         written_at=file.status().st_mtime_ns,
+        known=frozenset(named["k/"]),
     )
 
 
@@ -224,7 +227,7 @@ def _no_vault(path: str) -> Refusal:
     return Refusal("unfinished", path, why, remedy)
 
 
-_KINDS = ("b/", "o/", "t/", "i/", "p/", "m/", "n/", "l/", "g/", "f/", *_DEAD.values())
+_KINDS = ("b/", "o/", "t/", "i/", "p/", "m/", "n/", "l/", "g/", "f/", "k/", *_DEAD.values())
 _HELD = "h/held"
 
 
@@ -255,6 +258,7 @@ class Content(t.NamedTuple):
     backing_file: str | None = None  # that it records
     top_changed: int | None = None  # ns since 1970, of the topmost image; None is as its file tells
     top_made: int = 0  # ns since 1970; 0 if that is not known
+    known: frozenset[str] = frozenset()  # of `below`, whose checkpoints libvirt knows
 
     @property
     def generations(self) -> dict[Identity, int]:
@@ -279,6 +283,7 @@ def write_vault(fd: int, content: Content) -> None:
     words += [f"f/{content.backing_file}"] if content.backing_file is not None else []
     words = [word for word in words if _is_bitmap_name(word)]  # of any other path nothing is known
     words += [f"{_DEAD[reason]}{name}" for name, reason in content.dead.items()]
+    words += [f"k/{name}" for name in sorted(content.known)]
     with_bits = [
         (bitmap._replace(name=kind + bitmap.name), united(maps, bitmap.granularity, size))
         for kind, bitmaps in (("b/", content.below), ("o/", content.above))
@@ -303,6 +308,7 @@ def holds(vault: Vault, content: Content) -> bool:
     return (
         (vault.token, vault.top, dict(vault.dead)) == (content.token, content.top.identity, dict(content.dead))
         and vault.generations == content.generations
+        and vault.known == content.known
         and (vault.held is None) == (content.held is None)
         and (vault.held is None or is_union(vault.held, content.held_by_all, content.virtual_size))
         and _are(vault.above, content.above, content.virtual_size)

@@ -109,6 +109,11 @@ def bitmaps_known(known: t.Sequence[KnownCheckpoint], target: str) -> tuple[tupl
     return tuple((one.bitmaps[target], one.created) for one in known if target in one.bitmaps)
 
 
+def bitmaps_referred(known: t.Sequence[KnownCheckpoint]) -> frozenset[str]:
+    """Return the bitmaps that libvirt's checkpoints need, of whichever disk: one can have got another target since."""
+    return frozenset(bitmap for one in known for bitmap in one.bitmaps.values())
+
+
 def no_such_checkpoint(domain: str, name: str) -> Refusal:
     """Return the refusal of a name of which libvirt knows no checkpoint."""
     why = f"libvirt knows no checkpoint {name!r} of it"
@@ -187,9 +192,8 @@ class _Draft:
         """Return the bitmaps of a checkpoint on the disks that the domain still has."""
         return {target: bitmap for target, bitmap in checkpoint.bitmaps.items() if target in self._disks}
 
-    def _referred(self) -> set[str]:
-        """Return the bitmaps that checkpoints need, of whichever disk: one can have got another target since."""
-        return {bitmap for one in self._known for bitmap in one.bitmaps.values()}
+    def _referred(self) -> frozenset[str]:
+        return bitmaps_referred(self._known)
 
     def _swapped(self) -> t.Iterator[tuple[str, DiskChain, str]]:
         """Yield the checkpoints that are asked for, with a disk that each has, and which one that was then."""
@@ -249,6 +253,7 @@ class _Draft:
                     domain=self._uuid,
                     others=disk.others,
                     created=bitmaps_known(self._known, target),
+                    referred=self._referred(),
                 )
         return requests
 

@@ -20,7 +20,7 @@ from .._disk.verdict import FAILED, SKIPPED, problem_fields, root_causes
 from .._libvirt.connection import Domain, Kept, KnownCheckpoint, Libvirt, Unreadable
 from .._libvirt.definition import DomainDisk
 from .._libvirt.switch import check_unchanged, forget
-from .healing import CheckpointRequest, Decision, DiskChain, Fate, bitmaps_known, decide
+from .healing import CheckpointRequest, Decision, DiskChain, Fate, bitmaps_known, bitmaps_referred, decide
 from .healing_live import fates_of_running, remove_from_running
 from .inventory import DiskFacts, Inventory, first_image
 from .look import DomainLook, look_at
@@ -154,8 +154,7 @@ class HealCall:
         others = self._inventory.sharers(facts) if with_all else ()
         with self._look() as held:
             try:
-                known = frozenset(dict(bitmaps_known(kept.checkpoints, disk.target)))
-                patients = look_at_chain(disk.source, held, known, is_trusted=self._request.assume_not_emptied)
+                patients = look_at_chain(self._look_request(disk.source, disk.target, kept), held)
                 images = with_others(patients, dict(others)) if with_all else [one.standing for one in patients]
             except (Refusal, OSError) as exc:
                 refused = failed_by(HealVerdict(heal.HealRequest(disk.source)), exc)
@@ -163,6 +162,16 @@ class HealCall:
             has_vault = any(one.vault is not None for one in patients)
             paths = tuple(one.layer.real_path for one in patients)
         return DiskChain(disk.target, disk.source, tuple(images), None, has_vault, others, real_paths=paths)
+
+    def _look_request(self, path: str, target: str, kept: Kept) -> heal.HealRequest:
+        """Return what tells of the bitmaps of a disk which there are to be, and nothing of what is asked for."""
+        return heal.HealRequest(
+            path,
+            names=(),
+            assume_not_emptied=self._request.assume_not_emptied,
+            created=bitmaps_known(kept.checkpoints, target),
+            referred=bitmaps_referred(kept.checkpoints),
+        )
 
     def _look(self) -> Held:
         return Held(self._settings, Engine(self._settings), locking=False)

@@ -21,7 +21,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.examine impor
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.heal import HealRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.mend import MendBitmaps
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.session import Vm
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.session import Engine, Held, Vm
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.unfinished import is_healing_of
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.vault import open_vault, read_vault
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
@@ -385,17 +385,95 @@ def lost_to_a_kill(tmp_path):
     return killed_at_removal(path)
 
 
-def killed_at_removal(path, loses=drop_all_bitmaps):
+def killed_at_removal(path, loses=drop_all_bitmaps, **options):
     qemu.add_bitmaps(path, [MONDAY, TUESDAY])
+    killed_before_it_writes(HealRequest(path, names=("tuesday",), state="absent", **options))
+    loses(path)
+    return path
+
+
+def killed_before_it_writes(request):
     child = os.fork()
     if child == 0:
         with contextlib.suppress(BaseException):
             mend_module.bring = lambda *_args: os.kill(os.getpid(), signal.SIGKILL)
-            run(MendBitmaps(), [HealRequest(path, names=("tuesday",), state="absent")], SETTINGS)
+            run(MendBitmaps(), [request], SETTINGS)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    loses(path)
-    return path
+
+
+# As a domain asks whose checkpoint monday was removed after the kill, and wednesday was not.
+SINCE = {"names": ("wednesday",), "created": (("wednesday", 0),), "referred": frozenset(["wednesday"])}
+THEN = {"created": (("monday", 0), ("wednesday", 0))}
+
+
+def lost_of_a_domain(tmp_path, *of_base, holds=True, **then):
+    """Return an overlay whose vault alone has the bitmap of Monday. Libvirt knew it, unless `then` says otherwise."""
+    base = qemu.create(tmp_path / "base.qcow2", SIZE)
+    qemu.add_bitmaps(base, [WEDNESDAY, *of_base])
+    path = overlay(tmp_path / "top.qcow2", base)
+    if holds:
+        guest_writes(path, random.Random(8))
+    return killed_at_removal(path, **{**THEN, **then})
+
+
+def standing_of(path, **options):
+    """Return what is known of the topmost image."""
+    with Held(SETTINGS, Engine(SETTINGS), locking=False) as held:
+        return diagnose.look_at_chain(HealRequest(path, **options), held)[0].standing
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_a_checkpoint_that_was_removed_since_the_kill_does_not_come_back_and_keeps_no_other_from_healing(
+    tmp_path, holds
+):
+    """Nobody counts on its bitmap, so nothing depends on whether the image was emptied."""
+    path = lost_of_a_domain(tmp_path, holds=holds)
+    for removed in ((), ("monday",)):
+        request = HealRequest(path, domain="uuid", removed=removed, **SINCE)
+        outcome = run(MendBitmaps(), [request], SETTINGS._replace(check_mode=True))
+        assert not outcome.failures
+        assert ["'monday'" in one for one in outcome.warnings] == ([] if removed else [True])  # unless it was asked for
+    mend(path, domain="uuid", **SINCE)
+    assert checkpoints(path) == {"wednesday"}
+    assert [one[0] for one in qemu.bitmaps_of(path)] == ["wednesday"]
+
+
+@pytest.mark.parametrize(
+    ("then", "since"),
+    [
+        ({"created": (("wednesday", 0),)}, {}),  # of another tool, or another domain
+        ({}, {"created": (), "referred": frozenset()}),  # the domain was defined anew, or all is gone
+        ({}, {"referred": frozenset(["monday", "wednesday"])}),  # of another disk, whose target this one had
+        ({}, {"names": ("monday",)}),
+    ],
+)
+def test_what_nobody_has_removed_as_far_as_libvirt_tells_is_put_back(tmp_path, then, since):
+    path = lost_of_a_domain(tmp_path, **then)
+    standing = standing_of(path, **{**SINCE, **since})
+    assert (standing.put_back, standing.forgotten) == ({"monday"}, frozenset())
+
+
+@pytest.mark.parametrize("change", [crash, lose, lambda _path: None])
+def test_what_another_image_has_or_has_lost_is_not_removed(tmp_path, change):
+    path = lost_of_a_domain(tmp_path, MONDAY)
+    change(tmp_path / "base.qcow2")
+    assert standing_of(path, **SINCE).put_back == {"monday"}
+
+
+def test_what_libvirt_knew_when_the_first_of_two_runs_was_killed_counts(tmp_path):
+    path = lost_of_a_domain(tmp_path)
+    killed_before_it_writes(HealRequest(path))
+    standing = standing_of(path, **SINCE)
+    assert (standing.put_back, standing.forgotten) == (frozenset(), {"monday"})
+
+
+def test_the_vault_of_an_image_that_others_stand_on_stays_though_libvirt_has_forgotten_all_of_it(tmp_path):
+    path = lost_of_a_domain(tmp_path)
+    overlay(tmp_path / "clone.qcow2", path)
+    (failure,) = run(MendBitmaps(), [HealRequest(path, **{**SINCE, "names": ()})], SETTINGS).failures
+    assert failure.code == "has_overlay"
+    assert ".top.qcow2.kvmfleet-healing" in os.listdir(tmp_path)
 
 
 def merged_by_hand(path):

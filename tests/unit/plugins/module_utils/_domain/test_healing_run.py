@@ -411,6 +411,21 @@ def test_what_a_vault_may_tell_wrongly_is_put_back_by_the_users_word(fleet):
     assert (done.state, states(done)) == ("rebuilt", {"one": "rebuilt", "two": "rebuilt"})
 
 
+def test_a_checkpoint_that_was_removed_since_a_kill_does_not_come_back(fleet):
+    """A backup tool has removed its bitmap, too, while the VM ran, from all images that had it."""
+    base(fleet, "base.qcow2", bitmap("one"))
+    path = overlay(fleet.path("a.qcow2"), fleet.path("base.qcow2"))
+    qemu.add_bitmaps(path, [bitmap("two")])
+    domain = fleet.define("web", "a.qcow2", checkpoints=["one", "two"])
+    killed()
+    qemu.qemu_img("bitmap", "--remove", path, "two")
+    domain.checkpointLookupByName("two").delete(libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
+    (done,), warnings = call()
+    assert (done.state, states(done)) == ("rebuilt", {"one": "rebuilt"})
+    assert [path in one and "'two'" in one for one in warnings] == [True]
+    assert {one[0] for one in qemu.bitmaps_of(path)} == {"one"}
+
+
 def test_what_only_a_vault_has_is_not_called_valid_where_nothing_is_done(fleet):
     base(fleet, "base.qcow2", bitmap("one"))
     path = top(fleet, "a.qcow2", "base.qcow2", bitmap("two"))
