@@ -451,6 +451,14 @@ RULES = (
         "_domain",
     ),
     Rule(
+        "no checkpoint is told as valid by a chain that the VM does not use",
+        "healing_run",
+        "_untold(one, of_chains) for one in",
+        "one for one in",
+        ("test_healing_run",),
+        "_domain",
+    ),
+    Rule(
         "nothing is put back once all was done",
         "diagnose",
         "if vault.is_given:",

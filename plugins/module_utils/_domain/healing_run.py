@@ -127,7 +127,9 @@ class HealCall:
         has_work = bool(decision.forgotten) or self._would_write(decision)
         asked = [one for one in facts if one.disk.target in decision.requests]
         # Of a chain that the VM does not use no verdict holds either.
-        problems = _of_other_chains(domain, asked)
+        of_chains = _of_other_chains(domain, asked)
+        decision = decision._replace(fates=tuple(_untold(one, of_chains) for one in decision.fates))
+        problems = [why for found in of_chains.values() for why in found]
         problems += _why_not(domain, asked) if has_work else []
         return ShutOff(domain, kept, decision, has_work, tuple(problems))
 
@@ -356,9 +358,16 @@ def _ended(domain: Domain) -> Refusal:
     return Refusal("interrupted", domain.name, why, "Run this again.")
 
 
-def _of_other_chains(domain: Domain, facts: t.Sequence[DiskFacts]) -> list[Refusal]:
-    """Return of which disks the definition states other images than the chain that was looked at has."""
-    return [why for one in facts if one.layers for why in stated_problems(domain.name, one.disk, one.layers)]
+def _of_other_chains(domain: Domain, facts: t.Sequence[DiskFacts]) -> dict[str, list[Refusal]]:
+    """Return by target of which disks the definition states other images than the chain that was looked at has."""
+    found = {one.disk.target: stated_problems(domain.name, one.disk, one.layers) for one in facts if one.layers}
+    return {target: problems for target, problems in found.items() if problems}
+
+
+def _untold(fate: Fate, of_chains: t.Mapping[str, t.Sequence[Refusal]]) -> Fate:
+    """Return what is to become of a checkpoint; nothing if it is about a disk whose chain the VM does not use."""
+    problem = next((of_chains[target][0] for target in fate.bitmaps if target in of_chains), None)
+    return fate._replace(problem=fate.problem or problem, is_as_wanted=fate.is_as_wanted and problem is None)
 
 
 def _why_not(domain: Domain, facts: t.Sequence[DiskFacts]) -> list[Refusal]:

@@ -565,6 +565,7 @@ def test_no_verdict_holds_of_a_chain_that_the_vm_does_not_use(fleet):
     fleet.host.defineXML(text)
     found = healed(fleet)
     assert (found.state, [one.code for one in found.failures]) == ("failed", ["other_chain"])
+    assert states(found) == {"one": "other_chain"}  # what would be valid if the VM used it is told as valid nowhere
 
 
 def test_a_pattern_that_matches_no_checkpoint_is_told(fleet):
