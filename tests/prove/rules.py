@@ -459,6 +459,22 @@ RULES = (
         "_domain",
     ),
     Rule(
+        "nothing is removed while a merge is unfinished",
+        "healing_live",
+        "too_old or why_unfinished(look, one) or why_left_below(",
+        "too_old or why_left_below(",
+        ("test_healing_live",),
+        "_domain",
+    ),
+    Rule(
+        "what is left over of a merge keeps nothing from being removed",
+        "healing_live",
+        "if one.kind == COMMIT and one.is_in_the_way)",
+        "if one.kind == COMMIT)",
+        ("test_healing_live",),
+        "_domain",
+    ),
+    Rule(
         "nothing is put back once all was done",
         "diagnose",
         "if vault.is_given:",

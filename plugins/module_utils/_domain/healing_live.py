@@ -15,6 +15,7 @@ import typing as t
 from .._base.errors import Refusal
 from .._disk import heal
 from .._disk.heal import ABSENT, VALID
+from .._disk.unfinished import COMMIT
 from .._libvirt.checkpoints import delete_live
 from .._libvirt.connection import Domain, Libvirt
 from .healing import CheckpointRequest, Fate, no_such_checkpoint, without_disks
@@ -88,6 +89,16 @@ def why_left_below(version: tuple[int, int, int], look: DomainLook, fate: Fate) 
     return None
 
 
+def why_unfinished(look: DomainLook, fate: Fate) -> Refusal | None:
+    """Return which merge has to be completed before a checkpoint is removed; None if none.
+
+    Its vault can have bitmaps of the checkpoint: what looks broken may be valid then, and what was removed is back.
+    """
+    chains = [one.chain for one in look.disks if one.disk.target in fate.bitmaps and one.chain is not None]
+    left = (one for chain in chains for one in chain.unfinished if one.kind == COMMIT and one.is_in_the_way)
+    return next((one.as_refusal() for one in left), None)
+
+
 def remove_from_running(daemon: Libvirt, look: DomainLook, fates: t.Sequence[Fate], *, check_mode: bool) -> list[Fate]:
     """Have libvirt delete the checkpoints that are to go; return the fates as they are then."""
     going = [one for one in fates if one.state == heal.REMOVED]
@@ -95,7 +106,7 @@ def remove_from_running(daemon: Libvirt, look: DomainLook, fates: t.Sequence[Fat
         return list(fates)
     too_old = why_not_deleted(daemon.version, look.domain)
     version = daemon.qemu_version
-    problems = {one.name: too_old or why_left_below(version, look, one) for one in going}
+    problems = {one.name: too_old or why_unfinished(look, one) or why_left_below(version, look, one) for one in going}
     names = [name for name, problem in problems.items() if problem is None]
     if not check_mode:
         problems.update(delete_live(daemon, look.domain, names))

@@ -16,6 +16,7 @@ import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.bitmap_rules import Checkpoint
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.examine import examine_chain
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.unfinished import COMMIT, HEALING, Unfinished
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain import healing_live
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.healing import CheckpointRequest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.healing_live import (
@@ -142,6 +143,29 @@ def test_a_newer_qemu_is_asked_to_remove_all(chain, monkeypatch):
     newer = Daemon((9, 0, 0), (6, 1, 0))
     assert told(remove_from_running(newer, look, going, check_mode=False)) == [("valid", "removed")]
     assert deleted == ["valid"]
+
+
+@pytest.mark.parametrize(
+    ("work", "targets", "expected"),
+    [
+        (Unfinished(COMMIT, "/a", "its commit is unfinished", "Complete it."), ["vda"], "unfinished"),
+        (Unfinished(COMMIT, "/a", "its commit is unfinished", "Complete it."), ["vdb"], "removed"),  # of another disk
+        (Unfinished(COMMIT, "/a", "its vault is left over", "", is_in_the_way=False), ["vda"], "removed"),
+        (Unfinished(HEALING, "/a", "work on its bitmaps is unfinished", ""), ["vda"], "removed"),
+    ],
+)
+def test_nothing_is_removed_that_the_end_of_a_merge_would_make_valid_or_put_back(
+    chain, monkeypatch, work, targets, expected
+):
+    deleted = []
+    monkeypatch.setattr(healing_live, "delete_live", lambda _daemon, _domain, names: deleted.extend(names) or {})
+    look = looked(("broken",), chain._replace(unfinished=(work,)))
+    (fate,) = fates_of_running(look, CheckpointRequest(removes_unusable=True))
+    fate = fate._replace(bitmaps=dict.fromkeys(targets, "broken"))
+    for check_mode in (True, False):
+        found = remove_from_running(Daemon((9, 0, 0), (9, 0, 0)), look, [fate], check_mode=check_mode)
+        assert told(found) == [("broken", expected)]
+    assert deleted == (["broken"] if expected == "removed" else [])
 
 
 DESCRIBED = """<domaincheckpoint><name>one</name><description>{}</description><disks>
