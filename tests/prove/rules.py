@@ -475,6 +475,35 @@ RULES = (
         "_domain",
     ),
     Rule(
+        "the vault of an image that is gone is told",
+        "diagnose",
+        "if _stood_on(path, ours):",
+        "if False:",
+        (KILLED,),
+    ),
+    Rule(
+        "a vault is told only where its image is gone",
+        "diagnose",
+        "vault.backing_file and not is_there(vault.top_path)",
+        "vault.backing_file",
+        (KILLED,),
+    ),
+    Rule(
+        "a vault of another disk is not told",
+        "diagnose",
+        "return os.path.realpath(resolve_name(vault.top_path, vault.backing_file)) in ours",
+        "return True",
+        (KILLED,),
+    ),
+    Rule(
+        "the vault of an image that is gone is told where nothing is done, too",
+        "healing_run",
+        "warnings=plan.warnings,",
+        "",
+        ("test_healing_run",),
+        "_domain",
+    ),
+    Rule(
         "nothing is put back once all was done",
         "diagnose",
         "if vault.is_given:",
@@ -654,8 +683,8 @@ RULES = (
     Rule(
         "a bitmap of the vault that counts as removed is told",
         "mend",
-        "warnings=tuple(_not_put_back(request, work)),",
-        "warnings=(),",
+        "warnings=(*_not_put_back(request, work), *",
+        "warnings=(*(), *",
         ("test_mend_killed",),
     ),
     Rule(

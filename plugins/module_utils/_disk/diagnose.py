@@ -6,14 +6,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import typing as t
 
 from .._base.errors import Refusal
-from .._base.files import OpenImage
+from .._base.files import OpenImage, is_there
 from .._qcow2.bitmaps import Bitmap
-from .._qcow2.chain import Layer, relative_data_file, why_unusable
+from .._qcow2.chain import Layer, relative_data_file, resolve_name, why_unusable
 from .._qcow2.dirty import (
     DirtyBits,
     DirtyMap,
@@ -38,7 +39,7 @@ from .retire import is_kept
 from .session import Held
 from .siblings import all_standing_on, folders_beside
 from .unfinished import COMMIT, healing_vault, healing_vaults, is_healing_of, why_in_the_way
-from .vault import MAX_NAME, Vault, open_vault, read_vault, why_no_vault
+from .vault import MAX_NAME, Vault, healings_of_none, open_vault, read_vault, why_no_vault
 
 Bits = dict[str, DirtyBits]  # by the name of the bitmap
 
@@ -279,6 +280,28 @@ def with_others(patients: t.Sequence[Patient], known: t.Mapping[str, str]) -> li
     there = [[path for path in standing[one.layer.identity] if not is_kept(path)] for one in patients]
     named = [[known[one.layer.real_path]] if one.layer.real_path in known else [] for one in patients]
     return [one.standing._replace(others=(*paths, *names)) for one, paths, names in zip(patients, there, named)]
+
+
+def left_of_images_gone(patients: t.Sequence[Patient]) -> t.Iterator[str]:
+    """Yield a warning for each vault of an image that stood on one of these and is gone: no call looks for it there."""
+    ours = {one.layer.real_path for one in patients}
+    for folder in folders_beside(one.layer.path for one in patients):
+        with contextlib.suppress(OSError):
+            for path in healings_of_none(folder):
+                if _stood_on(path, ours):
+                    yield (
+                        f"{path}: a run that was killed has left this vault of an image that is gone. If the image was "
+                        "merged, or is not needed, remove the vault. If it was moved away, put it back."
+                    )
+
+
+def _stood_on(vault_path: str, ours: t.Container[str]) -> bool:
+    """Whether the image of a vault is gone, and stood on one of these images."""
+    with contextlib.suppress(Refusal, OSError), open_vault(vault_path) as file:
+        vault = read_vault(file)
+        if vault.top_path is not None and vault.backing_file and not is_there(vault.top_path):
+            return os.path.realpath(resolve_name(vault.top_path, vault.backing_file)) in ours
+    return False
 
 
 def bits_to_be(patients: t.Sequence[Patient], plan: Plan, held: Held) -> list[Bits]:

@@ -29,7 +29,17 @@ from . import heal
 from .bitmap_rules import names_of
 from .carry import Place, Wanted, bring
 from .cumulative import most_bytes
-from .diagnose import Bits, Patient, bits_to_be, changed_bitmaps, counted, look_at_chain, vault_problems, with_others
+from .diagnose import (
+    Bits,
+    Patient,
+    bits_to_be,
+    changed_bitmaps,
+    counted,
+    left_of_images_gone,
+    look_at_chain,
+    vault_problems,
+    with_others,
+)
 from .heal import HealRequest, HealVerdict, Item, Plan
 from .observe import free_bytes, why_not_writable
 from .overlay import name_problems
@@ -347,7 +357,7 @@ def _promise(request: HealRequest, work: _Work) -> HealVerdict:
     return HealVerdict(
         request=request,
         items=tuple(_items(request, work)),
-        warnings=tuple(_not_put_back(request, work)),
+        warnings=(*_not_put_back(request, work), *left_of_images_gone(work.patients)),
         checkpoints=tuple(_checkpoints(work)),
         chain=tuple(one.layer.path for one in work.patients),
         written=tuple(sorted(work.changed)),

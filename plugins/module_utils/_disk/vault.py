@@ -129,6 +129,20 @@ def healing_place(name: str, folder: str) -> str:
     return os.path.join(folder, f".{name}{_HEALING}")
 
 
+def healings_of_none(folder: str) -> list[str]:
+    """Return the paths of the vaults of healings in a folder that has no file of the name of their image."""
+    found = []
+    for name in sorted(os.listdir(folder)):
+        stem = name[: -len(_GIVEN)] if name.endswith(_GIVEN) else name
+        if (
+            name.startswith(".")
+            and stem.endswith(_HEALING)
+            and not is_there(os.path.join(folder, stem[1 : -len(_HEALING)]))
+        ):
+            found.append(os.path.join(folder, name))
+    return found
+
+
 def why_no_vault(place: str, path: str) -> Refusal | None:
     """Return why no vault can be at this place, which is that of the image at `path`; None if one can."""
     longest = exceeded_name_max(place + _GIVEN)

@@ -75,6 +75,7 @@ class DiskChain(t.NamedTuple):
     others: tuple[tuple[str, str], ...] = ()  # as HealRequest has it
     holds_none: bool = False  # whether its format holds no bitmaps, as its definition has it
     real_paths: tuple[str, ...] = ()  # of its images
+    warnings: tuple[str, ...] = ()
 
     def is_valid(self, bitmap: str, created: int) -> bool:
         """Whether the chain has this bitmap, of a checkpoint that was made then, in order as it is, without a vault."""

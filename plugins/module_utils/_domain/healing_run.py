@@ -11,7 +11,7 @@ import typing as t
 
 from .._base.errors import Refusal, printable
 from .._disk import heal
-from .._disk.diagnose import look_at_chain, with_others
+from .._disk.diagnose import left_of_images_gone, look_at_chain, with_others
 from .._disk.heal import ABSENT, VALID, HealVerdict
 from .._disk.mend import MendBitmaps
 from .._disk.run import Batch, run_all
@@ -76,6 +76,7 @@ class ShutOff(t.NamedTuple):
     decision: Decision
     has_work: bool
     problems: tuple[Refusal, ...] = ()  # why nothing of it is done
+    warnings: tuple[str, ...] = ()
 
 
 class Running(t.NamedTuple):
@@ -121,7 +122,8 @@ class HealCall:
 
     def _plan_shut_off(self, domain: Domain, kept: Kept) -> ShutOff:
         facts = [self._inventory.facts(domain, disk) for disk in self._disks(domain, kept)]
-        decision = self._decide(domain, kept, [self._chain(one, kept, with_all=False) for one in facts])
+        chains = [self._chain(one, kept, with_all=False) for one in facts]
+        decision = self._decide(domain, kept, chains)
         if decision.writes:  # to look through whole folders takes its time
             decision = self._decide(domain, kept, [self._chain(one, kept, with_all=True) for one in facts])
         has_work = bool(decision.forgotten) or self._would_write(decision)
@@ -131,7 +133,8 @@ class HealCall:
         decision = decision._replace(fates=tuple(_untold(one, of_chains) for one in decision.fates))
         problems = [why for found in of_chains.values() for why in found]
         problems += _why_not(domain, asked) if has_work else []
-        return ShutOff(domain, kept, decision, has_work, tuple(problems))
+        warnings = tuple(warning for one in chains for warning in one.warnings)
+        return ShutOff(domain, kept, decision, has_work, tuple(problems), warnings)
 
     def _disks(self, domain: Domain, kept: Kept) -> list[DomainDisk]:
         """Return the disks that the checkpoints asked for are about, and all that the domain writes to.
@@ -162,8 +165,15 @@ class HealCall:
                 refused = failed_by(HealVerdict(heal.HealRequest(disk.source)), exc)
                 return DiskChain(disk.target, disk.source, problem=refused.problems[0])
             has_vault = any(one.vault is not None for one in patients)
-            paths = tuple(one.layer.real_path for one in patients)
-        return DiskChain(disk.target, disk.source, tuple(images), None, has_vault, others, real_paths=paths)
+            return DiskChain(
+                target=disk.target,
+                path=disk.source,
+                images=tuple(images),
+                has_vault=has_vault,
+                others=others,
+                real_paths=tuple(one.layer.real_path for one in patients),
+                warnings=tuple(left_of_images_gone(patients)),
+            )
 
     def _look_request(self, path: str, target: str, kept: Kept) -> heal.HealRequest:
         """Return what tells of the bitmaps of a disk which there are to be, and nothing of what is asked for."""
@@ -323,6 +333,7 @@ class HealCall:
             problems=problems,
             is_undone=bool(failed),
             changed=begun or bool(gone) or any(verdict.changed for _target, verdict in done),
+            warnings=plan.warnings,
             diff=_diff(plan.kept, gone, [verdict for _target, verdict in done if verdict.changed]),
         )
 

@@ -476,6 +476,26 @@ def test_the_vault_of_an_image_that_others_stand_on_stays_though_libvirt_has_for
     assert ".top.qcow2.kvmfleet-healing" in os.listdir(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["relative", "absolute"])
+def test_the_vault_of_an_image_that_was_merged_meanwhile_is_told(tmp_path, name):
+    base = qemu.create(tmp_path / "base.qcow2", SIZE)
+    other = qemu.create(tmp_path / "other.qcow2", SIZE)
+    below = "base.qcow2" if name == "relative" else base
+    path = killed_at_removal(overlay(tmp_path / "top.qcow2", below))
+    assert warnings_of(base) == []
+    os.rename(path, tmp_path / "elsewhere.qcow2")
+    vault = f"{tmp_path}/.top.qcow2.kvmfleet-healing"
+    assert [one.startswith(f"{vault}: ") and "remove the vault" in one for one in warnings_of(base)] == [True]
+    assert warnings_of(other) == []
+    os.rename(vault, f"{tmp_path}/.copy.qcow2.kvmfleet-healing")  # as beside a copy that has another name
+    os.rename(tmp_path / "elsewhere.qcow2", path)
+    assert warnings_of(base) == []
+
+
+def warnings_of(path):
+    return list(run(MendBitmaps(), [HealRequest(path)], SETTINGS._replace(check_mode=True)).warnings)
+
+
 def merged_by_hand(path):
     """Merge an image down without retiring it, which takes away what it held."""
     qemu.qemu_img("commit", "-q", path)

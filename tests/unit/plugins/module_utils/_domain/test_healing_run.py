@@ -426,6 +426,21 @@ def test_a_checkpoint_that_was_removed_since_a_kill_does_not_come_back(fleet):
     assert {one[0] for one in qemu.bitmaps_of(path)} == {"one"}
 
 
+def test_the_vault_of_an_image_that_was_merged_meanwhile_is_told(fleet):
+    """Also where nothing is to be done."""
+    base(fleet, "base.qcow2", bitmap("one"))
+    path = overlay(fleet.path("a.qcow2"), fleet.path("base.qcow2"))
+    fleet.define("web", "a.qcow2", checkpoints=["one"])
+    killed()
+    os.unlink(path)
+    fleet.made.pop()
+    fleet.define("web", "base.qcow2")
+    for _time in range(2):
+        (done,), warnings = call()
+        assert (done.state, done.changed) == ("valid", False)
+        assert [f"{fleet.path('.a.qcow2.kvmfleet-healing')}: " in one for one in warnings] == [True]
+
+
 def test_what_only_a_vault_has_is_not_called_valid_where_nothing_is_done(fleet):
     base(fleet, "base.qcow2", bitmap("one"))
     path = top(fleet, "a.qcow2", "base.qcow2", bitmap("two"))
