@@ -504,6 +504,20 @@ RULES = (
         "_domain",
     ),
     Rule(
+        "what libvirt knew it tells of itself",
+        "mend",
+        "told = {*request.removed, *(patient.vault.known if request.domain is not None else ())}",
+        "told = {*request.removed}",
+        (KILLED,),
+    ),
+    Rule(
+        "what another tool had is not lost without a word",
+        "mend",
+        "if patient.vault is None or request.state == heal.ABSENT:",
+        "if patient.vault is None or request.state == heal.ABSENT or request.domain:",
+        (KILLED,),
+    ),
+    Rule(
         "nothing is put back once all was done",
         "diagnose",
         "if vault.is_given:",

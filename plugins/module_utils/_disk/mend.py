@@ -367,15 +367,27 @@ def _promise(request: HealRequest, work: _Work) -> HealVerdict:
 
 
 def _not_put_back(request: HealRequest, work: _Work) -> t.Iterator[str]:
-    """Yield a warning for each image that lacks bitmaps of its vault, unless libvirt knows which there are to be."""
+    """Yield a warning for each image that lacks bitmaps of its vault, unless libvirt tells that they were removed."""
     for one in work.patients:
         yield from _forgotten(one, request)
-        if one.standing.gone and request.domain is None and request.state == heal.VALID:
+        gone = _gone(one, request)
+        if gone:
             yield (
-                f"{one.layer.path}: a run that was killed has kept its bitmap {names_of(one.standing.gone)}, which it "
+                f"{one.layer.path}: a run that was killed has kept its bitmap {names_of(gone)}, which it "
                 "lacks now. As those that it has are in order, it counts as removed since, and is not put back. If "
                 "nobody has removed it, QEMU has lost it: make a full backup."
             )
+
+
+def _gone(patient: Patient, request: HealRequest) -> list[Bitmap]:
+    """Return the bitmaps that count as removed since a kill because the others are in order, and for no better reason.
+
+    Of the checkpoints that it knew then libvirt tells, but not of the bitmaps of another tool.
+    """
+    if patient.vault is None or request.state == heal.ABSENT:
+        return []
+    told = {*request.removed, *(patient.vault.known if request.domain is not None else ())}
+    return [one for one in patient.standing.gone if one.name not in told]
 
 
 def _forgotten(patient: Patient, request: HealRequest) -> t.Iterator[str]:

@@ -454,6 +454,22 @@ def test_what_nobody_has_removed_as_far_as_libvirt_tells_is_put_back(tmp_path, t
     assert (standing.put_back, standing.forgotten) == ({"monday"}, frozenset())
 
 
+@pytest.mark.parametrize(
+    ("then", "removed", "is_told"),
+    [({"created": ()}, (), True), ({"created": ()}, ("monday",), False), ({}, (), False)],
+)
+def test_what_another_tool_had_is_not_lost_without_a_word_where_a_newer_one_is_in_order(
+    tmp_path, then, removed, is_told
+):
+    """Of the checkpoint that it knew libvirt tells that it was removed."""
+    path = lost_of_a_domain(tmp_path, **then)
+    qemu.add_bitmaps(path, [WEDNESDAY])
+    request = HealRequest(path, domain="uuid", removed=removed, **SINCE)
+    outcome = run(MendBitmaps(), [request], SETTINGS._replace(check_mode=True))
+    assert not outcome.failures
+    assert ["'monday'" in one for one in outcome.warnings] == ([True] if is_told else [])
+
+
 @pytest.mark.parametrize("change", [crash, lose, lambda _path: None])
 def test_what_another_image_has_or_has_lost_is_not_removed(tmp_path, change):
     path = lost_of_a_domain(tmp_path, MONDAY)
