@@ -109,16 +109,36 @@ def _in_order(images: t.Sequence[OwnImage]) -> list[str]:
     return order
 
 
-def steps(picked: t.Sequence[Picked], images: t.Sequence[OwnImage], *, joins: bool) -> list[Step]:
-    """Return how they are merged down, the lowest first; with `joins` as many at once as lie on each other."""
+def steps(
+    picked: t.Sequence[Picked], images: t.Sequence[OwnImage], begun: t.Sequence[t.Sequence[str]] = (), *, joins: bool
+) -> list[Step]:
+    """Return how they are merged down, the lowest first; with `joins` as many at once as lie on each other.
+
+    `begun` has for each merge that a killed run has begun its snapshots, the lowest first. These go first, and just
+    these together: the vault of such a merge is of its own topmost image, and lets no other one pass.
+    """
+    if not joins:
+        return [Step(one.snapshot, one.snapshot) for one in picked]
     places = {(one.target, one.snapshot): one.place for one in images}
+    ends = _ends(begun)
+    known = {name for names in begun for name in names}
     found: list[Step] = []
     for one in picked:
-        if joins and found and _lies_on(one.snapshot, found[-1].highest, places):
+        if one.snapshot in known:
+            continue
+        if found and _lies_on(one.snapshot, found[-1].highest, places):
             found[-1] = found[-1]._replace(highest=one.snapshot)
         else:
             found.append(Step(one.snapshot, one.snapshot))
-    return found
+    return [*ends, *found]
+
+
+def _ends(begun: t.Sequence[t.Sequence[str]]) -> list[Step]:
+    """Return the steps of merges that were begun, each once: a disk that is done no longer has all of its snapshots."""
+    longest: dict[str, t.Sequence[str]] = {}
+    for names in begun:
+        longest[names[-1]] = max(longest.get(names[-1], ()), names, key=len)
+    return [Step(highest, names[0]) for highest, names in longest.items()]
 
 
 def _lies_on(upper: str, lower: str, places: t.Mapping[tuple[str, str], int]) -> bool:

@@ -88,9 +88,9 @@ def test_what_each_would_free_is_told():
     assert picked[0].as_result() == {"snapshot": "a", "modified": NOW - 50 * DAY, "size": 2000}
 
 
-def together(images, *picked, joins=True):
+def together(images, *picked, begun=(), joins=True):
     """Return the steps as texts."""
-    found = steps([Picked(name, None, 0) for name in picked], images, joins=joins)
+    found = steps([Picked(name, None, 0) for name in picked], images, begun, joins=joins)
     return ["-".join(dict.fromkeys([one.lowest, one.highest])) for one in found]
 
 
@@ -113,6 +113,23 @@ def test_only_what_is_on_the_same_disks_goes_together():
     assert together([*THREE, *disk("vdb", ("a", 40))], "a", "b") == ["a", "b"]
     assert together([*THREE, *disk("vdb", ("a", 60), (None, 50), ("b", 40))], "a", "b") == ["a", "b"]
     assert together([], "gone", "lost") == ["gone", "lost"]
+
+
+@pytest.mark.parametrize(
+    "begun, expected",
+    [
+        ([("a", "b")], ["a-b", "c"]),
+        ([("b",)], ["b", "a", "c"]),  # the vault in a lets nothing else pass
+        ([("a",)], ["a", "b-c"]),
+        ([("b",), ("a", "b")], ["a-b", "c"]),  # one disk of two is done
+        ([("a", "b"), ("b",)], ["a-b", "c"]),
+        ([("gone",)], ["gone", "a-c"]),
+    ],
+)
+def test_what_was_begun_is_brought_to_its_own_end_first(begun, expected):
+    """Its vault is of its own topmost image, and would refuse the others for ever."""
+    assert together(THREE, *(["gone"] if begun == [("gone",)] else []), "a", "b", "c", begun=begun) == expected
+    assert together(THREE, "a", "b", "c", begun=begun, joins=False) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("text, seconds", [("30d", 30 * DAY), ("12h", 43200), (" 2w ", 14 * DAY)])
