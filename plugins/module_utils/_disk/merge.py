@@ -43,7 +43,7 @@ from .survey import (
     vault_place,
     wanted_by,
 )
-from .unfinished import why_not_merged
+from .unfinished import is_left, why_not_merged
 from .vault import (
     MARK,
     Content,
@@ -56,6 +56,7 @@ from .vault import (
     remove_vault,
     sync_folder_of,
     take_back,
+    top_stands,
     why_no_vault,
     write_vault,
 )
@@ -65,7 +66,13 @@ _MARK_GRANULARITY = 65536  # bytes
 
 
 class MergeLayers:
-    """State committed: everything down to BASE has gone into it, and is retired. An Operation."""
+    """State committed: everything down to BASE has gone into it, and is retired. An Operation.
+
+    `gone`: paths of images that are there only because check mode has not retired them.
+    """
+
+    def __init__(self, gone: t.Collection[str] = ()) -> None:
+        self._gone = frozenset(map(os.path.realpath, gone))
 
     def problems(self, request: CommitRequest) -> list[Refusal]:
         """Return what is wrong with a request whatever the host looks like."""
@@ -87,7 +94,7 @@ class MergeLayers:
     def judge(self, request: CommitRequest, held: Held) -> CommitVerdict:
         """Look at the chain, at what earlier runs have left, and decide."""
         base = held.image(request.backing_file)
-        if not stands(request.path) or _is_link_left(request, base):
+        if not stands(request.path) or _is_left(request, base):
             return judge_gone(request, base, held)
         chain = observe_chain(held.image(request.path), "qcow2", relative=False).layers
         depth = next((number for number, layer in enumerate(chain) if layer.identity == base.identity), 0)
@@ -101,6 +108,7 @@ class MergeLayers:
         if wrong:
             return self.refused(request, wrong)
         seen = see(request, chain, depth, above, held)
+        seen = seen._replace(others=tuple(one for one in seen.others if os.path.realpath(one) not in self._gone))
         stage = stages.stage_of(seen)
         if isinstance(stage, Refusal):
             return self.refused(request, [stage])
@@ -211,16 +219,22 @@ class MergeLayers:
         return [_finished(verdict, held) if verdict.changed else verdict for verdict in verdicts]
 
 
-def _is_link_left(request: CommitRequest, base: OpenImage) -> bool:
-    """Whether the path is a symlink to an image that went in and is gone: a run was killed before it removed both."""
-    if stands(real_path(request.path)):
-        return False
+def _is_left(request: CommitRequest, base: OpenImage) -> bool:
+    """Whether what stands at the path is only the rest of a merge whose topmost image is gone.
+
+    That is a symlink to it, or an image below it: a run was killed before it removed these.
+    """
     path = find_vault(vault_place(request, base))
     if path is None:
         return False
     with open_vault(path) as file:
         vault = read_vault(file)
-    return vault.is_given and vault.top_path == request.path
+    if not vault.is_given:
+        return False
+    if not stands(real_path(request.path)):
+        return vault.top_path == request.path
+    with open_image(request.path) as file:
+        return is_left(file, vault) and not top_stands(vault, base.identity)
 
 
 def _touched(request: CommitRequest) -> dict[t.Hashable, str]:
@@ -426,8 +440,9 @@ def _retire_left_over(path: str, vault: Vault, request: CommitRequest) -> t.Iter
     """Retire an image that went in, and that a killed run has left; nothing if another one has its name now."""
     try:
         with open_image(path) as file:
-            if vault.took_in(file):
+            if is_left(file, vault):
                 yield Retired(path, retire(path, file, request.retire, KEPT_AS))
     except Refusal as exc:
         if exc.code != "no_such_file":
             raise
+        remove_dangling_link(path)

@@ -36,6 +36,7 @@ from .room import can_share, need_of
 from .session import Held
 from .siblings import all_standing_on, folders_beside, overlays_in, ways_up
 from .stages import Seen
+from .unfinished import left_of
 from .vault import MARK, Content, Vault, find_vault, is_as_kept, open_vault, place_of, read_vault, top_stands
 from .verdict import ABSENT, COMMITTED, FAILED, KEEP
 
@@ -46,7 +47,7 @@ def vault_place(request: CommitRequest, base: OpenImage) -> str:
 
 
 def judge_gone(request: CommitRequest, base: OpenImage, held: Held) -> CommitVerdict:
-    """Return the verdict where nothing stands at the path: committed before, or not finished."""
+    """Return the verdict where the path leads to nothing that is to go in: committed before, or not finished."""
     path = find_vault(vault_place(request, base))
     if path is None:
         return CommitVerdict(request, ABSENT, virtual_size=_virtual_size(request, base))
@@ -57,11 +58,15 @@ def judge_gone(request: CommitRequest, base: OpenImage, held: Held) -> CommitVer
     problem = commit.why_gone(request, vault, is_top_there=is_top_there)
     if problem is not None:
         return CommitVerdict(request, FAILED, (problem,))
-    return CommitVerdict(request, COMMITTED, virtual_size=_virtual_size(request, base), finished=vault)
+    left = tuple(Retired(one, kept_path(one, KEPT_AS) if request.retire == KEEP else None) for one in left_of(vault))
+    size = _virtual_size(request, base)
+    return CommitVerdict(request, COMMITTED, virtual_size=size, retired=left, finished=vault)
 
 
 def _is_of(vault: Vault, path: str) -> bool:
-    return vault.top_path is None or os.path.realpath(vault.top_path) == os.path.realpath(path)
+    """Whether an image that had this path went in by the merge that the vault is of."""
+    paths = [vault.top_path, *(other for _identity, other in vault.others)]
+    return vault.top_path is None or os.path.realpath(path) in {os.path.realpath(one) for one in paths if one}
 
 
 def _virtual_size(request: CommitRequest, base: OpenImage) -> int:

@@ -13,13 +13,15 @@ import typing as t
 from urllib.parse import quote
 
 from .._base.errors import Refusal, system_refusal
-from .._base.files import open_image
+from .._base.files import Identity, OpenImage, is_there, open_image
 from .._qcow2.bitmaps import Bitmap
-from .._qcow2.chain import Layer
+from .._qcow2.chain import Layer, walk_chain
+from .._qcow2.formats import QCOW2
 from .._qcow2.image import read_image
 from .._qcow2.mark import Mark
 from .bitmap_rules import INCOMPLETE, Checkpoint
-from .vault import MARK, Vault, find_vault, healing_place, open_vault, place_of, read_vault, top_stands
+from .siblings import folders_beside
+from .vault import MARK, SUFFIX, Vault, find_vault, healing_place, open_vault, place_of, read_vault, top_stands
 
 COMMIT = "commit"
 HEALING = "healing"
@@ -42,6 +44,22 @@ class Unfinished(t.NamedTuple):
     def as_refusal(self) -> Refusal:
         """Return the refusal of other work on the chain."""
         return Refusal("unfinished", self.path, self.what, self.remedy)
+
+
+def left_of(vault: Vault) -> list[str]:
+    """Return the paths of the images between the two that have gone in and are not retired."""
+    found = []
+    for _identity, path in vault.others:
+        with contextlib.suppress(Refusal, OSError), open_image(path) as file:
+            if is_left(file, vault):
+                found.append(path)
+    return found
+
+
+def is_left(file: OpenImage, vault: Vault) -> bool:
+    """Whether this file is an image between the two that has gone in, and that nobody has written to since."""
+    is_newer = not file.is_device and file.status().st_mtime_ns > vault.given_at
+    return vault.took_in(file) and not is_newer
 
 
 def left_in_vault(name: str, unfinished: t.Iterable[Unfinished]) -> Checkpoint | None:
@@ -156,10 +174,52 @@ def _commits_into(layer: Layer, above: t.Sequence[Layer]) -> t.Iterator[tuple[st
     """
     tops = [one.real_path for one in above if not one.is_device] if layer.is_device else [layer.real_path]
     places = dict.fromkeys(place_of(layer.real_path, layer.is_device, top) for top in tops)
-    for path in filter(None, map(find_vault, places)):
+    found = [*filter(None, map(find_vault, places))]
+    # Once the image on top is on a device, the vault lies beside an overlay that is in no chain.
+    found += vaults_into_device(layer.identity, folders_beside(tops)) if layer.is_device else []
+    for path in dict.fromkeys(found):
         vault = _read(path)
         if vault is not None and not (isinstance(vault, Vault) and _is_of(vault, layer)):
             yield path, vault
+
+
+def vaults_into_device(device: Identity, folders: t.Iterable[str]) -> list[str]:
+    """Return the paths of the vaults in these folders that are of merges into a block device.
+
+    Such a vault lies beside its topmost image. That one tells which device it is, or one below it that is left.
+    """
+    found = []
+    for folder in folders:
+        for path in vaults_in(folder):
+            vault = _read(path)
+            if isinstance(vault, Vault) and _is_into_device(vault, device):
+                found.append(path)
+    return found
+
+
+def _is_into_device(vault: Vault, device: Identity) -> bool:
+    if vault.top_path is None or vault.place != place_of(
+        "", is_device=True, top_real_path=os.path.realpath(vault.top_path)
+    ):
+        return False
+    if is_there(os.path.realpath(vault.top_path)):
+        return top_stands(vault, device)
+    return any(stands_on(path, device) for path in left_of(vault))
+
+
+def stands_on(path: str, image: Identity) -> bool:
+    """Whether this image is in the chain of the one at the path."""
+    with contextlib.suppress(Refusal, OSError), open_image(path) as file:
+        return any(layer.identity == image for layer, _file in walk_chain(file, QCOW2))
+    return False
+
+
+def vaults_in(folder: str) -> list[str]:
+    """Return the paths of all vaults of merges in a folder; none if it cannot be listed."""
+    places = set()
+    with contextlib.suppress(OSError):
+        places = {name.partition(SUFFIX)[0] + SUFFIX for name in os.listdir(folder) if SUFFIX in name}
+    return [*filter(None, (find_vault(os.path.join(folder, place)) for place in sorted(places)))]
 
 
 def _mark(path: str, name: str) -> Unfinished:

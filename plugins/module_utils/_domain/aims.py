@@ -103,7 +103,7 @@ class MergeDown(OfShutOff):
 
     def operation(self, _daemon: Libvirt, _domains: t.Sequence[Domain]) -> MergeLayers:
         """Return what is done to the images."""
-        return MergeLayers()
+        return MergeLayers(self._request.gone)
 
     def plan(self, domain: Domain, facts: t.Sequence[DiskFacts], kept: Kept) -> DomainPlan:
         """Return what is to become of a domain, as far as that can be said without its images' bitmaps."""

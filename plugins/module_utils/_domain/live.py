@@ -254,7 +254,7 @@ def _merge_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark) 
         problem = Refusal("unfinished", begun.request.path, why, "Shut it down and run this again.")
         begun = begun._replace(problems=(problem,))
     stated = only_stated_disk(domain, facts, mark)
-    begun = begun or begun_disk(facts, domain, mark)
+    begun = begun or begun_disk(domain, facts, request, mark)
     return flat_disk(domain, facts, mark) or begun or stated or _left_over(domain, facts, request, mark)
 
 

@@ -9,6 +9,7 @@ They are picked once, since each merge writes to the image from whose last write
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import typing as t
@@ -33,6 +34,15 @@ class _Old(t.NamedTuple):
 
     picked: tuple[Picked, ...]
     steps: tuple[Step, ...]
+    foreseen: int  # how many of these steps check mode can look at
+
+
+class _BegunMerge(t.NamedTuple):
+    """A merge that a killed run has begun on a disk."""
+
+    target: str
+    snapshots: tuple[str, ...]  # that go in, the lowest first
+    is_in_chain: bool  # or else only its end is missing
 
 
 def merge_old(
@@ -45,6 +55,8 @@ def merge_old(
 ) -> tuple[list[DomainOutcome], list[str]]:
     """Merge down what is old; return what became of each domain, and warnings. `request` says the rest."""
     old = _find_old(daemon, names, request, retention)
+    if settings.check_mode:
+        old = {uuid: one._replace(steps=one.steps[: one.foreseen]) for uuid, one in old.items()}
     outcomes: dict[str, DomainOutcome] = {}
     warnings: list[str] = []
     # A domain without anything old is in the first round all the same, so that it is told of.
@@ -53,7 +65,7 @@ def merge_old(
         goes_on = [one.name for one in outcomes.values() if one.uuid in own and one.state != FAILED]
         if number and not goes_on:
             continue
-        gone = [path for one in outcomes.values() for path in _merged(one)] if settings.check_mode else []
+        gone = [path for one in outcomes.values() for path in _retired(one)] if settings.check_mode else []
         aims = make_aims(request._replace(steps=own, gone=gone))
         try:
             if _is_ended(outcomes.values()):
@@ -108,6 +120,12 @@ def _merged(outcome: DomainOutcome) -> dict[str, str]:
     return {request.path: request.backing_file for request in requests}
 
 
+def _retired(outcome: DomainOutcome) -> list[str]:
+    """Return the paths of a domain's images that a run would have retired."""
+    verdicts = [verdict for _target, verdict in outcome.overlays if verdict.state == COMMITTED]
+    return [path for one in verdicts for path in (one.request.path, *(image.path for image in one.retired))]
+
+
 def _renamed(diff: str, path: str, base: str) -> str:
     """Return a diff with another image in its place, which is in an element or at the end of a line."""
     return re.sub(f"{re.escape(printable(path))}(?=['\"\n])", lambda _found: printable(base), diff)
@@ -141,10 +159,12 @@ def _find_old(daemon: Libvirt, names: t.Sequence[str], request: WayBack, retenti
             # Unless a snapshot of the same name was made since on another disk: a merge leaves signs on all.
             new = {name for one in facts for name in _without_sign(domain.uuid, one)} if left else set()
             left = [name for name in left if name not in new]
-            begun = list(dict.fromkeys([*left, *(name for one in facts for name in _begun(domain.uuid, one))]))
-            picked = pick(images, begun, retention)
+            begun = _without_new(images, [merge for one in facts for merge in _begun(domain, one, request)])
+            joined = [one.snapshots for one in begun]
+            picked = pick(images, list(dict.fromkeys([*left, *itertools.chain(*joined)])), retention)
             # libvirt merges one image of a running domain at a time.
-            old[domain.uuid] = _Old(tuple(picked), tuple(steps(picked, images, joins=domain.state is None)))
+            in_steps = steps(picked, images, joined, joins=domain.state is None)
+            old[domain.uuid] = _Old(tuple(picked), tuple(in_steps), _count_foreseen(in_steps, begun))
     return old
 
 
@@ -179,19 +199,39 @@ def _without_sign(uuid: str, facts: DiskFacts) -> t.Iterator[str]:
             yield snapshot
 
 
-def _begun(uuid: str, facts: DiskFacts) -> t.Iterator[str]:
-    """Yield the snapshots of a disk of which a killed run has begun the merge, the lowest first."""
+def _begun(domain: Domain, facts: DiskFacts, request: WayBack) -> t.Iterator[_BegunMerge]:
+    """Yield the merges of snapshots of a disk that a killed run has begun, the lowest first."""
     for place, base in enumerate(facts.layers):
         try:
-            mark = begun_merge(base) if base in facts.own else None
+            begun = begun_merge(domain, facts, base, request)
         except Refusal:  # of a vault that cannot be read; the merge itself will tell of it
             continue
-        if mark is None or mark.vm != uuid:
+        if begun is None or begun.mark.vm != domain.uuid:
             continue
-        above = [_snapshot_of(layer, uuid, facts) for layer in reversed(facts.layers[:place])]
-        if mark.snapshot in above:
-            yield from (name for name in above[: above.index(mark.snapshot)] if name is not None)
-        yield mark.snapshot
+        top = place if begun.depth is None else begun.depth
+        above = [_snapshot_of(layer, domain.uuid, facts) for layer in reversed(facts.layers[top + 1 : place])]
+        snapshots = (*(name for name in above if name is not None), begun.mark.snapshot)
+        yield _BegunMerge(facts.disk.target, snapshots, begun.depth is not None)
+
+
+def _without_new(images: t.Sequence[OwnImage], begun: t.Sequence[_BegunMerge]) -> list[_BegunMerge]:
+    """Return what was begun without those ends of merges that could have a snapshot merged which was made since.
+
+    Where only the end is missing the snapshots are in no chain, or only in those where their merge was begun, too.
+    """
+    going_in = {(one.target, name) for one in begun if one.is_in_chain for name in one.snapshots}
+    new = {one.snapshot for one in images if (one.target, one.snapshot) not in going_in}
+    return [one for one in begun if one.is_in_chain or new.isdisjoint(one.snapshots)]
+
+
+def _count_foreseen(in_steps: t.Sequence[Step], begun: t.Sequence[_BegunMerge]) -> int:
+    """Return how many of the steps check mode can look at.
+
+    What comes after a merge that is to be completed stands on images that are half merged until then.
+    """
+    ends = {one.snapshots[-1] for one in begun if one.is_in_chain}
+    last = [number for number, step in enumerate(in_steps, start=1) if step.highest in ends]
+    return max(last, default=len(in_steps))
 
 
 def _time_of(layer: Layer, below: Layer) -> int | None:

@@ -146,6 +146,17 @@ def stem_of(layers: t.Sequence[Layer], vm: str) -> str:
     return top
 
 
+def snapshot_in(path: str, layers: t.Sequence[Layer], domain: str, mark: Mark) -> str | None:
+    """Return the snapshot that an overlay of this path was, by its name; `layers` are the images that it stood on."""
+    name = os.path.basename(path)
+    stem = stem_of(layers, mark.vm)
+    if not name.endswith(".qcow2"):
+        return None
+    begins = [f"{one}." for one in (stem, f"{domain}.{mark.target}") if name.startswith(f"{one}.")]
+    found = name[: -len(".qcow2")]
+    return found[len(max(begins, key=len)) :] if begins else found.rpartition(".")[2]
+
+
 def _old_stems(paths: t.Sequence[str]) -> list[str]:
     """Return the stems that version 0.1 may have made out, from the names of images, top to base.
 

@@ -21,6 +21,7 @@ from .._disk.commit import CommitRequest
 from .._disk.retire import REVERTED_AS, all_kept, is_kept
 from .._disk.revert_rules import RevertRequest, is_leaving
 from .._disk.siblings import Above, folders_beside, overlays_in
+from .._disk.unfinished import left_of, vaults_into_device
 from .._disk.vault import Vault, find_vault, open_vault, place_of, read_vault
 from .._disk.verdict import DELETE, KEEP, How
 from .._libvirt.connection import Domain, Kept
@@ -33,7 +34,7 @@ from .._qcow2.mark import History, Mark
 from .checkpoints import chain_of
 from .fitness import fitness_of
 from .inventory import DiskFacts
-from .names import Found, find_snapshot, flattened, flattened_one
+from .names import Found, find_snapshot, flattened, flattened_one, snapshot_in
 from .overlay import snapshots_problem, stated_problems
 from .plan import DiskPlan, DomainPlan, NotReady, SkippedDisk, not_shut_off
 from .retention import NO_STEP, Step
@@ -204,7 +205,7 @@ def _commit_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark)
     return (
         flat_disk(domain, facts, mark)
         or half_committed_disk(domain, facts, request, mark)
-        or begun_disk(facts, domain, mark)
+        or begun_disk(domain, facts, request, mark)
         or only_stated_disk(domain, facts, mark)
         or _left_behind(domain, facts, request, mark)
     )
@@ -270,18 +271,20 @@ def flat_disk(domain: Domain, facts: DiskFacts, mark: Mark) -> DiskPlan | None:
 
 def half_committed_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark) -> DiskPlan | None:
     """Return the plan for a disk whose snapshot is below already, but not retired; None if it is no such disk."""
-    finish = _half_committed(facts, request, domain, mark)
-    if finish is None:
+    found = _half_committed(facts, request, domain, mark)
+    if found is None:
         return None
-    return DiskPlan(mark.target, finish, None, tuple(taken_over(domain, facts, finish.path, mark)))
+    finish, paths = found
+    problems = [problem for path in paths for problem in taken_over(domain, facts, path, mark)]
+    return DiskPlan(mark.target, finish, None, tuple(problems))
 
 
-def begun_disk(facts: DiskFacts, domain: Domain, mark: Mark) -> DiskPlan | None:
+def begun_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark) -> DiskPlan | None:
     """Return the plan for a disk that somebody put on BASE while the merge into that was under way; None if none."""
     for base in facts.layers:
-        vault = _vault_beside(base) if base in facts.own else None
-        if vault is not None and not vault.is_given and vault.top_path and _mark_of(vault.top_path, vault) == mark:
-            return unreadable_disk(domain, _put_on_base(base, domain, vault, vault.top_path), mark)
+        for vault in _vaults_into(base, facts, request):
+            if not vault.is_given and vault.top_path and _mark_of(vault.top_path, vault) == mark:
+                return unreadable_disk(domain, _put_on_base(base, domain, vault, vault.top_path), mark)
     return None
 
 
@@ -335,7 +338,7 @@ def _revert_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark)
         if flat is not None:
             gone = RevertRequest(flat.path, flat.path, vm=domain.uuid)
             return DiskPlan(mark.target, gone, None, (flattened(domain.name, flat, mark, is_new=False),))
-        other = begun_disk(facts, domain, mark) or only_stated_disk(domain, facts, mark)
+        other = begun_disk(domain, facts, request, mark) or only_stated_disk(domain, facts, mark)
         if other is not None:
             return other
         left = _left_by_revert(facts, request, mark)
@@ -554,13 +557,27 @@ def _uncertain(domain: Domain, found: Found, mark: Mark) -> list[Refusal]:
     return [Refusal("ambiguous", domain.name, why, remedy)]
 
 
-def _half_committed(facts: DiskFacts, request: WayBack, domain: Domain, mark: Mark) -> CommitRequest | None:
-    """Return the merge of a snapshot that is in the image below already, if a run was killed before it was retired."""
+class Begun(t.NamedTuple):
+    """A merge into an image of a disk that a killed run has begun."""
+
+    mark: Mark  # of its topmost image
+    depth: int | None  # where this is in the chain of the disk; None if it is in that no more
+
+
+def _half_committed(
+    facts: DiskFacts, request: WayBack, domain: Domain, mark: Mark
+) -> tuple[CommitRequest, list[str]] | None:
+    """Return the merge of a snapshot that is in the image below already, if a run was killed before it was retired.
+
+    With it, the paths of all images that are to be retired.
+    """
     for place, base in enumerate(facts.layers):
-        left = _left_by_commit(base, mark) if base in facts.own else None
-        if left is not None:
-            return CommitRequest(
-                path=left,
+        for vault in _vaults_into(base, facts, request):
+            paths = _rest_of(vault, base, facts)
+            if not paths or not _is_rest_of(vault, paths, mark):
+                continue
+            finish = CommitRequest(
+                path=paths[0],
                 backing_file=base.path if place else facts.disk.source or "",
                 backing_format=base.format_found if place else facts.disk.format,
                 vm=domain.uuid,
@@ -568,35 +585,82 @@ def _half_committed(facts: DiskFacts, request: WayBack, domain: Domain, mark: Ma
                 retire=request.retire or DELETE,
                 speed=request.speed,
             )
+            return finish, paths
     return None
 
 
-def _left_by_commit(base: Layer, mark: Mark) -> str | None:
-    """Return the path of the snapshot that has gone into this image, if the vault of that is still there."""
-    vault = _vault_beside(base)
-    top = vault.top_path if vault is not None and vault.is_given else None
-    if vault is None or top is None:
-        return None
-    is_it = _mark_of(top, vault) == mark if is_there(top) else top.endswith(f".{mark.snapshot}.qcow2")
-    return top if is_it else None
+def _rest_of(vault: Vault, base: Layer, facts: DiskFacts) -> list[str]:
+    """Return the paths of the images that a merge is to retire, if that alone is missing; the first one completes it.
 
-
-def begun_merge(base: Layer) -> Mark | None:
-    """Return the mark of the snapshot of which a killed run has begun the merge into this image, if there is one."""
-    vault = _vault_beside(base)
-    return None if vault is None or vault.top_path is None else _mark_of(vault.top_path, vault)
-
-
-def _vault_beside(base: Layer) -> Vault | None:
-    """Return the vault of the merge into an image; None if there is none.
-
-    Of a block device it is beside the overlay, which nobody knows any more; it is in nobody's way there.
+    That is the topmost one, also where it is gone. None if there is nothing to do, or if the disk has one of them.
     """
-    path = None if base.is_device else find_vault(place_of(base.real_path, base.is_device, ""))
-    if path is None:
+    top = vault.top_path
+    if not vault.is_given or top is None:
+        return []
+    left = left_of(vault)
+    is_other = is_there(os.path.realpath(top)) and _mark_of(top, vault) is None  # a new image has got its name
+    is_unseen = not os.path.isdir(os.path.dirname(top))  # so nobody can tell whether it is gone
+    if not is_other and not is_unseen:
+        left = [top, *left]
+    elif base.is_device:  # its vault is found by the topmost image alone
+        return []
+    chain = {layer.real_path for layer in facts.layers}
+    return [] if chain.intersection(map(os.path.realpath, left)) else left
+
+
+def _is_rest_of(vault: Vault, paths: t.Sequence[str], mark: Mark) -> bool:
+    """Whether a snapshot is one of the images that went in; of one that is gone its name tells."""
+    known = [vault.top_path or "", *(path for _identity, path in vault.others)]
+    gone = [path for path in known if not is_there(os.path.realpath(path))]
+    is_named = any(path.endswith(f".{mark.snapshot}.qcow2") for path in gone)
+    return is_named or any(bears(path, mark) for path in paths if path not in gone)
+
+
+def begun_merge(domain: Domain, facts: DiskFacts, base: Layer, request: WayBack) -> Begun | None:
+    """Return the merge into this image of a disk that a killed run has begun, if there is one."""
+    for vault in _vaults_into(base, facts, request):
+        mark = _mark_of(vault.top_path, vault) if vault.top_path is not None else None
+        if mark is not None:
+            tops = [place for place, layer in enumerate(facts.layers) if vault.is_of(*_known(layer))]
+            return Begun(mark, next(iter(tops), None))
+        mark = _mark_of_rest(domain, facts, base, vault)
+        if mark is not None:
+            return Begun(mark, None)
+    return None
+
+
+def _known(layer: Layer) -> tuple[Identity, str, int | None]:
+    return layer.identity, layer.path, layer.generation
+
+
+def _mark_of_rest(domain: Domain, facts: DiskFacts, base: Layer, vault: Vault) -> Mark | None:
+    """Return the mark by which a merge is completed whose topmost image is gone; None if there is nothing to do."""
+    paths = _rest_of(vault, base, facts)
+    if not paths:
         return None
-    with open_vault(path) as file:
-        return read_vault(file)
+    marks = [_mark_of(path) for path in paths if path != vault.top_path]
+    if any(mark is None or mark.vm != domain.uuid for mark in marks):
+        return None
+    mark = Mark(domain.uuid, facts.disk.target, "")
+    if paths[0] != vault.top_path:
+        return marks[0]
+    snapshot = snapshot_in(paths[0], facts.layers[facts.layers.index(base) :], domain.name, mark)
+    return mark._replace(snapshot=snapshot) if snapshot else None
+
+
+def _vaults_into(base: Layer, facts: DiskFacts, request: WayBack) -> t.Iterator[Vault]:
+    """Yield the vaults of merges into an image of a disk; none if others have that, too.
+
+    Of a block device it is beside the overlay, in one of the folders where the disk has images, or had.
+    """
+    paths = []
+    if base in facts.own and base.is_device:
+        paths = vaults_into_device(base.identity, _folders_of(facts, request))
+    elif base in facts.own:
+        paths = [*filter(None, [find_vault(place_of(base.real_path, base.is_device, ""))])]
+    for path in paths:
+        with open_vault(path) as file:
+            yield read_vault(file)
 
 
 def bears(path: str, mark: Mark) -> bool:
@@ -730,9 +794,14 @@ def signed_leftovers(domain: Domain, facts: DiskFacts, request: WayBack) -> t.It
 
 def _overlays_beside(facts: DiskFacts, request: WayBack) -> list[Above]:
     """Return the overlays in the folders of a disk's own images, and in that where overlays were made."""
+    return [one for folder in _folders_of(facts, request) for one in overlays_in(folder)]
+
+
+def _folders_of(facts: DiskFacts, request: WayBack) -> list[str]:
+    """Return the folders of a disk's own images, and that where overlays were made."""
     beside = folders_beside(layer.path for layer in facts.own)
     made_in = [] if request.directory is None else [os.path.realpath(request.directory)]
-    return [one for folder in dict.fromkeys([*beside, *made_in]) for one in overlays_in(folder)]
+    return list(dict.fromkeys([*beside, *made_in]))
 
 
 def lost_checkpoints(plan: DomainPlan, kept: Kept) -> tuple[str, ...]:
