@@ -145,7 +145,7 @@ def plan_way_back(
     request = request.of(domain)
     disks, skipped, absent = [], [], []
     for one in facts:
-        target, fitness = one.disk.target, fitness_of(one, None)
+        target, fitness = one.disk.target, fitness_of(one, request.directory)
         unfit = fitness.why_unfit
         planned = None
         if request.targets is not None and target not in request.targets:

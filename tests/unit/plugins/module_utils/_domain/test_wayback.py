@@ -43,7 +43,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps impo
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import write_base, write_leaving
 
 from .. import qemu
-from .._disk.commits import write
+from .._disk.commits import loop_device, write
 from .hosts import SETTINGS, Host
 
 DIES = UnknownOutcomeError("not_switched", "web", "the machine dies here")
@@ -438,6 +438,39 @@ def test_check_mode_does_not_mind_what_an_earlier_round_would_have_retired(tmp_p
     for gone, state in (([], "failed"), (paths[2:], "committed")):
         (verdict,) = run(MergeLayers(gone), [CommitRequest(paths[1], paths[0])], settings).verdicts
         assert verdict.state == state
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes a loop device")
+@pytest.mark.parametrize("names", [("mon",), ("mon", "tue")])
+def test_what_went_into_a_block_device_is_found_in_the_folder_where_overlays_were_made(tmp_path, monkeypatch, names):
+    (tmp_path / "volumes").mkdir()
+    (tmp_path / "made").mkdir()
+    (tmp_path / "volumes" / "file").touch()
+    os.truncate(tmp_path / "volumes" / "file", 8 * 2**20)
+    with loop_device(tmp_path / "volumes" / "file") as device:
+        qemu.create(device, "1M")
+        host, made = WayOfHost(tmp_path), str(tmp_path / "made")
+        host.define("web", device)
+        for name in names:
+            assert host.snapshot("web", name, directory=made) == [f"made/web.vda.{name}.qcow2"]
+        planned = host.plan_back(plan_commit, "web", names[-1], lowest=names[0])
+        killed = unittest.mock.Mock(side_effect=Refusal("killed", "", "is killed"))
+        with monkeypatch.context() as patch:
+            patch.setattr(merge, "retire", killed)
+            run(
+                MergeLayers(),
+                [disk.request for disk in planned.disks],
+                SETTINGS,
+                {planned.domain.uuid: Vm(lambda: None)},
+            )
+        host.domains["web"] = host.domains["web"]._replace(definition=planned.definition)
+        assert host.domains["web"].definition.tops == {"vda": device}
+        for name in names:  # each completes it
+            (disk,) = host.plan_back(plan_commit, "web", name, directory=made).disks
+        assert host.plan_back(plan_commit, "web", "fri", directory=made).disks == ()
+        assert [one.state for one in run(MergeLayers(), [disk.request], SETTINGS).verdicts] == ["committed"]
+        assert os.listdir(made) == []
+        assert host.plan_back(plan_commit, "web", names[0], directory=made).disks == ()
 
 
 @pytest.mark.parametrize("way", ["commit", "revert"])
