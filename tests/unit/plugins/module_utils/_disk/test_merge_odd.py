@@ -13,6 +13,7 @@ import typing as t
 import unittest.mock
 
 import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import OpenImage, open_image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.signals import ending_cleanly
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import merge, siblings, survey
@@ -263,6 +264,57 @@ def test_a_new_image_with_the_number_of_one_that_went_in_is_not_retired(tmp_path
     monkeypatch.setattr(survey, "read_vault", lambda _file: went_in)
     assert commits.merged(s2, base)["state"] == "committed"
     assert os.path.exists(anew)
+
+
+@pytest.fixture(name="joined")
+def fixture_joined(tmp_path, monkeypatch):
+    """Images of which s1, s2 and s3 went into the base together, and only s3 is retired."""
+    below = base = qemu.create(tmp_path / "base", "1M")
+    for name in ("s1", "s2", "s3"):
+        below = commits.overlay(tmp_path / name, below)
+
+    def only_the_topmost(path, *_more):
+        if path != below:
+            raise Refusal("killed", path, "is killed")
+        os.unlink(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merge, "retire", only_the_topmost)
+        assert commits.refusal(below, base).code == "killed"
+    assert files_of(tmp_path).keys() == {".base.kvmfleet-vault-given", "base", "s1", "s2"}
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["s1", "s2", "s3"])
+def test_the_path_of_each_of_the_images_that_went_in_together_has_all_retired(joined, name):
+    told = commits.merge(joined / name, joined / "base", SETTINGS._replace(check_mode=True)).verdicts
+    paths = [os.path.basename(one.path) for one in told[0].retired]
+    assert (told[0].state, paths) == ("committed", ["s2", "s1"])
+    assert commits.merged(joined / name, joined / "base")["state"] == "committed"
+    assert os.listdir(joined) == ["base"]
+    assert commits.merged(joined / name, joined / "base")["state"] == "absent"
+
+
+@pytest.mark.parametrize("name", ["s2", "s3"])
+def test_an_image_that_went_in_and_was_written_to_since_stays(joined, name):
+    """Or what a VM wrote to it would be lost."""
+    commits.write(joined / "s1", "write -P 7 0 64k")
+    commits.merged(joined / name, joined / "base")
+    assert sorted(os.listdir(joined)) == ["base", "s1"]
+
+
+def test_an_image_that_went_in_and_was_written_to_since_is_not_said_to_be_in(joined):
+    commits.write(joined / "s1", "write -P 7 0 64k")
+    assert commits.refusal(joined / "s1", joined / "base").code == "unfinished"
+
+
+def test_check_mode_does_not_mind_what_an_earlier_round_would_have_retired(tmp_path):
+    base = qemu.create(tmp_path / "base", "1M")
+    top, left = (commits.overlay(tmp_path / name, base) for name in ("top", "left"))
+    settings = SETTINGS._replace(check_mode=True)
+    for gone, state in (([], "failed"), ([left], "committed")):
+        (verdict,) = run(merge.MergeLayers(gone), [CommitRequest(top, base)], settings).verdicts
+        assert verdict.state == state
 
 
 @pytest.mark.parametrize("form", ["luks", "file"])
