@@ -1185,6 +1185,14 @@ RULES = (
         "_domain",
     ),
     Rule(
+        "snapshots of a domain that was defined anew are told of",
+        "wayback",
+        "always += _of_another_uuid(",
+        "_of_another_uuid(",
+        ("test_wayback",),
+        "_domain",
+    ),
+    Rule(
         "a disk on a block device can have gone into it",
         "wayback",
         "fitness_of(one, request.directory)",

@@ -60,6 +60,7 @@ class DomainPlan(t.NamedTuple):
     missed: tuple[str, ...] = ()  # targets of the disks that are skipped although the domain writes to them
     absent: tuple[str, ...] = ()  # targets of the disks that are skipped since their file is not there
     notes: tuple[str, ...] = ()  # further warnings, if anything is to be done
+    always: tuple[str, ...] = ()  # further warnings, also if nothing is to be done
     lost: tuple[str, ...] = ()  # names of the checkpoints that libvirt is to forget once the domain is switched
 
     @property
@@ -71,7 +72,7 @@ class DomainPlan(t.NamedTuple):
             *((target, "its disk {} was left out: {}.") for target in self.absent),
         ]
         told = [f"{self.domain.name}: {words.format(target, reasons[target])}" for target, words in left_out]
-        return [*told, *self.notes] if self.has_work else told
+        return [*told, *self.always, *(self.notes if self.has_work else ())]
 
     @property
     def has_work(self) -> bool:

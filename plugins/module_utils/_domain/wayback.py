@@ -144,6 +144,7 @@ def plan_way_back(
     not_on_it = _NOT_ON_IT if request.steps is None else _NONE_OLD
     request = request.of(domain)
     disks, skipped, absent = [], [], []
+    always: list[str] = []
     for one in facts:
         target, fitness = one.disk.target, fitness_of(one, request.directory)
         unfit = fitness.why_unfit
@@ -156,6 +157,8 @@ def plan_way_back(
                 planned = plan_disk(domain, one, request, mark)
             except Refusal as exc:  # of a vault, or of what stands beside the image
                 planned = unreadable_disk(domain, exc, mark)
+        if unfit is None and (planned is None or not_on_it == _NONE_OLD):
+            always += _of_another_uuid(domain, one, None if not_on_it == _NONE_OLD else request.snapshot)
         if planned is not None:
             disks.append(planned)
         else:
@@ -168,10 +171,34 @@ def plan_way_back(
     known = {one.disk.target for one in facts}
     problems += [_no_such_disk(domain, target) for target in request.targets or () if target not in known]
     notes = _of_unseen(facts[0].unseen()) if disks else ()
-    plan = DomainPlan(domain, tuple(disks), tuple(skipped), tuple(problems), domain.definition, notes=notes)
+    plan = DomainPlan(
+        domain, tuple(disks), tuple(skipped), tuple(problems), domain.definition, notes=notes, always=tuple(always)
+    )
     if problems or not plan.sources:
         return plan
     return plan._replace(definition=domain.definition.with_sources(plan.sources))
+
+
+def _of_another_uuid(domain: Domain, facts: DiskFacts, snapshot: str | None) -> list[str]:
+    """Return the warning of images that are snapshots of another domain by their mark; `snapshot` None means of any.
+
+    As after the domain was defined anew: then nobody can tell whose they are, and nothing would be said of them.
+    """
+    told = []
+    for place, (layer, below) in enumerate(zip(facts.layers, facts.layers[1:])):
+        mark = layer.image.mark if layer.image is not None else None
+        if mark is None or mark.vm == domain.uuid or layer not in facts.own or snapshot not in (None, mark.snapshot):
+            continue
+        options = [f"path={layer.path}", f"backing_file={below.path}"]
+        options += [f"above={facts.layers[place - 1].path}"] if place else []
+        then = "" if place else f", and put the domain on {below.path} then ('virsh edit')"
+        told.append(
+            f"{domain.name}: {layer.path}, in the chain of its disk {facts.disk.target}, bears the mark of the "
+            f"snapshot {mark.snapshot} of a domain with another UUID ({mark.vm}), as after it was defined anew. It is "
+            "not taken for a snapshot of this one. If it is to be merged down, use kvmfleet.qcow2.qcow2_overlay, "
+            f"state=committed, {', '.join(options)}{then}."
+        )
+    return told
 
 
 def _of_unseen(disks: t.Sequence[str]) -> tuple[str, ...]:

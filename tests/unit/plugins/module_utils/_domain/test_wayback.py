@@ -28,6 +28,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import ru
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.session import Vm
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.aims import GoBackTo
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.inventory import Inventory
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.retention import Step
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._domain.wayback import (
     WayBack,
     lost_checkpoints,
@@ -357,6 +358,20 @@ def test_what_went_in_below_a_symlink_while_its_vm_ran_is_told_of(linked, is_on_
     stock, domain = Inventory(linked.domains), linked.domains["web"]
     facts = stock.facts(domain, domain.definition.disks[0])
     assert list(signed_leftovers(domain, facts, WayBack(""))) == ["mon"]
+
+
+@pytest.mark.parametrize("plan", [plan_commit, plan_revert])
+def test_a_snapshot_of_a_domain_that_was_defined_anew_is_told_of(host, plan):
+    host.define("web", "web-a.wed.qcow2", "web-b.wed.qcow2", uuid="another")
+    assert len(host.snapshot("web", "thu")) == 2
+    planned = host.plan_back(plan, "web", "tue", targets=("vda",))
+    (warning,) = planned.warnings
+    assert planned.disks == ()
+    assert warning.startswith(f"web: {host.folder / 'web-a.tue.qcow2'}, in the chain of its disk vda, bears the mark")
+    assert f"above={host.folder / 'web-a.wed.qcow2'}" in warning
+    assert host.plan_back(plan, "web", "thu", targets=("vda",)).always == ()
+    assert host.plan_back(plan, "web", "fri").warnings == []
+    assert len(host.plan_back(plan_commit, "web", "", steps={"another": Step("thu", "thu")}).always) == 6
 
 
 @pytest.fixture(name="joined")
