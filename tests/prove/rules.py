@@ -1253,8 +1253,8 @@ RULES = (
     Rule(
         "a domain that was put on BASE meanwhile is told",
         "wayback",
-        "if vault is not None and not vault.is_given and vault.top_path and",
-        "if False and vault and vault.top_path and",
+        "if not vault.is_given and vault.top_path and",
+        "if False and vault.top_path and",
         ("../_domain/test_wayback",),
         "_domain",
     ),
