@@ -59,7 +59,16 @@ def bring(place: Place, wanted: t.Sequence[Wanted], held: Held, images: t.Mappin
         os.fsync(place.file.fd)  # a run may have been killed before it could see to that
         return False
     # The bits that are wanted come from the image itself, too, which QEMU is about to write anew.
-    with _expected(wanted, place.virtual_size) as (scratch, expected), _lending_above(place, expected, held):
+    with _expected(wanted, place.virtual_size) as (scratch, expected):
+        _bring_expected(place, expected, scratch, held, images)
+    return True
+
+
+def _bring_expected(
+    place: Place, expected: t.Sequence[Wanted], scratch: OpenImage, held: Held, images: t.Mapping[OpenImage, Image]
+) -> None:
+    """Have QEMU write the bitmaps, a second time if they are not as they should be; Refusal if they are not then."""
+    with _lending_above(place, expected, held):
         for _number in range(_TRIES):
             try:
                 _rewrite(place, expected, scratch, held.monitor(), images)
@@ -72,7 +81,7 @@ def bring(place: Place, wanted: t.Sequence[Wanted], held: Held, images: t.Mappin
                     raise exc.with_note(note) from exc
                 raise
             if not wrong:
-                return True
+                return
             _disown_wrong(place, expected)
         raise _not_verified(place, wrong, held)
 
