@@ -35,7 +35,7 @@ ODD_NAMES = (
     "$HOME",
     "a=b",
 )
-COMBINATIONS = qemu.examples(200)
+COMBINATIONS = qemu.examples(120)
 
 
 def random_options(dice: random.Random) -> dict[str, str]:
