@@ -697,8 +697,8 @@ RULES = (
     Rule(
         "a bitmap of the vault that counts as removed is told",
         "mend",
-        "warnings=(*_not_put_back(request, work), *",
-        "warnings=(*(), *",
+        "yield from _not_put_back(request, work)",
+        "yield from ()",
         ("test_mend_killed",),
     ),
     Rule(

@@ -84,6 +84,19 @@ class OpenImage:
         """Return up to `length` bytes from `offset`; fewer at the end of the file."""
         return os.pread(self.fd, length, offset)
 
+    def overwrite(self, pieces: t.Iterable[tuple[int, bytes]]) -> None:
+        """Put data, pairs of an offset in bytes and itself, in the place of what is there, on stable storage.
+
+        It is open for reading; this opens it for writing once more. The caller keeps everybody else from it.
+        """
+        fd = os.open(f"/proc/self/fd/{self.fd}", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            for offset, data in pieces:
+                write_all(fd, data, offset)
+            os.fsync(fd)
+        finally:
+            close(fd)
+
     def length(self) -> int:
         """Return its length in bytes."""
         return os.lseek(self.fd, 0, os.SEEK_END)

@@ -84,7 +84,7 @@ _NOT_BELOW = (
 _FLATTENED = (
     "This image has no image below any more, although it is an overlay that was made after the checkpoint, so its "
     "bitmap goes on with one below. 'virsh blockpull' moves the bits of that, if libvirt was there as it ended; "
-    "'qemu-img rebase' leaves them behind. Nothing tells which of them took in what was below. "
+    "'qemu-img rebase' leaves them behind. Nothing tells which of them took in what was below."
 )
 _OLDER = (
     "This image was last written to before the checkpoint was made, as one that was put back from a copy, so its "
@@ -182,14 +182,18 @@ def judge(
             above = layer
     lost = lost_below(name, chain, created)
     if lost is not None:  # rule 6
-        why = _FLATTENED if name in lost.bitmaps else _NOT_BELOW
-        why = _LOST.format(lost.path) if lost.may_have_lost(name, created) else why
-        return Checkpoint(name, False, LOST, lost.path, f"{why} {way_out}")
+        return Checkpoint(name, False, LOST, lost.path, f"{_why_lost(name, lost, created)} {way_out}")
     if unknown is not None:
         return Checkpoint(name, None, IN_USE, unknown.path, _ASK_LIBVIRT)
     if not complete:
         return Checkpoint(name, None, INCOMPLETE, chain[-1].path, _LOOK_FURTHER)
     return Checkpoint(name, True)
+
+
+def _why_lost(name: str, lost: LayerBitmaps, created: int | None) -> str:
+    if lost.may_have_lost(name, created):
+        return _LOST.format(lost.path)
+    return _FLATTENED if name in lost.bitmaps else _NOT_BELOW
 
 
 def lost_below(name: str, chain: t.Sequence[LayerBitmaps], created: int | None) -> LayerBitmaps | None:

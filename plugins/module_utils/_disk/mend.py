@@ -357,13 +357,19 @@ def _promise(request: HealRequest, work: _Work) -> HealVerdict:
     return HealVerdict(
         request=request,
         items=tuple(_items(request, work)),
-        warnings=(*_not_put_back(request, work), *left_of_images_gone(work.patients)),
+        warnings=tuple(_warnings(request, work)),
         checkpoints=tuple(_checkpoints(work)),
         chain=tuple(one.layer.path for one in work.patients),
         written=tuple(sorted(work.changed)),
         vaults=tuple(one.vault.path for one in work.patients if one.vault is not None),
         need=_need(work),
     )
+
+
+def _warnings(request: HealRequest, work: _Work) -> t.Iterator[str]:
+    yield from _not_put_back(request, work)
+    if request.domain is None:  # of a domain they are told also where nothing is to be done
+        yield from left_of_images_gone(work.patients)
 
 
 def _not_put_back(request: HealRequest, work: _Work) -> t.Iterator[str]:

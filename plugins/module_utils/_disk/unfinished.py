@@ -190,7 +190,7 @@ def vaults_into_device(device: Identity, folders: t.Iterable[str]) -> list[str]:
     """
     found = []
     for folder in folders:
-        for path in vaults_in(folder):
+        for path in _vaults_in(folder):
             vault = _read(path)
             if isinstance(vault, Vault) and _is_into_device(vault, device):
                 found.append(path)
@@ -204,17 +204,17 @@ def _is_into_device(vault: Vault, device: Identity) -> bool:
         return False
     if is_there(os.path.realpath(vault.top_path)):
         return top_stands(vault, device)
-    return any(stands_on(path, device) for path in left_of(vault))
+    return any(_stands_on(path, device) for path in left_of(vault))
 
 
-def stands_on(path: str, image: Identity) -> bool:
+def _stands_on(path: str, image: Identity) -> bool:
     """Whether this image is in the chain of the one at the path."""
     with contextlib.suppress(Refusal, OSError), open_image(path) as file:
         return any(layer.identity == image for layer, _file in walk_chain(file, QCOW2))
     return False
 
 
-def vaults_in(folder: str) -> list[str]:
+def _vaults_in(folder: str) -> list[str]:
     """Return the paths of all vaults of merges in a folder; none if it cannot be listed."""
     places = set()
     with contextlib.suppress(OSError):

@@ -141,7 +141,7 @@ def plan_way_back(
     domain: Domain, facts: t.Sequence[DiskFacts], request: WayBack, plan_disk: PlanDisk, not_ready: NotReady
 ) -> DomainPlan:
     """Return the plan for a domain. A disk that is not on the snapshot takes no part."""
-    not_on_it = _NOT_ON_IT if request.steps is None else _NONE_OLD
+    picks_old = request.steps is not None
     request = request.of(domain)
     disks, skipped, absent = [], [], []
     always: list[str] = []
@@ -157,12 +157,12 @@ def plan_way_back(
                 planned = plan_disk(domain, one, request, mark)
             except Refusal as exc:  # of a vault, or of what stands beside the image
                 planned = unreadable_disk(domain, exc, mark)
-        if unfit is None and (planned is None or not_on_it == _NONE_OLD):
-            always += _of_another_uuid(domain, one, None if not_on_it == _NONE_OLD else request.snapshot)
+        if unfit is None and (planned is None or picks_old):
+            always += _of_another_uuid(domain, one, None if picks_old else request.snapshot)
         if planned is not None:
             disks.append(planned)
         else:
-            skipped.append(SkippedDisk(target, unfit or not_on_it))
+            skipped.append(SkippedDisk(target, unfit or (_NONE_OLD if picks_old else _NOT_ON_IT)))
             absent += [target] if fitness.is_absent and unfit == fitness.why_unfit else []
     problems = [problem for disk in disks for problem in disk.problems]
     if disks:

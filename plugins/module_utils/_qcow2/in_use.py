@@ -10,12 +10,11 @@ kill, or a power loss, leaves each bitmap with the flag or without it.
 
 from __future__ import annotations
 
-import os
 import struct
 import typing as t
 
 from .._base.errors import CHECK_STORAGE, Refusal
-from .._base.files import OpenImage, close
+from .._base.files import OpenImage
 from .bitmaps import BITMAP_ENTRY, FLAG_IN_USE
 from .extensions import read_extensions
 from .header import AUTOCLEAR, AUTOCLEAR_AT, AUTOCLEAR_BITMAPS, read_as_qemu, read_header, text_of
@@ -28,18 +27,15 @@ _FLAGS_AT = 12  # bytes from the beginning of an entry (qcow2 spec, Bitmap direc
 def set_in_use(file: OpenImage, names: t.Collection[str], *, in_use: bool) -> None:
     """Set or clear the flag of these bitmaps of the image, on stable storage; Refusal if it is not so afterwards.
 
-    The caller keeps everybody else from the image, which is open for reading; this opens it for writing once more.
+    The caller keeps everybody else from the image.
     """
     if not names:
         return
-    fd = os.open(f"/proc/self/fd/{file.fd}", os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        for name, (place, flags) in _flags_of(file).items():
-            if name in names:
-                os.pwrite(fd, _FLAGS.pack(flags | FLAG_IN_USE if in_use else flags & ~FLAG_IN_USE), place)
-        os.fsync(fd)
-    finally:
-        close(fd)
+    file.overwrite(
+        (place, _FLAGS.pack(flags | FLAG_IN_USE if in_use else flags & ~FLAG_IN_USE))
+        for name, (place, flags) in _flags_of(file).items()
+        if name in names
+    )
     there = {bitmap.name: bitmap.inconsistent for bitmap in read_image(file).bitmaps}
     if any(there.get(name) != in_use for name in names):
         why = f"was to have the flag in-use {'set' if in_use else 'cleared'}, but has not when it is read back"
@@ -50,14 +46,9 @@ def disown_bitmaps(file: OpenImage) -> None:
     """Have no program count on the bitmaps of the image, on stable storage; Refusal if it is not so afterwards.
 
     Clear autoclear bit 0 (qcow2 spec, Header), as a program does that writes to the image and knows no bitmaps. The
-    caller keeps everybody else from the image, which is open for reading; this opens it for writing once more.
+    caller keeps everybody else from the image.
     """
-    fd = os.open(f"/proc/self/fd/{file.fd}", os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.pwrite(fd, AUTOCLEAR.pack(read_header(file).autoclear & ~AUTOCLEAR_BITMAPS), AUTOCLEAR_AT)
-        os.fsync(fd)
-    finally:
-        close(fd)
+    file.overwrite([(AUTOCLEAR_AT, AUTOCLEAR.pack(read_header(file).autoclear & ~AUTOCLEAR_BITMAPS))])
     if read_image(file).bitmaps:
         raise Refusal("not_verified", file.path, "was to lose its bitmaps, but has them still", CHECK_STORAGE)
 

@@ -10,12 +10,11 @@ allocated and no flag changes: whatever a kill or a power loss leaves marks what
 
 from __future__ import annotations
 
-import os
 import struct
 import typing as t
 
 from .._base.errors import CHECK_STORAGE, Refusal
-from .._base.files import OpenImage, close, write_all
+from .._base.files import OpenImage
 from .bitmaps import ENTRY_ALL_ONES, TABLE_ENTRY_SIZE, BitmapTable
 from .dirty import ENTRY_OFFSET, DirtyBits, maps_of, united
 from .header import damaged
@@ -51,7 +50,7 @@ def bits_to_lend(file: OpenImage, image: Image, maps: t.Mapping[str, t.Sequence[
 def lend(file: OpenImage, lent: t.Sequence[Lent]) -> None:
     """Set the bits, on stable storage; Refusal if they are not there when they are read back.
 
-    The caller keeps everybody else from the image, which is open for reading; this opens it for writing once more.
+    The caller keeps everybody else from the image.
     """
     _write(file, [(one.place, one.after) for one in lent])
 
@@ -103,12 +102,6 @@ def _more(file: OpenImage, place: int, bits: bytes) -> t.Iterator[Lent]:
 def _write(file: OpenImage, pieces: t.Sequence[tuple[int, bytes]]) -> None:
     if not pieces:
         return
-    fd = os.open(f"/proc/self/fd/{file.fd}", os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        for place, data in pieces:
-            write_all(fd, data, place)
-        os.fsync(fd)
-    finally:
-        close(fd)
+    file.overwrite(pieces)
     if any(file.read(len(data), place) != data for place, data in pieces):
         raise Refusal("not_verified", file.path, "its bitmaps are not as they were written", CHECK_STORAGE)

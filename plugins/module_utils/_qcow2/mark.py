@@ -16,7 +16,7 @@ import re
 import time
 import typing as t
 
-from .._base.files import OpenImage, close, write_all
+from .._base.files import OpenImage
 from .header import (
     BACKING_FILE,
     BACKING_FILE_AT,
@@ -140,12 +140,7 @@ def _change_history(file: OpenImage, change: t.Callable[[History], History]) -> 
     start, data = marks[-1]
     old, new = (_history_lines(one).encode("ascii") for one in (found, change(found)))
     differ = [place for place, (one, other) in enumerate(zip(old, new)) if one != other]
-    fd = os.open(f"/proc/self/fd/{file.fd}", os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        write_all(fd, new[differ[0] : differ[-1] + 1], start + data.index(b"\n" + old) + 1 + differ[0])
-        os.fsync(fd)
-    finally:
-        close(fd)
+    file.overwrite([(start + data.index(b"\n" + old) + 1 + differ[0], new[differ[0] : differ[-1] + 1])])
 
 
 def _extension_of(mark: Mark, history: History) -> bytes:

@@ -10,6 +10,7 @@ environment sets how many rounds are played of each scene; 0 plays all.
 from __future__ import annotations
 
 import collections
+import contextlib
 import ctypes
 import json
 import os
@@ -268,35 +269,42 @@ def test_the_image_on_top_is_judged_by_what_was_below_it_before_the_kill(tmp_pat
     completed(disk)
 
 
-def killed_as_qemu_opens_top(disk: Disk) -> None:
-    """QEMU takes the bitmaps of an image away as it opens it for writing, names included."""
+@contextlib.contextmanager
+def as_qemu_opens_top(act: t.Callable[[Monitor], t.Any]) -> t.Iterator[None]:
+    """Have this happen, in the block, as QEMU is told to open TOP for writing."""
     real = Monitor.send
 
-    def dying(self, name, *args):
+    def send(self: Monitor, name: str, *args: t.Any) -> None:
         if name == "blockdev-add" and args[0].get("node-name") == "w":
-            disks.lose_bitmaps(disk.path)
-            os.killpg(0, signal.SIGKILL)
-        return real(self, name, *args)
+            act(self)
+        real(self, name, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Monitor, "send", dying)
+        patch.setattr(Monitor, "send", send)
+        yield
+
+
+def die() -> None:
+    """Be killed, and QEMU with us."""
+    os.killpg(0, signal.SIGKILL)
+
+
+def killed_as_qemu_opens_top(disk: Disk) -> None:
+    """QEMU takes the bitmaps of an image away as it opens it for writing, names included."""
+    with as_qemu_opens_top(lambda _monitor: (disks.lose_bitmaps(disk.path), die())):
         assert merge(disk, -1) is None
     assert not qemu.bitmaps_of(disk.path)
 
 
 def killed_while_top_is_open(disk: Disk) -> None:
     """QEMU leaves the bitmaps inconsistent that it has open."""
-    real = Monitor.send
 
-    def dying(self, name, *args):
-        if name == "blockdev-add" and args[0].get("node-name") == "w":
-            with open_image(disk.path) as file:
-                set_in_use(file, [bitmap.name for bitmap in qemu.read(disk.path).bitmaps], in_use=True)
-            os.killpg(0, signal.SIGKILL)
-        return real(self, name, *args)
+    def break_bitmaps(_monitor: Monitor) -> None:
+        with open_image(disk.path) as file:
+            set_in_use(file, [bitmap.name for bitmap in qemu.read(disk.path).bitmaps], in_use=True)
+        die()
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Monitor, "send", dying)
+    with as_qemu_opens_top(break_bitmaps):
         assert merge(disk, -1) is None
     assert all(inconsistent for *_rest, inconsistent in qemu.bitmaps_of(disk.path))
 
@@ -340,21 +348,17 @@ def test_what_is_lent_to_the_image_above_stays_until_qemu_has_ended(tmp_path, mo
     alone = chains.own_bits(disk.path)["new"]
     before, written = chains.own_bits(disk.above), os.stat(disk.above).st_mtime_ns
     assert alone & ~before["new"]
-    real, seen = Monitor.send, f"{disk.above}.seen"
+    seen, close = f"{disk.above}.seen", Monitor.close
 
-    def ending(self, name, *args):
-        if name == "blockdev-add" and args[0].get("node-name") == "w":
-            raise KeyboardInterrupt
-        return real(self, name, *args)
+    def interrupted(_monitor):
+        raise KeyboardInterrupt
 
     def ended(self):
         shutil.copy(disk.above, seen)
         close(self)
 
-    close = Monitor.close
-    monkeypatch.setattr(Monitor, "send", ending)
     monkeypatch.setattr(Monitor, "close", ended)
-    with pytest.raises(KeyboardInterrupt):
+    with as_qemu_opens_top(interrupted), pytest.raises(KeyboardInterrupt):
         run(MergeLayers(), [request(disk)], SETTINGS)
     monkeypatch.undo()
     assert not alone & ~chains.own_bits(seen)["new"]
@@ -362,21 +366,12 @@ def test_what_is_lent_to_the_image_above_stays_until_qemu_has_ended(tmp_path, mo
     assert os.stat(disk.above).st_mtime_ns == written
 
 
-def test_what_is_lent_stays_where_a_failed_qemu_has_written_to_top(tmp_path, monkeypatch):
+def test_what_is_lent_stays_where_a_failed_qemu_has_written_to_top(tmp_path):
     """Nobody can tell which bits TOP still has."""
     disk = Disk(tmp_path)
     disks.below(disk)
     alone = chains.own_bits(disk.path)["new"]
-    real = Monitor.send
-
-    def failing(self, name, *args):
-        if name == "blockdev-add" and args[0].get("node-name") == "w":
-            os.utime(disk.path)
-            self._process.kill()
-        return real(self, name, *args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Monitor, "send", failing)
+    with as_qemu_opens_top(lambda monitor: (os.utime(disk.path), monitor._process.kill())):
         ended = merge(disk)
     assert ended is not None
     assert ended.codes == ["qemu_lost"]
@@ -394,23 +389,15 @@ def test_bitmaps_that_break_while_base_still_has_its_own_are_made_again(tmp_path
     assert before <= set(chains.usable(disk.base))
 
 
-def test_a_failure_in_the_carry_leaves_the_image_above_as_it_was(tmp_path, monkeypatch):
+def test_a_failure_in_the_carry_leaves_the_image_above_as_it_was(tmp_path):
     disk = Disk(tmp_path)
     disks.below(disk)
     before = chains.usable(disk.above)
-    real = Monitor.send
-
-    def failing(self, name, *args):
-        if name == "blockdev-add" and args[0].get("node-name") == "w":
-            self._process.kill()
-        return real(self, name, *args)
-
-    monkeypatch.setattr(Monitor, "send", failing)
-    ended = merge(disk)
+    with as_qemu_opens_top(lambda monitor: monitor._process.kill()):
+        ended = merge(disk)
     assert ended is not None
     assert ended.codes == ["qemu_lost"]
     assert chains.usable(disk.above) == before
-    monkeypatch.undo()
     assert not completed(disk).warnings
     assert chains.usable(disk.above) == before
 

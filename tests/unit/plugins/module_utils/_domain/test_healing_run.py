@@ -381,13 +381,19 @@ def test_what_a_kill_has_lost_is_removed_by_the_same_call(fleet):
     assert {one[0] for one in qemu.bitmaps_of(path)} == {"two", "three"}
 
 
-def test_what_a_vault_may_tell_wrongly_is_not_valid_and_goes_as_unusable(fleet):
-    """The image held nothing when the run was killed, so nobody can tell what it held since."""
+def killed_at_healing(fleet):
+    """Have the healing of an overlay killed whose second checkpoint is of its own; return its path and the domain."""
     base(fleet, "base.qcow2", bitmap("one"))
     path = overlay(fleet.path("a.qcow2"), fleet.path("base.qcow2"))
     qemu.add_bitmaps(path, [bitmap("two")])
     domain = fleet.define("web", "a.qcow2", checkpoints=["one", "two"])
     killed()
+    return path, domain
+
+
+def test_what_a_vault_may_tell_wrongly_is_not_valid_and_goes_as_unusable(fleet):
+    """The image held nothing when the run was killed, so nobody can tell what it held since."""
+    path, domain = killed_at_healing(fleet)
     lose(path)
     for options in ({}, {"checkpoints": ("one",)}):
         for settings in (SETTINGS._replace(check_mode=True), SETTINGS):
@@ -401,11 +407,7 @@ def test_what_a_vault_may_tell_wrongly_is_not_valid_and_goes_as_unusable(fleet):
 
 
 def test_what_a_vault_may_tell_wrongly_is_put_back_by_the_users_word(fleet):
-    base(fleet, "base.qcow2", bitmap("one"))
-    path = overlay(fleet.path("a.qcow2"), fleet.path("base.qcow2"))
-    qemu.add_bitmaps(path, [bitmap("two")])
-    fleet.define("web", "a.qcow2", checkpoints=["one", "two"])
-    killed()
+    path, _domain = killed_at_healing(fleet)
     lose(path)
     done = healed(fleet, assume_not_emptied=True)
     assert (done.state, states(done)) == ("rebuilt", {"one": "rebuilt", "two": "rebuilt"})
@@ -413,11 +415,7 @@ def test_what_a_vault_may_tell_wrongly_is_put_back_by_the_users_word(fleet):
 
 def test_a_checkpoint_that_was_removed_since_a_kill_does_not_come_back(fleet):
     """A backup tool has removed its bitmap, too, while the VM ran, from all images that had it."""
-    base(fleet, "base.qcow2", bitmap("one"))
-    path = overlay(fleet.path("a.qcow2"), fleet.path("base.qcow2"))
-    qemu.add_bitmaps(path, [bitmap("two")])
-    domain = fleet.define("web", "a.qcow2", checkpoints=["one", "two"])
-    killed()
+    path, domain = killed_at_healing(fleet)
     qemu.qemu_img("bitmap", "--remove", path, "two")
     domain.checkpointLookupByName("two").delete(libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
     (done,), warnings = call()

@@ -11,9 +11,9 @@ import random
 import struct
 
 import pytest
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base import files
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2 import lend as lend_module
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.dirty import maps_of
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.lend import bits_to_lend, lend, take_back
@@ -116,7 +116,7 @@ def test_data_of_a_bitmap_outside_the_file_is_refused(tmp_path):
 def test_a_storage_that_does_not_keep_what_is_written_is_told(tmp_path, monkeypatch):
     lower = written(tmp_path / "lower", 1 << 20, random.Random(1), 65536, 5)
     image = written(tmp_path / "image", 1 << 20, random.Random(2), 65536, 0)
-    monkeypatch.setattr(lend_module, "write_all", lambda *_args: None)
+    monkeypatch.setattr(files, "write_all", lambda *_args: None)
     with lending(image, lower) as (file, lent), pytest.raises(Refusal) as told:
         lend(file, lent)
     assert (told.value.code, told.value.subject) == ("not_verified", image)
