@@ -37,7 +37,15 @@ from ansible_collections.kvmfleet.qcow2.tests.unit.plugins.module_utils import c
 # The scenes of the disks of a VM.
 SCENES: dict[kinds.Kind, tuple[disks.Scene, ...]] = {
     kinds.Kind(" and ".join(scene.__name__ for scene in scenes), tuple(range(len(scenes)))): scenes
-    for scenes in ((disks.plain,), (disks.unlike,), (disks.two,), (disks.below,), (disks.faulty, disks.bare))
+    for scenes in (
+        (disks.plain,),
+        (disks.unlike,),
+        (disks.two,),
+        (disks.below,),
+        (disks.deep,),
+        (disks.deep_to_the_top,),
+        (disks.faulty, disks.bare),
+    )
 }
 IS_DONE = ("committed", "absent")
 # By these codes a disk may be refused when what is needed may be in no image any more.
@@ -279,14 +287,18 @@ def then(ground: Stack, rule: str, event: disks.Event, seed: str) -> rounds.Find
     return rounds.Finding(outcome if run.status < 0 else f"the run went through, {event.__name__}", wrong)
 
 
-def then_pulled(ground: Stack, rule: str) -> rounds.Finding:
-    """Kill a run and its QEMU at a step; another tool takes TOP into the image above; then the call comes again."""
+def then_pulled(ground: Stack, rule: str, base: int) -> rounds.Finding:
+    """Kill a run and its QEMU at a step; another tool takes TOP, or BASE, into the image above; then the call again.
+
+    `base` is the place in the chain of the image that is the lowest but not taken in.
+    """
     run = ground.run(rule)
     before = ground.promise.outcome()
     wrong = [f"after the kill: {what}" for what in ground.promise.images_wrong()]
     for disk in ground.stacks:
-        if disk.above and qemu.info(disk.above)["full-backing-filename"] == disk.path:
-            qemu.pull(disk.above, disk.base)
+        images = disk.images[: base + 1]
+        if base < len(disk.images) and qemu.chain_of(images[0])[: base + 1] == images:
+            qemu.pull(images[0], images[base])
     wrong += [f"after the pull: {what}" for what in ground.promise.images_wrong()]
     again = "+".join(sorted(set(ground.run().states)))
     wrong += [f"second run: {what}" for what in ground.promise.images_wrong()]
@@ -305,12 +317,12 @@ def then_jobs(ground: Stack, kind: kinds.Kind, asked: rounds.Choice) -> list[rou
     pulled = [
         rounds.Job(
             f"{kind.name}: killed, then another tool takes TOP out",
-            f"{kind.name}-{rule}-pulled",
-            functools.partial(then_pulled, rule=rule),
+            f"{kind.name}-{rule}-pulled-to-{base}",
+            functools.partial(then_pulled, rule=rule, base=base),
             kind,
         )
         for rule in rules
-        if any(disk.above for disk in ground.stacks)
+        for base in range(2, max(len(disk.images) for disk in ground.stacks))
     ]
     return pulled + [
         rounds.Job(

@@ -19,12 +19,12 @@ from .._qcow2.bitmaps import Bitmap
 from .._qcow2.dirty import DirtyBits, is_union, maps_of, united
 from .._qcow2.image import Image, read_image
 from .._qcow2.in_use import disown_bitmaps, set_in_use
-from .._qcow2.lend import bits_to_lend, lend, take_back
 from .._qcow2.scratch import write_scratch
 from .._qemu.monitor import Monitor
 from .._qemu.nodes import SCRATCH
 from .._qemu.rewrite import Addition, Rewriting, rewrite_bitmaps
 from .cumulative import memory_image, most_bytes
+from .loan import end_loans, lend_upwards
 from .session import Held
 
 _SOURCE = "r{}"  # names of nodes
@@ -47,7 +47,8 @@ class Place(t.NamedTuple):
     file: OpenImage
     data_file: OpenImage | None
     virtual_size: int  # bytes; of all images that take part
-    above: OpenImage | None = None  # the image on top of it, if bitmaps there go on with these
+    uppers: tuple[OpenImage, ...] = ()  # the images on top of it, topmost first, whose bitmaps go on with these
+    below: t.Mapping[str, t.Sequence[DirtyBits]] = {}  # what images below it mark, as far as they do not take part
 
 
 def bring(place: Place, wanted: t.Sequence[Wanted], held: Held, images: t.Mapping[OpenImage, Image]) -> bool:
@@ -59,7 +60,7 @@ def bring(place: Place, wanted: t.Sequence[Wanted], held: Held, images: t.Mappin
         os.fsync(place.file.fd)  # a run may have been killed before it could see to that
         return False
     # The bits that are wanted come from the image itself, too, which QEMU is about to write anew.
-    with _expected(wanted, place.virtual_size) as (scratch, expected):
+    with expected_bitmaps(wanted, place.virtual_size) as (scratch, expected):
         _bring_expected(place, expected, scratch, held, images)
     return True
 
@@ -94,31 +95,24 @@ def _not_verified(place: Place, wrong: t.Sequence[str], held: Held) -> Refusal:
 
 @contextlib.contextmanager
 def _lending_above(place: Place, wanted: t.Sequence[Wanted], held: Held) -> t.Iterator[None]:
-    """Have the image above mark for the block all that this one is to mark.
+    """Have the images above mark for the block all that this one is to mark, and what is below it.
 
-    A kill takes the bitmaps of an image away that QEMU has open for writing, or leaves them inconsistent. Other tools
-    take such an image out of the chain without its bits ('virsh blockpull'), or do not even see that it had any, and
-    what is above it looks right to them. So that must be right. What marks more than it has to is right.
+    A kill takes the bitmaps of an image away that QEMU has open for writing, or leaves them inconsistent.
     """
-    above, own = place.above, place.file
-    if above is None:
-        yield
-        return
-    maps = {name: own for name, _bitmap, own in _parts(wanted)}
-    lent = bits_to_lend(above, read_image(above), maps, place.virtual_size)
-    times = above.written(), own.written()
+    own = place.file
+    before, marked = own.written(), {name: list(maps) for name, _bitmap, maps in _parts(wanted)}
+    for name, maps in place.below.items():
+        marked.setdefault(name, []).extend(maps)
+    loans = lend_upwards(place.uppers, marked, place.virtual_size)
     try:
-        lend(above, lent)
         yield
     except BaseException:
         held.stop_qemu()  # it may be about to open the image
-        if own.is_device or own.written() != times[1]:
-            lent = []  # nobody can tell which of its bits it still has
+        if own.is_device or own.written() != before:
+            loans = []  # nobody can tell which of its bits it still has
         raise
     finally:
-        take_back(above, lent)
-        with contextlib.suppress(OSError):  # another user's stay new
-            above.put_time_back(times[0])
+        end_loans(loans)
 
 
 def _set_aside_if_broken(file: OpenImage) -> bool:
@@ -171,7 +165,7 @@ def _parts(wanted: t.Sequence[Wanted]) -> t.Iterator[tuple[str, Bitmap, t.Sequen
 
 
 @contextlib.contextmanager
-def _expected(wanted: t.Sequence[Wanted], size: int) -> t.Iterator[tuple[OpenImage, list[Wanted]]]:
+def expected_bitmaps(wanted: t.Sequence[Wanted], size: int) -> t.Iterator[tuple[OpenImage, list[Wanted]]]:
     """Hold for the block an image in memory that has the bitmaps which are wanted, and these with its bits."""
     with memory_image() as file:
         write_scratch(file.fd, size, ((b, united(own, b.granularity, size)) for _name, b, own in _parts(wanted)))

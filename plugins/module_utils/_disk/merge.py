@@ -15,14 +15,16 @@ from .._base.files import OpenImage, identity_of, open_image, real_path
 from .._qcow2.backing import change_backing_file, why_not_changeable
 from .._qcow2.bitmaps import Bitmap
 from .._qcow2.chain import Layer, read_head, resolve_name, walk_chain
+from .._qcow2.dirty import maps_of
 from .._qcow2.formats import PLAIN, QCOW2, RAW
 from .._qcow2.image import read_image
 from .._qcow2.mark import write_base
 from .._qemu import jobs
 from .._qemu.jobs import Opened
 from . import commit, stages
-from .carry import Place, Wanted, bring
+from .carry import Place, Wanted, bring, expected_bitmaps
 from .commit import CommitRequest, CommitVerdict, Work
+from .loan import Loan, end_loans, lend_upwards
 from .observe import observe_chain, why_not_opened
 from .progress import telling
 from .publish import StagedFile, check_owner, publish_at_once, publish_over
@@ -31,15 +33,18 @@ from .revert_rules import Retired
 from .session import Held, Images, failed_by
 from .stages import Seen
 from .survey import (
+    carried_by,
     content_of,
     judge_gone,
     kept_of_copy,
     layers_of,
+    maps_below,
     own_bitmaps,
     promise,
     read_above,
     see,
     token_of,
+    uppers_of,
     vault_place,
     wanted_by,
 )
@@ -73,6 +78,8 @@ class MergeLayers:
 
     def __init__(self, gone: t.Collection[str] = ()) -> None:
         self._gone = frozenset(map(os.path.realpath, gone))
+        self._to_give: dict[str, t.Sequence[Wanted]] = {}  # by path of TOP, which marks more than BASE is to
+        self._loans: dict[str, t.Sequence[Loan]] = {}  # by path of TOP
 
     def problems(self, request: CommitRequest) -> list[Refusal]:
         """Return what is wrong with a request whatever the host looks like."""
@@ -129,8 +136,8 @@ class MergeLayers:
         if work is None:
             return Images((request.backing_file,), frozenset([request.backing_file]))
         paths = [layer.path for layer in work.seen.chain[: work.seen.depth + 1]]
-        above = [request.above] if request.above else []
-        return Images((*above, *paths), frozenset([*above, *paths]))
+        paths = [*request.further, *([request.above] if request.above else []), *paths]
+        return Images(tuple(paths), frozenset(paths))
 
     def rehearse(self, verdict: CommitVerdict, held: Held) -> CommitVerdict:
         """Have QEMU open what is below BASE; nothing else beside the look can be rehearsed without writing."""
@@ -174,19 +181,25 @@ class MergeLayers:
         """Have TOP's bitmaps take in all that BASE's mark, and give TOP its mark."""
         if work.stage.name == stages.GIVEN or work.seen.top.version == 2:
             return verdict
-        top = held.image(verdict.request.path)
+        top, size = held.image(verdict.request.path), work.seen.chain[0].virtual_size
         wanted = wanted_by(work, held) if work.seen.holds_bitmaps else own_bitmaps(top)
+        carried = carried_by(wanted, work, held)
+        if carried != wanted:
+            _scratch, self._to_give[top.path] = held.enter(expected_bitmaps(wanted, size))
         mark = Wanted(Bitmap(MARK + work.token, _MARK_GRANULARITY, recording=True, inconsistent=False), ())
         images = {held.image(layer.path): layer.image for layer in work.seen.part if layer.image}
-        above = verdict.request.above
-        place = Place(top, None, work.seen.chain[0].virtual_size, held.image(above) if above is not None else None)
-        bring(place, [*wanted, mark], held, images)
+        place = Place(top, None, size, uppers_of(verdict.request, held), maps_below(work.seen, held))
+        bring(place, [*carried, mark], held, images)
         return verdict
 
     def strip(self, verdict: CommitVerdict, work: Work, held: Held) -> CommitVerdict:
         """Take BASE's bitmaps away, which TOP has now: a kill could leave some that are wrong and look right."""
         if work.stage.name == stages.GIVEN or not work.seen.holds_bitmaps:
             return verdict
+        top, below = held.image(verdict.request.path), maps_below(work.seen, held)
+        # Without BASE's there is a gap, if an image below it has them.
+        marked = {name: [own, *below[name]] for name, own in maps_of(top, read_image(top)).items() if name in below}
+        self._loans[top.path] = lend_upwards(uppers_of(verdict.request, held), marked, work.seen.chain[0].virtual_size)
         bring(_base_place(work.seen, held), (), held, {})
         return verdict
 
@@ -207,7 +220,10 @@ class MergeLayers:
         if work.seen.holds_bitmaps:
             top = held.image(verdict.request.path)
             image = read_image(top)
-            bring(_base_place(work.seen, held), own_bitmaps(top), held, {top: image})
+            exact = {one.bitmap.name: one._replace(sources=()) for one in self._to_give.get(top.path, ())}
+            to_give = [exact.get(one.bitmap.name, one) for one in own_bitmaps(top)]
+            bring(_base_place(work.seen, held), to_give, held, {top: image})
+            end_loans(self._loans.pop(top.path))
         mark_given(work.vault_place)
         return verdict
 

@@ -101,10 +101,10 @@ def _read_bitmaps(path: str) -> LayerBitmaps:
 
 
 def see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, above: Layer | None, held: Held) -> Seen:
-    """Return what stands there. Keep everybody from the images that take part, and writers from those below BASE."""
+    """Return what stands there. Keep everybody from the images that are written to, and writers from those below."""
     part = chain[: depth + 1]
-    for layer in part:
-        held.alone(layer.path)
+    for path in [*request.further, *(layer.path for layer in part)]:
+        held.alone(path)
     for layer in chain[depth + 1 :]:
         held.unwritten(layer.path)
     files = [held.image(layer.path) for layer in part]
@@ -260,7 +260,7 @@ def promise(request: CommitRequest, work: Work, held: Held) -> CommitVerdict:
     """Return the verdict for the case that nothing is wrong."""
     seen, outcome = work.seen, work.outcome
     size = seen.chain[0].virtual_size
-    files, wanted = [file for _layer, file in layers_of(seen, held)], wanted_by(work, held)
+    files, wanted = [file for _layer, file in layers_of(seen, held)], carried_by(wanted_by(work, held), work, held)
     held_by = sorted(map(AllocationMap, files), key=lambda one: one.granularity)
     is_shared = can_share(seen, files)
     return CommitVerdict(
@@ -309,6 +309,34 @@ def wanted_by(work: Work, held: Held) -> list[Wanted]:
         sources = tuple(held.image(seen.chain[place].path) for place in fate.bits) if by_qemu else ()
         all_wanted.append(Wanted(fate.bitmap, [*own, *held_all], sources))
     return all_wanted
+
+
+def carried_by(wanted: list[Wanted], work: Work, held: Held) -> list[Wanted]:
+    """Return the bitmaps that TOP must have after the carry. If it is the topmost image it must be right alone.
+
+    While BASE has no bitmaps other tools move none from below it to TOP: see loan.py.
+    """
+    if work.seen.above is not None:
+        return wanted
+    below = maps_below(work.seen, held)
+    return [
+        Wanted(one.bitmap, [*one.maps, *below[one.bitmap.name]], ()) if one.bitmap.name in below else one
+        for one in wanted
+    ]
+
+
+def maps_below(seen: Seen, held: Held) -> dict[str, list[DirtyBits]]:
+    """Return by name the bitmaps of the images below BASE."""
+    found: dict[str, list[DirtyBits]] = {}
+    for layer in seen.chain[seen.depth + 1 :]:
+        for name, own in _maps(layer, held).items():
+            found.setdefault(name, []).append(own)
+    return found
+
+
+def uppers_of(request: CommitRequest, held: Held) -> tuple[OpenImage, ...]:
+    """Return the images on top of TOP, topmost first."""
+    return tuple(map(held.image, [*request.further, *filter(None, [request.above])]))
 
 
 def _maps(layer: Layer, held: Held) -> dict[str, DirtyBits]:

@@ -30,6 +30,7 @@ class Disk:
         self.path = ""  # of TOP
         self.base = ""
         self.above: str | None = None
+        self.further: tuple[str, ...] = ()  # on top of that, topmost first
         self.accept = True  # that bitmaps are lost
 
     def add(self, name: str, size: int, bitmaps: t.Sequence[Bitmap], *options: str, writes: int = 6) -> str:
@@ -48,7 +49,7 @@ class Disk:
     @property
     def top(self) -> str:
         """The image that the VM has: BASE once TOP, which goes first, is gone, unless there is one above."""
-        ends = (self.above, self.path, self.base)
+        ends = (*self.further, self.above, self.path, self.base)
         return next(path for path in self.images if path in ends and os.path.exists(path))
 
     @property
@@ -159,6 +160,30 @@ def below(disk: Disk) -> None:
     disk.base = disk.add("base", SIZE, recording("a"))
     disk.path = disk.add("top", SIZE, recording("a", "new"))
     disk.above = disk.add("above", SIZE, recording("a", "new", "newest"))
+
+
+def deep(disk: Disk) -> None:
+    """Images below BASE and on top of TOP, with bitmaps that go on in all."""
+    disk.add("lowest", SIZE, recording("a"))
+    disk.add("lower", SIZE, recording("a", "b"))
+    disk.base = disk.add("base", SIZE, recording("a", "b", "c"))
+    disk.path = disk.add("top", SIZE, recording("a", "b", "c", "new"))
+    disk.above = disk.add("above", SIZE, recording("a", "b", "c", "new", "newest"))
+
+
+def deeper(disk: Disk) -> None:
+    """The same, with two more on top."""
+    deep(disk)
+    further = disk.add("further", SIZE, recording("a", "b", "c", "new", "newest"))
+    disk.further = (disk.add("topmost", SIZE, recording("a", "b", "c", "new", "newest")), further)
+
+
+def deep_to_the_top(disk: Disk) -> None:
+    """The same, with nothing on top of TOP."""
+    disk.add("lowest", SIZE, recording("a"))
+    disk.add("lower", SIZE, recording("a", "b"))
+    disk.base = disk.add("base", SIZE, recording("a", "b", "c"))
+    disk.path = disk.add("top", SIZE, recording("a", "b", "c", "new"))
 
 
 SCENES: tuple[Scene, ...] = (plain, unlike, faulty, none, bare, old, two, below)

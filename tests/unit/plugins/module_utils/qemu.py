@@ -48,6 +48,14 @@ def info(path: t.Any) -> dict[str, t.Any]:
     return t.cast("dict[str, t.Any]", json.loads(qemu_img("info", "--output=json", str(path))))
 
 
+def chain_of(path: t.Any) -> list[str]:
+    """Return the paths of a chain, topmost first; none if there is no image."""
+    if not os.path.exists(path):
+        return []
+    said = qemu_img("info", "--backing-chain", "--output=json", "-f", "qcow2", str(path))
+    return [one["filename"] for one in json.loads(said)]
+
+
 def bitmaps_of(path: t.Any) -> set[tuple[str, int, bool, bool]]:
     """Return name, granularity, recording, inconsistent of each bitmap, as qemu-img tells them."""
     entries = info(path)["format-specific"]["data"].get("bitmaps", ())
@@ -167,13 +175,22 @@ def merge_bitmaps(monitor: Monitor, nodes: t.Sequence[str], name: str, union: st
 
 
 def pull(path: t.Any, base: t.Any) -> None:
-    """Take the images between into the topmost one, with the bits of their bitmaps, as 'virsh blockpull --base' does.
+    """Take the images between into the topmost one, as 'virsh blockpull --base' does.
 
-    Bitmaps that are inconsistent, or that are gone, have none.
+    With the bits of those bitmaps alone that are in order in each image down to the lowest that has them.
     """
     chain = json.loads(qemu_img("info", "--backing-chain", "--output=json", "-f", "qcow2", str(path)))
     between = [one["filename"] for one in chain].index(str(base)) - 1
-    own = {bitmap.name for bitmap in read(path).bitmaps if not bitmap.inconsistent}
+    sound = [
+        {bitmap.name for bitmap in read(one["filename"]).bitmaps if not bitmap.inconsistent}
+        for one in chain
+        if one["format"] == "qcow2"
+    ]
+    moved = {
+        name
+        for name in sound[0]
+        if all(name in names for names in sound[: max(n for n, names in enumerate(sound) if name in names)])
+    }
     with storage_daemon() as monitor:
         for number, one in reversed(list(enumerate(chain))):
             file = {"driver": "file", "filename": one["filename"]}
@@ -181,11 +198,9 @@ def pull(path: t.Any, base: t.Any) -> None:
             options = {"driver": one["format"], "node-name": f"n{number}", "file": file, "read-only": number > 0}
             monitor.command("blockdev-add", {**options, "backing": below})
         for number in range(1, between + 1):
-            for bitmap in read(chain[number]["filename"]).bitmaps:
-                if bitmap.name in own and not bitmap.inconsistent:
-                    source = {"node": f"n{number}", "name": bitmap.name}
-                    arguments = {"node": "n0", "target": bitmap.name, "bitmaps": [source]}
-                    monitor.command("block-dirty-bitmap-merge", arguments)
+            for name in moved & sound[number]:
+                arguments = {"node": "n0", "target": name, "bitmaps": [{"node": f"n{number}", "name": name}]}
+                monitor.command("block-dirty-bitmap-merge", arguments)
         options = {"device": "n0", "base-node": f"n{between + 1}", "backing-file": str(base), "auto-dismiss": False}
         monitor.run_job("block-stream", "pull", options)
         monitor.command("blockdev-del", {"node-name": "n0"})  # which stores its bitmaps

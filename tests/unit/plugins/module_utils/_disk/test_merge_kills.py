@@ -56,7 +56,7 @@ class Ended(t.NamedTuple):
 
 def request(disk: Disk) -> CommitRequest:
     """Return the commit of all from TOP down to BASE."""
-    return CommitRequest(disk.path, disk.base, above=disk.above, accept_lost_bitmaps=disk.accept)
+    return CommitRequest(disk.path, disk.base, above=disk.above, further=disk.further, accept_lost_bitmaps=disk.accept)
 
 
 def merge(disk: Disk, step: int | str = 0, delay: float = 0.0) -> Ended | None:
@@ -338,6 +338,46 @@ def test_another_tool_takes_top_out_of_the_chain_after_a_kill(tmp_path, killed):
     disk.write(3)
     qemu.pull(disk.above, disk.base)
     assert {"a"} <= set(chains.usable(disk.above))
+    assert not wrong_with(disk)
+
+
+@pytest.mark.parametrize("killed", KILLED)
+@pytest.mark.parametrize("scene", [disks.deep, disks.deeper])
+@pytest.mark.parametrize("base", ["base", "lower", "lowest"])
+def test_another_tool_takes_out_also_what_is_below_top_after_a_kill(tmp_path, killed, scene, base):
+    """It moves no bits of a bitmap that TOP has lost, and that an image below has."""
+    disk = Disk(tmp_path)
+    scene(disk)
+    killed(disk)
+    assert not wrong_with(disk)
+    disk.write(3)
+    qemu.pull(disk.top, tmp_path / base)
+    assert "a" in chains.usable(disk.top)
+    assert not wrong_with(disk)
+
+
+@pytest.mark.parametrize("scene", [disks.deep, disks.deeper, disks.deep_to_the_top])
+@pytest.mark.parametrize("phase", ["strip", "move", "give", "publish"])
+def test_another_tool_takes_out_what_a_killed_run_has_left_without_bitmaps(tmp_path, scene, phase):
+    """It moves none over BASE, which has none meanwhile."""
+    disk = Disk(tmp_path)
+    scene(disk)
+    assert merge(disk, phase) is None
+    disk.write(3)
+    qemu.pull(disk.top, tmp_path / "lowest")
+    assert "a" in chains.usable(disk.top)
+    assert not wrong_with(disk, with_base=False)
+
+
+@pytest.mark.parametrize("scene", [disks.deep, disks.deeper, disks.deep_to_the_top])
+def test_nothing_stays_of_what_other_images_mark_meanwhile(tmp_path, scene):
+    disk = Disk(tmp_path)
+    scene(disk)
+    own = {path: chains.own_bits(path) for path in disk.images}
+    top, base = own[disk.path], own[disk.base]
+    merge(disk)
+    assert chains.own_bits(disk.base) == {name: bits | base.get(name, 0) for name, bits in top.items()}
+    assert all(chains.own_bits(path) == own[path] for path in disk.images if path not in (disk.path, disk.base))
     assert not wrong_with(disk)
 
 
