@@ -257,19 +257,55 @@ def _commit(layer: Layer, path: str, vault: Vault | Refusal, chain: t.Sequence[L
     call = _call_of_commit(of_images, mark, is_joined=bool(vault.others))
     if place is None and copy is not None:
         call += f" If {top} is only a copy, which no VM uses, move it away instead."
+    above = chain[chain.index(layer) - 1] if place is None and layer is not chain[0] else None
     if not vault.is_given:
         what = f"the commit of {top} into it is unfinished (vault {path})"
-        if place is None and layer is chain[0]:
+        if above is not None and stands and vault.top_path is not None:
+            call = of_image_beside(above, layer.path, vault, vault.top_path, f"{call} If ")
+        elif place is None and layer is chain[0]:
             call += (
                 f" But if a VM has run on {layer.path} since, that and what {top} holds exclude each other. To keep "
-                f"what is in {layer.path}, remove {top} and the vault instead, then all checkpoints, and make a full "
-                "backup with a new one."
+                f"what is in {layer.path}, {removal_of(vault, top)}"
             )
         # Another tool may have merged it into an image above, whose bitmaps lack what only the vault has.
         doubtful = frozenset((*vault.above, *vault.below)) if place is None else frozenset[str]()
         return Unfinished(COMMIT, layer.path, what, call, mark=mark, doubtful=doubtful)
+    if above is not None and stands:  # it may have been switched already
+        call += f" Give above={above.path}, too, if that stood on {top}."
     what = f"of the commit of {top} into it only the end is missing: what went in is to be retired (vault {path})"
     return Unfinished(COMMIT, layer.path, what, call, is_in_the_way=place is not None, mark=mark)
+
+
+def of_image_beside(above: Layer, base_path: str, vault: Vault, top_path: str, else_if: str) -> str:
+    """Return what to do about a commit that is unfinished, where an image of the chain stands on BASE beside TOP.
+
+    If it was made on TOP, another tool has taken that into it, and what it holds is newer: nobody must put a VM on TOP.
+    `else_if` begins what is said if that cannot be told.
+    """
+    removal = removal_of(vault, top_path)
+    history = above.image.history if above.image is not None else None
+    if history is not None and history.base_inode == vault.top[-1]:
+        command = shlex.join(["qemu-img", "rebase", "-f", QCOW2, "-F", QCOW2, "-b", top_path, above.path])
+        # Not with -u: what else has gone into BASE since nobody can tell.
+        return (
+            f"{above.path} was made on {top_path}, so another tool has taken that into it, as 'virsh blockpull' does. "
+            f"With the VM shut off, have it recorded again by '{command}', which compares all data. Then run the call "
+            "again that was killed, which completes the merge with all bitmaps. Or, as nothing is left to merge, "
+            f"{removal}"
+        )
+    return (
+        f"{else_if}another tool has taken {top_path} into {above.path}, as 'virsh blockpull' does, nothing is left to "
+        f"merge. If {above.path} was made while the VM was on {base_path}, what it holds and what {top_path} holds "
+        f"exclude each other. To keep what {above.path} has, which is right in both cases, {removal}"
+    )
+
+
+def removal_of(vault: Vault, top_path: str) -> str:
+    """Return how to give up a commit that is unfinished, and keep what VMs have without TOP."""
+    return (
+        f"remove {top_path} and {vault.path}, then all checkpoints (kvmfleet.qcow2.domain_checkpoint with "
+        "state=absent), which can lack changes although they look valid, and make a full backup with a new one."
+    )
 
 
 def _place_of_copy(vault: Vault, base: Layer, chain: t.Sequence[Layer]) -> int | None:

@@ -21,7 +21,7 @@ from .._disk.commit import CommitRequest
 from .._disk.retire import REVERTED_AS, all_kept, is_kept
 from .._disk.revert_rules import RevertRequest, is_leaving
 from .._disk.siblings import Above, folders_beside, overlays_in
-from .._disk.unfinished import left_of, vaults_into_device
+from .._disk.unfinished import left_of, of_image_beside, removal_of, vaults_into_device
 from .._disk.vault import Vault, find_vault, open_vault, place_of, read_vault
 from .._disk.verdict import DELETE, KEEP, How
 from .._libvirt.connection import Domain, Kept
@@ -307,25 +307,32 @@ def half_committed_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark
 
 
 def begun_disk(domain: Domain, facts: DiskFacts, request: WayBack, mark: Mark) -> DiskPlan | None:
-    """Return the plan for a disk that somebody put on BASE while the merge into that was under way; None if none."""
-    for base in facts.layers:
+    """Return the plan for a disk that has BASE without TOP, whose merge into that was begun; None if it is none.
+
+    Somebody has put it on BASE while the merge was under way, or has taken TOP into the image above. As long as the
+    definition states TOP, the VM cannot start without it.
+    """
+    for place, base in enumerate(facts.layers):
+        above = facts.layers[place - 1] if place else None
         for vault in _vaults_into(base, facts, request):
             if not vault.is_given and vault.top_path and _mark_of(vault.top_path, vault) == mark:
-                return unreadable_disk(domain, _put_on_base(base, domain, vault, vault.top_path), mark)
+                problem = _put_on_base(base, domain, vault, vault.top_path, above)
+                return only_stated_disk(domain, facts, mark) or unreadable_disk(domain, problem, mark)
     return None
 
 
-def _put_on_base(base: Layer, domain: Domain, vault: Vault, top_path: str) -> Refusal:
+def _put_on_base(base: Layer, domain: Domain, vault: Vault, top_path: str, above: Layer | None) -> Refusal:
     why = (
         f"is in a disk of {domain.name} without {top_path}, whose merge into it was begun by a run that was killed, "
         "and not brought to its end"
     )
     remedy = (
         f"If the domain has not run since, put it on {top_path} again ('virsh edit') and run state=committed. If it "
-        f"has, what it wrote and what that holds exclude each other: to keep what the domain has, remove {top_path} "
-        f"and {vault.path}, then all checkpoints (kvmfleet.qcow2.domain_checkpoint with state=absent), of which "
-        "changes may be missing, and make a full backup with a new one."
+        "has, what it wrote and what that holds exclude each other: to keep what the domain has, "
+        f"{removal_of(vault, top_path)}"
     )
+    if above is not None:  # that holds what TOP lacks
+        remedy = of_image_beside(above, base.path, vault, top_path, "If ")
     return Refusal("unfinished", base.path, why, remedy)
 
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 import errno
 import os
 import random
+import re
+import shlex
 import shutil
+import subprocess
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import OpenImage, open_image
@@ -23,7 +26,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.revert_rules 
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.run import run
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.vault import MARK, Content, place_of, write_vault
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.bitmaps import Bitmap
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import Mark, write_mark
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qcow2.mark import Mark, new_history, write_mark
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu import locks
 
 from .. import qemu
@@ -262,6 +265,38 @@ def test_the_call_that_completes_a_commit_out_of_the_middle(chain, tmp_path):
     recording_overlay(tmp_path / "above.qcow2", top)
     keep(base, top)
     assert f"path={top}, backing_file={base}, above={tmp_path}/above.qcow2 (" in unfinished(f"{tmp_path}/above.qcow2")
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_what_stands_on_base_beside_the_overlay_of_a_commit_is_told_with_a_way_out(tmp_path, chain, is_known):
+    """Others have taken the overlay into it, or have made it since: nothing on BASE can be merged then."""
+    top, base = chain
+    above = str(tmp_path / "above.qcow2")
+    recording_overlay(above, top)
+    path = keep(base, top)
+    with open(above, "r+b") as file, open_image(top if is_known else base) as below:
+        write_mark(OpenImage(above, file.fileno()), Mark("uuid", "vda", "tuesday"), new_history(below))
+    qemu.qemu_img("rebase", "-q", "-b", base, "-F", "qcow2", above)
+    told = unfinished(above)
+    assert f"remove {top} and {path}, then all checkpoints" in told
+    command = re.search("'(qemu-img rebase [^']*)'", told)
+    assert (command is not None, "state=committed, path=" in told) == (is_known, not is_known)
+    if command is not None:
+        subprocess.run(shlex.split(command[1]), check=True)
+        assert f"above={above} (" in unfinished(above)
+
+
+def test_the_end_of_a_commit_out_of_the_middle_names_the_image_above(tmp_path, chain, monkeypatch):
+    """It stands on BASE by then."""
+    top, base = chain
+    above = str(tmp_path / "above.qcow2")
+    recording_overlay(above, top)
+    with monkeypatch.context() as patch:
+        broken_off(patch, merge_module, "retire")
+        assert merge(top, base, above=above).failures
+    assert f"Give above={above}, too" in unfinished(above)
+    assert not merge(top, base, above=above).failures
+    assert unfinished(above) is None
 
 
 def test_the_call_that_completes_a_commit_of_a_snapshot_of_a_domain(chain):

@@ -18,7 +18,7 @@ import unittest.mock
 
 import pytest
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.errors import Refusal, UnknownOutcomeError
-from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import open_image
+from ansible_collections.kvmfleet.qcow2.plugins.module_utils._base.files import OpenImage, open_image
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk import merge
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.begun import leave_sign
 from ansible_collections.kvmfleet.qcow2.plugins.module_utils._disk.merge import MergeLayers
@@ -216,6 +216,39 @@ def test_a_domain_that_was_put_on_base_while_the_merge_was_under_way_is_told(hos
     with contextlib.suppress(FileNotFoundError):
         os.unlink(host.folder / "other.qcow2")
     assert host.commit("web", "wed")[0] == ["committed"] * 2
+
+
+@pytest.mark.parametrize("way", ["commit", "revert"])
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_snapshot_that_others_took_into_the_one_above_while_its_merge_was_under_way(host, monkeypatch, way, is_known):
+    """The disk must stay on what it is on: the snapshot lacks what is newer."""
+    with monkeypatch.context() as patch:
+        patch.setattr(MergeLayers, "move", unittest.mock.Mock(side_effect=Refusal("storage", "it", "fails")))
+        assert host.commit("web", "tue")[0] == ["failed"] * 2
+    for disk in "ab":
+        above, base = (host.folder / f"web-{disk}.{snapshot}.qcow2" for snapshot in ("wed", "mon"))
+        qemu.qemu_img("rebase", "-q", "-b", str(base), "-F", "qcow2", str(above))
+        if not is_known:
+            with open(above, "r+b") as file, open_image(str(base)) as below:
+                write_base(OpenImage(str(above), file.fileno()), below)
+    plan = plan_commit if way == "commit" else plan_revert
+    problems = host.plan_back(plan, "web", "tue").problems
+    assert [problem.code for problem in problems] == ["unfinished"] * 2
+    top, vault = host.folder / "web-a.tue.qcow2", host.folder / ".web-a.mon.qcow2.kvmfleet-vault"
+    assert problems[0].subject == str(host.folder / "web-a.mon.qcow2")
+    assert f"nothing is left to merge{',' if is_known else '.'}" in problems[0].remedy
+    assert f"remove {top} and {vault}, then all checkpoints" in problems[0].remedy
+    assert "virsh edit" not in problems[0].remedy
+    commands = re.findall(r"'(qemu-img rebase [^']*)'", " ".join(problem.remedy for problem in problems))
+    assert len(commands) == (2 if is_known else 0)
+    for command in commands:
+        subprocess.run(shlex.split(command), check=True)
+    if is_known:
+        assert host.commit("web", "tue") == (["committed"] * 2, ["web-a.wed.qcow2", "web-b.wed.qcow2"])
+    else:
+        os.unlink(top)
+        os.unlink(vault)
+        assert [problem.subject for problem in host.plan_back(plan, "web", "tue").problems] == [problems[1].subject]
 
 
 def test_a_run_that_dies_when_the_image_above_is_on_base_is_completed(host, monkeypatch):
