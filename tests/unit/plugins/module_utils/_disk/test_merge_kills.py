@@ -342,8 +342,7 @@ def test_another_tool_takes_top_out_of_the_chain_after_a_kill(tmp_path, killed):
 
 
 @pytest.mark.parametrize("killed", KILLED)
-@pytest.mark.parametrize("scene", [disks.deep, disks.deeper])
-@pytest.mark.parametrize("base", ["base", "lower", "lowest"])
+@pytest.mark.parametrize(("scene", "base"), [(disks.deep, "lowest"), (disks.deeper, "base")])
 def test_another_tool_takes_out_also_what_is_below_top_after_a_kill(tmp_path, killed, scene, base):
     """It moves no bits of a bitmap that TOP has lost, and that an image below has."""
     disk = Disk(tmp_path)
@@ -356,8 +355,10 @@ def test_another_tool_takes_out_also_what_is_below_top_after_a_kill(tmp_path, ki
     assert not wrong_with(disk)
 
 
-@pytest.mark.parametrize("scene", [disks.deep, disks.deeper, disks.deep_to_the_top])
-@pytest.mark.parametrize("phase", ["strip", "move", "give", "publish"])
+@pytest.mark.parametrize(
+    ("scene", "phase"),
+    [(disks.deep, "move"), (disks.deeper, "give"), (disks.deep_to_the_top, "strip"), (disks.deep_to_the_top, "give")],
+)
 def test_another_tool_takes_out_what_a_killed_run_has_left_without_bitmaps(tmp_path, scene, phase):
     """It moves none over BASE, which has none meanwhile."""
     disk = Disk(tmp_path)
