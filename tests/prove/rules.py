@@ -753,8 +753,8 @@ RULES = (
     Rule(
         "bitmaps are made again only from all that was held",
         "stages",
-        "if is_rebuilt and not seen.holds_what_it_held",
-        "if False",
+        "if not seen.holds_what_it_held:",
+        "if False:",
         (KILLS,),
     ),
     Rule(
@@ -890,8 +890,43 @@ RULES = (
     Rule(
         "a vault becomes that of the copy with which it goes on",
         "merge",
-        "elif work.stage.name == stages.REBUILT and not work.seen.is_top_of_vault:",
+        "elif work.stage.name == stages.REBUILT and (work.stage.removed or not work.seen.is_top_of_vault):",
         "elif False:",
+        (KILLS,),
+    ),
+    Rule(
+        "what was removed since a kill the vault has no more",
+        "merge",
+        "(work.stage.removed or not work.seen.is_top_of_vault)",
+        "not work.seen.is_top_of_vault",
+        (KILLS,),
+    ),
+    Rule(
+        "a checkpoint that was deleted after a kill is in nobody's way",
+        "stages",
+        "missing = _unexplained(seen, vault) if not is_stripped else []",
+        "missing = sorted(seen.base_lacks or ())",
+        (KILLS,),
+    ),
+    Rule(
+        "a checkpoint that was deleted after a kill does not come back",
+        "stages",
+        "return stage._replace(removed=_removed_since(seen, seen.vault, is_before_base=stage.is_before_base))",
+        "return stage",
+        (KILLS,),
+    ),
+    Rule(
+        "a bitmap that BASE lacks may be gone for another reason",
+        "stages",
+        "if missing:",
+        "if False:",
+        (KILLS,),
+    ),
+    Rule(
+        "what libvirt never knew was not removed",
+        "stages",
+        "(removed | (vault.known if seen.is_top_of_vault else frozenset()))",
+        "frozenset([*vault.below, *vault.above])",
         (KILLS,),
     ),
     Rule(

@@ -119,8 +119,7 @@ class MergeLayers:
         stage = stages.stage_of(seen)
         if isinstance(stage, Refusal):
             return self.refused(request, [stage])
-        if stage.stale_vault:  # it tells nothing of this commit
-            seen = seen._replace(vault=None, is_top_of_vault=False)
+        seen = _with_what_counts(seen, stage)
         outcome = commit.outcome_of(seen, stage, dict(request.created))
         problems = commit.problems_of(seen, stage, request, outcome) + _problems_in_the_end(seen, request, held)
         problems += _why_not_written(seen, stage, request, held)
@@ -168,8 +167,8 @@ class MergeLayers:
         elif vault is not None:
             if work.stage.not_given:
                 take_back(vault.path)
-            elif work.stage.name == stages.REBUILT and not work.seen.is_top_of_vault:
-                # A kill while QEMU opens the copy takes away what tells that it is one.
+            elif work.stage.name == stages.REBUILT and (work.stage.removed or not work.seen.is_top_of_vault):
+                # A kill while QEMU opens a copy takes away what tells that it is one, and BASE soon lacks all.
                 publish_over(_staged_vault(kept_of_copy(vault, work, held), work, held))
             else:
                 sync_folder_of(vault.path)
@@ -251,6 +250,13 @@ def _is_left(request: CommitRequest, base: OpenImage) -> bool:
         return vault.top_path == request.path
     with open_image(request.path) as file:
         return is_left(file, vault) and not top_stands(vault, base.identity)
+
+
+def _with_what_counts(seen: Seen, stage: stages.Stage) -> Seen:
+    """Return what stands there without a vault that tells nothing of this commit, or without what was removed since."""
+    if stage.stale_vault:
+        return seen._replace(vault=None, is_top_of_vault=False)
+    return seen._replace(vault=seen.vault.without(stage.removed)) if seen.vault is not None else seen
 
 
 def _touched(request: CommitRequest) -> dict[t.Hashable, str]:

@@ -57,8 +57,7 @@ class Seen(t.NamedTuple):
     went_in_below_another: bool  # whether the vault says that TOP was between its topmost image and BASE
     vault: Vault | None
     mark_is_empty: bool | None  # None if TOP has no mark, or an inconsistent one
-    base_is_as_kept: bool  # just as the vault says
-    base_lacks_removed: bool  # as the vault says, but for bitmaps that TOP has not either
+    base_lacks: frozenset[str] | None  # what the vault has and BASE no more; None if the rest is not as the vault says
     top_has_all: bool  # TOP's bitmaps mark all that those of BASE, and of the vault, of the same names mark
     top_changed: int  # ns since 1970
     below_changed: t.Mapping[str, int]  # the same of all images below, by path; not of block devices
@@ -72,6 +71,7 @@ class Seen(t.NamedTuple):
     above_changed: int = 0  # ns since 1970; 0 if there is none, or it is a block device
     above_is_begun: bool = False  # whether others have merged some of it into TOP, as far as its data tells
     holds_what_it_held: bool = True  # whether what goes in holds all that it held when the vault was made
+    known: t.Mapping[str, int] | None = None  # bitmaps of the VM's checkpoints, made when, s since 1970; None of no VM
 
     @property
     def top(self) -> Image:
@@ -104,6 +104,17 @@ class Seen(t.NamedTuple):
     def base(self) -> Layer:
         """The image that all goes into."""
         return self.chain[self.depth]
+
+    @property
+    def base_is_as_kept(self) -> bool:
+        """Whether BASE is just as the vault says."""
+        return self.base_lacks is not None and not self.base_lacks
+
+    @property
+    def names_above(self) -> frozenset[str]:
+        """The names of the bitmaps of all images on top of TOP."""
+        further = [name for way in self.further for one in way for name in one.bitmaps]
+        return frozenset([*(named(self.above.image) if self.above is not None else ()), *further])
 
     @property
     def base_changed(self) -> int | None:
@@ -144,13 +155,17 @@ class Stage(t.NamedTuple):
     stale_vault: bool = False  # the vault there is of other work that is done, or was never begun
     not_given: bool = False  # the vault says GIVEN, but TOP was written to since
     is_before_base: bool = False  # of one that was begun: no run has written to BASE yet, as TOP gets its mark first
+    removed: frozenset[str] = frozenset()  # bitmaps that the vault has, and that others have removed since
 
 
 def stage_of(seen: Seen) -> Stage | Refusal:
     """Return how far the commit is; a Refusal if that cannot be told, or if somebody has come between."""
     stage = _found_stage(seen)
-    is_rebuilt = isinstance(stage, Stage) and stage.name == REBUILT
-    return _emptied(seen) if is_rebuilt and not seen.holds_what_it_held else stage
+    if isinstance(stage, Refusal) or stage.name != REBUILT or seen.vault is None:
+        return stage
+    if not seen.holds_what_it_held:
+        return _emptied(seen)
+    return stage._replace(removed=_removed_since(seen, seen.vault, is_before_base=stage.is_before_base))
 
 
 def _emptied(seen: Seen) -> Refusal:
@@ -186,7 +201,7 @@ def _found_stage(seen: Seen) -> Stage | Refusal:
     if seen.base_is_as_kept or (is_same and seen.top.version == 2 and _is_stripped(seen)):
         is_before_base = seen.top.version == 3 or bool(seen.vault.below and seen.base_is_as_kept)
         return Stage(VAULTED if is_same else WHOLE, stale_vault=not is_same, is_before_base=is_before_base)
-    if is_same and seen.top.version == 3 and seen.base_lacks_removed:
+    if is_same and seen.top.version == 3 and _lacks_what_top_lacks(seen, seen.vault):
         # The VM went on with TOP, and a backup tool has deleted checkpoints meanwhile. No bit was carried yet.
         return Stage(WHOLE, stale_vault=True)
     return _excluded(seen)
@@ -228,8 +243,12 @@ def _stage_when_lost(seen: Seen, vault: Vault) -> Stage | Refusal:
     """
     left = {bitmap.name for bitmap in seen.top.bitmaps} | (seen.top.lost_names or frozenset())
     is_marked = MARK + vault.token in left
-    if not seen.base_is_as_kept and not ((seen.is_top_of_vault or is_marked) and _is_stripped(seen)):
+    is_stripped = (seen.is_top_of_vault or is_marked) and _is_stripped(seen)
+    if not (seen.base_is_as_kept or is_stripped or (seen.is_top_of_vault and not is_marked and seen.base_lacks)):
         return _excluded(seen)
+    missing = _unexplained(seen, vault) if not is_stripped else []
+    if missing:
+        return _lacking(seen, vault, missing)
     unknown = sorted(vault.above.keys() - vault.below.keys() - left)
     if seen.is_top_of_vault or is_marked or not unknown:
         return Stage(REBUILT, is_before_base=not is_marked)
@@ -241,6 +260,59 @@ def _stage_when_lost(seen: Seen, vault: Vault) -> Stage | Refusal:
         f"none any more, as where this is a copy of it, or if this overlay was made since, remove {vault.path} and run "
         "this again. Of a copy these bitmaps are lost then: remove their checkpoints, and make a full backup with a "
         "new one.",
+    )
+
+
+def _lacks_what_top_lacks(seen: Seen, vault: Vault) -> bool:
+    """Whether BASE is as the vault says but for bitmaps that TOP has not either, or that were made anew in TOP."""
+    made = {name for name, time in (seen.known or {}).items() if time * 10**9 > vault.written_at}
+    return seen.base_lacks is not None and seen.base_lacks.isdisjoint(named(seen.top).keys() - made)
+
+
+def _removed_since(seen: Seen, vault: Vault, *, is_before_base: bool) -> frozenset[str]:
+    """Return which bitmaps of the vault others have removed since, with their checkpoints, as far as that is certain.
+
+    No image has one then, and libvirt knows no checkpoint of its. That it knew it tells that one was removed, except of
+    a copy, whose domain can be another one. So does that BASE has lost it and nothing else, as long as no run has
+    written to BASE. Without a VM the image above tells.
+    """
+    lacks = seen.base_lacks if is_before_base and not _is_stripped(seen) else None
+    removed = lacks or frozenset()
+    if seen.known is not None:
+        removed = (removed | (vault.known if seen.is_top_of_vault else frozenset())) - seen.known.keys()
+    elif seen.above is None or seen.above.image is None or seen.above.image.lost_bitmaps:
+        return frozenset()
+    there = {*named(seen.base.image), *named(seen.top), *seen.names_above}
+    return (removed & {*vault.below, *vault.above}) - there
+
+
+def _unexplained(seen: Seen, vault: Vault) -> list[str]:
+    """Return which bitmaps BASE lacks of which nothing tells why, where all others are as the vault says.
+
+    One that an image on top has can be of a checkpoint that was made anew, to which the bits of the vault only add. If
+    it is not, they are all of it, as another bitmap of BASE tells that nothing was written there since.
+    """
+    anew = {bitmap.name for bitmap in seen.top.bitmaps if not bitmap.inconsistent} | seen.names_above
+    is_unwritten = any(bitmap.recording and not bitmap.inconsistent for bitmap in seen.base_bitmaps)
+    told = _removed_since(seen, vault, is_before_base=True) | (anew if is_unwritten else frozenset())
+    return sorted((seen.base_lacks or frozenset()) - told)
+
+
+def _lacking(seen: Seen, vault: Vault, missing: t.Sequence[str]) -> Refusal:
+    names = ", ".join(map(repr, missing))
+    if seen.known is not None and not seen.known.keys().isdisjoint(missing):
+        remedy = (
+            "If nobody needs their checkpoints any more, have libvirt forget them ('virsh checkpoint-delete DOMAIN "
+            "NAME --metadata') and run this again. Else, if they were removed"
+        )
+    else:
+        remedy = "If they were removed, as with their checkpoints"
+    return _unfinished(
+        seen,
+        f"BASE lacks bitmaps that the vault {vault.path} has ({names}), and nothing tells whether they were removed",
+        f"{remedy}, and no VM has run on BASE since, remove {vault.path} and run this again. It may name bitmaps that "
+        "are to be healed first. Of checkpoints that began in this overlay all bits are lost then: remove these, and "
+        "make a full backup. If a VM has run on BASE, keep one of the two images, and make a full backup.",
     )
 
 

@@ -111,7 +111,6 @@ def see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, above: Lay
     vault_path = find_vault(vault_place(request, files[depth]))
     vault = read_vault(held.enter(open_vault(vault_path))) if vault_path else None
     base, top = part[depth], part[0].image
-    base_is_as_kept = vault is not None and _is_as_kept(vault, files[depth], base)
     known = (files[0].identity, files[0].path, files[0].generation)
     ours = [*([held.image(request.above).identity] if request.above else []), *(layer.identity for layer in part)]
     folders = folders_beside([*(layer.path for layer in part), request.backing_file])
@@ -123,9 +122,7 @@ def see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, above: Lay
         went_in_below_another=vault is not None and vault.took_in(files[0]),
         vault=vault,
         mark_is_empty=_mark_is_empty(files[0], top) if top else None,
-        base_is_as_kept=base_is_as_kept,
-        base_lacks_removed=base_is_as_kept
-        or (vault is not None and _is_as_kept(_without_removed(vault, top, base), files[depth], base)),
+        base_lacks=_lacks(vault, files[depth], base) if vault is not None else None,
         top_has_all=top is None
         or _has_all(files[0], top, _bits_below(vault, files[depth], base), chain[0].virtual_size),
         top_changed=files[0].status().st_mtime_ns,
@@ -145,6 +142,7 @@ def see(request: CommitRequest, chain: tuple[Layer, ...], depth: int, above: Lay
         or vault.held is None
         or _holds(files[:-1], vault.held, chain[0].virtual_size)
         or _was_never_written(files[0], part, vault, None if base.is_device else _changed(base, files[depth])),
+        known=dict(request.created) if request.is_of_vm else None,
     )
 
 
@@ -227,10 +225,10 @@ def _is_as_kept(vault: Vault, file: OpenImage, base: Layer) -> bool:
     return not base.image.lost_bitmaps and is_as_kept(vault, own, maps_of(file, base.image), base.virtual_size)
 
 
-def _without_removed(vault: Vault, top: Image | None, base: Layer) -> Vault:
-    """Return a vault without the bitmaps that neither TOP nor BASE has any more."""
-    there = {*stages.named(top), *stages.named(base.image)}
-    return vault._replace(below={name: kept for name, kept in vault.below.items() if name in there})
+def _lacks(vault: Vault, file: OpenImage, base: Layer) -> frozenset[str] | None:
+    """Return which bitmaps of the vault BASE has no more; None if it has anything else than the others, as kept."""
+    missing = frozenset(vault.below.keys() - stages.named(base.image).keys())
+    return missing if _is_as_kept(vault.without(missing), file, base) else None
 
 
 def _bits_below(vault: Vault | None, file: OpenImage, base: Layer) -> list[tuple[str, DirtyBits]]:
@@ -291,7 +289,7 @@ def wanted_by(work: Work, held: Held) -> list[Wanted]:
     stored: t.Mapping[str, DirtyBits] = {}
     if seen.vault is not None and work.stage.name == stages.REBUILT:
         maps[seen.depth] = {name: kept.bits for name, kept in seen.vault.below.items()}
-        stored = stored_maps(held.image(seen.chain[0].path), seen.top)
+        stored = {**maps[0], **stored_maps(held.image(seen.chain[0].path), seen.top)}
     are_alike = len({layer.virtual_size for layer in seen.chain[: seen.depth + 1]}) == 1
     all_wanted = []
     for name, fate in work.outcome.fates.items():
@@ -301,7 +299,7 @@ def wanted_by(work: Work, held: Held) -> list[Wanted]:
         if seen.vault is not None and work.stage.name == stages.REBUILT and name in seen.vault.above:
             # TOP can have marked more than it holds: all of a cumulative bitmap, or what it held before it was emptied.
             own.append(seen.vault.above[name].bits)
-        if name in stored:  # a VM that has run since wrote that before TOP was emptied
+        if name in stored:  # a VM that has run since wrote that before TOP was emptied, or with a bitmap made anew
             own.append(stored[name])
         held_all = [AllocationMap(held.image(seen.chain[place].path)) for place in fate.held]
         # QEMU merges no bitmaps of different sizes, and knows nothing of vaults and of what images hold.
@@ -359,7 +357,8 @@ def content_of(work: Work, held: Held) -> Content:
     tops = maps if place == 0 else _maps(seen.chain[0], held)
     below = [(b, [maps[b.name]]) for b in stages.named(layer.image).values() if b.name in maps]
     fates = work.outcome.fates
-    above = [b for b in stages.named(seen.top).values() if carries_over(b) and fates[b.name].bitmap]
+    above = [b for b in stages.named(seen.top).values() if carries_over(b) and b.name in fates and fates[b.name].bitmap]
+    kept = {bitmap.name for bitmap in (*(one for one, _maps in below), *above)}
     return Content(
         token=work.token,
         top=held.image(seen.chain[0].path),
@@ -371,15 +370,17 @@ def content_of(work: Work, held: Held) -> Content:
         held=AllocationMap(held.image(seen.chain[0].path)),
         held_between=[AllocationMap(held.image(one.path)) for one in seen.chain[1 : seen.depth]],
         top_made=seen.top.history.made,
+        known=frozenset(kept.intersection(seen.known or ())),
     )
 
 
 def kept_of_copy(vault: Vault, work: Work, held: Held) -> Content:
-    """Return what a vault keeps, as that of the files that are there: copies of those that it was made for."""
+    """Return what a vault keeps, as that of the files that are there, which can be copies."""
     return content_of(work, held)._replace(
         token=vault.token,
         below=[(one.bitmap, [one.bits]) for one in vault.below.values()],
         above=[(one.bitmap, [one.bits]) for one in vault.above.values()],
         dead=vault.dead,
         top_changed=vault.top_changed,
+        known=vault.known & {*vault.below, *vault.above},
     )

@@ -20,7 +20,7 @@ bitmaps, and is never opened for writing once it is there::
     g/DEV:INO:GEN   the generation of one of these files, since another one can have its number when it is gone
     h/held    what the image of a healing held itself; of a commit what all images held together that go in
     f/NAME    of a healing, the backing file that the image recorded; empty if it had none
-    k/NAME    of a healing, a bitmap of those with bits whose checkpoint libvirt knew
+    k/NAME    a bitmap of those with bits whose checkpoint libvirt knew
 
 The vault of a commit lies beside the image that all goes into. That of a healing has another name, and lies beside the
 image whose bitmaps are written anew, which is the topmost one that it knows; the topmost one of the chain is among the
@@ -79,7 +79,7 @@ class Vault(t.NamedTuple):
     backing_file: str | None = None  # that the topmost one recorded; None if that is not known
     top_made: int = 0  # ns since 1970, as the topmost image says itself; 0 if that is not known
     written_at: int = 0  # ns since 1970; when it was written, as a copy says, too
-    known: frozenset[str] = frozenset()  # of `below`, whose checkpoints libvirt knew; older releases do not keep it
+    known: frozenset[str] = frozenset()  # of those, whose checkpoints libvirt knew; older releases do not keep it
 
     def is_of(self, identity: Identity, path: str, generation: int | None) -> bool:
         """Whether this file is the topmost image that takes part; by its number alone if its generation is unknown."""
@@ -88,6 +88,13 @@ class Vault(t.NamedTuple):
     def is_between(self, identity: Identity, path: str, generation: int | None) -> bool:
         """Whether this file is an image between the two; by its number alone if its generation is unknown."""
         return any(self._is_same(identity, path, generation, other) for other in self.others)
+
+    def without(self, names: t.Collection[str]) -> Vault:
+        """Return what was kept without these bitmaps."""
+        below, above = (
+            {name: kept for name, kept in bitmaps.items() if name not in names} for bitmaps in (self.below, self.above)
+        )
+        return self._replace(below=below, above=above)
 
     def took_in(self, file: OpenImage) -> bool:
         """Whether this file is an image between the two that has gone in.
@@ -272,7 +279,7 @@ class Content(t.NamedTuple):
     backing_file: str | None = None  # that it records
     top_changed: int | None = None  # ns since 1970, of the topmost image; None is as its file tells
     top_made: int = 0  # ns since 1970; 0 if that is not known
-    known: frozenset[str] = frozenset()  # of `below`, whose checkpoints libvirt knows
+    known: frozenset[str] = frozenset()  # of those, whose checkpoints libvirt knows
 
     @property
     def generations(self) -> dict[Identity, int]:

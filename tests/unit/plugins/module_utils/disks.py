@@ -32,6 +32,7 @@ class Disk:
         self.above: str | None = None
         self.further: tuple[str, ...] = ()  # on top of that, topmost first
         self.accept = True  # that bitmaps are lost
+        self.known: dict[str, int] | None = None  # of a VM, libvirt's checkpoints, and when each was made, s since 1970
 
     def add(self, name: str, size: int, bitmaps: t.Sequence[Bitmap], *options: str, writes: int = 6) -> str:
         """Put an image on top, with these bitmaps, and have the guest write to it."""

@@ -56,7 +56,15 @@ class Ended(t.NamedTuple):
 
 def request(disk: Disk) -> CommitRequest:
     """Return the commit of all from TOP down to BASE."""
-    return CommitRequest(disk.path, disk.base, above=disk.above, further=disk.further, accept_lost_bitmaps=disk.accept)
+    return CommitRequest(
+        disk.path,
+        disk.base,
+        above=disk.above,
+        further=disk.further,
+        accept_lost_bitmaps=disk.accept,
+        is_of_vm=disk.known is not None,
+        created=tuple((disk.known or {}).items()),
+    )
 
 
 def merge(disk: Disk, step: int | str = 0, delay: float = 0.0) -> Ended | None:
@@ -327,6 +335,186 @@ def test_a_kill_while_top_is_open_for_writing_costs_no_bitmap_above(tmp_path, ki
     assert bool(ended.warnings) == (meanwhile is disks.vm_dies)
     if meanwhile is not disks.vm_dies:
         assert set(chains.usable(disk.above)) == {"a", "new", "newest"}
+
+
+def rotated(disk: Disk) -> None:
+    """Two checkpoints that began in BASE, and one in TOP, which has an image on top."""
+    disk.base = disk.add("base", SIZE, recording("a", "b"))
+    disk.path = disk.add("top", SIZE, recording("a", "b", "new"))
+    disk.above = disk.add("above", SIZE, recording("a", "b", "new"))
+
+
+def rotated_on_top(disk: Disk) -> None:
+    """The same, and TOP is what the VM has."""
+    disk.base = disk.add("base", SIZE, recording("a", "b"))
+    disk.path = disk.add("top", SIZE, recording("a", "b", "new"))
+
+
+def killed_and_deleted(
+    tmp_path: t.Any, scene: Scene, killed: t.Callable[[Disk], None], *names: str, of_vm: bool = True
+) -> Disk:
+    """Return a disk whose commit was killed while QEMU had TOP open, and which has lost these checkpoints since."""
+    disk = Disk(tmp_path)
+    scene(disk)
+    if of_vm:
+        disk.known = dict.fromkeys(disk.checkpoints, 0)
+    killed(disk)
+    delete(disk, *names)
+    disk.write(3)
+    if not of_vm:
+        os.utime(disk.path)  # or else it looks as if a VM had run on BASE
+    assert not wrong_with(disk)
+    return disk
+
+
+def delete(disk: Disk, *names: str) -> None:
+    """Have libvirt delete checkpoints: the bitmaps of all images go, of those that still have them."""
+    for name in names:
+        disk.checkpoints.pop(name)
+        if disk.known is not None:
+            disk.known.pop(name)
+        for path in disk.images:
+            if name in {own for own, *_rest in qemu.bitmaps_of(path)}:
+                qemu.qemu_img("bitmap", "--remove", path, name)
+
+
+def names_in(*paths: str) -> set[str]:
+    """Return the names of all bitmaps that these images have."""
+    return {name for path in paths for name, *_rest in qemu.bitmaps_of(path)}
+
+
+@pytest.mark.parametrize("killed", KILLED)
+@pytest.mark.parametrize(
+    ("scene", "of_vm", "names"),
+    [
+        (rotated, True, "a"),
+        (rotated, True, "a b"),
+        (rotated, True, "a b new"),
+        (rotated, True, "new"),
+        (rotated, False, "a"),
+        (rotated_on_top, True, "a"),
+        (rotated_on_top, True, "a b"),
+        (rotated_on_top, True, "a b new"),
+    ],
+)
+def test_checkpoints_that_were_deleted_after_a_kill_do_not_come_back_and_are_in_nobodys_way(
+    tmp_path, scene, killed, of_vm, names
+):
+    """A backup tool deletes its oldest one while TOP has lost its bitmaps; the others are complete."""
+    disk = killed_and_deleted(tmp_path, scene, killed, *names.split(), of_vm=of_vm)
+    left = {"a", "b", "new"} - set(names.split())
+    completed(disk)
+    assert names_in(disk.base, disk.top) == left
+    assert set(chains.usable(disk.top)) == left
+
+
+@pytest.mark.parametrize("phase", ["carry", "strip", "give"])
+@pytest.mark.parametrize("harm", [lambda disk: disk.crash(disk.path, 0), lambda disk: disks.lose_bitmaps(disk.path)])
+def test_a_checkpoint_that_was_deleted_after_a_kill_does_not_come_back_after_the_next_one(tmp_path, phase, harm):
+    """Once BASE is stripped it tells no more what was removed; so the vault does."""
+    disk = killed_and_deleted(tmp_path, rotated, killed_as_qemu_opens_top, "a", of_vm=False)
+    assert merge(disk, phase) is None
+    harm(disk)
+    completed(disk)
+    assert names_in(disk.base, disk.top) == {"b", "new"}
+
+
+@pytest.mark.parametrize("phase", ["strip", "move", "give"])
+@pytest.mark.parametrize("name", ["a", "new"])
+def test_a_checkpoint_that_was_deleted_once_top_has_all_does_not_come_back(tmp_path, phase, name):
+    disk = Disk(tmp_path)
+    rotated_on_top(disk)
+    disk.known = dict.fromkeys(disk.checkpoints, 0)
+    assert merge(disk, phase) is None
+    delete(disk, name)
+    disk.crash()
+    completed(disk)
+    assert names_in(disk.base) == {"a", "b", "new"} - {name}
+
+
+@pytest.mark.parametrize("killed", KILLED)
+@pytest.mark.parametrize("names", ["a", "a b", "a b new"])
+@pytest.mark.parametrize("scene", [rotated, rotated_on_top])
+def test_a_checkpoint_that_is_made_anew_after_a_kill_is_complete(tmp_path, killed, scene, names):
+    disk = killed_and_deleted(tmp_path, scene, killed, *names.split())
+    time.sleep(1.1)  # libvirt tells the second
+    qemu.add_bitmaps(disk.top, recording("a"))
+    disk.checkpoints["a"] = disk.now
+    assert disk.known is not None
+    disk.known["a"] = int(time.time())
+    disk.write(3)
+    completed(disk)
+    left = ({"a", "b", "new"} - set(names.split())) | {"a"}
+    if scene is rotated_on_top and killed is killed_as_qemu_opens_top:
+        left -= {"new"}  # QEMU forgets what was lost
+    assert names_in(disk.base, disk.top) == left
+    assert set(chains.usable(disk.top)) == left
+
+
+@pytest.mark.parametrize("killed", KILLED)
+@pytest.mark.parametrize("scene", [rotated, rotated_on_top])
+def test_what_libvirt_did_not_know_at_the_kill_is_of_other_tools_and_stays(tmp_path, killed, scene):
+    disk = Disk(tmp_path)
+    scene(disk)
+    disk.known = {}
+    killed(disk)
+    disk.write(3)
+    completed(disk)
+    assert set(chains.usable(disk.top)) == {"a", "b", "new"}
+
+
+def test_what_the_domain_of_a_copy_does_not_know_was_not_removed(tmp_path):
+    (tmp_path / "images").mkdir()
+    disk = Disk(tmp_path / "images")
+    rotated_on_top(disk)
+    disk.known = dict.fromkeys(disk.checkpoints, 0)
+    killed_as_qemu_opens_top(disk)
+    copied(disk)
+    disk.known = {"other": 0}
+    completed(disk)
+    assert set(chains.usable(disk.base)) == {"a", "b", "new"}
+
+
+def test_what_libvirt_still_knows_is_made_again_though_no_image_has_it(tmp_path):
+    disk = Disk(tmp_path)
+    rotated_on_top(disk)
+    disk.known = dict.fromkeys(disk.checkpoints, 0)
+    assert merge(disk, "move") is None
+    disks.vm_runs_after_it_died_at_start(disk)
+    assert names_in(*disk.images) == set()
+    completed(disk)
+    assert set(chains.usable(disk.base)) == {"a", "b", "new"}
+
+
+@pytest.mark.parametrize("killed", KILLED)
+@pytest.mark.parametrize("of_vm", [True, False])
+def test_bitmaps_of_base_that_are_gone_and_nothing_tells_why(tmp_path, killed, of_vm):
+    """Somebody removed one by hand. The advice leads out."""
+    disk = killed_and_deleted(tmp_path, rotated_on_top, killed, "a", of_vm=of_vm)
+    if disk.known is not None:
+        disk.known["a"] = 0
+    ended = merge(disk)
+    assert ended is not None
+    assert ended.codes == ["unfinished"]
+    assert f"BASE lacks bitmaps that the vault {disk.vault} has ('a')" in ended.failures[0]
+    assert f"remove {disk.vault} and run this again" in ended.failures[0]
+    if disk.known is not None:
+        assert "have libvirt forget them" in ended.failures[0]
+        disk.known.pop("a")
+    else:
+        os.unlink(str(disk.vault))
+    completed(disk)
+    assert set(chains.usable(disk.base)) >= {"b"}
+
+
+@pytest.mark.parametrize("killed", KILLED)
+@pytest.mark.parametrize("scene", [rotated, rotated_on_top])
+def test_a_base_that_was_written_to_is_told_although_checkpoints_were_deleted(tmp_path, killed, scene):
+    disk = killed_and_deleted(tmp_path, scene, killed, "a")
+    subprocess.run(["qemu-io", "-c", "write -P 9 0 2M", disk.base], check=True, stdout=subprocess.DEVNULL)
+    ended = merge(disk)
+    assert ended is not None
+    assert "BASE is not as the vault beside it says" in ended.failures[0]
 
 
 @pytest.mark.parametrize("killed", KILLED)
