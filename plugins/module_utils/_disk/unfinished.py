@@ -247,7 +247,7 @@ def _commit(layer: Layer, path: str, vault: Vault | Refusal, chain: t.Sequence[L
         )
         remedy = f"If what went in is gone, or is only kept, remove {path}."
         return Unfinished(COMMIT, layer.path, what, remedy, is_in_the_way=False)
-    top = chain[place].path if place is not None else vault.top_path if is_known else "the overlay"
+    top = chain[place].path if place is not None else (vault.top_path if is_known else None) or "the overlay"
     options = [f"path={top}", f"backing_file={layer.path}"]
     options += ["backing_format=raw"] if layer.image is None else []
     options += [f"above={chain[place - 1].path}"] if place else []
