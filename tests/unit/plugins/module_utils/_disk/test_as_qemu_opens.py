@@ -29,7 +29,7 @@ from ansible_collections.kvmfleet.qcow2.plugins.module_utils._qemu.monitor impor
 
 from .. import qemu
 
-EXAMPLES = int(os.environ.get("OPEN_EXAMPLES", qemu.examples(700)))
+EXAMPLES = int(os.environ.get("OPEN_EXAMPLES", qemu.examples(450)))
 PARTS = 6  # the examples are shared out, so that they run at the same time
 SIZE = 8 << 20
 SECRET = {"qom-type": "secret", "id": "s", "data": "0123456789abcdef"}

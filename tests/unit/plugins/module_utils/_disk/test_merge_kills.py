@@ -383,22 +383,21 @@ def names_in(*paths: str) -> set[str]:
     return {name for path in paths for name, *_rest in qemu.bitmaps_of(path)}
 
 
-@pytest.mark.parametrize("killed", KILLED)
 @pytest.mark.parametrize(
-    ("scene", "of_vm", "names"),
+    ("killed", "scene", "of_vm", "names"),
     [
-        (rotated, True, "a"),
-        (rotated, True, "a b"),
-        (rotated, True, "a b new"),
-        (rotated, True, "new"),
-        (rotated, False, "a"),
-        (rotated_on_top, True, "a"),
-        (rotated_on_top, True, "a b"),
-        (rotated_on_top, True, "a b new"),
+        (killed_as_qemu_opens_top, rotated, True, "a"),
+        (killed_as_qemu_opens_top, rotated, True, "a b new"),
+        (killed_as_qemu_opens_top, rotated, False, "a"),
+        (killed_as_qemu_opens_top, rotated_on_top, True, "a b"),
+        (killed_while_top_is_open, rotated, True, "new"),
+        (killed_while_top_is_open, rotated, True, "a b"),
+        (killed_while_top_is_open, rotated, False, "a"),
+        (killed_while_top_is_open, rotated_on_top, True, "a"),
     ],
 )
 def test_checkpoints_that_were_deleted_after_a_kill_do_not_come_back_and_are_in_nobodys_way(
-    tmp_path, scene, killed, of_vm, names
+    tmp_path, killed, scene, of_vm, names
 ):
     """A backup tool deletes its oldest one while TOP has lost its bitmaps; the others are complete."""
     disk = killed_and_deleted(tmp_path, scene, killed, *names.split(), of_vm=of_vm)
@@ -408,8 +407,14 @@ def test_checkpoints_that_were_deleted_after_a_kill_do_not_come_back_and_are_in_
     assert set(chains.usable(disk.top)) == left
 
 
-@pytest.mark.parametrize("phase", ["carry", "strip", "give"])
-@pytest.mark.parametrize("harm", [lambda disk: disk.crash(disk.path, 0), lambda disk: disks.lose_bitmaps(disk.path)])
+@pytest.mark.parametrize(
+    ("phase", "harm"),
+    [
+        ("carry", lambda disk: disk.crash(disk.path, 0)),
+        ("strip", lambda disk: disks.lose_bitmaps(disk.path)),
+        ("give", lambda disk: disk.crash(disk.path, 0)),
+    ],
+)
 def test_a_checkpoint_that_was_deleted_after_a_kill_does_not_come_back_after_the_next_one(tmp_path, phase, harm):
     """Once BASE is stripped it tells no more what was removed; so the vault does."""
     disk = killed_and_deleted(tmp_path, rotated, killed_as_qemu_opens_top, "a", of_vm=False)
@@ -419,8 +424,7 @@ def test_a_checkpoint_that_was_deleted_after_a_kill_does_not_come_back_after_the
     assert names_in(disk.base, disk.top) == {"b", "new"}
 
 
-@pytest.mark.parametrize("phase", ["strip", "move", "give"])
-@pytest.mark.parametrize("name", ["a", "new"])
+@pytest.mark.parametrize(("phase", "name"), [("strip", "a"), ("move", "new"), ("give", "a")])
 def test_a_checkpoint_that_was_deleted_once_top_has_all_does_not_come_back(tmp_path, phase, name):
     disk = Disk(tmp_path)
     rotated_on_top(disk)
@@ -433,8 +437,7 @@ def test_a_checkpoint_that_was_deleted_once_top_has_all_does_not_come_back(tmp_p
 
 
 @pytest.mark.parametrize("killed", KILLED)
-@pytest.mark.parametrize("names", ["a", "a b", "a b new"])
-@pytest.mark.parametrize("scene", [rotated, rotated_on_top])
+@pytest.mark.parametrize(("scene", "names"), [(rotated, "a b"), (rotated_on_top, "a"), (rotated_on_top, "a b new")])
 def test_a_checkpoint_that_is_made_anew_after_a_kill_is_complete(tmp_path, killed, scene, names):
     disk = killed_and_deleted(tmp_path, scene, killed, *names.split())
     time.sleep(1.1)  # libvirt tells the second
@@ -824,8 +827,7 @@ def stopped_at_carry(tmp_path: t.Any, scene: Scene, *events: Event, phase: str =
     return played(tmp_path / "images", scene, phase, *events)
 
 
-@pytest.mark.parametrize("how", ["-a", "-r"])
-@pytest.mark.parametrize("harm", [loses, breaks])
+@pytest.mark.parametrize(("how", "harm"), [("-a", breaks), ("-r", loses)])
 @pytest.mark.parametrize("scene", [disks.plain, disks.two, disks.below, disks.bare])
 def test_a_copy_of_what_a_killed_run_has_left_goes_on_as_the_original_does(tmp_path, scene, harm, how):
     """The vault alone has the bits of the bitmaps that began in TOP."""
@@ -1013,8 +1015,7 @@ def put_back_empty(disk: Disk) -> None:
     disk.now = chains.content(disk.path)
 
 
-@pytest.mark.parametrize("writes", [0, 2])
-@pytest.mark.parametrize("emptying", [emptied, put_back_empty])
+@pytest.mark.parametrize(("emptying", "writes"), [(emptied, 0), (emptied, 2), (put_back_empty, 2)])
 @pytest.mark.parametrize(("phase", "harm"), [("carry", loses), ("carry", breaks), ("strip", breaks), ("give", breaks)])
 def test_bitmaps_are_not_made_again_from_what_holds_less_than_it_held(tmp_path, phase, harm, emptying, writes):
     disk = stopped_at_carry(tmp_path, disks.plain, harm, phase=phase)
