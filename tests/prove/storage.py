@@ -169,6 +169,7 @@ class Killed(MergeLayers):
     """A commit whose QEMU is killed while it moves the data."""
 
     def __init__(self, seconds: float) -> None:
+        super().__init__()
         self._seconds = seconds
 
     def move(self, verdict: CommitVerdict, work: t.Any, held: Held) -> CommitVerdict:

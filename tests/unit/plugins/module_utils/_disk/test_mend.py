@@ -104,7 +104,7 @@ def careless_guest(path, dice):
     qemu.guest_writes(path, dice, SIZE, 4)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(qemu.examples(7)))
 @pytest.mark.parametrize("guest", [guest_writes, careless_guest])
 def test_healed_chains_mark_what_a_twin_has_recorded_and_what_really_changed(tmp_path, seed, guest):
     dice, harms = random.Random(seed), random.Random(seed + 100)

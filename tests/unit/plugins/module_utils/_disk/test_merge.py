@@ -202,7 +202,7 @@ def judge_bitmaps(folder: t.Any, chain: Chain, wanted: dict[str, Expected], resu
 
 
 @pytest.mark.parametrize("kind", BASES)
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(qemu.examples(2)))
 def test_the_data_and_the_bits_of_random_chains(tmp_path, seed, kind):
     a_round(tmp_path, seed, kind)
 

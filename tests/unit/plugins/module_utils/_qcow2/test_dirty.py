@@ -29,7 +29,7 @@ def exported(monitor, folder, node, bitmap):
     return sum(length for _start, length in qemu.dirty_extents(monitor, folder, node, bitmap))
 
 
-@pytest.mark.parametrize("seed", range(qemu.examples(24)))
+@pytest.mark.parametrize("seed", range(qemu.examples(18)))
 def test_equal_to_qemu_to_the_byte(tmp_path, seed):
     dice = random.Random(seed)
     # Chains of three; sizes that end in mid-granule; each image with a granularity and a cluster size of its own.
