@@ -47,6 +47,8 @@ SCENES: dict[kinds.Kind, tuple[disks.Scene, ...]] = {
         (disks.faulty, disks.bare),
     )
 }
+# Those whose bitmaps are all in order. Over a gap that was there before other tools make wrong ones look valid, too.
+IN_ORDER = {disks.below, disks.deep, disks.deep_to_the_top}
 IS_DONE = ("committed", "absent")
 # By these codes a disk may be refused when what is needed may be in no image any more.
 BY_LOSS = {*disks.BY_LOSS, runs.LEFT_OUT}
@@ -323,6 +325,7 @@ def then_jobs(ground: Stack, kind: kinds.Kind, asked: rounds.Choice) -> list[rou
         )
         for rule in rules
         for base in range(2, max(len(disk.images) for disk in ground.stacks))
+        if IN_ORDER.issuperset(ground.scenes(kind))
     ]
     return pulled + [
         rounds.Job(
