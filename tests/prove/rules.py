@@ -296,7 +296,7 @@ RULES = (
     Rule(
         "the topmost image alone marks what is below BASE",
         "survey",
-        "    if work.seen.above is not None:\n        return wanted",
+        "    if seen.above is not None:\n        return wanted",
         "    if True:\n        return wanted",
         (KILLS,),
     ),

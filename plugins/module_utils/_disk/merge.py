@@ -182,12 +182,13 @@ class MergeLayers:
             return verdict
         top, size = held.image(verdict.request.path), work.seen.chain[0].virtual_size
         wanted = wanted_by(work, held) if work.seen.holds_bitmaps else own_bitmaps(top)
-        carried = carried_by(wanted, work, held)
+        below = maps_below(work.seen, held)
+        carried = carried_by(wanted, work.seen, below)
         if carried != wanted:
             _scratch, self._to_give[top.path] = held.enter(expected_bitmaps(wanted, size))
         mark = Wanted(Bitmap(MARK + work.token, _MARK_GRANULARITY, recording=True, inconsistent=False), ())
         images = {held.image(layer.path): layer.image for layer in work.seen.part if layer.image}
-        place = Place(top, None, size, uppers_of(verdict.request, held), maps_below(work.seen, held))
+        place = Place(top, None, size, uppers_of(verdict.request, held), below)
         bring(place, [*carried, mark], held, images)
         return verdict
 

@@ -29,6 +29,7 @@ from .carry import Wanted
 from .commit import CommitRequest, CommitVerdict, Work
 from .common_data import in_common, lower_of
 from .fates import DISABLED, REASONS
+from .loan import Maps
 from .observe import observe_chain
 from .retire import KEPT_AS, is_kept, kept_path
 from .revert_rules import Retired
@@ -258,7 +259,8 @@ def promise(request: CommitRequest, work: Work, held: Held) -> CommitVerdict:
     """Return the verdict for the case that nothing is wrong."""
     seen, outcome = work.seen, work.outcome
     size = seen.chain[0].virtual_size
-    files, wanted = [file for _layer, file in layers_of(seen, held)], carried_by(wanted_by(work, held), work, held)
+    files = [file for _layer, file in layers_of(seen, held)]
+    wanted = carried_by(wanted_by(work, held), seen, maps_below(seen, held))
     held_by = sorted(map(AllocationMap, files), key=lambda one: one.granularity)
     is_shared = can_share(seen, files)
     return CommitVerdict(
@@ -309,14 +311,13 @@ def wanted_by(work: Work, held: Held) -> list[Wanted]:
     return all_wanted
 
 
-def carried_by(wanted: list[Wanted], work: Work, held: Held) -> list[Wanted]:
+def carried_by(wanted: list[Wanted], seen: Seen, below: Maps) -> list[Wanted]:
     """Return the bitmaps that TOP must have after the carry. If it is the topmost image it must be right alone.
 
-    While BASE has no bitmaps other tools move none from below it to TOP: see loan.py.
+    `below` is of the images below BASE. While that has no bitmaps other tools move none from there to TOP: see loan.py.
     """
-    if work.seen.above is not None:
+    if seen.above is not None:
         return wanted
-    below = maps_below(work.seen, held)
     return [
         Wanted(one.bitmap, [*one.maps, *below[one.bitmap.name]], ()) if one.bitmap.name in below else one
         for one in wanted

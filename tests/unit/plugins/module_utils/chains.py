@@ -10,7 +10,6 @@ images hold and what bitmaps mark, as a backup gets it; nothing of the collectio
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import tempfile
@@ -52,8 +51,7 @@ def own_bits(path: t.Any) -> dict[str, Bits]:
 
 def usable(path: t.Any) -> dict[str, Bits]:
     """Return what each bitmap of a chain marks that libvirt would use for a backup."""
-    said = qemu.qemu_img("info", "--backing-chain", "--output=json", "-f", "qcow2", str(path))
-    chain = [_image(one) for one in json.loads(said)]
+    chain = [_image(one) for one in qemu.chain_of(path)]
     holders = {name: _contiguous(name, chain) for name in chain[0].flags}
     names = [name for name, images in holders.items() if images]
     depth = max((len(holders[name]) for name in names), default=0)

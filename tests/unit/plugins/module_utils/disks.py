@@ -163,12 +163,17 @@ def below(disk: Disk) -> None:
     disk.above = disk.add("above", SIZE, recording("a", "new", "newest"))
 
 
-def deep(disk: Disk) -> None:
-    """Images below BASE and on top of TOP, with bitmaps that go on in all."""
+def deep_to_the_top(disk: Disk) -> None:
+    """Images below BASE, with bitmaps that go on in all on top of them."""
     disk.add("lowest", SIZE, recording("a"))
     disk.add("lower", SIZE, recording("a", "b"))
     disk.base = disk.add("base", SIZE, recording("a", "b", "c"))
     disk.path = disk.add("top", SIZE, recording("a", "b", "c", "new"))
+
+
+def deep(disk: Disk) -> None:
+    """The same, with an image on top of TOP."""
+    deep_to_the_top(disk)
     disk.above = disk.add("above", SIZE, recording("a", "b", "c", "new", "newest"))
 
 
@@ -177,14 +182,6 @@ def deeper(disk: Disk) -> None:
     deep(disk)
     further = disk.add("further", SIZE, recording("a", "b", "c", "new", "newest"))
     disk.further = (disk.add("topmost", SIZE, recording("a", "b", "c", "new", "newest")), further)
-
-
-def deep_to_the_top(disk: Disk) -> None:
-    """The same, with nothing on top of TOP."""
-    disk.add("lowest", SIZE, recording("a"))
-    disk.add("lower", SIZE, recording("a", "b"))
-    disk.base = disk.add("base", SIZE, recording("a", "b", "c"))
-    disk.path = disk.add("top", SIZE, recording("a", "b", "c", "new"))
 
 
 SCENES: tuple[Scene, ...] = (plain, unlike, faulty, none, bare, old, two, below)

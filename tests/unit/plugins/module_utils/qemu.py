@@ -48,12 +48,10 @@ def info(path: t.Any) -> dict[str, t.Any]:
     return t.cast("dict[str, t.Any]", json.loads(qemu_img("info", "--output=json", str(path))))
 
 
-def chain_of(path: t.Any) -> list[str]:
-    """Return the paths of a chain, topmost first; none if there is no image."""
-    if not os.path.exists(path):
-        return []
+def chain_of(path: t.Any) -> list[dict[str, t.Any]]:
+    """Return what qemu-img says of each image of a chain, topmost first."""
     said = qemu_img("info", "--backing-chain", "--output=json", "-f", "qcow2", str(path))
-    return [one["filename"] for one in json.loads(said)]
+    return t.cast("list[dict[str, t.Any]]", json.loads(said))
 
 
 def bitmaps_of(path: t.Any) -> set[tuple[str, int, bool, bool]]:
@@ -179,7 +177,7 @@ def pull(path: t.Any, base: t.Any) -> None:
 
     With the bits of those bitmaps alone that are in order in each image down to the lowest that has them.
     """
-    chain = json.loads(qemu_img("info", "--backing-chain", "--output=json", "-f", "qcow2", str(path)))
+    chain = chain_of(path)
     between = [one["filename"] for one in chain].index(str(base)) - 1
     sound = [
         {bitmap.name for bitmap in read(one["filename"]).bitmaps if not bitmap.inconsistent}

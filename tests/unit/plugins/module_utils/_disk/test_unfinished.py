@@ -70,6 +70,13 @@ def broken_off(monkeypatch, module, name):
     monkeypatch.setattr(module, name, failing)
 
 
+def merged_until(monkeypatch, step, *images, **options):
+    """Merge down, and have this step fail."""
+    with monkeypatch.context() as patch:
+        broken_off(patch, merge_module, step)
+        assert merge(*images, **options).failures
+
+
 def healed_until(chain, monkeypatch, step, words):
     """Heal the chain, and have this step fail; return the paths of its images."""
     top, base = chain
@@ -162,9 +169,7 @@ def test_a_commit_into_the_image_above_keeps_a_merge_off(chain, tmp_path, monkey
     top, base = chain
     upper = str(tmp_path / "upper")
     recording_overlay(upper, top)
-    with monkeypatch.context() as patch:
-        broken_off(patch, merge_module, "mark_given")
-        assert merge(upper, top).failures
+    merged_until(monkeypatch, "mark_given", upper, top)
     below = qemu.create(tmp_path / "below", SIZE)
     qemu.qemu_img("rebase", "-u", "-b", below, "-F", "qcow2", base)
     (failure,) = merge(base, below, above=top).failures
@@ -226,9 +231,7 @@ def test_a_copy_does_not_get_what_a_vault_of_another_file_has(half_healed):
 @pytest.mark.parametrize("step", ["bring", "mark_given"])
 def test_a_commit_is_told_and_keeps_other_work_off(chain, tmp_path, monkeypatch, step):
     top, base = chain
-    with monkeypatch.context() as patch:
-        broken_off(patch, merge_module, step)
-        assert merge(top, base).failures
+    merged_until(monkeypatch, step, top, base)
     told = unfinished(top)
     assert f"state=committed, path={top}, backing_file={base}" in told
     assert "kvmfleet-carried-" not in told  # of the mark nothing is to be told beside its vault
@@ -243,9 +246,7 @@ def test_a_commit_is_told_and_keeps_other_work_off(chain, tmp_path, monkeypatch,
 
 def test_the_end_of_a_commit_keeps_only_the_overlay_from_other_work(chain, tmp_path, monkeypatch):
     top, base = chain
-    with monkeypatch.context() as patch:
-        broken_off(patch, merge_module, "retire")
-        assert merge(top, base).failures
+    merged_until(monkeypatch, "retire", top, base)
     assert "only the end is missing" in unfinished(base)
     (failure,) = run(MendBitmaps(), [HealRequest(top)], SETTINGS).failures
     assert failure.code == "unfinished"
@@ -291,9 +292,7 @@ def test_the_end_of_a_commit_out_of_the_middle_names_the_image_above(tmp_path, c
     top, base = chain
     above = str(tmp_path / "above.qcow2")
     recording_overlay(above, top)
-    with monkeypatch.context() as patch:
-        broken_off(patch, merge_module, "retire")
-        assert merge(top, base, above=above).failures
+    merged_until(monkeypatch, "retire", top, base, above=above)
     assert f"Give above={above}, too" in unfinished(above)
     assert not merge(top, base, above=above).failures
     assert unfinished(above) is None
@@ -342,9 +341,7 @@ def copied(tmp_path, chain, monkeypatch, step):
     top, base = chain
     qemu.qemu_img("rebase", "-u", "-b", os.path.basename(base), "-F", "qcow2", top)
     guest_writes(top, random.Random(5))
-    with monkeypatch.context() as patch:
-        broken_off(patch, merge_module, step)
-        assert merge(top, base).failures
+    merged_until(monkeypatch, step, top, base)
     new = tmp_path.with_name(f"{tmp_path.name}-new")
     shutil.copytree(tmp_path, new)
     return [os.path.join(new, os.path.basename(path)) for path in chain]
@@ -368,9 +365,7 @@ def test_a_commit_is_completed_on_a_copy_of_its_storage_while_the_old_one_is_the
 def test_a_vault_that_is_left_over_on_a_copy_of_a_storage_is_told(tmp_path, chain, monkeypatch):
     """The overlay of its path is on the old storage, where nothing is to be done."""
     top, base = copied(tmp_path, chain, monkeypatch, "mark_given")
-    with monkeypatch.context() as patch:
-        broken_off(patch, merge_module, "remove_vault")
-        assert merge(top, base).failures
+    merged_until(monkeypatch, "remove_vault", top, base)
     outcome = merge(top, base)
     assert [one.state for one in outcome.verdicts] == ["absent"]
     place = f"{place_of(base, False, '')}-given"
@@ -394,9 +389,7 @@ def test_a_copy_of_a_chain_that_is_called_otherwise_is_known_by_its_mark(tmp_pat
 def test_what_bears_a_copy_of_the_mark_when_all_is_done_is_in_nobodys_way(tmp_path, chain, monkeypatch):
     """A snapshot has made it, and the overlay that went in is gone."""
     top, base = chain
-    with monkeypatch.context() as patch:
-        broken_off(patch, merge_module, "retire")
-        assert merge(top, base).failures
+    merged_until(monkeypatch, "retire", top, base)
     upper = overlay(tmp_path / "upper", base)
     qemu.add_bitmaps(upper, [Bitmap(*one) for one in qemu.bitmaps_of(top)])
     os.unlink(top)
@@ -410,9 +403,7 @@ def test_the_overlay_of_a_vault_that_stands_on_base_keeps_another_commit_off(tmp
     top, base = chain
     upper, other = str(tmp_path / "upper"), str(tmp_path / "other")
     recording_overlay(upper, top)
-    with monkeypatch.context() as patch:
-        broken_off(patch, merge_module, "bring")
-        assert merge(upper, base).failures
+    merged_until(monkeypatch, "bring", upper, base)
     if way == "broken":
         os.rename(top, f"{top}.away")
     overlay(other, base)
@@ -423,9 +414,7 @@ def test_the_overlay_of_a_vault_that_stands_on_base_keeps_another_commit_off(tmp
 
 def test_an_overlay_and_its_copy_on_one_base_exclude_each_other_until_one_is_moved_away(tmp_path, chain, monkeypatch):
     top, base = chain
-    with monkeypatch.context() as patch:
-        broken_off(patch, merge_module, "mark_given")
-        assert merge(top, base).failures
+    merged_until(monkeypatch, "mark_given", top, base)
     new = tmp_path.with_name(f"{tmp_path.name}-new")
     os.mkdir(new)
     copy = str(new / "top.qcow2")
